@@ -1,0 +1,383 @@
+"""Every setting of a run: frozen dataclasses, validated once at the door.
+
+A file in `configs/` builds an `ml_collections.ConfigDict` with `default_config()` and changes what it
+needs; the command line may override any field (`--config.thought.num_thoughts=4`). `from_config_dict`
+then turns it into a `Config`, naming every unknown key, wrong type and impossible value at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_collections
+
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.settings import from_mapping, one_of, require, to_mapping
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary-embedding scaling, as in Hugging Face `rope_parameters`."""
+
+    kind: str = "default"  # default | linear | llama3 | yarn
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0  # llama3
+    high_frequency_factor: float = 4.0  # llama3
+    original_max_positions: int = 0  # llama3, yarn: context length of the original pre-training
+    attention_factor: float = 0.0  # yarn; 0 = derived from factor
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+
+    def problems(self) -> list[str]:
+        return [
+            *one_of("kind", self.kind, ("default", "linear", "llama3", "yarn")),
+            *require(self.factor >= 1.0, "factor", self.factor, "a number of at least 1"),
+            *require(
+                self.kind not in ("llama3", "yarn") or self.original_max_positions > 0,
+                "original_max_positions", self.original_max_positions, f"a positive length for {self.kind} scaling",
+            ),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of a decoder-only transformer (Llama, Mistral, Qwen2, Qwen3 families)."""
+
+    family: str = "llama"  # llama | mistral | qwen2 | qwen3: only decides the name under which it is exported
+    vocab_size: int = 512
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 32
+    max_positions: int = 2048
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    rms_norm_eps: float = 1e-5
+    activation: str = "silu"  # silu | gelu | gelu_tanh | relu
+    sliding_window: int = 0  # keys a query sees, itself included; 0 = all
+    full_attention_layers: tuple[int, ...] = ()  # layers that ignore `sliding_window`
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def problems(self) -> list[str]:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+                 "head_dim", "max_positions")  # fmt: skip
+        return [
+            *one_of("family", self.family, ("llama", "mistral", "qwen2", "qwen3")),
+            *one_of("activation", self.activation, ("silu", "gelu", "gelu_tanh", "relu")),
+            *(p for name in sizes for p in require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")),
+            *require(
+                self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
+                "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads ({self.num_heads})",
+            ),
+            *require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary pairs)"),
+            *require(self.sliding_window >= 0, "sliding_window", self.sliding_window, "0 (none) or a width"),
+            *require(
+                all(0 <= layer < self.num_layers for layer in self.full_attention_layers),
+                "full_attention_layers", self.full_attention_layers, f"layers 0 .. {self.num_layers - 1}",
+            ),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the decoder comes from and how it computes."""
+
+    checkpoint: str = ""  # Hugging Face folder or hub id; empty = fresh weights of `architecture`
+    revision: str = ""  # branch, tag or commit of a hub id
+    architecture: Architecture = field(default_factory=Architecture)  # used only without `checkpoint`
+    compute_dtype: str = "float32"  # float32 | bfloat16; master weights, logits and losses are always float32
+    rematerialize: bool = False  # recompute each layer of the base pass in the backward pass
+
+    def problems(self) -> list[str]:
+        return one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class ThoughtConfig:
+    """What a thought is and how it is judged (paper section 4; lengths and counts are set per phase)."""
+
+    start_token: str = "<|startthought|>"  # masked out of every thought where the tokenizer has it
+    end_token: str = "<|endthought|>"
+    initial_start_token: str = "---"  # text whose mean embedding the start embedding begins as
+    initial_end_token: str = "---"
+    embedding_scale: float = 100.0  # start and end are stored divided by this: Adam moves them that much faster
+    sampling_temperature: float = 1.0
+    score_temperature: float = 3.0  # of the log-probabilities that REINFORCE raises
+    positive_only: bool = True  # drop negative advantages
+    policy_reduction: str = "mean"  # mean (published code) | sum (paper) over the tokens of a thought
+    mixing: str = "hidden_states"  # hidden_states (published code) | log_probabilities (paper)
+    base_loss_weight: float = 0.5  # weight of the loss without thoughts in the total
+    positions_per_chunk: int = 0  # positions whose chains are in memory at once; 0 = from `chunk_megabytes`
+    chunk_megabytes: int = 256  # memory budget for the activations of one chunk, per device
+
+    def problems(self) -> list[str]:
+        return [
+            *one_of("policy_reduction", self.policy_reduction, ("mean", "sum")),
+            *one_of("mixing", self.mixing, ("hidden_states", "log_probabilities")),
+            *require(self.embedding_scale > 0, "embedding_scale", self.embedding_scale, "a positive number"),
+            *require(self.sampling_temperature > 0, "sampling_temperature", self.sampling_temperature, "above 0"),
+            *require(self.score_temperature > 0, "score_temperature", self.score_temperature, "above 0"),
+            *require(0 <= self.base_loss_weight <= 1, "base_loss_weight", self.base_loss_weight, "within 0 .. 1"),
+            *require(self.positions_per_chunk >= 0, "positions_per_chunk", self.positions_per_chunk, "0 or more"),
+            *require(self.chunk_megabytes > 0, "chunk_megabytes", self.chunk_megabytes, "at least 1"),
+        ]
+
+
+@dataclass(frozen=True)
+class RateScales:
+    """Learning rates of the three kinds of weights, relative to the phase's; 0 freezes them."""
+
+    decoder: float = 1.0
+    mixing_head: float = 1.0
+    thought_embeddings: float = 1.0
+
+    def problems(self) -> list[str]:
+        return [
+            p
+            for f in dataclasses.fields(self)
+            for p in require(getattr(self, f.name) >= 0, f.name, getattr(self, f.name), "0 or more")
+        ]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one setting. Phases follow one another; a curriculum is a list of them."""
+
+    name: str = "thoughts"
+    steps: int = 100
+    batch_size: int = 8  # sequences per optimizer step, over all devices
+    microbatches: int = 1  # gradient accumulation: the batch is split into this many pieces
+    thought_length: int = 9  # T, sampled tokens of a thought; 0 = plain language modelling
+    num_thoughts: int = 2  # R, thoughts per position
+    tokens_ahead: int = 4  # K, true tokens scored after a thought
+    policy_weight: float = 1e6  # weight of the REINFORCE term; 0 = thoughts are not trained
+    learning_rate: float = 1e-6
+    warmup_steps: int = 20
+    decay: str = "constant"  # constant | linear | cosine, after the warm-up
+    final_rate_fraction: float = 0.0  # of learning_rate, where the decay ends
+    rates: RateScales = field(default_factory=RateScales)
+
+    def problems(self) -> list[str]:
+        return [
+            *require(self.name != "", "name", self.name, "a name"),
+            *require(self.steps >= 0, "steps", self.steps, "0 or more"),
+            *require(self.batch_size > 0, "batch_size", self.batch_size, "at least 1"),
+            *require(
+                self.microbatches > 0 and self.batch_size % self.microbatches == 0,
+                "microbatches", self.microbatches, f"a divisor of batch_size ({self.batch_size})",
+            ),
+            *require(self.thought_length >= 0, "thought_length", self.thought_length, "0 (no thoughts) or more"),
+            *require(self.num_thoughts > 0, "num_thoughts", self.num_thoughts, "at least 1"),
+            *require(self.tokens_ahead > 0, "tokens_ahead", self.tokens_ahead, "at least 1"),
+            *require(self.policy_weight >= 0, "policy_weight", self.policy_weight, "0 or more"),
+            *require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "0 or more"),
+            *require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more"),
+            *one_of("decay", self.decay, ("constant", "linear", "cosine")),
+            *require(0 <= self.final_rate_fraction <= 1, "final_rate_fraction", self.final_rate_fraction, "0 .. 1"),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and what surrounds it."""
+
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.001
+    decay_mask: str = "matrices"  # matrices (no norms, no biases) | all
+    clip_norm: float = 1.0  # of the whole gradient; 0 = no clipping
+
+    def problems(self) -> list[str]:
+        return [
+            *require(0 <= self.b1 < 1, "b1", self.b1, "within [0, 1)"),
+            *require(0 <= self.b2 < 1, "b2", self.b2, "within [0, 1)"),
+            *require(self.eps > 0, "eps", self.eps, "a positive number"),
+            *require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more"),
+            *one_of("decay_mask", self.decay_mask, ("matrices", "all")),
+            *require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "0 (off) or a norm"),
+        ]
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """The embedded corpus (`data/synthetic.py`), used where a source is `synthetic`."""
+
+    documents: int = 200_000  # size of the training split
+    validation_documents: int = 2_000
+    steps_fraction: float = 0.375  # documents that write their steps out between marks
+    chatter_fraction: float = 0.125  # documents that write useless chatter between the same marks
+    stray_mark_rate: float = 0.12  # how often a mark opens where the answer is asked for at once
+
+    def problems(self) -> list[str]:
+        return [
+            *require(self.documents > 0, "documents", self.documents, "at least 1"),
+            *require(self.validation_documents > 0, "validation_documents", self.validation_documents, "at least 1"),
+            *require(
+                min(self.steps_fraction, self.chatter_fraction) >= 0
+                and self.steps_fraction + self.chatter_fraction <= 1,
+                "steps_fraction", self.steps_fraction, "fractions that add up to at most 1 with chatter_fraction",
+            ),
+            *require(0 <= self.stray_mark_rate <= 1, "stray_mark_rate", self.stray_mark_rate, "within 0 .. 1"),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text in: sources, tokenizer, and how documents become sequences of L tokens."""
+
+    train: tuple[str, ...] = ("synthetic",)  # files, folders, globs, `tfds:NAME[/CONFIG]:SPLIT`, or `synthetic`
+    validation: tuple[str, ...] = ("synthetic",)
+    data_dir: str = ""  # where tensorflow-datasets keeps what it prepared; empty = its default
+    text_key: str = "text"  # field of a JSON line, a parquet row or a tfds example
+    tokenizer: str = ""  # folder or hub id; empty = the model's own checkpoint; `synthetic` = the embedded one
+    sequence_length: int = 256  # L
+    packing: str = "random_span"  # random_span (paper: one document a sequence, padded) | packed
+    append_eos: bool = True  # end every document with the end-of-text token
+    workers: int = 0  # processes that tokenize ahead; 0 = in this process
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+    def problems(self) -> list[str]:
+        return [
+            *require(bool(self.train), "train", self.train, "at least one source"),
+            *require(self.sequence_length >= 3, "sequence_length", self.sequence_length, "at least 3"),
+            *one_of("packing", self.packing, ("random_span", "packed")),
+            *require(self.workers >= 0, "workers", self.workers, "0 or more"),
+        ]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation with greedy thoughts."""
+
+    every_steps: int = 10  # 0 = only at the end of each phase
+    batches: int = 8  # 0 = the whole validation set
+    batch_size: int = 8
+    thought_length: int = 0  # T in evaluation; 0 = that of the longest-thinking phase
+    tokens_ahead: int = 1  # K in evaluation
+
+    def problems(self) -> list[str]:
+        return [
+            *require(self.every_steps >= 0, "every_steps", self.every_steps, "0 or more"),
+            *require(self.batches >= 0, "batches", self.batches, "0 (all) or more"),
+            *require(self.batch_size > 0, "batch_size", self.batch_size, "at least 1"),
+            *require(self.thought_length >= 0, "thought_length", self.thought_length, "0 or more"),
+            *require(self.tokens_ahead > 0, "tokens_ahead", self.tokens_ahead, "at least 1"),
+        ]
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept on disk, and when."""
+
+    every_steps: int = 50  # a checkpoint is always written at the end
+    keep_latest: int = 2
+    keep_every_steps: int = 0  # checkpoints at multiples of this are never deleted; 0 = none
+    asynchronous: bool = True
+
+    def problems(self) -> list[str]:
+        return [
+            *require(self.every_steps > 0, "every_steps", self.every_steps, "at least 1"),
+            *require(self.keep_latest > 0, "keep_latest", self.keep_latest, "at least 1"),
+            *require(self.keep_every_steps >= 0, "keep_every_steps", self.keep_every_steps, "0 or more"),
+        ]
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Metrics always go to `metrics.jsonl` in the work directory and to the terminal."""
+
+    every_steps: int = 1
+    progress_bar: bool = True
+    tensorboard: bool = False
+    wandb_project: str = ""
+
+    def problems(self) -> list[str]:
+        return require(self.every_steps > 0, "every_steps", self.every_steps, "at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    workdir: str = "runs/default"  # checkpoints, metrics and summary; a run with the same workdir resumes
+    model: ModelConfig = field(default_factory=ModelConfig)
+    thought: ThoughtConfig = field(default_factory=ThoughtConfig)
+    phases: tuple[Phase, ...] = (Phase(),)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def problems(self) -> list[str]:
+        length = self.data.sequence_length
+        found = [
+            *require(self.seed >= 0, "seed", self.seed, "0 or more"),
+            *require(self.workdir != "", "workdir", self.workdir, "a directory"),
+            *require(bool(self.phases), "phases", self.phases, "at least one phase"),
+            *require(
+                len({phase.name for phase in self.phases}) == len(self.phases),
+                "phases", [phase.name for phase in self.phases], "phases whose names all differ",
+            ),
+        ]  # fmt: skip
+        for i, phase in enumerate(self.phases):
+            found += require(
+                not phase.thought_length or length >= phase.tokens_ahead + 2,
+                "data.sequence_length", length, f"at least tokens_ahead + 2 = {phase.tokens_ahead + 2} of phases[{i}]",
+            )  # fmt: skip
+        found += require(
+            length >= self.evaluation.tokens_ahead + 2,
+            "data.sequence_length", length, f"at least evaluation.tokens_ahead + 2 = {self.evaluation.tokens_ahead + 2}",
+        )  # fmt: skip
+        return found
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def evaluation_thought_length(self) -> int:
+        """T of the greedy thoughts in evaluation; 0 = the run never thinks."""
+        return self.evaluation.thought_length or max(phase.thought_length for phase in self.phases)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every field with its default, ready to be changed by a file in `configs/`."""
+    return to_config_dict(Config())
+
+
+def phase(**changes: Any) -> ml_collections.ConfigDict:
+    """One phase for `config.phases`; fields that are not named keep their defaults."""
+    known = to_mapping(Phase())
+    unknown = sorted(set(changes) - set(known))
+    if unknown:
+        raise ConfigError(f"phase() got unknown fields {unknown}. It takes: {', '.join(known)}.")
+    return ml_collections.ConfigDict({**known, **changes}, sort_keys=False)
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """The inverse of `from_config_dict`."""
+    mapping = to_mapping(config)
+    mapping["phases"] = [ml_collections.ConfigDict(item, sort_keys=False) for item in mapping["phases"]]
+    return ml_collections.ConfigDict(mapping, sort_keys=False)
+
+
+def from_config_dict(config: ml_collections.ConfigDict | dict) -> Config:
+    """Checks and freezes a configuration.
+
+    Raises:
+      ConfigError: lists every unknown key, wrong type and impossible value.
+    """
+    return from_mapping(Config, config)

@@ -1,0 +1,191 @@
+"""The decoder: its weights, described once, and its forward pass with the attention left open.
+
+Weights of all layers are stacked along a leading axis and the layers run in one `lax.scan`. What a token
+may see is not the decoder's business: `run_layers` takes a function that attends, so that the base pass,
+thoughts and generation share every line of arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from quietstar_jax.config import Architecture
+from quietstar_jax.models import rope
+from quietstar_jax.models.attention import attend, causal_mask
+from quietstar_jax.models.parameters import normal, ones, parameter, zeros
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
+
+
+class KeyValues(NamedTuple):
+    """Keys and values [layers, ..., G, H] of tokens already seen, rotary positions applied."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+# (queries, keys, values, window, state of this layer) -> (context, what this layer hands back)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+class Layers(nnx.Module):
+    """The weights of all layers, stacked: N layers, D hidden, Q and G heads of width H, F feed-forward."""
+
+    def __init__(self, a: Architecture, rngs: nnx.Rngs):
+        n, d, f, q, g, h = (
+            a.num_layers, a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads, a.head_dim,
+        )  # fmt: skip
+        dense = normal(a.initializer_range)
+        self.attention_norm = parameter(rngs, (n, d), ("layers", "embed"), ones)
+        self.query = parameter(rngs, (n, d, q, h), ("layers", "embed", "heads", "head_dim"), dense)
+        self.key = parameter(rngs, (n, d, g, h), ("layers", "embed", "kv_heads", "head_dim"), dense)
+        self.value = parameter(rngs, (n, d, g, h), ("layers", "embed", "kv_heads", "head_dim"), dense)
+        self.output = parameter(rngs, (n, q, h, d), ("layers", "heads", "head_dim", "embed"), dense)
+        if a.qkv_bias:
+            self.query_bias = parameter(rngs, (n, q, h), ("layers", "heads", "head_dim"), zeros)
+            self.key_bias = parameter(rngs, (n, g, h), ("layers", "kv_heads", "head_dim"), zeros)
+            self.value_bias = parameter(rngs, (n, g, h), ("layers", "kv_heads", "head_dim"), zeros)
+        if a.output_bias:
+            self.output_bias = parameter(rngs, (n, d), ("layers", "embed"), zeros)
+        if a.qk_norm:
+            self.query_norm = parameter(rngs, (n, h), ("layers", "head_dim"), ones)
+            self.key_norm = parameter(rngs, (n, h), ("layers", "head_dim"), ones)
+        self.mlp_norm = parameter(rngs, (n, d), ("layers", "embed"), ones)
+        self.gate = parameter(rngs, (n, d, f), ("layers", "embed", "mlp"), dense)
+        self.up = parameter(rngs, (n, d, f), ("layers", "embed", "mlp"), dense)
+        self.down = parameter(rngs, (n, f, d), ("layers", "mlp", "embed"), dense)
+        if a.mlp_bias:
+            self.gate_bias = parameter(rngs, (n, f), ("layers", "mlp"), zeros)
+            self.up_bias = parameter(rngs, (n, f), ("layers", "mlp"), zeros)
+            self.down_bias = parameter(rngs, (n, d), ("layers", "embed"), zeros)
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer. Holds weights and its architecture, nothing else."""
+
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
+        a = architecture
+        self.architecture = a
+        dense = normal(a.initializer_range)
+        self.embedding = parameter(rngs, (a.vocab_size, a.hidden_size), ("vocab", "embed"), dense)
+        self.layers = Layers(a, rngs)
+        self.final_norm = parameter(rngs, (a.hidden_size,), ("embed",), ones)
+        if not a.tie_embeddings:
+            self.lm_head = parameter(rngs, (a.hidden_size, a.vocab_size), ("embed", "vocab"), dense)
+
+    def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Token ids [...] -> embeddings [..., D] in the compute dtype."""
+        return self.embedding[...].at[tokens].get(mode="clip").astype(dtype)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Final-norm hidden states [..., D] -> float32 logits [..., V]."""
+        tied = self.architecture.tie_embeddings
+        weight = self.embedding[...].T if tied else self.lm_head[...]
+        return jnp.einsum("...d,dv->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale * weight).astype(x.dtype)
+
+
+def run_layers(
+    decoder: Decoder, x: jax.Array, positions: jax.Array, attend_fn: Attend, state: Any, *, rematerialize: bool = False
+) -> tuple[jax.Array, Any]:
+    """All layers and the final norm.
+
+    Args:
+      x: [..., D] embedded tokens in the compute dtype.
+      positions: [...] rotary positions, broadcastable to x without its last axis.
+      attend_fn: attends in one layer; see `Attend`.
+      state: pytree with leading axis `layers`, given to `attend_fn` layer by layer.
+      rematerialize: recompute each layer in the backward pass instead of keeping its activations.
+
+    Returns:
+      (hidden [..., D], what `attend_fn` handed back, stacked along `layers`).
+    """
+    a = decoder.architecture
+    cos, sin = rope.rotation(a, positions)
+
+    def layer(x: jax.Array, inputs: tuple[Layers, jax.Array, Any]) -> tuple[jax.Array, Any]:
+        weights, window, layer_state = inputs
+        w = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(weights, nnx.Param)).items()}
+        q, k, v = project(a, w, rms_norm(x, w["attention_norm"], a.rms_norm_eps), cos, sin)
+        context, handed_back = attend_fn(q, k, v, window, layer_state)
+        x = x + dense("...qh,qhd->...d", context, w["output"], w.get("output_bias"))
+        x = x + feed_forward(a, w, rms_norm(x, w["mlp_norm"], a.rms_norm_eps))
+        return x, handed_back
+
+    body = jax.checkpoint(layer) if rematerialize else layer
+    x, handed_back = jax.lax.scan(body, x, (decoder.layers, attention_windows(a), state))
+    return rms_norm(x, decoder.final_norm[...], a.rms_norm_eps), handed_back
+
+
+def attention_windows(a: Architecture) -> jax.Array:
+    """[layers] int32: how many keys a query sees in each layer, itself included."""
+    unlimited = jnp.iinfo(jnp.int32).max
+    return jnp.array(
+        [
+            a.sliding_window if a.sliding_window and i not in a.full_attention_layers else unlimited
+            for i in range(a.num_layers)
+        ],
+        jnp.int32,
+    )
+
+
+def dense(equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """A linear map in x's dtype."""
+    y = jnp.einsum(equation, x, weight.astype(x.dtype))
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+def project(
+    a: Architecture, w: dict[str, jax.Array], x: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [..., D] -> queries [..., Q, H], keys and values [..., G, H], positions applied."""
+    q = dense("...d,dqh->...qh", x, w["query"], w.get("query_bias"))
+    k = dense("...d,dgh->...gh", x, w["key"], w.get("key_bias"))
+    v = dense("...d,dgh->...gh", x, w["value"], w.get("value_bias"))
+    if a.qk_norm:
+        q = rms_norm(q, w["query_norm"], a.rms_norm_eps)
+        k = rms_norm(k, w["key_norm"], a.rms_norm_eps)
+    return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
+
+
+def feed_forward(a: Architecture, w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """Gated feed-forward [..., D] -> [..., D]."""
+    gate = ACTIVATIONS[a.activation](dense("...d,df->...f", x, w["gate"], w.get("gate_bias")))
+    up = dense("...d,df->...f", x, w["up"], w.get("up_bias"))
+    return dense("...f,fd->...d", gate * up, w["down"], w.get("down_bias"))
+
+
+def base_pass(
+    decoder: Decoder, tokens: jax.Array, mask: jax.Array, *, dtype: jnp.dtype, rematerialize: bool = False
+) -> tuple[jax.Array, KeyValues]:
+    """Causal pass over the text itself.
+
+    Args:
+      tokens: [B, L] int32.
+      mask: [B, L] bool, True where the text is real; padding is never a key.
+
+    Returns:
+      (final-norm hidden states [B, L, D], keys and values [layers, B, L, G, H]).
+    """
+
+    def attend_text(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, _: Any) -> tuple[jax.Array, Any]:
+        return attend(q, k, v, causal_mask(mask, window)), KeyValues(k, v)
+
+    x = decoder.embed(tokens, dtype)
+    return run_layers(decoder, x, jnp.arange(tokens.shape[1]), attend_text, None, rematerialize=rematerialize)

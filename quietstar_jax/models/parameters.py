@@ -1,0 +1,54 @@
+"""One description per parameter: shape, logical axes, initialiser.
+
+Abstract state (`jax.eval_shape` of a constructor), initialisation, sharding and checkpoint names all derive
+from what stands in the modules' constructors. Modules hold nothing but parameters and frozen configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+LOGICAL_AXES = ("layers", "vocab", "embed", "mlp", "heads", "kv_heads", "head_dim", "mixing")
+
+
+def normal(stddev: float) -> Initializer:
+    """Float32 draws from a normal distribution."""
+    return lambda key, shape: stddev * jax.random.normal(key, shape, jnp.float32)
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """All zero."""
+    return jnp.zeros(shape, jnp.float32)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """All one."""
+    return jnp.ones(shape, jnp.float32)
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], initializer: Initializer) -> nnx.Param:
+    """A float32 master weight.
+
+    Args:
+      axes: one name of `LOGICAL_AXES` per dimension; the layout over a mesh derives from it.
+
+    Raises:
+      ValueError: if the axes do not describe the shape.
+    """
+    unknown = set(axes) - set(LOGICAL_AXES)
+    if unknown or len(axes) != len(shape):
+        raise ValueError(f"A parameter of shape {shape} got the axes {axes}; known axes are {LOGICAL_AXES}.")
+    return nnx.Param(initializer(rngs.params(), shape), axes=axes)
+
+
+def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
+    """Every parameter under its dotted path, e.g. `decoder.layers.query`, in a fixed order."""
+    flat: list[tuple[Any, Any]] = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {".".join(str(part) for part in path): value for path, value in flat}
