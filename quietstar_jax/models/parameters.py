@@ -33,16 +33,16 @@ def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.ones(shape, jnp.float32)
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], initializer: Initializer) -> nnx.Param:
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], initializer: Initializer) -> nnx.Param:
     """A float32 master weight.
 
     Args:
-      axes: one name of `LOGICAL_AXES` per dimension; the layout over a mesh derives from it.
+      axes: one name of `LOGICAL_AXES` per dimension, None for one never split; the layout over a mesh derives from it.
 
     Raises:
       ValueError: if the axes do not describe the shape.
     """
-    unknown = set(axes) - set(LOGICAL_AXES)
+    unknown = set(axes) - {None, *LOGICAL_AXES}
     if unknown or len(axes) != len(shape):
         raise ValueError(f"A parameter of shape {shape} got the axes {axes}; known axes are {LOGICAL_AXES}.")
     return nnx.Param(initializer(rngs.params(), shape), axes=axes)

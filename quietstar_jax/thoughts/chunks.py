@@ -1,0 +1,116 @@
+"""Positions in chunks: chains of different positions are independent, so only some are in memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from quietstar_jax.config import Architecture
+from quietstar_jax.thoughts.settings import ThoughtSettings
+
+Tree = TypeVar("Tree")
+
+
+def chunk_starts(length: int, chunk: int) -> jax.Array:
+    """First position of each chunk. The last chunk may reach past the text; such positions count for nothing."""
+    return jnp.arange(0, length, chunk)
+
+
+def take_chunk(tree: Tree, start: jax.Array, chunk: int, axis: int) -> Tree:
+    """Entries start .. start + chunk - 1 along the position axis of every array; zeros past the end."""
+    index = start + jnp.arange(chunk)
+    return jax.tree.map(lambda x: jnp.take(x, index, axis=axis, mode="fill", fill_value=0), tree)
+
+
+def map_chunks(fn: Callable[..., Tree], length: int, chunk: int, inputs: Any, *, axis: int) -> Tree:
+    """`fn(positions [chunk], inputs of these positions)` for all chunks, joined along `axis` and cut to `length`."""
+
+    def one(start: jax.Array) -> Tree:
+        return fn(start + jnp.arange(chunk), take_chunk(inputs, start, chunk, axis))
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, axis)
+        x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+
+    return jax.tree.map(join, jax.lax.map(one, chunk_starts(length, chunk)))
+
+
+def sum_chunks(
+    fn: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]], operands: Any, constants: Any, starts: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Sum over chunks of `fn(operands, constants, start) -> (scalar, aux)`, lean to differentiate.
+
+    Each chunk's gradient is taken right after its value, while its activations are at hand, and only the sum of
+    the gradients is kept: nothing is recomputed and the memory is that of one chunk. Possible because the result
+    is a plain sum.
+
+    Args:
+      operands: pytree of floating-point arrays to differentiate; constants: pytree that gets no gradient.
+      starts: [chunks] first position of each chunk.
+
+    Returns:
+      (sum of the scalars, sum of the aux; no gradient flows through aux).
+    """
+
+    def total(operands: Any, constants: Any, starts: jax.Array) -> tuple[jax.Array, Any]:
+        def add(carry: Any, start: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, fn(operands, constants, start)), None
+
+        return jax.lax.scan(add, _zeros(jax.eval_shape(fn, operands, constants, starts[0])), starts)[0]
+
+    def forward(operands: Any, constants: Any, starts: jax.Array) -> tuple[tuple[jax.Array, Any], Any]:
+        value_and_grad = jax.value_and_grad(fn, has_aux=True)
+
+        def add(carry: Any, start: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, value_and_grad(operands, constants, start)), None
+
+        # Accumulated in float32 also where the operands are narrower.
+        sums = _zeros(jax.eval_shape(fn, operands, constants, starts[0]))
+        gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), operands)
+        out, gradients = jax.lax.scan(add, (sums, gradients), starts)[0]
+        return out, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, operands)
+
+    def backward(gradients: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, None, None]:
+        return jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients), None, None
+
+    summed = jax.custom_vjp(total)
+    summed.defvjp(forward, backward)
+    return summed(operands, constants, starts)
+
+
+def positions_per_chunk(
+    architecture: Architecture, settings: ThoughtSettings, batch: int, length: int, prefix_length: int | None = None
+) -> int:
+    """How many positions fit the memory budget of `ThoughtConfig.chunk_megabytes`.
+
+    Counts what the backward pass of one chunk keeps: residual stream, projections and feed-forward of every layer,
+    attention weights over prefix and chain, and the logits of thought and talk tokens.
+
+    Args:
+      batch: B, sequences per device and microbatch; length: L.
+
+    Returns:
+      a divisor of `length` where one is close, so that no chunk is half empty.
+    """
+    config = settings.config
+    if config.positions_per_chunk:
+        return min(config.positions_per_chunk, length)
+    a = architecture
+    chain, keys = settings.chain_length, (prefix_length or length) + settings.chain_length
+    width = settings.dtype.itemsize
+    heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+    per_token = (6 * a.hidden_size + heads + 4 * a.intermediate_size) * width + a.num_heads * keys * (8 + width)
+    layers = 2 if settings.rematerialize else a.num_layers
+    logits = 3 * 4 * a.vocab_size * (settings.length + 2 * settings.tokens_ahead)
+    per_position = batch * settings.count * (chain * (per_token * layers + a.hidden_size * a.num_layers * width) + logits)
+    fitting = max(1, min(length, config.chunk_megabytes * 2**20 // per_position))
+    divisor = max(n for n in range(1, fitting + 1) if length % n == 0)
+    return divisor if 2 * divisor > fitting else fitting
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

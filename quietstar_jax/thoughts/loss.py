@@ -1,0 +1,98 @@
+"""The whole objective of one batch: read, think, talk, learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from quietstar_jax.thoughts.chunks import chunk_starts, sum_chunks, take_chunk
+from quietstar_jax.thoughts.model import QuietStar
+from quietstar_jax.thoughts.objective import Counts, advantages, policy_loss, rewards, talk_loss
+from quietstar_jax.thoughts.sample import Thoughts
+from quietstar_jax.thoughts.score import score_thoughts
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.text import Text, here_and_ahead, read_text, real_ahead
+
+Metrics = dict[str, jax.Array]
+Think = Callable[[QuietStar, Text], Thoughts]
+
+
+def language_model_loss(
+    model: QuietStar, tokens: jax.Array, mask: jax.Array, counts: Counts, settings: ThoughtSettings
+) -> tuple[jax.Array, Metrics]:
+    """Plain next-token loss, for phases without thoughts: tokens, mask [B, L] -> mean nats and metrics."""
+    text = read_text(model.decoder, tokens, mask, dtype=settings.dtype, rematerialize=settings.rematerialize)
+    loss = text.nats.sum() / counts.targets[0]
+    return loss, {"loss": loss, "base_loss": loss}
+
+
+def quiet_star_loss(
+    model: QuietStar, tokens: jax.Array, mask: jax.Array, think: Think, counts: Counts, settings: ThoughtSettings,
+    positions_per_chunk: int,
+) -> tuple[jax.Array, Metrics]:  # fmt: skip
+    """The published objective: weighted cross-entropies without and with thoughts, and REINFORCE.
+
+    Args:
+      tokens: [B, L] int32; mask: [B, L] bool.
+      think: gives the thoughts of the text; see `sample_thoughts`.
+      counts: of the whole batch, of which these sequences may be a microbatch.
+
+    Returns:
+      (loss, metrics); both add up over the microbatches of a batch.
+    """
+    text = read_text(model.decoder, tokens, mask, dtype=settings.dtype, rematerialize=settings.rematerialize)
+    thoughts = think(model, text)
+    floats = (model, text.hidden, text.prefix, text.nats)
+    constants = (tokens, mask, thoughts, counts)
+    length = tokens.shape[1]
+
+    def chunk(floats: Any, constants: Any, start: jax.Array) -> tuple[jax.Array, Metrics]:
+        model, hidden, prefix, nats = floats
+        tokens, mask, thoughts, counts = constants
+        text = Text(tokens, mask, hidden, prefix, nats)
+        positions = start + jnp.arange(positions_per_chunk)
+        thoughts = take_chunk(thoughts, start, positions_per_chunk, axis=2)
+        return _chunk_loss(model, text, positions, thoughts, counts, settings)
+
+    thought_loss, metrics = sum_chunks(chunk, floats, constants, chunk_starts(length, positions_per_chunk))
+    base_loss = text.nats.sum() / counts.targets[0]
+    loss = settings.config.base_loss_weight * base_loss + thought_loss
+    return loss, {"loss": loss, "base_loss": base_loss, **metrics}
+
+
+def _chunk_loss(
+    model: QuietStar, text: Text, positions: jax.Array, thoughts: Thoughts, counts: Counts, settings: ThoughtSettings
+) -> tuple[jax.Array, Metrics]:
+    """What the thoughts of some positions add to the loss."""
+    config, ahead, length = settings.config, settings.tokens_ahead, text.tokens.shape[1]
+    scores = score_thoughts(model, text, positions, thoughts.tokens, settings)
+    talk = talk_loss(scores.nats, counts)
+
+    rewarded = positions <= length - 2 - ahead
+    base_nats = here_and_ahead(text.nats, positions, ahead)
+    reward = rewards(base_nats, scores.nats) * rewarded
+    advantage = advantages(reward, positive_only=config.positive_only)
+    policy = policy_loss(advantage, scores.log_probs, counts, reduction=config.policy_reduction)
+
+    loss = (1.0 - config.base_loss_weight) * talk + settings.policy_weight * policy
+    real = real_ahead(text.mask, positions, ahead)[:, None]
+    first = real[..., 0]
+
+    def mean_where_real(x: jax.Array) -> jax.Array:
+        return (x * first).sum() / (settings.count * counts.targets[0])
+
+    rewarded_thoughts = counts.positions * counts.sequences * settings.count
+    metrics = {
+        "talk_loss": talk,
+        "policy_loss": policy,
+        "reward": reward.sum() / rewarded_thoughts,
+        "reward_std_within_position": mean_where_real(jnp.broadcast_to(reward.std(1, keepdims=True), reward.shape)),
+        "mixing_weight": mean_where_real(scores.weight[..., 0]),
+        "thought_entropy": mean_where_real(thoughts.entropy.mean(axis=-1)),
+    }
+    for k in range(ahead):
+        metrics[f"talk_loss_{k + 1}"] = scores.nats[..., k].sum() / (settings.count * counts.targets[k])
+    return loss, jax.lax.stop_gradient(metrics)

@@ -1,0 +1,77 @@
+"""The mixing head: how much the prediction after a thought counts (paper section 4.3)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from quietstar_jax.models.decoder import Decoder, dense
+from quietstar_jax.models.parameters import Initializer, parameter, zeros
+
+
+def uniform_fan_in(fan_in: int) -> Initializer:
+    """Uniform within +-1/sqrt(fan_in), as the published head was initialised."""
+    bound = fan_in**-0.5
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+class MixingHead(nnx.Module):
+    """MLP 2D -> D -> D -> 1 on [hidden state of the text, hidden state after the thought].
+
+    The first layer is kept as its two halves, so that the half of the text is computed once for all thoughts.
+    The last layer begins at zero: training begins as if there were no thoughts.
+    """
+
+    def __init__(self, hidden_size: int, rngs: nnx.Rngs):
+        d = hidden_size
+        self.base_in = parameter(rngs, (d, d), ("embed", "mixing"), uniform_fan_in(2 * d))
+        self.thought_in = parameter(rngs, (d, d), ("embed", "mixing"), uniform_fan_in(2 * d))
+        self.in_bias = parameter(rngs, (d,), ("mixing",), uniform_fan_in(2 * d))
+        self.hidden = parameter(rngs, (d, d), ("embed", "mixing"), uniform_fan_in(d))
+        self.hidden_bias = parameter(rngs, (d,), ("mixing",), uniform_fan_in(d))
+        self.out = parameter(rngs, (d, 1), ("embed", None), zeros)
+
+
+def mixing_weight(head: MixingHead, base_hidden: jax.Array, thought_hidden: jax.Array) -> jax.Array:
+    """The share w of the thought, unbounded as in the published code.
+
+    Args:
+      base_hidden: [B, J, K, D]; thought_hidden: [B, R, J, K, D].
+
+    Returns:
+      [B, R, J, K] float32.
+    """
+    from_text = dense("...d,de->...e", base_hidden, head.base_in[...], head.in_bias[...])
+    x = jax.nn.relu(from_text[:, None] + dense("...d,de->...e", thought_hidden, head.thought_in[...]))
+    x = jax.nn.relu(dense("...d,de->...e", x, head.hidden[...], head.hidden_bias[...]))
+    weight = head.out[...].astype(x.dtype)
+    return jnp.einsum("...d,do->...o", x, weight, preferred_element_type=jnp.float32)[..., 0]
+
+
+def mix_hidden_states(
+    decoder: Decoder, base_hidden: jax.Array, thought_hidden: jax.Array, weight: jax.Array
+) -> jax.Array:
+    """Logits of the mixed hidden state (1 - w) h + w h', the published code's mixing.
+
+    The LM head is linear, so they are computed as logits(h) + w logits(h' - h): in bfloat16 a small w would
+    otherwise be rounded away against h, and with it nearly every early reward.
+
+    Args:
+      base_hidden: [B, J, K, D]; thought_hidden: [B, R, J, K, D]; weight: [B, R, J, K] float32.
+
+    Returns:
+      [B, R, J, K, V] float32.
+    """
+    change = decoder.logits(thought_hidden - base_hidden[:, None])
+    return decoder.logits(base_hidden)[:, None] + weight[..., None] * change
+
+
+def mix_log_probabilities(base_nats: jax.Array, thought_nats: jax.Array, weight: jax.Array) -> jax.Array:
+    """Cross-entropy of the paper's mixing, (1 - w) log p + w log p', which is not renormalised.
+
+    Args:
+      base_nats, thought_nats: cross-entropies without and after the thought; weight: share of the thought, which
+        must lie within 0 .. 1 (the sum has no lower bound otherwise).
+    """
+    return (1.0 - weight) * base_nats + weight * thought_nats

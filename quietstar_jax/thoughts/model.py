@@ -1,0 +1,53 @@
+"""The weights of Quiet-STaR: a decoder, a mixing head, and the embeddings that open and close a thought."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from quietstar_jax.config import Architecture
+from quietstar_jax.models.decoder import Decoder
+from quietstar_jax.models.parameters import parameter
+from quietstar_jax.thoughts.mixing import MixingHead
+
+
+class QuietStar(nnx.Module):
+    """A decoder that thinks.
+
+    `start_embedding` and `end_embedding` [D] are stored divided by `ThoughtConfig.embedding_scale`.
+    """
+
+    def __init__(self, decoder: Decoder, start: jax.Array, end: jax.Array, rngs: nnx.Rngs):
+        """Args: start, end: [D] embeddings as stored."""
+        self.decoder = decoder
+        self.mixing_head = MixingHead(decoder.architecture.hidden_size, rngs)
+        self.start_embedding = parameter(rngs, start.shape, ("embed",), lambda key, shape: start)
+        self.end_embedding = parameter(rngs, end.shape, ("embed",), lambda key, shape: end)
+
+
+def initialize(
+    decoder: Decoder, start_tokens: Sequence[int], end_tokens: Sequence[int], embedding_scale: float, key: jax.Array
+) -> QuietStar:
+    """A decoder that begins to think as in the paper.
+
+    The mixing head's last layer is zero; start and end begin as the mean embedding of the given token ids
+    (those of "---" in the paper).
+    """
+
+    def mean_embedding(tokens: Sequence[int]) -> jax.Array:
+        return decoder.embedding[jnp.array(tokens)].mean(axis=0) / embedding_scale
+
+    return QuietStar(decoder, mean_embedding(start_tokens), mean_embedding(end_tokens), nnx.Rngs(key))
+
+
+def fresh(
+    architecture: Architecture, start_tokens: Sequence[int], end_tokens: Sequence[int], embedding_scale: float,
+    key: jax.Array,
+) -> QuietStar:  # fmt: skip
+    """A model with random weights."""
+    decoder_key, head_key = jax.random.split(key)
+    decoder = Decoder(architecture, nnx.Rngs(decoder_key))
+    return initialize(decoder, start_tokens, end_tokens, embedding_scale, head_key)

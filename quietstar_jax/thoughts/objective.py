@@ -1,0 +1,75 @@
+"""Learn: cross-entropies and REINFORCE as small pure functions of arrays (paper section 4.4).
+
+Axis letters: B batch, R thoughts per position, J positions, K tokens ahead, T thought tokens. All values are
+float32; losses and rewards are in nats. Sums are divided by counts of the whole batch before they are added up, so
+the loss over chunks of positions or microbatches is a plain sum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+class Counts(NamedTuple):
+    """What sums over the whole batch are divided by.
+
+    Attributes:
+      targets: [K] how many x[j+1+k] exist and are real text, at least 1.
+      sequences: sequences in the batch.
+      positions: positions that REINFORCE uses, L - 1 - K, at least 1.
+    """
+
+    targets: jax.Array
+    sequences: int
+    positions: int
+
+
+def count_targets(mask: jax.Array, tokens_ahead: int) -> Counts:
+    """Counts of a batch with mask [B, L]."""
+    chex.assert_rank(mask, 2)
+    batch, length = mask.shape
+    real = jnp.stack([mask[:, 1 + k :].sum() for k in range(tokens_ahead)])
+    return Counts(jnp.maximum(real, 1).astype(jnp.float32), batch, max(length - 1 - tokens_ahead, 1))
+
+
+def talk_loss(nats: jax.Array, counts: Counts) -> jax.Array:
+    """Mean cross-entropy with thoughts, averaged over the K steps ahead; nats [B, R, J, K] is 0 where not real."""
+    chex.assert_rank(nats, 4)
+    return (nats.sum(axis=(0, 1, 2)) / (nats.shape[1] * counts.targets)).mean()
+
+
+def rewards(base_nats: jax.Array, talk_nats: jax.Array) -> jax.Array:
+    """How much better the K true tokens were predicted with the thought than without.
+
+    Args:
+      base_nats: [B, J, K]; talk_nats: [B, R, J, K]; both 0 where not real text.
+
+    Returns:
+      [B, R, J] nats, without gradient.
+    """
+    chex.assert_rank([base_nats, talk_nats], [3, 4])
+    return jax.lax.stop_gradient((base_nats[:, None] - talk_nats).sum(axis=-1))
+
+
+def advantages(reward: jax.Array, *, positive_only: bool) -> jax.Array:
+    """Reward [B, R, J] against the mean over the thoughts of the position; with one thought, the reward itself."""
+    chex.assert_rank(reward, 3)
+    if reward.shape[1] > 1:
+        reward = reward - reward.mean(axis=1, keepdims=True)
+    return jnp.maximum(reward, 0.0) if positive_only else reward
+
+
+def policy_loss(advantage: jax.Array, log_probs: jax.Array, counts: Counts, *, reduction: str) -> jax.Array:
+    """REINFORCE: minus the mean of advantage times log-probability of the thought.
+
+    Args:
+      advantage: [B, R, J] without gradient, 0 at positions that do not count; log_probs: [B, R, J, T].
+      reduction: `mean` or `sum` over the tokens of a thought.
+    """
+    chex.assert_rank([advantage, log_probs], [3, 4])
+    thought = log_probs.mean(axis=-1) if reduction == "mean" else log_probs.sum(axis=-1)
+    return -(advantage * thought).sum() / (counts.sequences * advantage.shape[1] * counts.positions)

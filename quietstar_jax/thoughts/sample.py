@@ -1,0 +1,119 @@
+"""Think: sample thoughts at all positions at once, without gradients (paper section 4.2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from quietstar_jax.thoughts.chains import chain_step, empty_chains
+from quietstar_jax.thoughts.chunks import map_chunks
+from quietstar_jax.thoughts.model import QuietStar
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.text import Text
+
+
+class Thoughts(NamedTuple):
+    """Sampled thoughts.
+
+    Attributes:
+      tokens: [B, R, L, T] int32.
+      entropy: [B, R, L, T] float32 nats, of the distribution that each token was drawn from.
+    """
+
+    tokens: jax.Array
+    entropy: jax.Array
+
+
+def sample_thoughts(
+    model: QuietStar, text: Text, uniforms: jax.Array | None, settings: ThoughtSettings, positions_per_chunk: int
+) -> Thoughts:
+    """Thoughts of every position of the text.
+
+    Randomness is data: with one uniform number per thought token, the thoughts do not depend on how positions are
+    chunked, sequences split into microbatches, or arrays laid out over devices.
+
+    Args:
+      uniforms: [B, R, L, T] float32 in [0, 1); None = greedy thoughts.
+    """
+    model, text = jax.lax.stop_gradient((model, text))
+
+    def chunk(positions: jax.Array, draws: jax.Array | None) -> Thoughts:
+        return _sample_chunk(model, text, positions, draws, settings)
+
+    return map_chunks(chunk, text.tokens.shape[1], positions_per_chunk, uniforms, axis=2)
+
+
+def _sample_chunk(
+    model: QuietStar, text: Text, positions: jax.Array, uniforms: jax.Array | None, settings: ThoughtSettings
+) -> Thoughts:
+    batch, count, length = text.tokens.shape[0], settings.count, settings.length
+    start = (model.start_embedding[...] * settings.config.embedding_scale).astype(settings.dtype)
+    shape = (batch, count, positions.size, start.size)
+    own = empty_chains(model.decoder, *shape[:3], length, settings.dtype)
+
+    def step(carry, inputs):
+        embeddings, own = carry
+        offset, draws = inputs
+        hidden, own = chain_step(model.decoder, embeddings, offset, positions, text.prefix, text.mask, own)
+        logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
+        logits = logits / settings.config.sampling_temperature
+        tokens = jnp.argmax(logits, axis=-1) if draws is None else draw_tokens(logits, draws)
+        return (model.decoder.embed(tokens, settings.dtype), own), Thoughts(tokens, entropy(logits))
+
+    draws = None if uniforms is None else jnp.moveaxis(uniforms, -1, 0)
+    _, thoughts = jax.lax.scan(step, (jnp.broadcast_to(start, shape), own), (jnp.arange(length), draws))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), thoughts)
+
+
+def mask_meta_tokens(logits: jax.Array, meta_tokens: tuple[int, ...]) -> jax.Array:
+    """Logits [..., V] under which the start and end tokens are never drawn."""
+    if not meta_tokens:
+        return logits
+    forbidden = jnp.zeros(logits.shape[-1], bool).at[jnp.array(meta_tokens)].set(True)
+    return jnp.where(forbidden, -1e10, logits)
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+    """Nats [...] of the distributions with logits [..., V]."""
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    return -(jnp.exp(log_probs) * log_probs).sum(axis=-1)
+
+
+def draw_tokens(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
+    """One exact draw per distribution by inverting its cumulative distribution in two levels.
+
+    A single uniform number per draw replaces one Gumbel number per vocabulary entry, and the two levels (which
+    block of about sqrt(V) ids, which id in it) keep rounding errors of the sums small.
+
+    Args:
+      logits: [..., V] float32; uniforms: [...] in [0, 1).
+
+    Returns:
+      [...] int32 ids; never one of probability 0.
+    """
+    vocab = logits.shape[-1]
+    width = max(1, round(vocab**0.5))
+    blocks = -(-vocab // width)
+    mass = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    mass = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, blocks * width - vocab)])
+    mass = mass.reshape(*mass.shape[:-1], blocks, width)
+
+    block_mass = mass.sum(axis=-1)
+    target = uniforms * block_mass.sum(axis=-1)
+    block, below = _first_above(block_mass, target)
+    inside = jnp.take_along_axis(mass, block[..., None, None], axis=-2)[..., 0, :]
+    token, _ = _first_above(inside, target - below)
+    return (block * width + token).astype(jnp.int32)
+
+
+def _first_above(mass: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first entry of positive mass whose cumulative mass exceeds the target, and the mass before it."""
+    cumulative = jnp.cumsum(mass, axis=-1)
+    reached = (cumulative > target[..., None]) & (mass > 0)
+    # Rounding can leave the target just beyond the last entry: then the heaviest one stands in.
+    index = jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), jnp.argmax(mass, axis=-1))
+    at = index[..., None]
+    below = jnp.take_along_axis(cumulative, at, axis=-1) - jnp.take_along_axis(mass, at, axis=-1)
+    return index, below[..., 0]

@@ -1,0 +1,85 @@
+"""Talk: score given thoughts in one parallel pass over their chains."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from quietstar_jax.thoughts.chains import chain_pass
+from quietstar_jax.thoughts.mixing import mix_hidden_states, mix_log_probabilities, mixing_weight
+from quietstar_jax.thoughts.model import QuietStar
+from quietstar_jax.thoughts.sample import mask_meta_tokens
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.text import Text, cross_entropy, here_and_ahead, real_ahead, tokens_ahead
+
+
+class Scores(NamedTuple):
+    """What the thoughts of J positions were worth.
+
+    Attributes:
+      nats: [B, R, J, K] cross-entropy of x[j+1+k] with the thought; 0 where that is not real text.
+      log_probs: [B, R, J, T] log-probability of each thought token at the score temperature.
+      weight: [B, R, J, K] mixing weight.
+    """
+
+    nats: jax.Array
+    log_probs: jax.Array
+    weight: jax.Array
+
+
+def score_thoughts(
+    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings
+) -> Scores:
+    """Scores thoughts [B, R, J, T] at positions [J] of the text. All results are float32."""
+    thought_hidden, talk_hidden = think(model, text, positions, thoughts, settings)
+    logits = mask_meta_tokens(model.decoder.logits(thought_hidden), settings.meta_tokens)
+    log_probs = -cross_entropy(logits / settings.config.score_temperature, thoughts)
+
+    ahead = settings.tokens_ahead
+    base_hidden = here_and_ahead(text.hidden, positions, ahead)
+    weight = mixing_weight(model.mixing_head, base_hidden, talk_hidden)
+    targets = jnp.broadcast_to(tokens_ahead(text.tokens, positions, ahead, fill=0)[:, None], weight.shape)
+    if settings.config.mixing == "log_probabilities":
+        weight = jax.nn.sigmoid(weight)
+        base_nats = here_and_ahead(text.nats, positions, ahead)[:, None]
+        nats = mix_log_probabilities(base_nats, cross_entropy(model.decoder.logits(talk_hidden), targets), weight)
+    else:
+        nats = cross_entropy(mix_hidden_states(model.decoder, base_hidden, talk_hidden, weight), targets)
+    return Scores(nats * real_ahead(text.mask, positions, ahead)[:, None], log_probs, weight)
+
+
+def think(
+    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the chains of given thoughts.
+
+    Args:
+      positions: [J]; thoughts: [B, R, J, T] ids.
+
+    Returns:
+      (hidden states [B, R, J, T, D] at `start, t_1 .. t_{T-1}`, from which the thought tokens were drawn,
+       hidden states [B, R, J, K, D] at `end, x[j+1] .. x[j+K-1]`, which predict x[j+1] .. x[j+K]).
+    """
+    batch, count, chunk, length = thoughts.shape
+    scale, dtype = settings.config.embedding_scale, settings.dtype
+
+    def meta(embedding: jax.Array) -> jax.Array:
+        return jnp.broadcast_to((embedding * scale).astype(dtype), (batch, count, chunk, 1, embedding.size))
+
+    forced = tokens_ahead(text.tokens, positions, settings.tokens_ahead - 1, fill=settings.pad_id)
+    forced = jnp.broadcast_to(forced[:, None], (batch, count, *forced.shape[1:]))
+    embeddings = jnp.concatenate(
+        [
+            meta(model.start_embedding[...]),
+            model.decoder.embed(thoughts, dtype),
+            meta(model.end_embedding[...]),
+            model.decoder.embed(forced, dtype),
+        ],
+        axis=3,
+    )
+    hidden = chain_pass(
+        model.decoder, embeddings, positions, text.prefix, text.mask, rematerialize=settings.rematerialize
+    )
+    return hidden[..., :length, :], hidden[..., length + 1 :, :]

@@ -1,0 +1,45 @@
+"""What the functions of this room need to know of a run; frozen, so that it may be static under `jit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+
+from quietstar_jax.config import ThoughtConfig
+
+
+@dataclass(frozen=True)
+class ThoughtSettings:
+    """Shape of the thoughts of one phase, and the constants of REINFORCE.
+
+    Attributes:
+      length: T, sampled tokens of a thought; start and end are not counted.
+      count: R, thoughts per position.
+      tokens_ahead: K, true tokens scored after a thought.
+      policy_weight: weight of the REINFORCE term in the loss.
+      meta_tokens: ids that no thought may contain.
+      pad_id: id that stands for tokens past the end of the text.
+      compute_dtype: dtype of activations; logits, losses and rewards are float32.
+      rematerialize: recompute layers in the backward pass.
+    """
+
+    length: int
+    count: int = 1
+    tokens_ahead: int = 1
+    policy_weight: float = 0.0
+    meta_tokens: tuple[int, ...] = ()
+    pad_id: int = 0
+    compute_dtype: str = "float32"
+    rematerialize: bool = False
+    config: ThoughtConfig = field(default_factory=ThoughtConfig)
+
+    @property
+    def chain_length(self) -> int:
+        """C: start, T sampled tokens, end, K - 1 true tokens."""
+        return self.length + 2 + self.tokens_ahead - 1
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype."""
+        return jnp.dtype(self.compute_dtype)
