@@ -6,8 +6,8 @@ from what stands in the modules' constructors. Modules hold nothing but paramete
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,25 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ..
 
 
 def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
-    """Every parameter under its dotted path, e.g. `decoder.layers.query`, in a fixed order."""
+    """Every parameter with its metadata under its dotted path, e.g. `decoder.layers.query`, in a fixed order."""
     flat: list[tuple[Any, Any]] = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(str(part) for part in path): value for path, value in flat}
+
+
+class Structure(NamedTuple):
+    """A module without its arrays: static, so that compiled functions may close over it."""
+
+    names: tuple[str, ...]
+    treedef: Any
+
+
+def disassemble(module: nnx.Module) -> tuple[dict[str, jax.Array], Structure]:
+    """A module's arrays under their dotted paths, and what is needed to put it together again."""
+    leaves, treedef = jax.tree.flatten(module)
+    names = tuple(named_parameters(module))
+    return dict(zip(names, leaves, strict=True)), Structure(names, treedef)
+
+
+def assemble(structure: Structure, params: Mapping[str, Any]) -> Any:
+    """The inverse of `disassemble`."""
+    return jax.tree.unflatten(structure.treedef, [params[name] for name in structure.names])

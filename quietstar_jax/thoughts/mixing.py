@@ -67,11 +67,9 @@ def mix_hidden_states(
     return decoder.logits(base_hidden)[:, None] + weight[..., None] * change
 
 
-def mix_log_probabilities(base_nats: jax.Array, thought_nats: jax.Array, weight: jax.Array) -> jax.Array:
-    """Cross-entropy of the paper's mixing, (1 - w) log p + w log p', which is not renormalised.
+def mix_log_probabilities(base: jax.Array, after_thought: jax.Array, weight: jax.Array) -> jax.Array:
+    """The paper's mixing, (1 - w) log p + w log p', which is not renormalised.
 
-    Args:
-      base_nats, thought_nats: cross-entropies without and after the thought; weight: share of the thought, which
-        must lie within 0 .. 1 (the sum has no lower bound otherwise).
+    The weight must lie within 0 .. 1: the cross-entropy has no lower bound otherwise.
     """
-    return (1.0 - weight) * base_nats + weight * thought_nats
+    return (1.0 - weight) * base + weight * after_thought

@@ -22,11 +22,13 @@ class Scores(NamedTuple):
       nats: [B, R, J, K] cross-entropy of x[j+1+k] with the thought; 0 where that is not real text.
       log_probs: [B, R, J, T] log-probability of each thought token at the score temperature.
       weight: [B, R, J, K] mixing weight.
+      correct: [B, R, J, K] bool, x[j+1+k] is the most likely token; False where it is not real text.
     """
 
     nats: jax.Array
     log_probs: jax.Array
     weight: jax.Array
+    correct: jax.Array
 
 
 def score_thoughts(
@@ -38,16 +40,36 @@ def score_thoughts(
     log_probs = -cross_entropy(logits / settings.config.score_temperature, thoughts)
 
     ahead = settings.tokens_ahead
-    base_hidden = here_and_ahead(text.hidden, positions, ahead)
-    weight = mixing_weight(model.mixing_head, base_hidden, talk_hidden)
+    log_scores, weight = talk(model, text, positions, talk_hidden, settings)
     targets = jnp.broadcast_to(tokens_ahead(text.tokens, positions, ahead, fill=0)[:, None], weight.shape)
     if settings.config.mixing == "log_probabilities":
-        weight = jax.nn.sigmoid(weight)
-        base_nats = here_and_ahead(text.nats, positions, ahead)[:, None]
-        nats = mix_log_probabilities(base_nats, cross_entropy(model.decoder.logits(talk_hidden), targets), weight)
+        nats = -jnp.take_along_axis(log_scores, targets[..., None], axis=-1)[..., 0]
     else:
-        nats = cross_entropy(mix_hidden_states(model.decoder, base_hidden, talk_hidden, weight), targets)
-    return Scores(nats * real_ahead(text.mask, positions, ahead)[:, None], log_probs, weight)
+        nats = cross_entropy(log_scores, targets)
+    real = real_ahead(text.mask, positions, ahead)[:, None]
+    return Scores(nats * real, log_probs, weight, (log_scores.argmax(axis=-1) == targets) & real)
+
+
+def talk(
+    model: QuietStar, text: Text, positions: jax.Array, talk_hidden: jax.Array, settings: ThoughtSettings
+) -> tuple[jax.Array, jax.Array]:
+    """Mixes the predictions with and without thoughts.
+
+    Args:
+      talk_hidden: [B, R, J, K, D], from `think`.
+
+    Returns:
+      ([B, R, J, K, V] float32: logits, or the paper's log-probabilities, which do not sum to one;
+       mixing weights [B, R, J, K]).
+    """
+    base_hidden = here_and_ahead(text.hidden, positions, settings.tokens_ahead)
+    weight = mixing_weight(model.mixing_head, base_hidden, talk_hidden)
+    if settings.config.mixing == "log_probabilities":
+        weight = jax.nn.sigmoid(weight)
+        base = jax.nn.log_softmax(model.decoder.logits(base_hidden))[:, None]
+        after_thought = jax.nn.log_softmax(model.decoder.logits(talk_hidden))
+        return mix_log_probabilities(base, after_thought, weight[..., None]), weight
+    return mix_hidden_states(model.decoder, base_hidden, talk_hidden, weight), weight
 
 
 def think(

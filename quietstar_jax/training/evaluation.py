@@ -1,0 +1,143 @@
+"""Held-out evaluation: every token scored without thoughts and with greedy ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quietstar_jax.config import Architecture, Config
+from quietstar_jax.models.parameters import Structure, assemble
+from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
+from quietstar_jax.thoughts.sample import sample_thoughts
+from quietstar_jax.thoughts.score import score_thoughts
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.text import here_and_ahead, read_text, real_ahead, tokens_ahead
+from quietstar_jax.training.step import Batch, Vocabulary
+
+DECILES = 10
+
+
+class TokenScores(NamedTuple):
+    """Scores of the next token x[j+1] at every position j; all [B, L] but the thoughts.
+
+    Attributes:
+      real: x[j+1] exists and is not padding.
+      base_nats, talk_nats: cross-entropy without and with the thought; base_correct, talk_correct: argmax is right.
+      reward: nats by which the thought made the next K tokens more likely.
+      weight: mixing weight of the first token; entropy: mean nats per thought token.
+      thoughts: [B, L, T] greedy thought tokens.
+    """
+
+    real: Any
+    base_nats: Any
+    talk_nats: Any
+    base_correct: Any
+    talk_correct: Any
+    reward: Any
+    weight: Any
+    entropy: Any
+    thoughts: Any
+
+
+def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettings:
+    """One greedy thought per position."""
+    return ThoughtSettings(
+        length=config.evaluation_thought_length,
+        tokens_ahead=config.evaluation.tokens_ahead,
+        meta_tokens=vocabulary.meta_tokens,
+        pad_id=vocabulary.pad_id,
+        compute_dtype=config.model.compute_dtype,
+        config=config.thought,
+    )
+
+
+def make_token_scorer(
+    structure: Structure, architecture: Architecture, settings: ThoughtSettings
+) -> Callable[[Mapping[str, jax.Array], Batch], TokenScores]:
+    """Compiled `(params, batch) -> TokenScores`. With thought length 0 the talk fields repeat the base."""
+
+    def score(params: Mapping[str, jax.Array], batch: Batch) -> TokenScores:
+        model = assemble(structure, params)
+        text = read_text(model.decoder, *batch, dtype=settings.dtype)
+        rows, length = batch.tokens.shape
+        chunk = positions_per_chunk(architecture, settings, rows, length)
+        ahead = settings.tokens_ahead
+        thoughts = sample_thoughts(model, text, None, settings, chunk) if settings.length else None
+
+        def of_chunk(positions: jax.Array, thoughts: Any) -> TokenScores:
+            real = real_ahead(text.mask, positions, 1)[..., 0]
+            base_nats = here_and_ahead(text.nats, positions, ahead)
+            guess = model.decoder.logits(here_and_ahead(text.hidden, positions, 1)[..., 0, :]).argmax(axis=-1)
+            correct = (guess == tokens_ahead(text.tokens, positions, 1, fill=0)[..., 0]) & real
+            zero = jnp.zeros_like(base_nats[..., 0])
+            if thoughts is None:
+                nothing = jnp.zeros((*zero.shape, 0), jnp.int32)
+                first = base_nats[..., 0]
+                return TokenScores(real, first, first, correct, correct, zero, zero, zero, nothing)
+            scores = score_thoughts(model, text, positions, thoughts.tokens, settings)
+            return TokenScores(
+                real=real,
+                base_nats=base_nats[..., 0],
+                talk_nats=scores.nats[:, 0, :, 0],
+                base_correct=correct,
+                talk_correct=scores.correct[:, 0, :, 0],
+                reward=(base_nats - scores.nats[:, 0]).sum(axis=-1),
+                weight=scores.weight[:, 0, :, 0],
+                entropy=thoughts.entropy[:, 0].mean(axis=-1),
+                thoughts=thoughts.tokens[:, 0],
+            )
+
+        def with_thought_axis(positions: jax.Array, thoughts: Any) -> TokenScores:
+            scores = of_chunk(positions, thoughts)
+            return jax.tree.map(lambda x: x[:, None], scores)  # map_chunks joins along axis 2
+
+        joined = map_chunks(with_thought_axis, length, chunk, thoughts, axis=2)
+        return jax.tree.map(lambda x: x[:, 0], joined)
+
+    return jax.jit(score)
+
+
+def score_batches(
+    scorer: Callable[[Any, Batch], TokenScores], params: Any, batches: Iterable[Mapping[str, np.ndarray]]
+) -> TokenScores:
+    """All batches, stacked along the batch axis, as numpy arrays."""
+    parts = [jax.device_get(scorer(params, Batch(batch["tokens"], batch["mask"]))) for batch in batches]
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def summarize(scores: TokenScores) -> dict[str, Any]:
+    """Means over all real tokens: nats per token, nats, rates.
+
+    `deciles` has one row per tenth of the tokens, from easiest to hardest by the loss without thoughts.
+    """
+    real = scores.real
+    base, talk = scores.base_nats[real], scores.talk_nats[real]
+    if not base.size:
+        return {"tokens": 0}
+    thoughts = scores.thoughts[real]
+    order = np.argsort(base, kind="stable")
+    rows = [
+        {
+            "loss_without_thoughts": float(base[part].mean()),
+            "loss_with_thoughts": float(talk[part].mean()),
+            "mixing_weight": float(scores.weight[real][part].mean()),
+        }
+        for part in np.array_split(order, DECILES)
+        if part.size
+    ]
+    return {
+        "tokens": int(base.size),
+        "loss_without_thoughts": float(base.mean(dtype=np.float64)),
+        "loss_with_thoughts": float(talk.mean(dtype=np.float64)),
+        "accuracy_without_thoughts": float(scores.base_correct[real].mean()),
+        "accuracy_with_thoughts": float(scores.talk_correct[real].mean()),
+        "mixing_weight": float(scores.weight[real].mean()),
+        "reward": float(scores.reward[real].mean()),
+        "thought_entropy": float(scores.entropy[real].mean()),
+        "unique_thought_rate": len(np.unique(thoughts, axis=0)) / len(thoughts) if thoughts.shape[1] else 0.0,
+        "deciles": rows,
+    }

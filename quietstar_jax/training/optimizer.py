@@ -1,0 +1,62 @@
+"""AdamW through optax, with a learning rate that phases and kinds of weights scale."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from quietstar_jax.config import OptimizerConfig, Phase, RateScales
+
+Params = dict[str, jax.Array]
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, Adam and decoupled weight decay; its updates still want `-learning_rate`.
+
+    The learning rate stays outside because phases have their own, while the moments run through all of them.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config)),
+    )
+
+
+def decay_mask(params: Params, config: OptimizerConfig) -> dict[str, bool]:
+    """Which weights decay."""
+    return {
+        name: config.decay_mask == "all" or not ("norm" in name or name.endswith("bias")) for name in params
+    }
+
+
+def learning_rate(phase: Phase, step: jax.Array) -> jax.Array:
+    """The rate of step 0, 1, ... of a phase: linear warm-up from 0, then the phase's decay to its last step."""
+    rest = max(phase.steps - phase.warmup_steps, 1)
+    final = phase.learning_rate * phase.final_rate_fraction
+    after = {
+        "constant": optax.constant_schedule(phase.learning_rate),
+        "linear": optax.linear_schedule(phase.learning_rate, final, rest),
+        "cosine": optax.cosine_decay_schedule(phase.learning_rate, rest, phase.final_rate_fraction),
+    }[phase.decay]
+    warmup = optax.linear_schedule(0.0, phase.learning_rate, max(phase.warmup_steps, 1))
+    # The first step counts as 1 of the warm-up: a rate of exactly 0 would waste it.
+    shifted = step + 1
+    return jnp.where(shifted < phase.warmup_steps, warmup(shifted), after(jnp.maximum(step - phase.warmup_steps, 0)))
+
+
+def rate_scale(name: str, rates: RateScales) -> float:
+    """The factor on the learning rate of the parameter with this dotted path."""
+    if name.startswith("mixing_head."):
+        return rates.mixing_head
+    if name in ("start_embedding", "end_embedding"):
+        return rates.thought_embeddings
+    return rates.decoder
+
+
+def apply_updates(params: Params, updates: Params, rate: jax.Array, rates: RateScales) -> Params:
+    """params - rate * scale * updates; weights with scale 0 stay as they are, bit for bit."""
+    return {
+        name: value - (rate * scale) * updates[name] if (scale := rate_scale(name, rates)) else value
+        for name, value in params.items()
+    }

@@ -1,0 +1,121 @@
+"""One optimizer step as one compiled function: draw, think, talk, learn, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from quietstar_jax.config import Architecture, Config, Phase
+from quietstar_jax.models.parameters import Structure, assemble
+from quietstar_jax.thoughts.chunks import positions_per_chunk
+from quietstar_jax.thoughts.loss import Metrics, language_model_loss, quiet_star_loss
+from quietstar_jax.thoughts.objective import Counts, count_targets
+from quietstar_jax.thoughts.sample import sample_thoughts
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.training.optimizer import apply_updates, learning_rate, make_optimizer
+
+
+class TrainState(NamedTuple):
+    """Everything that changes from step to step.
+
+    Attributes:
+      step: scalar int32, optimizer steps done in all phases.
+      params: float32 master weights under their dotted paths.
+      opt_state: of `make_optimizer`.
+    """
+
+    step: jax.Array
+    params: dict[str, jax.Array]
+    opt_state: Any
+
+
+class Batch(NamedTuple):
+    """tokens: [B, L] int32; mask: [B, L] bool, True where the text is real."""
+
+    tokens: jax.Array
+    mask: jax.Array
+
+
+class Vocabulary(NamedTuple):
+    """What the objective must know of the tokenizer."""
+
+    pad_id: int
+    meta_tokens: tuple[int, ...]
+
+
+TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+
+
+def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> ThoughtSettings:
+    """The thoughts of one phase."""
+    return ThoughtSettings(
+        length=phase.thought_length,
+        count=phase.num_thoughts,
+        tokens_ahead=phase.tokens_ahead,
+        policy_weight=phase.policy_weight,
+        meta_tokens=vocabulary.meta_tokens,
+        pad_id=vocabulary.pad_id,
+        compute_dtype=config.model.compute_dtype,
+        rematerialize=config.model.rematerialize,
+        config=config.thought,
+    )
+
+
+def initial_state(params: dict[str, jax.Array], config: Config) -> TrainState:
+    """Step 0 with these weights."""
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer).init(params))
+
+
+def make_train_step(
+    config: Config, phase: Phase, structure: Structure, architecture: Architecture, vocabulary: Vocabulary
+) -> TrainStep:
+    """The step of a phase: `(state, batch, key, first step of the phase) -> (state, metrics)`.
+
+    Pure; the caller compiles it. The key is that of the whole run: each step folds its number in.
+    """
+    settings = phase_settings(config, phase, vocabulary)
+    optimizer = make_optimizer(config.optimizer)
+    length = config.data.sequence_length
+    chunk = positions_per_chunk(architecture, settings, phase.batch_size // phase.microbatches, length)
+
+    def loss(params: Any, batch: Batch, uniforms: jax.Array, counts: Counts) -> tuple[jax.Array, Metrics]:
+        model = assemble(structure, params)
+        if not phase.thought_length:
+            return language_model_loss(model, *batch, counts, settings)
+        return quiet_star_loss(
+            model, *batch, lambda model, text: sample_thoughts(model, text, uniforms, settings, chunk), counts,
+            settings, chunk,
+        )  # fmt: skip
+
+    def step(
+        state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        counts = count_targets(batch.mask, phase.tokens_ahead)
+        draws = (batch.tokens.shape[0], phase.num_thoughts, length, phase.thought_length)
+        uniforms = jax.random.uniform(jax.random.fold_in(key, state.step), draws)
+        gradient = jax.grad(loss, has_aux=True)
+        gradients, metrics = accumulate(
+            lambda piece: gradient(state.params, *piece, counts), (batch, uniforms), phase.microbatches
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        rate = learning_rate(phase, state.step - phase_start)
+        params = apply_updates(state.params, updates, rate, phase.rates)
+        metrics |= {"gradient_norm": optax.global_norm(gradients), "learning_rate": rate}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def accumulate(fn: Callable[[Any], Any], batch: Any, pieces: int) -> Any:
+    """Sum of `fn` over the batch [B, ...] in `pieces` equal parts, one part in memory at a time."""
+    if pieces == 1:
+        return fn(batch)
+    parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts))
+    )
+    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None), zeros, parts)[0]
