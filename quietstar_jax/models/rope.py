@@ -59,7 +59,7 @@ def _yarn(plain: np.ndarray, architecture: Architecture) -> np.ndarray:
 
     low = max(math.floor(pair_turning(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_turning(scaling.beta_slow)), dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    ramp = np.clip((np.arange(dim // 2) - low) / (high - low or 1e-3), 0.0, 1.0)
     return plain / scaling.factor * ramp + plain * (1 - ramp)
 
 

@@ -1,0 +1,43 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Needs Python >= 3.11, nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+SEED ?= 0
+# How a test process shares the machine; tests are many small compilations.
+PYTEST_FLAGS ?= -n 2
+
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: quickstart test lint types install clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m quietstar_jax.train --config configs/quickstart.py --config.workdir=$(RUN) --config.seed=$(SEED)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy quietstar_jax
+
+install: $(VENV)/.installed
+
+# A changed dependency makes a new environment: nothing works by accident of what was installed before.
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	rm -rf $(VENV)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Say which: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[test]
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,44 @@
+"""The embedded corpus: pre-train a small decoder, then let it think. No download; minutes on two cores."""
+
+import ml_collections
+
+from quietstar_jax.config import default_config, phase
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """A 3-layer, 128-wide decoder on documents whose answers need steps that are often not written out."""
+    config = default_config()
+    config.workdir = "runs/quickstart"
+
+    architecture = config.model.architecture
+    architecture.vocab_size = 192
+    architecture.hidden_size = 128
+    architecture.intermediate_size = 384
+    architecture.num_layers = 3
+    architecture.num_heads = 4
+    architecture.num_kv_heads = 4
+    architecture.head_dim = 32
+    architecture.max_positions = 256
+
+    config.data.tokenizer = "synthetic"
+    config.data.sequence_length = 64
+    config.data.packing = "packed"
+
+    config.thought.initial_start_token = "("
+    config.thought.initial_end_token = ")"
+    config.optimizer.weight_decay = 0.01
+
+    thinking = dict(thought_length=6, num_thoughts=4, tokens_ahead=2, batch_size=16, warmup_steps=0)
+    config.phases = [
+        phase(name="pretrain", steps=1500, batch_size=64, thought_length=0, learning_rate=3e-3, warmup_steps=100,
+              decay="cosine", final_rate_fraction=0.05),
+        phase(name="open_the_mixing_head", steps=60, policy_weight=0.0, learning_rate=3e-3,
+              rates={"decoder": 0.0, "mixing_head": 1.0, "thought_embeddings": 0.0}, **thinking),
+        phase(name="thoughts", steps=140, policy_weight=1.0, learning_rate=3e-4, **thinking),
+    ]  # fmt: skip
+    config.evaluation.every_steps = 0
+    config.evaluation.batches = 4
+    config.evaluation.batch_size = 32
+    config.checkpoint.every_steps = 250
+    config.logging.every_steps = 10
+    return config

@@ -1,0 +1,36 @@
+"""Command line: `python -m quietstar_jax.train --config configs/quickstart.py [--config.seed=1 ...]`."""
+
+from __future__ import annotations
+
+import sys
+
+from absl import app, logging
+from ml_collections import config_flags
+
+from quietstar_jax.config import from_config_dict
+from quietstar_jax.errors import UserError
+from quietstar_jax.training.loop import train
+from quietstar_jax.training.summary import format_summary
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; any field may be overridden.")
+
+
+def main(argv: list[str]) -> None:
+    """Trains, then prints what came of it."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}. Settings are given as --config.NAME=VALUE.")
+    logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
+    try:
+        print(format_summary(train(from_config_dict(_CONFIG.value))))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run() -> None:
+    """Entry point of the installed command."""
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,63 @@
+"""Does thinking help where an answer needs steps? Measured on held-out questions of the embedded corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from quietstar_jax.data.synthetic import Document, answer_questions, is_useful
+from quietstar_jax.training.evaluation import TokenScores, score_batches
+from quietstar_jax.training.setup import Run
+from quietstar_jax.training.step import Batch
+
+QUESTIONS = 400
+
+
+def answer_batches(run: Run, documents: Sequence[Document]) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
+    """Questions with their answer as batches of evaluation size; and [documents] the position before each answer."""
+    tokenizer, size = run.tokenizer, run.config.evaluation.batch_size
+    rows = [tokenizer.encode(f"{document.prompt} {document.answer}") for document in documents]
+    length = max(map(len, rows))
+    tokens = np.full((-(-len(rows) // size) * size, length), run.vocabulary.pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+    batches = [
+        {"tokens": tokens[i : i + size], "mask": mask[i : i + size]} for i in range(0, len(tokens), size)
+    ]
+    return batches, np.array([len(ids) - 2 for ids in rows])
+
+
+def measure_answers(run: Run, scorer: Callable[[Any, Batch], TokenScores], params: Any) -> dict[str, Any]:
+    """Accuracy of the answer's most likely token without and with a greedy thought before it, and how many of
+    these thoughts hold the right steps. Rates of 0 .. 1; overall and by kind of question."""
+    documents = answer_questions(seed=run.config.seed, count=QUESTIONS)
+    batches, positions = answer_batches(run, documents)
+    scores = score_batches(scorer, params, batches)
+    at = (np.arange(len(documents)), positions)
+    without, with_thoughts = scores.base_correct[at], scores.talk_correct[at]
+    useful = np.array(
+        [
+            is_useful(document, run.tokenizer.decode(thought.tolist()).split())
+            for document, thought in zip(documents, scores.thoughts[at], strict=True)
+        ]
+    )
+    kinds = np.array([document.kind for document in documents])
+    return {
+        "answer_accuracy_without_thoughts": float(without.mean()),
+        "answer_accuracy_with_thoughts": float(with_thoughts.mean()),
+        "useful_thought_rate": float(useful.mean()),
+        "answer_mixing_weight": float(scores.weight[at].mean()),
+        "answer_loss_without_thoughts": float(scores.base_nats[at].mean()),
+        "answer_loss_with_thoughts": float(scores.talk_nats[at].mean()),
+        "answers_by_kind": {
+            kind: {
+                "without_thoughts": float(without[kinds == kind].mean()),
+                "with_thoughts": float(with_thoughts[kinds == kind].mean()),
+                "useful_thoughts": float(useful[kinds == kind].mean()),
+            }
+            for kind in dict.fromkeys(kinds.tolist())
+        },
+    }

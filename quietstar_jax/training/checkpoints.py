@@ -1,0 +1,136 @@
+"""Checkpoints of a run: weights, optimizer, data position, configuration and step, written with orbax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from quietstar_jax.config import CheckpointConfig
+from quietstar_jax.errors import CheckpointError
+from quietstar_jax.settings import differences
+from quietstar_jax.training.step import TrainState
+
+# What may change between the runs that share a work directory: none of it touches the course of training.
+FREE = ("config.workdir", "config.logging", "config.checkpoint", "config.evaluation", "config.data.workers",
+        "config.data.validation", "config.data.data_dir", "config.thought.chunk_megabytes",
+        "config.thought.positions_per_chunk")  # fmt: skip
+ARRAYS, RECORDS = ("params", "opt_state"), ("data", "config", "progress")
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back."""
+
+    state: TrainState
+    data: dict[str, Any]  # of `SequenceIterator.get_state`
+
+
+class Checkpoints:
+    """The checkpoints of one work directory; a context manager that waits for the last write."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_latest,
+            keep_period=config.keep_every_steps or None,
+            enable_async_checkpointing=config.asynchronous,
+            cleanup_tmp_directories=True,  # of a run that was killed while it wrote
+        )
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in RECORDS}
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Steps done in the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        """Writes a checkpoint under its step, unless it is there already.
+
+        Args:
+          record: the configuration and what a reader needs beside it, JSON-able.
+        """
+        step = int(state.step)
+        if step == self.latest_step:
+            return
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            opt_state=ocp.args.StandardSave(state.opt_state),
+            data=ocp.args.JsonSave(dict(data)),
+            config=ocp.args.JsonSave(dict(record)),
+            progress=ocp.args.JsonSave({"step": step}),
+        )
+        self._manager.save(step, args=items, force=True)
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The configuration that a checkpoint was written with."""
+        return self._restore(step, config=ocp.args.JsonRestore())["config"]
+
+    def restore(self, step: int, abstract: TrainState) -> Restored:
+        """Reads a checkpoint into the shapes, dtypes and shardings of `abstract`.
+
+        Raises:
+          CheckpointError: it is damaged or of another model.
+        """
+        found = self._restore(
+            step,
+            params=ocp.args.StandardRestore(abstract.params),
+            opt_state=ocp.args.StandardRestore(abstract.opt_state),
+            data=ocp.args.JsonRestore(),
+            progress=ocp.args.JsonRestore(),
+        )
+        done = jax.numpy.asarray(found["progress"]["step"], jax.numpy.int32)
+        return Restored(TrainState(done, found["params"], found["opt_state"]), found["data"])
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, OSError, TypeError) as error:
+            raise CheckpointError(
+                f"The checkpoint of step {step} in {self._directory} cannot be read: {error}\n"
+                f"Remove the folder {self._directory / str(step)} to resume from the one before it, "
+                "or start in a new workdir."
+            ) from error
+
+
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> None:
+    """Refuses to resume a run whose configuration changed in what has already shaped its weights.
+
+    Settings in `FREE` may change, and so may phases that had not begun; the last phase that had may get more steps.
+
+    Raises:
+      CheckpointError: lists every difference.
+    """
+    begun_saved, begun_wanted = _begun(saved["phases"], step), _begun(wanted["phases"], step)
+    changed = [
+        line
+        for line in differences({**saved, "phases": begun_saved}, {**wanted, "phases": begun_wanted})
+        if not line.startswith(FREE)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"The checkpoint of step {step} was written with another configuration (saved -> now):\n"
+            + "\n".join(f"  - {line}" for line in changed)
+            + "\nSet these back to resume, or choose a new workdir to start afresh."
+        )
+
+
+def _begun(phases: Any, step: int) -> list[dict[str, Any]]:
+    """The phases of which a step is done. The steps of the last are left out where its rate does not depend on them."""
+    begun, start = [], 0
+    for phase in phases:
+        if start < step:
+            open_ended = start + phase["steps"] >= step and phase["decay"] == "constant"
+            begun.append({**phase, "steps": "open"} if open_ended else dict(phase))
+        start += phase["steps"]
+    return begun

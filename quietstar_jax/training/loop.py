@@ -1,0 +1,190 @@
+"""The loop: phases, steps, evaluations, checkpoints. Reads the metrics of step n - 1 while step n runs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quietstar_jax.config import Config, Phase
+from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
+from quietstar_jax.errors import ConfigError, DivergedError
+from quietstar_jax.training.answers import measure_answers
+from quietstar_jax.training.checkpoints import Checkpoints, check_same_run
+from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, summarize
+from quietstar_jax.training.metrics import MetricsWriter, write_json
+from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare
+from quietstar_jax.training.step import Batch, TrainState, TrainStep, make_train_step
+from quietstar_jax.training.summary import most_helpful_thoughts
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Trains through all phases, or goes on where the work directory stopped.
+
+    Returns:
+      the summary, as also written to `summary.json`.
+
+    Raises:
+      UserError: with what to do about it; nothing is left half-written.
+    """
+    run = prepare(config)
+    workdir = make_workdir(config)
+    sequences = training_sequences(config.data, run.tokenizer, seed=config.seed)
+    held_out = list(
+        validation_batches(
+            config.data, run.tokenizer, batch_size=config.evaluation.batch_size, batches=config.evaluation.batches
+        )
+    )
+    with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
+        state = resume_or_start(run, checkpoints, sequences)
+        run.tokenizer.save(workdir / "tokenizer")
+        write_json(workdir / "config.json", run.record)
+        with MetricsWriter(
+            workdir, config.logging, first_step=int(state.step), total_steps=config.total_steps,
+            run_config=run.record["config"],
+        ) as metrics:  # fmt: skip
+            trainer = Trainer(run, sequences, held_out, checkpoints, metrics)
+            try:
+                state = trainer.run_phases(state)
+            finally:
+                sequences.close()
+            summary = trainer.final_summary(state, workdir)
+    write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def make_workdir(config: Config) -> Path:
+    """Creates the work directory.
+
+    Raises:
+      ConfigError: it cannot be written to.
+    """
+    workdir = Path(config.workdir).expanduser()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"config.workdir {workdir} cannot be created: {error}. Choose another folder.") from error
+    if not os.access(workdir, os.W_OK):
+        raise ConfigError(f"config.workdir {workdir} cannot be written to. Choose another folder.")
+    return workdir
+
+
+def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceIterator) -> TrainState:
+    """The state of the newest checkpoint, with the data moved to where it stood; step 0 where there is none."""
+    step = checkpoints.latest_step
+    if step is None:
+        return first_state(run)
+    check_same_run(checkpoints.record(step)["config"], run.record["config"], step)
+    restored = checkpoints.restore(step, abstract_state(run))
+    sequences.set_state(restored.data)
+    return restored.state
+
+
+def phases_left(config: Config, step: int) -> Iterator[tuple[Phase, int, int]]:
+    """(phase, its first step, one past its last step) for every phase with steps left to do."""
+    start = 0
+    for phase in config.phases:
+        if step < start + phase.steps:
+            yield phase, start, start + phase.steps
+        start += phase.steps
+
+
+class Trainer:
+    """One pass through the phases of a run."""
+
+    def __init__(
+        self, run: Run, sequences: SequenceIterator, held_out: list[Any], checkpoints: Checkpoints,
+        metrics: MetricsWriter,
+    ):  # fmt: skip
+        self._run, self._sequences, self._held_out = run, sequences, held_out
+        self._checkpoints, self._metrics = checkpoints, metrics
+        settings = evaluation_settings(run.config, run.vocabulary)
+        self._scorer = make_token_scorer(run.structure, run.architecture, settings)
+        self._unread: Callable[[], None] = lambda: None  # reads the metrics of the last step that was started
+
+    def run_phases(self, state: TrainState) -> TrainState:
+        """All steps that are left."""
+        for phase, start, end in phases_left(self._run.config, int(state.step)):
+            step_fn = jax.jit(
+                make_train_step(
+                    self._run.config, phase, self._run.structure, self._run.architecture, self._run.vocabulary
+                ),
+                donate_argnums=0,
+            )
+            state = self._run_phase(state, phase, step_fn, start, end)
+        return state
+
+    def _run_phase(
+        self, state: TrainState, phase: Phase, step_fn: TrainStep, start: int, end: int
+    ) -> TrainState:
+        config = self._run.config
+        for done in range(int(state.step) + 1, end + 1):
+            rows = self._sequences.next_batch(phase.batch_size)
+            state, values = step_fn(state, Batch(rows["tokens"], rows["mask"]), self._run.key, jnp.int32(start))
+            self._read_metrics()
+            self._unread = lambda values=values, done=done: self._log(values, done, phase)
+            if done % config.checkpoint.every_steps == 0 or done == config.total_steps:
+                self._read_metrics()  # a state whose loss is not finite is never saved
+                self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
+            every = config.evaluation.every_steps
+            if done == end or (every and done % every == 0):
+                self._read_metrics()
+                self._evaluate(state, phase, done)
+        return state
+
+    def _read_metrics(self) -> None:
+        unread, self._unread = self._unread, lambda: None
+        unread()
+
+    def _log(self, values: dict[str, jax.Array], step: int, phase: Phase) -> None:
+        numbers = {name: float(value) for name, value in jax.device_get(values).items()}
+        broken = [name for name, number in numbers.items() if not math.isfinite(number)]
+        if broken:
+            last = self._checkpoints.latest_step
+            raise DivergedError(
+                f"Step {step} (phase {phase.name!r}) gave values that are not finite: "
+                + ", ".join(f"{name} = {numbers[name]}" for name in broken)
+                + f". Training stopped; the last good checkpoint is {'none' if last is None else f'step {last}'}. "
+                "Lower the learning rate or the policy weight, or look at the text of that step."
+            )
+        if step % self._run.config.logging.every_steps == 0 or step == self._run.config.total_steps:
+            self._metrics.write("train", step, phase.name, numbers)
+        self._metrics.advance(step, phase.name, numbers)
+
+    def _evaluate(self, state: TrainState, phase: Phase, step: int) -> None:
+        if not self._held_out:
+            return
+        values = summarize(score_batches(self._scorer, state.params, self._held_out))
+        if "synthetic" in self._run.config.data.validation:
+            values |= measure_answers(self._run, self._scorer, state.params)
+        self._metrics.write("evaluation", step, phase.name, values)
+        line = f"step {step} ({phase.name}): held-out loss {values['loss_without_thoughts']:.4f} nats per token"
+        if self._run.config.evaluation_thought_length:
+            line += f", {values['loss_with_thoughts']:.4f} with thoughts"
+        if "answer_accuracy_with_thoughts" in values:
+            line += (
+                f"; answers right {values['answer_accuracy_without_thoughts']:.1%}, "
+                f"{values['answer_accuracy_with_thoughts']:.1%} with thoughts, "
+                f"useful thoughts {values['useful_thought_rate']:.1%}"
+            )
+        self._metrics.say(line)
+
+    def final_summary(self, state: TrainState, workdir: Path) -> dict[str, Any]:
+        """The held-out figures after the last step, sample thoughts, and where things are."""
+        summary: dict[str, Any] = {"step": int(state.step), "seed": self._run.config.seed}
+        if self._held_out:
+            scores = score_batches(self._scorer, state.params, self._held_out)
+            summary |= summarize(scores)
+            summary["sample_thoughts"] = most_helpful_thoughts(scores, self._held_out, self._run.tokenizer)
+        if "synthetic" in self._run.config.data.validation:
+            summary |= measure_answers(self._run, self._scorer, state.params)
+        names = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "summary": "summary.json"}
+        summary["paths"] = {name: str(workdir / file) for name, file in names.items()}
+        summary["parameters"] = int(sum(np.prod(value.shape) for value in state.params.values()))
+        return summary

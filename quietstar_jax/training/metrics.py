@@ -1,0 +1,126 @@
+"""Where metrics go: `metrics.jsonl`, a progress bar, and TensorBoard or Weights & Biases when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from quietstar_jax.config import LoggingConfig
+from quietstar_jax.errors import ConfigError
+
+
+class MetricsWriter:
+    """Writes the metrics of a run; a context manager.
+
+    A resumed run first drops the records of steps that it is going to do again, so that every step has one record.
+    """
+
+    def __init__(self, workdir: Path, config: LoggingConfig, *, first_step: int, total_steps: int, run_config: Any):
+        path = workdir / "metrics.jsonl"
+        _keep_until(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._sinks = _sinks(workdir, config, run_config)
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, disable=not config.progress_bar, unit="step", dynamic_ncols=True,
+            smoothing=0.05,
+        )  # fmt: skip
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def write(self, kind: str, step: int, phase: str, values: Mapping[str, Any]) -> None:
+        """One record `{"kind", "step", "phase", ...}`; `kind` is `train` or `evaluation`."""
+        record = {"kind": kind, "step": step, "phase": phase, **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        scalars = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        for sink in self._sinks:
+            sink.write({f"{kind}/{name}": value for name, value in scalars.items()}, step)
+
+    def advance(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        """Moves the progress bar to a step and shows its losses in nats per token."""
+        shown = {"loss": values["base_loss"]}
+        if "talk_loss_1" in values:
+            shown |= {"with thoughts": values["talk_loss_1"], "reward": values["reward"]}
+        self._bar.set_description(phase, refresh=False)
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, line: str) -> None:
+        """A line for people, above the progress bar."""
+        tqdm.write(line)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops records after `step`, and a last line that a killed run left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class _TensorBoard:
+    def __init__(self, workdir: Path):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "config.logging.tensorboard is on but tensorboardX is missing: pip install 'quietstar_jax[logging]'."
+            ) from error
+        self._writer = SummaryWriter(str(workdir / "tensorboard"))
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, workdir: Path, project: str, run_config: Any):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                "config.logging.wandb_project is set but wandb is missing: pip install 'quietstar_jax[logging]'."
+            ) from error
+        self._run = wandb.init(project=project, dir=str(workdir), config=run_config, resume="allow")
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _sinks(workdir: Path, config: LoggingConfig, run_config: Any) -> list[Any]:
+    sinks: list[Any] = [_TensorBoard(workdir)] if config.tensorboard else []
+    return sinks + ([_WeightsAndBiases(workdir, config.wandb_project, run_config)] if config.wandb_project else [])

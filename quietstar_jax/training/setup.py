@@ -1,0 +1,137 @@
+"""From a checked configuration to what the loop works with: tokenizer, weights, shapes. Nothing is compiled here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from quietstar_jax.config import Architecture, Config
+from quietstar_jax.data.pipeline import check_vocabulary
+from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
+from quietstar_jax.hf.load import load_decoder
+from quietstar_jax.models.decoder import Decoder
+from quietstar_jax.models.families import architecture_from_hf
+from quietstar_jax.models.parameters import Structure, disassemble
+from quietstar_jax.settings import to_mapping
+from quietstar_jax.thoughts.model import QuietStar, fresh, initialize
+from quietstar_jax.training.step import TrainState, Vocabulary, initial_state
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run before its first step."""
+
+    config: Config
+    tokenizer: Tokenizer
+    architecture: Architecture
+    structure: Structure
+    vocabulary: Vocabulary
+    key: jax.Array
+    files: CheckpointFiles | None  # of the Hugging Face checkpoint that it starts from
+    start_tokens: tuple[int, ...]
+    end_tokens: tuple[int, ...]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside its arrays, enough to use it without the original model."""
+        return {
+            "config": to_mapping(self.config),
+            "architecture": to_mapping(self.architecture),
+            "vocabulary": {"pad_id": self.vocabulary.pad_id, "meta_tokens": list(self.vocabulary.meta_tokens)},
+        }
+
+
+def prepare(config: Config) -> Run:
+    """Loads the tokenizer, finds the model's shape, and checks that they fit.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: before any weight is read.
+    """
+    files = open_checkpoint(config.model.checkpoint, config.model.revision) if config.model.checkpoint else None
+    architecture = architecture_from_hf(files.config) if files else config.model.architecture
+    tokenizer = load_tokenizer(_tokenizer_name(config), config.model.revision if not config.data.tokenizer else "")
+    check_vocabulary(tokenizer, architecture.vocab_size)
+    check_length(config, architecture)
+    meta = (tokenizer.token_id(config.thought.start_token), tokenizer.token_id(config.thought.end_token))
+    start_tokens = _embedding_tokens(tokenizer, config.thought.initial_start_token, "initial_start_token")
+    end_tokens = _embedding_tokens(tokenizer, config.thought.initial_end_token, "initial_end_token")
+    return Run(
+        config=config,
+        tokenizer=tokenizer,
+        architecture=architecture,
+        structure=abstract_structure(architecture),
+        vocabulary=Vocabulary(tokenizer.pad_id, tuple(token for token in meta if token is not None)),
+        key=jax.random.key(config.seed),
+        files=files,
+        start_tokens=start_tokens,
+        end_tokens=end_tokens,
+    )
+
+
+def abstract_params(architecture: Architecture) -> tuple[dict[str, Any], Structure]:
+    """Shapes and dtypes of all parameters, and the structure that holds them; allocates nothing."""
+    return disassemble(jax.eval_shape(lambda: fresh(architecture, [0], [0], 1.0, jax.random.key(0))))
+
+
+def abstract_structure(architecture: Architecture) -> Structure:
+    """The structure of the model of this shape."""
+    return abstract_params(architecture)[1]
+
+
+def abstract_state(run: Run) -> TrainState:
+    """Shapes and dtypes of the training state."""
+    return jax.eval_shape(lambda params: initial_state(params, run.config), abstract_params(run.architecture)[0])
+
+
+def first_state(run: Run) -> TrainState:
+    """Step 0: pretrained weights of the Hugging Face checkpoint, or random ones."""
+    scale = run.config.thought.embedding_scale
+    key = jax.random.fold_in(run.key, jnp.iinfo(jnp.int32).max)  # no step folds this number in
+
+    def start(decoder: Decoder) -> QuietStar:
+        return initialize(decoder, run.start_tokens, run.end_tokens, scale, key)
+
+    if run.files is None:
+        model = jax.jit(lambda key: fresh(run.architecture, run.start_tokens, run.end_tokens, scale, key))(key)
+    else:
+        model = start(load_decoder(run.files, run.architecture))
+    return initial_state(disassemble(nnx.clone(model))[0], run.config)
+
+
+def check_length(config: Config, architecture: Architecture) -> None:
+    """Raises ConfigError where a thought would reach past the positions that the model knows."""
+    longest = max(
+        (phase.thought_length + phase.tokens_ahead + 1 for phase in config.phases if phase.thought_length), default=0
+    )
+    needed = config.data.sequence_length + longest
+    if needed > architecture.max_positions:
+        raise ConfigError(
+            f"config.data.sequence_length is {config.data.sequence_length}; with thoughts it reaches position {needed}, "
+            f"but the model knows {architecture.max_positions}. Shorten the sequences or the thoughts."
+        )
+
+
+def _tokenizer_name(config: Config) -> str:
+    name = config.data.tokenizer or config.model.checkpoint
+    if not name:
+        raise ConfigError(
+            "config.data.tokenizer is empty and there is no model checkpoint to take a tokenizer from. Set it to a "
+            "folder or hub id with a tokenizer, or to `synthetic` for the embedded corpus."
+        )
+    return name
+
+
+def _embedding_tokens(tokenizer: Tokenizer, text: str, field: str) -> tuple[int, ...]:
+    tokens = tuple(tokenizer.encode(text))
+    if not tokens:
+        raise ConfigError(
+            f"config.thought.{field} is {text!r}, which is no token of the tokenizer {tokenizer.name}. "
+            "Choose a text whose embedding a thought should begin or end with."
+        )
+    return tokens

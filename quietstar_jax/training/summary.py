@@ -1,0 +1,85 @@
+"""What a run came to, for people and as `summary.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.training.evaluation import TokenScores
+
+CONTEXT_TOKENS = 24
+
+
+def most_helpful_thoughts(
+    scores: TokenScores, batches: Sequence[Mapping[str, np.ndarray]], tokenizer: Tokenizer, count: int = 3
+) -> list[dict[str, Any]]:
+    """The thoughts that made the next token most likely against the prediction without them.
+
+    Each with its context, the thought, the true next token, its probability without and with the thought, and the
+    mixing weight. At most one per sequence.
+    """
+    if not scores.thoughts.shape[-1]:
+        return []
+    tokens = np.concatenate([batch["tokens"] for batch in batches])
+    gain = np.where(scores.real, scores.base_nats - scores.talk_nats, -np.inf)
+    best = gain.argmax(axis=1)
+    rows = np.argsort(-gain[np.arange(len(gain)), best], kind="stable")[:count]
+    found = []
+    for row in rows:
+        j = int(best[row])
+        if not np.isfinite(gain[row, j]):
+            continue
+        found.append(
+            {
+                "context": tokenizer.decode(tokens[row, max(0, j + 1 - CONTEXT_TOKENS) : j + 1].tolist()),
+                "thought": tokenizer.decode(scores.thoughts[row, j].tolist()),
+                "next_token": tokenizer.decode([int(tokens[row, j + 1])]),
+                "probability_without_thought": float(np.exp(-scores.base_nats[row, j])),
+                "probability_with_thought": float(np.exp(-scores.talk_nats[row, j])),
+                "mixing_weight": float(scores.weight[row, j]),
+            }
+        )
+    return found
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+    """The table that ends a run."""
+    lines = ["", f"{'held-out text':<34}{'without thoughts':>18}{'with thoughts':>16}"]
+
+    def row(label: str, name: str, unit: str, scale: float = 1.0) -> None:
+        pair = [summary.get(f"{name}_{kind}_thoughts") for kind in ("without", "with")]
+        if None not in pair:
+            lines.append(f"{label:<34}" + "".join(f"{value * scale:>{w}.{d}f}" for value, w, d in _columns(pair, unit)))
+
+    row("loss, nats per token", "loss", "nats")
+    row("next token right, %", "accuracy", "percent", 100)
+    row("final answer right, %", "answer_accuracy", "percent", 100)
+    row("loss of the answer, nats", "answer_loss", "nats")
+    for kind, rates in summary.get("answers_by_kind", {}).items():
+        pair = f"{100 * rates['without_thoughts']:>18.1f}{100 * rates['with_thoughts']:>16.1f}"
+        lines.append(f"{'    ' + kind + ', %':<34}{pair}")
+    if "useful_thought_rate" in summary:
+        lines.append(f"{'thoughts with the right steps, %':<34}{'':>18}{100 * summary['useful_thought_rate']:>16.1f}")
+    if summary.get("deciles"):
+        lines += ["", "loss by tenth of the tokens, from easiest to hardest without thoughts:"]
+        for i, decile in enumerate(summary["deciles"]):
+            pair = f"{decile['loss_without_thoughts']:>18.4f}{decile['loss_with_thoughts']:>16.4f}"
+            lines.append(f"{'    ' + str(i + 1):<34}{pair}")
+    for i, sample in enumerate(summary.get("sample_thoughts", [])):
+        lines += [
+            "",
+            f"thought {i + 1}, after: ... {sample['context']}",
+            f"    thought:    {sample['thought']}",
+            f"    next token: {sample['next_token']!r}, probability {sample['probability_without_thought']:.3f} without "
+            f"and {sample['probability_with_thought']:.3f} with the thought (mixing weight {sample['mixing_weight']:.3f})",
+        ]
+    lines += ["", *(f"{name + ':':<14}{path}" for name, path in summary["paths"].items())]
+    return "\n".join(lines)
+
+
+def _columns(pair: Sequence[float], unit: str) -> list[tuple[float, int, int]]:
+    digits = 4 if unit == "nats" else 1
+    return [(pair[0], 18, digits), (pair[1], 16, digits)]
