@@ -1,0 +1,17 @@
+"""The paper's run on general web text: Mistral-7B continued on C4, (16, 4)."""
+
+import ml_collections
+
+from configs.mistral_7b_openwebmath import mistral_7b, paper_recipe
+from quietstar_jax.config import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Reads C4 as tensorflow-datasets prepared it, in array_record files under `--config.data.data_dir`."""
+    config = default_config()
+    config.workdir = "runs/mistral_7b_c4"
+    mistral_7b(config)
+    paper_recipe(config, thought_tokens=16, tokens_ahead=4)
+    config.data.train = ("tfds:c4/en:train",)
+    config.data.validation = ("tfds:c4/en:validation",)
+    return config

@@ -1,0 +1,40 @@
+"""A real pretrained model and real text, small enough for two cores: a 260 K Llama continued on mathematics textbooks.
+
+Set `--config.model.checkpoint`, `--config.data.train` and `--config.data.validation` to where yours lie.
+"""
+
+import ml_collections
+
+from quietstar_jax.config import default_config, phase
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """100 steps of the paper's recipe, at a learning rate for a model of this size."""
+    config = default_config()
+    config.workdir = "runs/textbook_stories260k"
+    config.model.checkpoint = "../shared/models/stories260k"
+
+    architecture = config.model.architecture  # that of the checkpoint, for planning without it
+    architecture.vocab_size = 512
+    architecture.hidden_size = 64
+    architecture.intermediate_size = 172
+    architecture.num_layers = 5
+    architecture.num_heads = 8
+    architecture.num_kv_heads = 4
+    architecture.head_dim = 8
+    architecture.max_positions = 512
+    architecture.tie_embeddings = True
+
+    config.data.train = ("../shared/data/openstax-ccby/train.jsonl",)
+    config.data.validation = ("../shared/data/openstax-ccby/val.jsonl",)
+    config.data.sequence_length = 256
+    config.thought.initial_start_token = "."  # the tokenizer, of children's stories, has no "---"
+    config.thought.initial_end_token = "."
+    config.phases = [
+        phase(name="thoughts", steps=100, batch_size=8, thought_length=5, num_thoughts=2, tokens_ahead=4,
+              policy_weight=1.0, learning_rate=1e-3, warmup_steps=20),
+    ]  # fmt: skip
+    config.evaluation.every_steps = 25
+    config.evaluation.batches = 8
+    config.checkpoint.every_steps = 25
+    return config
