@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.workdir = "runs/quickstart"
 
     architecture = config.model.architecture
-    architecture.vocab_size = 192
+    architecture.vocab_size = 107
     architecture.hidden_size = 128
     architecture.intermediate_size = 384
     architecture.num_layers = 3
@@ -19,6 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     architecture.num_kv_heads = 4
     architecture.head_dim = 32
     architecture.max_positions = 256
+    architecture.initializer_range = 0.09  # about 1/sqrt(hidden_size): a small model learns far sooner
 
     config.data.tokenizer = "synthetic"
     config.data.sequence_length = 64
@@ -26,15 +27,15 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.thought.initial_start_token = "("
     config.thought.initial_end_token = ")"
-    config.optimizer.weight_decay = 0.01
+    config.optimizer.weight_decay = 0.001
 
     thinking = dict(thought_length=6, num_thoughts=4, tokens_ahead=2, batch_size=16, warmup_steps=0)
     config.phases = [
-        phase(name="pretrain", steps=1500, batch_size=64, thought_length=0, learning_rate=3e-3, warmup_steps=100,
-              decay="cosine", final_rate_fraction=0.05),
+        phase(name="pretrain", steps=700, batch_size=64, thought_length=0, learning_rate=4e-3, warmup_steps=70,
+              decay="cosine", final_rate_fraction=0.03),
         phase(name="open_the_mixing_head", steps=60, policy_weight=0.0, learning_rate=3e-3,
               rates={"decoder": 0.0, "mixing_head": 1.0, "thought_embeddings": 0.0}, **thinking),
-        phase(name="thoughts", steps=140, policy_weight=1.0, learning_rate=3e-4, **thinking),
+        phase(name="thoughts", steps=60, policy_weight=1.0, learning_rate=3e-4, **thinking),
     ]  # fmt: skip
     config.evaluation.every_steps = 0
     config.evaluation.batches = 4

@@ -212,11 +212,11 @@ class OptimizerConfig:
 class SyntheticConfig:
     """The embedded corpus (`data/synthetic.py`), used where a source is `synthetic`."""
 
-    documents: int = 200_000  # size of the training split
+    documents: int = 1_000_000  # size of the training split
     validation_documents: int = 2_000
     steps_fraction: float = 0.375  # documents that write their steps out between marks
     chatter_fraction: float = 0.125  # documents that write useless chatter between the same marks
-    stray_mark_rate: float = 0.12  # how often a mark opens where the answer is asked for at once
+    stray_mark_rate: float = 0.06  # of the documents that answer at once, those where a mark opens; below 1/11
 
     def problems(self) -> list[str]:
         return [
