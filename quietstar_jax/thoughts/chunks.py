@@ -33,7 +33,7 @@ def map_chunks(fn: Callable[..., Tree], length: int, chunk: int, inputs: Any, *,
 
     def join(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, axis)
-        x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
         return jax.lax.slice_in_dim(x, 0, length, axis=axis)
 
     return jax.tree.map(join, jax.lax.map(one, chunk_starts(length, chunk)))
@@ -66,7 +66,8 @@ def sum_chunks(
         value_and_grad = jax.value_and_grad(fn, has_aux=True)
 
         def add(carry: Any, start: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, value_and_grad(operands, constants, start)), None
+            step = value_and_grad(operands, constants, start)
+            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, step), None
 
         # Accumulated in float32 also where the operands are narrower.
         sums = _zeros(jax.eval_shape(fn, operands, constants, starts[0]))
@@ -75,7 +76,7 @@ def sum_chunks(
         return out, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, operands)
 
     def backward(gradients: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, None, None]:
-        return jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients), None, None
+        return jax.tree.map(lambda g: (g.astype(jnp.float32) * cotangents[0]).astype(g.dtype), gradients), None, None
 
     summed = jax.custom_vjp(total)
     summed.defvjp(forward, backward)

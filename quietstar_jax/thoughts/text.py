@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from quietstar_jax.models.decoder import Decoder, KeyValues, base_pass
 
 
+LOGITS_BYTES = 64 * 2**20  # of float32 logits of the text, at once
+
+
 class Text(NamedTuple):
     """One base pass over B sequences of L tokens.
 
@@ -32,19 +35,24 @@ def read_text(
 ) -> Text:
     """Runs the base pass and scores every next token without thoughts.
 
-    The [B, L, V] logits are never kept: sequences are scored one after another and recomputed in the backward pass.
+    Logits of more than `LOGITS_BYTES` never exist at once: rows are then scored in groups that fit, and recomputed in
+    the backward pass.
     """
     hidden, prefix = base_pass(decoder, tokens, mask, dtype=dtype, rematerialize=rematerialize)
+    batch, length = tokens.shape
+    targets = tokens_ahead(tokens, jnp.arange(length), 1, fill=0)[..., 0]
 
-    @jax.checkpoint
-    def next_token_nats(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-        row_hidden, row_targets = row
-        return cross_entropy(decoder.logits(row_hidden), row_targets)
+    def next_token_nats(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        return cross_entropy(decoder.logits(hidden), targets)
 
-    positions = jnp.arange(tokens.shape[1])
-    targets = tokens_ahead(tokens, positions, 1, fill=0)[..., 0]
-    nats = jax.lax.map(next_token_nats, (hidden, targets))
-    return Text(tokens, mask, hidden, prefix, nats * real_ahead(mask, positions, 1)[..., 0])
+    rows = max(1, LOGITS_BYTES // (4 * length * decoder.architecture.vocab_size))
+    if rows >= batch:
+        nats = next_token_nats(hidden, targets)
+    else:
+        score = jax.checkpoint(next_token_nats)
+        nats = jax.lax.map(lambda row: score(*row), (hidden, targets), batch_size=rows)
+    real = real_ahead(mask, jnp.arange(length), 1)[..., 0]
+    return Text(tokens, mask, hidden, prefix, jnp.where(real, nats, 0.0))
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -1,0 +1,157 @@
+"""Text to token ids and back, through any Hugging Face fast tokenizer."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from quietstar_jax.errors import DataError
+
+SYNTHETIC = "synthetic"
+_FILE = "tokenizer.json"
+_HUB_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "config.json")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A fast tokenizer that adds nothing of its own: no begin or end token, no truncation, no padding.
+
+    It can be pickled, so worker processes may hold one.
+    """
+
+    name: str  # as given to `load_tokenizer`
+    fast: PreTrainedTokenizerFast
+
+    def __post_init__(self) -> None:
+        # tokenizer.json may carry the truncation and padding of whoever saved it, which would silently cut documents.
+        self.fast.backend_tokenizer.no_truncation()
+        self.fast.backend_tokenizer.no_padding()
+        eos = self.fast.eos_token
+        if eos is None or self.token_id(eos) is None:
+            found = "names no end-of-text token" if eos is None else f"names {eos!r} as its end of text but lacks it"
+            raise DataError(
+                f"The tokenizer {self.name!r} {found}. Documents are ended and padded with it: set `eos_token` in its "
+                "tokenizer_config.json to a token of the vocabulary."
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`. Special tokens that are spelled out in the text become their ids."""
+        # Of all ways to the same ids this one is the fastest, and the only one during which other threads can run:
+        # a prefetching thread must not hold up the training step.
+        ids: list[int] = self.fast.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of token ids, without any clean-up of spaces."""
+        text: str = self.fast.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a single token, None where the vocabulary lacks it."""
+        found: int | None = self.fast.backend_tokenizer.token_to_id(token)
+        return found
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Highest token id + 1, added tokens included: the rows that an embedding needs at least."""
+        return max(self.fast.get_vocab().values()) + 1
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the begin-of-text token, where there is one."""
+        return None if self.fast.bos_token is None else self.token_id(self.fast.bos_token)
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the end-of-text token."""
+        return cast(int, self.token_id(self.fast.eos_token))  # checked when the tokenizer was wrapped
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills short sequences: the padding token, or the end of text as in the paper."""
+        found = None if self.fast.pad_token is None else self.token_id(self.fast.pad_token)
+        return self.eos_id if found is None else found
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, loadable by transformers 4 and 5."""
+        self.fast.save_pretrained(str(directory))
+        path = Path(directory) / "tokenizer_config.json"
+        settings = json.loads(path.read_text("utf-8"))
+        # transformers 5 writes a class name that transformers 4 does not know, and how this process loaded it.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        for key in ("is_local", "local_files_only"):
+            settings.pop(key, None)
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def load_tokenizer(name: str, revision: str = "") -> Tokenizer:
+    """Loads a tokenizer from a folder, from the Hugging Face hub, or the embedded one (`synthetic`).
+
+    Args:
+      name: a folder with tokenizer.json (read without any network access), a hub id such as
+        `mistralai/Mistral-7B-v0.1`, or `synthetic`.
+      revision: branch, tag or commit of a hub id.
+
+    Raises:
+      DataError: nothing is there, it cannot be read, or it has no end-of-text token.
+    """
+    if not name:
+        raise DataError("No tokenizer is named. Set data.tokenizer to a folder, a hub id, or `synthetic`.")
+    if name == SYNTHETIC:
+        from quietstar_jax.data.synthetic import build_tokenizer
+
+        return Tokenizer(name, build_tokenizer())
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise DataError(f"The tokenizer {name!r} is a file. Give the folder that holds it: {str(folder.parent)!r}.")
+    if not folder.is_dir():
+        if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+            raise DataError(f"There is no tokenizer folder {name!r}. Check the path, or give a hub id (`owner/name`).")
+        folder = _download(name, revision)
+    return Tokenizer(name, _read_folder(folder))
+
+
+def _read_folder(folder: Path) -> PreTrainedTokenizerFast:
+    if (folder / _FILE).is_file():
+        try:
+            # Not AutoTokenizer: some of its classes rebuild the tokenizer from parts; tokenizer.json is the truth.
+            return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # the Rust half raises bare Exceptions
+            raise DataError(
+                f"{folder / _FILE} (or a file beside it) cannot be read as a tokenizer: {error}. "
+                "Copy it again from where it came, or save it anew with transformers."
+            ) from error
+    there = ", ".join(sorted(item.name for item in folder.iterdir())) or "nothing"
+    advice = f"{folder} has no {_FILE} (it has: {there})"
+    if not any((folder / part).is_file() for part in ("tokenizer.model", "vocab.json")):
+        raise DataError(f"{advice}. Save a tokenizer there with `save_pretrained`, or give another folder.")
+    try:
+        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever the conversion of an old format meets
+        raise DataError(
+            f"{advice}, and transformers cannot convert what is there: {error}. Save it once with "
+            "`AutoTokenizer.from_pretrained(...).save_pretrained(...)` on a machine that has `sentencepiece`."
+        ) from error
+    if not isinstance(converted, PreTrainedTokenizerFast):
+        raise DataError(f"{advice}, and transformers has no fast version of it. Use a model with a {_FILE}.")
+    return converted
+
+
+def _download(name: str, revision: str) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub client raises a dozen kinds, all of them "could not get it"
+        at = f" at revision {revision!r}" if revision else ""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"The tokenizer {name!r}{at} is not a folder here and cannot be fetched from the Hugging Face hub: "
+            f"{reason.rstrip('.')}. Check the name and the network, log in if the model is gated (`hf auth login`), "
+            "or download it elsewhere and give the folder."
+        ) from error

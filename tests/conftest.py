@@ -1,0 +1,22 @@
+"""Settings of the whole suite: CPU unless told otherwise, reproducible random examples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=25)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture
+def strict_promotion() -> Iterator[None]:
+    """Mixing dtypes without saying so is an error, as our own code must not. (Optax does, so not everywhere.)"""
+    with jax.numpy_dtype_promotion("strict"):
+        yield

@@ -1,0 +1,399 @@
+"""Sequences: exactly once an epoch, the same on any number of processes and workers, resumable anywhere."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from quietstar_jax.config import DataConfig
+from quietstar_jax.data import pipeline
+from quietstar_jax.data.pipeline import (
+    Batch,
+    SequenceIterator,
+    check_vocabulary,
+    training_sequences,
+    validation_batches,
+)
+from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.errors import CheckpointError, DataError
+
+LENGTH = 5
+EOS, PAD = 0, 1
+LENGTHS = [30, 4, 5, 2, 17, 9, 3, 1, 40, 6, 12]  # of the documents: longer than a sequence, fitting, shorter
+
+
+def words_tokenizer(count: int = 1000) -> Tokenizer:
+    """The word `i` is token i; 0 ends a text and 1 pads."""
+    backend = Backend(WordLevel({"<eos>": EOS, "<pad>": PAD} | {str(i): i for i in range(2, count)}, unk_token="<eos>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    return Tokenizer("words", fast)
+
+
+TOKENIZER = words_tokenizer()
+
+
+def documents(lengths: Sequence[int]) -> list[list[int]]:
+    """Documents of these many tokens, all of whose tokens differ."""
+    starts = np.cumsum([2, *lengths])
+    return [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=False)]
+
+
+def write(path: Path, texts: Sequence[Sequence[int]]) -> str:
+    path.write_text("".join(json.dumps({"text": " ".join(map(str, text))}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    return write(tmp_path / "train.jsonl", documents(LENGTHS))
+
+
+def config(source: str, **changes: Any) -> DataConfig:
+    return DataConfig(**{"train": (source,), "validation": (source,), "sequence_length": LENGTH, **changes})
+
+
+def sequences(source: str, seed: int = 0, process: tuple[int, int] = (0, 1), **changes: Any) -> SequenceIterator:
+    settings_ = config(source, **changes)
+    return training_sequences(settings_, TOKENIZER, seed=seed, process_index=process[0], process_count=process[1])
+
+
+def take(source: str, count: int, seed: int = 0, **changes: Any) -> Batch:
+    iterator = sequences(source, seed, **changes)
+    batch = iterator.next_batch(count)
+    iterator.close()
+    return batch
+
+
+def same(left: Batch, right: Batch) -> None:
+    assert left.keys() == right.keys() == {"tokens", "mask"}
+    for key in left:
+        assert left[key].dtype == right[key].dtype
+        np.testing.assert_array_equal(left[key], right[key])
+
+
+def interleaved(parts: Sequence[Batch]) -> Batch:
+    """The global order of what several processes took."""
+    return {key: np.stack([part[key] for part in parts], axis=1).reshape(-1, LENGTH) for key in ("tokens", "mask")}
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in ("tokens", "mask")}
+
+
+PACKINGS = pytest.mark.parametrize("packing", ["random_span", "packed"])
+
+
+def test_random_spans(corpus: str) -> None:
+    texts = [[*text, EOS] for text in documents(LENGTHS)]
+    epochs: list[list[list[int]]] = [[], []]
+    iterator = sequences(corpus)
+    for epoch in epochs:
+        batch = iterator.next_batch(len(texts))
+        assert (batch["tokens"].dtype, batch["mask"].dtype) == (np.int32, np.bool_)
+        assert batch["tokens"].shape == batch["mask"].shape == (len(texts), LENGTH)
+        seen = set()
+        for tokens, mask in zip(batch["tokens"].tolist(), batch["mask"].tolist(), strict=True):
+            span = tokens[: sum(mask)]
+            assert mask == [True] * len(span) + [False] * (LENGTH - len(span))
+            assert tokens[len(span) :] == [PAD] * (LENGTH - len(span))
+            (source,) = [text for text in texts if span[0] in text[:-1] or span == text]
+            start = source.index(span[0])
+            assert span == source[start:][:LENGTH]
+            assert len(span) == min(LENGTH, len(source))
+            seen.add(texts.index(source))
+            epoch.append(span)
+        assert seen == set(range(len(texts)))
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) != sorted(epochs[1])  # other spans, not just another order
+
+
+def test_every_span_is_equally_likely(tmp_path: Path) -> None:
+    batch = take(write(tmp_path / "one.jsonl", documents([8])), 4000, append_eos=False)
+    starts = np.bincount(batch["tokens"][:, 0] - 2)
+    assert len(starts) == 8 - LENGTH + 1
+    assert EOS not in batch["tokens"]
+    assert np.all(np.abs(starts - 1000) < 6 * np.sqrt(1000))  # six standard deviations
+
+
+def test_packed_is_the_stream_of_documents(corpus: str) -> None:
+    texts = {text[0]: [*text, EOS] for text in documents(LENGTHS)}
+    batch = take(corpus, 200, packing="packed")
+    assert batch["mask"].all()
+    stream = batch["tokens"].reshape(-1).tolist()
+    order = []
+    while stream:
+        text = texts[stream[0]]
+        assert stream[: len(text)] == text[: len(stream)]
+        order.append(stream[0])
+        stream = stream[len(text) :]
+    first, second = order[:11], order[11:22]
+    assert sorted(first) == sorted(second) == sorted(texts)
+    assert first != second
+
+
+@PACKINGS
+def test_documents_without_tokens_do_no_harm(tmp_path: Path, packing: str) -> None:
+    source = write(tmp_path / "gaps.jsonl", [[], [2, 3, 4], [], [], [5], [6, 7]])
+    batch = take(source, 12, packing=packing, append_eos=False)
+    assert batch["mask"].sum(axis=1).min() >= 2
+    same(batch, take(source, 12, packing=packing, append_eos=False))
+
+
+@pytest.mark.parametrize(("packing", "texts", "least"), [("random_span", [[], [2]], 2), ("packed", [[], []], 1)])
+def test_nothing_but_empty_documents(tmp_path: Path, packing: str, texts: list[list[int]], least: int) -> None:
+    iterator = sequences(write(tmp_path / "empty.jsonl", texts), packing=packing, append_eos=False)
+    with pytest.raises(DataError, match=f"None of the 2 documents has {least} tokens or more"):
+        iterator.next_batch(1)
+
+
+@PACKINGS
+def test_seed_decides(corpus: str, packing: str) -> None:
+    first = take(corpus, 30, packing=packing)
+    same(first, take(corpus, 30, packing=packing))
+    assert not np.array_equal(first["tokens"], take(corpus, 30, seed=1, packing=packing)["tokens"])
+    take(corpus, 1, seed=2**40, packing=packing)
+
+
+@PACKINGS
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_share_one_order(corpus: str, packing: str, count: int) -> None:
+    parts = [take(corpus, 11, packing=packing, process=(index, count)) for index in range(count)]
+    with pytest.raises(ValueError, match="process_index"):
+        sequences(corpus, process=(count, count))
+    same(interleaved(parts), take(corpus, 11 * count, packing=packing))
+
+
+@PACKINGS
+@settings(deadline=None, max_examples=10)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(lambda lengths: max(lengths) > 1),
+    before=st.lists(st.integers(1, 5), max_size=3),
+    old=st.integers(1, 3),
+    new=st.integers(1, 3),
+)
+def test_resume_anywhere_on_any_number_of_processes(
+    tmp_path_factory: pytest.TempPathFactory, packing: str, lengths: list[int], before: list[int], old: int, new: int
+) -> None:
+    source = write(tmp_path_factory.mktemp("resume") / "a.jsonl", documents(lengths))
+    changes: dict[str, Any] = {"packing": packing, "append_eos": len(lengths) % 2 == 0}
+    states = []
+    for index in range(old):
+        iterator = sequences(source, process=(index, old), **changes)
+        for size in before:
+            iterator.next_batch(size)
+        states.append(json.loads(json.dumps(iterator.get_state())))
+        iterator.close()
+    assert all(state == states[0] for state in states)
+    assert states[0]["sequences"] == old * sum(before)
+    parts = []
+    for index in range(new):
+        iterator = sequences(source, process=(index, new), **changes)
+        iterator.set_state(states[0])
+        assert iterator.get_state() == states[0]
+        parts.append(joined([iterator.next_batch(2), iterator.next_batch(3)]))
+        iterator.close()
+    whole = take(source, old * sum(before) + 5 * new, **changes)
+    same(interleaved(parts), {key: value[old * sum(before) :] for key, value in whole.items()})
+
+
+@PACKINGS
+def test_state_is_of_what_was_handed_out(corpus: str, packing: str) -> None:
+    iterator = sequences(corpus, packing=packing)
+    states, batches = [], []
+    for _ in range(3):
+        states.append(iterator.get_state())
+        batches.append(iterator.next_batch(4))
+    for turn in (2, 0, 1):
+        iterator.set_state(states[turn])
+        same(iterator.next_batch(4), batches[turn])
+    iterator.close()
+    same(iterator.next_batch(4), batches[2])
+
+
+def test_states_that_do_not_fit(corpus: str) -> None:
+    iterator = sequences(corpus, packing="packed")
+    state = iterator.get_state()
+    for wrong in ({}, {**state, "offset": -1}, {**state, "sequences": "1"}):
+        with pytest.raises(CheckpointError, match=r"takes whole numbers sequences, document, offset\. Resume"):
+            iterator.set_state(wrong)
+    with pytest.raises(CheckpointError, match=r"is of packing 'random_span', the run uses 'packed'\. Set data.packing"):
+        iterator.set_state({**state, "packing": "random_span"})
+
+
+@PACKINGS
+def test_memory_of_documents_changes_nothing(corpus: str, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = take(corpus, 40, packing=packing)
+    for room in (0, 12):
+        monkeypatch.setattr(pipeline, "KEPT_TOKENS", room)
+        same(take(corpus, 40, packing=packing), expected)
+
+
+def test_every_document_is_tokenized_once_while_there_is_room(corpus: str) -> None:
+    class Counting:
+        eos_id, pad_id, calls = EOS, PAD, 0
+
+        def encode(self, text: str) -> list[int]:
+            self.calls += 1
+            return TOKENIZER.encode(text)
+
+    counting = Counting()
+    training_sequences(config(corpus), counting, seed=0).next_batch(50)  # type: ignore[arg-type]
+    assert counting.calls == 11
+
+
+@PACKINGS
+def test_a_broken_document_is_named_and_the_position_kept(tmp_path: Path, packing: str) -> None:
+    path = Path(write(tmp_path / "a.jsonl", documents([4] * 12)))
+    content = path.read_bytes()
+    expected = take(str(path), 60, packing=packing)
+    path.write_bytes(content.replace(b"}\n", b"!\n").replace(b"!\n", b"}\n", 11))  # the last line
+    iterator = sequences(str(path), packing=packing)
+    taken: list[Batch] = []
+    with pytest.raises(DataError, match=r"a\.jsonl, line 12: broken JSON"):
+        taken.extend(iterator.next_batch(1) for _ in range(60))
+    state = iterator.get_state()
+    assert state["sequences"] == len(taken) < 20
+    with pytest.raises(DataError, match=r"a\.jsonl, line 12"):
+        iterator.next_batch(2)
+    assert iterator.get_state() == state
+    path.write_bytes(content)
+    taken.append(iterator.next_batch(60 - len(taken)))
+    same(joined(taken), expected)
+
+
+def test_missing_sources_are_met_at_the_door(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file or folder"):
+        sequences(str(tmp_path / "absent"))
+    with pytest.raises(DataError, match="no file or folder"):
+        validation_batches(config(str(tmp_path / "absent")), TOKENIZER, batch_size=1)
+    with pytest.raises(DataError, match="No validation sources"):
+        validation_batches(dataclasses.replace(config("x"), validation=()), TOKENIZER, batch_size=1)
+
+
+def test_check_vocabulary() -> None:
+    check_vocabulary(TOKENIZER, 1000)
+    check_vocabulary(TOKENIZER, 1024)
+    with pytest.raises(DataError, match=r"has 1000 tokens, but the model embeds only 999.*at least 1000"):
+        check_vocabulary(TOKENIZER, 999)
+
+
+# ------------------------------------------------------------------------------------------------- worker processes
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from quietstar_jax.config import DataConfig
+from quietstar_jax.data.pipeline import training_sequences
+from quietstar_jax.data.tokenization import load_tokenizer
+from quietstar_jax.errors import DataError
+
+def main():
+    arguments = json.loads(sys.argv[1])
+    tokenizer, out = load_tokenizer(arguments["tokenizer"]), {}
+    for packing, workers in (("random_span", 2), ("packed", 1)):
+        config = DataConfig(train=(arguments["source"],), sequence_length=5, packing=packing, workers=workers)
+        iterator = training_sequences(config, tokenizer, seed=0)
+        iterator.set_state(arguments[packing])
+        rows = iterator.next_batch(41)["tokens"].tolist()
+        out[packing] = [rows, iterator.get_state()]
+        iterator.close()
+    config = DataConfig(train=(arguments["broken"],), sequence_length=5, workers=1)
+    try:
+        training_sequences(config, tokenizer, seed=0).next_batch(50)
+    except DataError as error:
+        out["error"] = str(error)
+    Path(arguments["out"]).write_text(json.dumps(out))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_worker_processes_from_a_script(corpus: str, tmp_path: Path) -> None:
+    """Resumed with workers, the sequences, the state after them and the error are as without."""
+    TOKENIZER.save(tmp_path / "tokenizer")
+    broken = Path(write(tmp_path / "broken.jsonl", documents([4, 4])))
+    broken.write_text(broken.read_text() + "{\n")
+    expected: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"source": corpus, "tokenizer": str(tmp_path / "tokenizer"), "broken": str(broken)}
+    for packing in ("random_span", "packed"):
+        iterator = sequences(corpus, packing=packing)
+        iterator.next_batch(3)
+        state = iterator.get_state()
+        expected[packing] = [iterator.next_batch(41)["tokens"].tolist(), iterator.get_state()]
+        arguments |= {packing: state, "out": str(tmp_path / "out.json")}
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(pipeline.__file__).parents[2])}
+    subprocess.run([sys.executable, str(script), json.dumps(arguments)], check=True, timeout=300, env=environment)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert "broken.jsonl, line 3: broken JSON" in found.pop("error")
+    assert found == expected
+
+
+def rows_of(batches: Iterator[Batch]) -> list[list[int]]:
+    """The rows that are not filling, without their padding."""
+    found = []
+    for batch in batches:
+        assert (batch["tokens"].dtype, batch["mask"].dtype) == (np.int32, np.bool_)
+        for tokens, mask in zip(batch["tokens"], batch["mask"], strict=True):
+            assert (tokens[~mask] == PAD).all()
+            assert (np.diff(mask.astype(int)) <= 0).all()
+            if mask.any():
+                found.append(tokens[mask].tolist())
+    return found
+
+
+def expected_rows(texts: Sequence[Sequence[int]], packing: str) -> list[list[int]]:
+    ended = [[*text, EOS] for text in texts]
+    if packing == "random_span":
+        return [text[:LENGTH] for text in ended if len(text) >= 2]
+    stream = [token for text in ended for token in text]
+    return [stream[i : i + LENGTH] for i in range(0, len(stream), LENGTH) if len(stream) - i >= 2]
+
+
+@PACKINGS
+@settings(deadline=None, max_examples=30)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8),
+    size=st.integers(1, 4),
+    limit=st.integers(0, 3),
+    count=st.integers(1, 3),
+)
+def test_validation_is_everything_in_order(
+    tmp_path_factory: pytest.TempPathFactory, packing: str, lengths: list[int], size: int, limit: int, count: int
+) -> None:
+    source = write(tmp_path_factory.mktemp("validation") / "a.jsonl", documents(lengths))
+    settings_, sizes = config(source, packing=packing), {"batch_size": size, "batches": limit}
+    expected = expected_rows(documents(lengths), packing)[: limit * size * count or None]
+    parts = []
+    for index in range(count):
+        batches = list(validation_batches(settings_, TOKENIZER, **sizes, process_index=index, process_count=count))
+        assert all(batch["tokens"].shape == (size, LENGTH) for batch in batches)
+        assert len(batches) == -(-len(expected) // (size * count))
+        parts.append(rows_of(iter(batches)))
+        assert parts[-1] == expected[index::count]
+
+
+def test_validation_of_the_embedded_corpus() -> None:
+    tokenizer = load_tokenizer("synthetic")
+    settings_ = DataConfig(sequence_length=32)
+    first, again = (list(validation_batches(settings_, tokenizer, batch_size=4, batches=2)) for _ in range(2))
+    same(joined(first), joined(again))
+    assert joined(first)["mask"].any(axis=1).all()
+    training = training_sequences(settings_, tokenizer, seed=0)
+    assert training.next_batch(4)["mask"].any(axis=1).all()
