@@ -1,0 +1,185 @@
+"""Weights in: from the tensors of a checkpoint to our stacked float32 parameters, one tensor at a time.
+
+Memory on the host: the parameters themselves (or, with shardings, the one being filled) and the tensor being read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+from quietstar_jax.config import Architecture
+from quietstar_jax.errors import CheckpointError
+from quietstar_jax.hf.names import Entry, Shape, decoder_entries, parameter_shapes, to_ours
+from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES
+from quietstar_jax.models.decoder import Decoder
+
+HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)")  # buffers that old versions stored
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+class Info(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...  # F32, BF16, ...
+
+
+class TensorSource(Protocol):
+    """Tensors by name, e.g. `CheckpointFiles`."""
+
+    @property
+    def tensors(self) -> Mapping[str, Info]: ...
+    def read(self, name: str) -> np.ndarray: ...
+
+
+def load_decoder(
+    source: TensorSource,
+    architecture: Architecture,
+    *,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> Decoder:
+    """A decoder with the weights of a checkpoint, as float32 masters.
+
+    Args:
+      architecture: what config.json describes (`architecture_from_hf`).
+      shardings: layout of each parameter by its dotted path; each is placed as soon as it is complete and its host
+        copy freed. None = the default device.
+
+    Raises:
+      CheckpointError: lists every missing, unexpected and misshapen tensor and every wrong dtype, before anything is
+        read; then every tensor with a value that is not finite.
+    """
+    return build(
+        lambda: Decoder(architecture, nnx.Rngs(0)),
+        load_parameters(source, decoder_entries(architecture), shardings=shardings),
+    )
+
+
+def load_parameters(
+    source: TensorSource,
+    entries: Sequence[Entry],
+    *,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> dict[str, jax.Array]:
+    """The parameters that a table of names fills, by dotted path, float32, layers stacked.
+
+    Args:
+      entries: `decoder_entries` or `quietstar_entries`.
+      shardings: as in `load_decoder`; names every parameter.
+
+    Raises:
+      CheckpointError: as in `load_decoder`.
+    """
+    _check_names(source, entries)
+    _check_tied(source, entries)
+    shapes = parameter_shapes(entries)
+    remaining = Counter(target.path for entry in entries for target in entry.targets)
+    filling: dict[str, np.ndarray] = {}
+    done: dict[str, jax.Array] = {}
+    broken: list[str] = []
+    for entry in entries:
+        if not _fill(entry, source.read(entry.name), filling, shapes):
+            broken.append(entry.name)
+        for target in entry.targets:
+            remaining[target.path] -= 1
+            if not remaining[target.path]:
+                done[target.path] = _place(filling.pop(target.path), shardings, target.path)
+    if broken:
+        raise CheckpointError(
+            _listing("Tensors hold NaN, infinite values, or values beyond float32:", broken)
+            + "\nThe checkpoint is damaged, or its training diverged: take another."
+        )
+    return done
+
+
+def build(constructor: Callable[[], Module], parameters: Mapping[str, jax.Array]) -> Module:
+    """The module that a constructor makes, with these parameters in place of its own, which are never computed.
+
+    Args:
+      parameters: by dotted path, one for every parameter.
+
+    Raises:
+      ValueError: the paths or shapes are not those of the module.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(constructor))
+    flat = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    wrong = sorted(
+        path
+        for path in {*flat, *parameters}
+        if path not in flat or path not in parameters or flat[path][1].shape != parameters[path].shape
+    )
+    if wrong:
+        raise ValueError(f"Parameters do not fit the module: {', '.join(wrong)}.")
+    filled = [(path, variable.replace(parameters[name])) for name, (path, variable) in flat.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _fill(entry: Entry, tensor: np.ndarray, filling: dict[str, np.ndarray], shapes: Mapping[str, Shape]) -> bool:
+    """Copies one tensor into the parameters being filled; False if it holds a value that is not finite."""
+    finite = True
+    for target, piece in zip(entry.targets, to_ours(entry, tensor), strict=True):
+        if target.path not in filling:
+            filling[target.path] = np.empty(shapes[target.path], np.float32)
+        place = filling[target.path][target.index]
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
+            place[...] = piece
+        finite = finite and bool(np.isfinite(place).all())
+    return finite
+
+
+def _place(host: np.ndarray, shardings: Mapping[str, jax.sharding.Sharding] | None, path: str) -> jax.Array:
+    """The parameter on its devices. Waits for the copy, so that the host array is free before the next is made."""
+    if shardings is None:
+        return jax.device_put(host).block_until_ready()
+    placed = jax.make_array_from_callback(host.shape, shardings[path], lambda index: host[index])
+    return placed.block_until_ready()
+
+
+def _check_names(source: TensorSource, entries: Sequence[Entry]) -> None:
+    """Everything that can be wrong without reading a weight, at once."""
+    wanted = {entry.name: entry for entry in entries}
+    problems = [
+        f"{name}: missing, expected {list(e.shape)}" for name, e in wanted.items() if name not in source.tensors
+    ]
+    for name, info in source.tensors.items():
+        if name not in wanted:
+            redundant = name == LM_HEAD and EMBEDDING in wanted  # tied: `_check_tied` compares them
+            if not redundant and not HARMLESS.fullmatch(name):
+                problems.append(f"{name}: unexpected, shape {list(info.shape)}")
+            continue
+        if tuple(info.shape) != wanted[name].shape:
+            problems.append(f"{name}: shape {list(info.shape)}, expected {list(wanted[name].shape)}")
+        if info.dtype not in FLOAT_DTYPES:
+            problems.append(f"{name}: dtype {info.dtype}, supported are {', '.join(FLOAT_DTYPES)}")
+    if problems:
+        raise CheckpointError(
+            _listing("The tensors do not fit what config.json describes:", problems)
+            + "\nTake config.json and weights from the same checkpoint."
+        )
+
+
+def _check_tied(source: TensorSource, entries: Sequence[Entry]) -> None:
+    """A head beside tied embeddings must be the same matrix. (transformers warns and unties them.)"""
+    tied = all(entry.name != LM_HEAD for entry in entries)
+    if not tied or not {EMBEDDING, LM_HEAD} <= set(source.tensors):
+        return
+    if not np.array_equal(source.read(EMBEDDING), source.read(LM_HEAD), equal_nan=True):
+        raise CheckpointError(
+            f"config.json ties the embeddings (tie_word_embeddings), but {LM_HEAD} differs from {EMBEDDING}. "
+            "Set tie_word_embeddings to false in config.json to use both, or remove the one that is wrong."
+        )
+
+
+def _listing(title: str, lines: Sequence[str]) -> str:
+    return "\n".join([title, *(f"  - {line}" for line in lines)])

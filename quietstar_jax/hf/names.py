@@ -1,0 +1,151 @@
+"""Names and layouts of Hugging Face tensors against ours: one table, read in both directions.
+
+A torch linear layer stores [out, in]; we store [in, out] with heads split, and all layers stacked. Every tensor of
+a checkpoint is, transposed or not, a stack of rows that fill one or more of our parameters in turn, so two short
+numpy functions, `to_ours` and `to_theirs`, carry the whole table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from quietstar_jax.config import Architecture
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place in our parameters: the whole of `path`, or one layer of it."""
+
+    path: str  # as in `named_parameters`, e.g. `layers.query`
+    shape: Shape  # of what the tensor fills, without the layer axis
+    layer: int | None = None  # index along the stacked layer axis
+
+    @property
+    def index(self) -> int | tuple[()]:
+        """What to index our parameter with, to read or fill this place."""
+        return () if self.layer is None else self.layer
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint."""
+
+    name: str  # e.g. `model.layers.3.self_attn.q_proj.weight`
+    shape: Shape  # theirs
+    targets: tuple[Target, ...]  # filled in turn from the rows; usually one
+    transpose: bool = False  # theirs is [out, in]
+
+
+def to_ours(entry: Entry, tensor: np.ndarray) -> list[np.ndarray]:
+    """Their tensor [entry.shape] -> one array [target.shape] per target; views where numpy can."""
+    rows = tensor.T if entry.transpose else tensor
+    arrays, begin = [], 0
+    for target in entry.targets:
+        end = begin + math.prod(target.shape) // math.prod(rows.shape[1:])
+        arrays.append(rows[begin:end].reshape(target.shape))
+        begin = end
+    return arrays
+
+
+def to_theirs(entry: Entry, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The inverse of `to_ours`. Rows that no target holds (the unused second row of the thought embeddings) are 0."""
+    rows_shape = entry.shape[::-1] if entry.transpose else entry.shape
+    rows = np.concatenate([array.reshape(-1, *rows_shape[1:]) for array in arrays])
+    unused = rows_shape[0] - rows.shape[0]
+    if unused:
+        rows = np.concatenate([rows, np.zeros((unused, *rows_shape[1:]), rows.dtype)])
+    return np.ascontiguousarray(rows.T if entry.transpose else rows)
+
+
+def decoder_entries(architecture: Architecture, root: str = "") -> list[Entry]:
+    """The tensors of a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
+
+    Args:
+      root: what our paths begin with, e.g. `decoder.` inside a larger model.
+
+    Returns:
+      Entries in an order in which the layers of one parameter follow one another.
+    """
+    a = architecture
+    d, v = a.hidden_size, a.vocab_size
+    entries = [_single("model.embed_tokens.weight", (v, d), f"{root}embedding")]
+    for name, shape, path, ours, transpose in _layer_rules(a):
+        entries += [
+            Entry(f"model.layers.{i}.{name}", shape, (Target(f"{root}layers.{path}", ours, i),), transpose)
+            for i in range(a.num_layers)
+        ]
+    entries.append(_single("model.norm.weight", (d,), f"{root}final_norm"))
+    if not a.tie_embeddings:
+        entries.append(Entry("lm_head.weight", (v, d), (Target(f"{root}lm_head", (d, v)),), transpose=True))
+    return entries
+
+
+def thought_entries(hidden_size: int) -> list[Entry]:
+    """The tensors that the published Quiet-STaR checkpoints add to their decoder.
+
+    The first linear layer of the talk head reads [text, thought]; we keep its two halves apart. Of the thought
+    embeddings [2, D] only the first row is used.
+    """
+    d = hidden_size
+    halves = (Target("mixing_head.base_in", (d, d)), Target("mixing_head.thought_in", (d, d)))
+    return [
+        Entry("talk_head.0.0.weight", (d, 2 * d), halves, transpose=True),
+        _single("talk_head.0.0.bias", (d,), "mixing_head.in_bias"),
+        _single("talk_head.0.2.weight", (d, d), "mixing_head.hidden", transpose=True),
+        _single("talk_head.0.2.bias", (d,), "mixing_head.hidden_bias"),
+        Entry("talk_head.0.4.weight", (1, d), (Target("mixing_head.out", (d, 1)),), transpose=True),
+        Entry("start_embedding", (2, d), (Target("start_embedding", (d,)),)),
+        Entry("end_embedding", (2, d), (Target("end_embedding", (d,)),)),
+    ]
+
+
+def quietstar_entries(architecture: Architecture) -> list[Entry]:
+    """Every tensor of a Quiet-STaR checkpoint: the decoder under `decoder.`, and what makes it think."""
+    return [*decoder_entries(architecture, "decoder."), *thought_entries(architecture.hidden_size)]
+
+
+def parameter_shapes(entries: Sequence[Entry]) -> dict[str, Shape]:
+    """Our parameters that the entries fill, with their stacked shapes, in the order of their first entry."""
+    layers: dict[str, int] = {}
+    shapes: dict[str, Shape] = {}
+    for target in (target for entry in entries for target in entry.targets):
+        shapes[target.path] = target.shape
+        if target.layer is not None:
+            layers[target.path] = max(layers.get(target.path, 0), target.layer + 1)
+    return {path: (layers[path], *shape) if path in layers else shape for path, shape in shapes.items()}
+
+
+def collect(entry: Entry, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Their tensor of one entry, out of our stacked parameters."""
+    return to_theirs(entry, [np.asarray(parameters[target.path][target.index]) for target in entry.targets])
+
+
+def _single(name: str, shape: Shape, path: str, transpose: bool = False) -> Entry:
+    return Entry(name, shape, (Target(path, shape[::-1] if transpose else shape),), transpose)
+
+
+def _layer_rules(a: Architecture) -> Iterator[tuple[str, Shape, str, Shape, bool]]:
+    """Of one layer: their name, their shape, our name, our shape, transposed."""
+    d, f, q, g, h = a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads, a.head_dim
+    yield "input_layernorm.weight", (d,), "attention_norm", (d,), False
+    for letter, ours, heads in (("q", "query", q), ("k", "key", g), ("v", "value", g)):
+        yield f"self_attn.{letter}_proj.weight", (heads * h, d), ours, (d, heads, h), True
+        if a.qkv_bias:
+            yield f"self_attn.{letter}_proj.bias", (heads * h,), f"{ours}_bias", (heads, h), False
+    yield "self_attn.o_proj.weight", (d, q * h), "output", (q, h, d), True
+    if a.output_bias:
+        yield "self_attn.o_proj.bias", (d,), "output_bias", (d,), False
+    if a.qk_norm:
+        yield "self_attn.q_norm.weight", (h,), "query_norm", (h,), False
+        yield "self_attn.k_norm.weight", (h,), "key_norm", (h,), False
+    yield "post_attention_layernorm.weight", (d,), "mlp_norm", (d,), False
+    for ours, fan_in, fan_out in (("gate", d, f), ("up", d, f), ("down", f, d)):
+        yield f"mlp.{ours}_proj.weight", (fan_out, fan_in), ours, (fan_in, fan_out), True
+        if a.mlp_bias:
+            yield f"mlp.{ours}_proj.bias", (fan_out,), f"{ours}_bias", (fan_out,), False

@@ -1,0 +1,144 @@
+"""Reading one safetensors file: its header, checked, and single tensors, without mapping it into memory.
+
+The format is eight bytes of header length, a JSON header, and the tensors one after another. It is parsed here and
+not by the safetensors library, because a broken file shall be reported with the name of the tensor, and because a
+memory-mapped checkpoint counts against the memory of the host as if it had been loaded twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from quietstar_jax.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+FLOAT_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4,
+    "U64": 8, "I64": 8, "C64": 8, **{name: dtype.itemsize for name, dtype in FLOAT_DTYPES.items()},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies, known without reading it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it: F32, BF16, ...
+    file: Path
+    offset: int  # bytes from the start of the file
+    num_bytes: int
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file.
+
+    Raises:
+      CheckpointError: the file is missing, truncated, not safetensors, or its header contradicts itself.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{file} is truncated or not a safetensors file: {size} bytes cannot hold a header of {length}. "
+                    "Fetch it again."
+                )
+            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=unique_keys)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}. Fetch it again.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} has a broken safetensors header ({error}). Fetch it again.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} has a broken safetensors header (not a JSON object). Fetch it again.")
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor_info(file, 8 + length, name, fields) for name, fields in header.items()}
+    _check_layout(file, 8 + length, size, list(tensors.values()))
+    return tensors
+
+
+def read_tensor(info: TensorInfo) -> np.ndarray:
+    """One tensor in the dtype of its file.
+
+    Raises:
+      CheckpointError: it is not of a float dtype, or the file has become shorter.
+    """
+    if info.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name} is {info.dtype}; supported are {', '.join(FLOAT_DTYPES)}. "
+            "Use a checkpoint that is not quantized."
+        )
+    dtype = FLOAT_DTYPES[info.dtype]
+    try:
+        flat = np.fromfile(info.file, np.uint8, info.num_bytes, offset=info.offset)
+    except OSError as error:
+        raise CheckpointError(f"{info.file}: tensor {info.name} cannot be read: {error}.") from error
+    if flat.size != info.num_bytes:
+        raise CheckpointError(f"{info.file} ends within tensor {info.name}. Fetch it again.")
+    return flat.view(dtype).reshape(info.shape)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused where a name stands twice (for `json.loads`)."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError("duplicate names: " + ", ".join(sorted({name for name in names if names.count(name) > 1})))
+    return found
+
+
+def _tensor_info(file: Path, start: int, name: str, fields: Any) -> TensorInfo:
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(f"{file}: the header of tensor {name} is broken ({what}). Fetch the file again.")
+
+    if not isinstance(fields, Mapping):
+        raise refuse("not an object")
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str):
+        raise refuse(f"dtype is {dtype!r}")
+    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
+        raise refuse(f"shape is {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
+        raise refuse(f"data_offsets is {offsets!r}")
+    begin, end = offsets
+    if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise refuse(f"{dtype}{shape} does not fit in {end - begin} bytes")
+    return TensorInfo(name, tuple(shape), dtype, file, start + begin, end - begin)
+
+
+def _check_layout(file: Path, start: int, size: int, tensors: list[TensorInfo]) -> None:
+    """Tensors lie one after another, without gap or overlap, up to the end of the file."""
+    position = start
+    for info in sorted(tensors, key=lambda t: (t.offset, t.num_bytes)):
+        if info.num_bytes < 0 or info.offset != position:
+            raise CheckpointError(
+                f"{file}: tensor {info.name} begins at byte {info.offset} where {position} was expected: it overlaps "
+                "another or leaves a gap. Fetch the file again."
+            )
+        position += info.num_bytes
+        if position > size:
+            raise CheckpointError(
+                f"{file} is truncated: it ends at byte {size}, within tensor {info.name}. Fetch it again."
+            )
+    if position != size:
+        raise CheckpointError(f"{file} has {size - position} bytes that belong to no tensor. Fetch it again.")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,320 @@
+"""Hugging Face `config.json` of the supported families to `Architecture`, and back.
+
+Old and new spellings are read (`rope_theta` and `rope_scaling`, or `rope_parameters`); missing fields get the
+defaults that transformers gives them. What the decoder cannot represent is refused, never approximated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from quietstar_jax.config import Architecture, RopeScaling
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.settings import differences, from_mapping, to_mapping
+
+
+class Family(NamedTuple):
+    """What transformers assumes of a model type where its config.json is silent."""
+
+    class_name: str
+    num_kv_heads: int = 0  # 0 = as many as query heads
+    head_dim: int = 0  # 0 = hidden_size / num_attention_heads
+    max_positions: int = 32_768
+    optional_bias: bool = False  # `attention_bias`: on q, k, v and o
+    qkv_bias: bool = False  # always on q, k and v, never on o
+    optional_mlp_bias: bool = False  # `mlp_bias`
+    qk_norm: bool = False
+    window_everywhere: bool = False  # `sliding_window` holds in all layers
+    window_by_layer: bool = False  # `use_sliding_window`, `layer_types` or `max_window_layers`
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", max_positions=2048, optional_bias=True, optional_mlp_bias=True),
+    "mistral": Family("MistralForCausalLM", num_kv_heads=8, max_positions=131_072, window_everywhere=True),
+    "qwen2": Family("Qwen2ForCausalLM", num_kv_heads=32, qkv_bias=True, window_by_layer=True),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", num_kv_heads=32, head_dim=128, optional_bias=True, qk_norm=True, window_by_layer=True
+    ),
+}
+DEFAULT_WINDOW = 4096
+MAX_LAYERS = 10_000
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
+
+# Per kind of rotary scaling: our field -> its name in `rope_parameters`.
+ROPE_FIELDS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_frequency_factor": "low_freq_factor",
+        "high_frequency_factor": "high_freq_factor",
+        "original_max_positions": "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_max_positions": "original_max_position_embeddings",
+        "attention_factor": "attention_factor",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+    },
+}
+ROPE_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+
+
+def architecture_from_hf(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that a config.json describes, as transformers reads it.
+
+    Raises:
+      ConfigError: a field is missing, impossible, or asks for something that the decoder does not do.
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ConfigError(
+            f"config.json says model_type {name!r}. Supported are: {', '.join(FAMILIES)}. "
+            "Choose a checkpoint of one of these families."
+        )
+    _refuse_quantized(config)
+    family = FAMILIES[name]
+    heads = _size(config, "num_attention_heads")
+    layers = _size(config, "num_hidden_layers", MAX_LAYERS)
+    window, full_layers = _windows(config, family, layers)
+    theta, scaling = _rope(config, _get(config, "max_position_embeddings", family.max_positions))
+    bias = family.optional_bias and _get(config, "attention_bias", False)
+    fields = {
+        "family": name,
+        "vocab_size": _size(config, "vocab_size"),
+        "hidden_size": _size(config, "hidden_size"),
+        "intermediate_size": _size(config, "intermediate_size"),
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": _kv_heads(config, family, heads),
+        "head_dim": _head_dim(config, family, heads),
+        "max_positions": _get(config, "max_position_embeddings", family.max_positions),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rms_norm_eps": _get(config, "rms_norm_eps", 1e-6),
+        "activation": _activation(_get(config, "hidden_act", "silu")),
+        "sliding_window": window,
+        "full_attention_layers": full_layers,
+        "qkv_bias": bias or family.qkv_bias,
+        "output_bias": bias,
+        "mlp_bias": family.optional_mlp_bias and _get(config, "mlp_bias", False),
+        "qk_norm": family.qk_norm,
+        "tie_embeddings": _get(config, "tie_word_embeddings", False),
+        "initializer_range": _get(config, "initializer_range", 0.02),
+    }
+    try:
+        return from_mapping(Architecture, fields, root="config.json")
+    except OverflowError as error:
+        raise ConfigError(f"config.json holds a number that is too large: {error}.") from error
+
+
+def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
+    """The config.json of an architecture, in the spelling of transformers 5, without token ids and dtype.
+
+    Raises:
+      ConfigError: the family under whose name it is to be written cannot express it.
+    """
+    a = canonical(architecture)
+    if a.family not in FAMILIES:
+        raise ConfigError(f"family is {a.family!r}; it takes one of {', '.join(FAMILIES)}.")
+    family = FAMILIES[a.family]
+    config: dict[str, Any] = {
+        "architectures": [family.class_name],
+        "model_type": a.family,
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.hidden_size,
+        "intermediate_size": a.intermediate_size,
+        "num_hidden_layers": a.num_layers,
+        "num_attention_heads": a.num_heads,
+        "num_key_value_heads": a.num_kv_heads,
+        "head_dim": a.head_dim,
+        "max_position_embeddings": a.max_positions,
+        "rope_parameters": _rope_to_hf(a),
+        "rms_norm_eps": a.rms_norm_eps,
+        "hidden_act": ACTIVATION_NAMES[a.activation],
+        "tie_word_embeddings": a.tie_embeddings,
+        "initializer_range": a.initializer_range,
+    }
+    if family.optional_bias:
+        config["attention_bias"] = a.qkv_bias
+    if family.optional_mlp_bias:
+        config["mlp_bias"] = a.mlp_bias
+    config.update(_windows_to_hf(a, family))
+    lost = differences(to_mapping(a), to_mapping(architecture_from_hf(config)), "architecture")
+    if lost:
+        raise ConfigError(
+            f"A {a.family} config.json cannot express this architecture (wanted -> what it would become):\n"
+            + "\n".join(f"  - {line}" for line in lost)
+            + f"\nChange these fields, or `family` to another of {', '.join(FAMILIES)}."
+        )
+    return config
+
+
+def canonical(architecture: Architecture) -> Architecture:
+    """The same model with the fields that have no effect at their defaults."""
+    a = architecture
+    full = tuple(sorted(set(a.full_attention_layers))) if a.sliding_window else ()
+    if len(full) == a.num_layers:
+        full, a = (), dataclasses.replace(a, sliding_window=0)
+    used = {field: getattr(a.rope_scaling, field) for field in ROPE_FIELDS[a.rope_scaling.kind]}
+    scaling = RopeScaling(kind=a.rope_scaling.kind, **used)
+    return dataclasses.replace(a, full_attention_layers=full, rope_scaling=scaling)
+
+
+def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value, or the default where it is missing or null."""
+    value = config.get(key)
+    return default if value is None else value
+
+
+def _size(config: Mapping[str, Any], key: str, most: int = 2**31 - 1) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        found = "is missing" if value is None else f"is {value!r}"
+        raise ConfigError(f"config.json: {key} {found}; it takes an integer within 1 .. {most}.")
+    return value
+
+
+def _refuse_quantized(config: Mapping[str, Any]) -> None:
+    if config.get("quantization_config"):
+        raise ConfigError(
+            "config.json has a quantization_config. Only float weights (float16, bfloat16, float32, float64) are "
+            "supported: use the unquantized checkpoint of this model."
+        )
+
+
+def _activation(name: Any) -> str:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise ConfigError(f"config.json: hidden_act is {name!r}. Supported are: {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
+def _kv_heads(config: Mapping[str, Any], family: Family, heads: int) -> int:
+    if "num_key_value_heads" not in config and family.num_kv_heads:
+        return family.num_kv_heads
+    return _get(config, "num_key_value_heads", heads)
+
+
+def _head_dim(config: Mapping[str, Any], family: Family, heads: int) -> int:
+    if config.get("head_dim") is not None:
+        return config["head_dim"]
+    width = _size(config, "hidden_size")
+    if not family.head_dim and width % heads:
+        raise ConfigError(
+            f"config.json: hidden_size {width} is not a multiple of num_attention_heads {heads} and no head_dim is "
+            "given; give one."
+        )
+    return family.head_dim or width // heads
+
+
+def _windows(config: Mapping[str, Any], family: Family, layers: int) -> tuple[int, tuple[int, ...]]:
+    """(keys a query sees, itself included, or 0 for all; layers that see all)."""
+    if family.window_everywhere:
+        return (config["sliding_window"] or 0 if "sliding_window" in config else DEFAULT_WINDOW), ()
+    if not family.window_by_layer:
+        return 0, ()
+    wanted = _get(config, "use_sliding_window", False)
+    window = (config["sliding_window"] or 0 if "sliding_window" in config else DEFAULT_WINDOW) if wanted else 0
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = _get(config, "max_window_layers", 28)
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise ConfigError(f"config.json: max_window_layers is {first!r}; it takes an integer.")
+        kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+    known = ("full_attention", "attention", "sliding_attention")
+    if not isinstance(kinds, list | tuple) or len(kinds) != layers or any(kind not in known for kind in kinds):
+        raise ConfigError(
+            f"config.json: layer_types is {kinds!r}; it takes {layers} entries (num_hidden_layers), each "
+            "full_attention or sliding_attention."
+        )
+    full = tuple(i for i, kind in enumerate(kinds) if kind != "sliding_attention")
+    if len(full) == layers:
+        return 0, ()
+    if not window:
+        raise ConfigError(
+            "config.json: layer_types has sliding_attention, but use_sliding_window and sliding_window set no "
+            "window; set both, or make every layer full_attention."
+        )
+    return window, full
+
+
+def _windows_to_hf(a: Architecture, family: Family) -> dict[str, Any]:
+    if family.window_everywhere:
+        return {"sliding_window": a.sliding_window or None}
+    if not family.window_by_layer:
+        return {}
+    sliding = [i for i in range(a.num_layers) if a.sliding_window and i not in a.full_attention_layers]
+    return {
+        "use_sliding_window": bool(sliding),
+        "sliding_window": a.sliding_window or None,
+        "max_window_layers": min(sliding, default=a.num_layers),  # read by transformers before `layer_types`
+        "layer_types": ["sliding_attention" if i in sliding else "full_attention" for i in range(a.num_layers)],
+    }
+
+
+def _rope(config: Mapping[str, Any], max_positions: Any) -> tuple[Any, dict[str, Any]]:
+    """(theta, mapping for `RopeScaling`)."""
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
+        raise ConfigError(
+            f"config.json: the rotary parameters are {parameters!r}; supported is one flat group for all layers."
+        )
+    kind = _get(parameters, "rope_type", _get(parameters, "type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
+        raise ConfigError(f"config.json: rope_type is {kind!r}. Supported are: {', '.join(ROPE_FIELDS)}.")
+    partial = _get(parameters, "partial_rotary_factor", _get(config, "partial_rotary_factor", 1.0))
+    if partial != 1:
+        raise ConfigError(
+            f"config.json: partial_rotary_factor is {partial!r}. Supported is 1.0: every dimension of a head rotates."
+        )
+    parameters = _fill_in(dict(parameters), kind, config, max_positions)
+    absent = [key for key in ROPE_REQUIRED.get(kind, ()) if parameters.get(key) is None]
+    if absent:
+        raise ConfigError(f"config.json: rope_type {kind} needs {', '.join(absent)} beside it.")
+    used = {ours: parameters[theirs] for ours, theirs in ROPE_FIELDS[kind].items() if parameters.get(theirs)}
+    theta = _get(parameters, "rope_theta", _get(config, "rope_theta", 10_000.0))
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
+        raise ConfigError(f"config.json: rope_theta is {theta!r}; it takes a number above 1.")
+    return theta, {"kind": kind, **used}
+
+
+def _fill_in(parameters: dict[str, Any], kind: str, config: Mapping[str, Any], max_positions: Any) -> dict[str, Any]:
+    """Rotary parameters that transformers derives when they are not written down."""
+    if kind in ("llama3", "yarn"):
+        original = _get(parameters, "original_max_position_embeddings", max_positions)
+        parameters["original_max_position_embeddings"] = _get(config, "original_max_position_embeddings", original)
+    if kind != "yarn":
+        return parameters
+    if parameters.get("truncate") is False:
+        raise ConfigError("config.json: yarn with truncate false is not supported; supported is true, its default.")
+    try:
+        if parameters.get("factor") is None:
+            parameters["factor"] = max_positions / parameters["original_max_position_embeddings"]
+        factor, scales = parameters["factor"], (parameters.get("mscale"), parameters.get("mscale_all_dim"))
+        if parameters.get("attention_factor") is None and all(scales) and factor > 1:
+            upper, lower = (0.1 * scale * math.log(factor) + 1.0 for scale in scales if scale)
+            parameters["attention_factor"] = upper / lower
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"config.json: the rotary parameters {parameters!r} must be numbers ({error}).") from error
+    return parameters
+
+
+def _rope_to_hf(a: Architecture) -> dict[str, Any]:
+    scaling = a.rope_scaling
+    fields = {theirs: getattr(scaling, ours) for ours, theirs in ROPE_FIELDS[scaling.kind].items()}
+    if scaling.kind == "yarn" and not scaling.attention_factor:
+        del fields["attention_factor"]  # derived from the factor
+    return {"rope_type": scaling.kind, "rope_theta": a.rope_theta, **fields}

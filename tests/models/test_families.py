@@ -1,0 +1,250 @@
+"""config.json of the supported families, in old and new spellings, there and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quietstar_jax.config import Architecture, RopeScaling
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.models.families import FAMILIES, architecture_from_hf, architecture_to_hf, canonical
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+
+def config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
+    return {"model_type": model_type, **SIZES, **changes}
+
+
+def test_published_configs_in_their_old_spelling():
+    mistral = architecture_from_hf(
+        {
+            "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu",
+            "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+            "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32,
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
+            "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 32000,
+        }
+    )  # fmt: skip
+    assert mistral == Architecture(
+        "mistral", 32000, 4096, 14336, 32, 32, 8, 128, 32768, 10000.0, rms_norm_eps=1e-5, sliding_window=4096
+    )
+    llama = architecture_from_hf(
+        {
+            "model_type": "llama", "attention_bias": False, "hidden_act": "silu", "hidden_size": 2048, "head_dim": 64,
+            "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "pretraining_tp": 1,
+            "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+            "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                             "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+            "rope_theta": 500000.0, "tie_word_embeddings": True, "vocab_size": 128256,
+        }
+    )  # fmt: skip
+    assert llama.rope_scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    assert (llama.rope_theta, llama.tie_embeddings, llama.qkv_bias) == (500000.0, True, False)
+    qwen2 = architecture_from_hf(
+        {
+            "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
+            "max_window_layers": 24, "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True,
+            "use_sliding_window": False, "vocab_size": 151936,
+        }
+    )  # fmt: skip
+    assert (qwen2.sliding_window, qwen2.qkv_bias, qwen2.output_bias, qwen2.head_dim) == (0, True, False, 64)
+    qwen3 = architecture_from_hf(config("qwen3", head_dim=128, attention_bias=False))
+    assert (qwen3.qk_norm, qwen3.head_dim, qwen3.qkv_bias) == (True, 128, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value"),
+    [
+        ({}, "head_dim", 8),
+        ({"head_dim": None}, "head_dim", 8),
+        ({"head_dim": 16}, "head_dim", 16),
+        ({"model_type": "qwen3"}, "head_dim", 128),
+        ({"num_key_value_heads": None}, "num_kv_heads", 8),
+        ({}, "tie_embeddings", False),
+        ({}, "rms_norm_eps", 1e-6),
+        ({}, "rope_theta", 10000.0),
+        ({"rope_theta": 5e5}, "rope_theta", 5e5),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}, "rope_theta": 5e5}, "rope_theta", 7e4),
+        ({"rope_scaling": None}, "rope_scaling", RopeScaling()),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling", RopeScaling("linear", 2.0)),
+        ({"attention_bias": True}, "output_bias", True),
+        ({"attention_bias": True}, "qkv_bias", True),
+        ({"mlp_bias": True}, "mlp_bias", True),
+        ({"model_type": "mistral", "attention_bias": True}, "qkv_bias", False),
+        ({"model_type": "mistral"}, "sliding_window", 4096),
+        ({"model_type": "mistral", "sliding_window": None}, "sliding_window", 0),
+        ({"sliding_window": 16}, "sliding_window", 0),
+        ({"hidden_act": "gelu_new"}, "activation", "gelu_tanh"),
+        ({"hidden_act": "gelu"}, "activation", "gelu"),
+    ],
+)
+def test_one_field(changes, field, value):
+    assert getattr(architecture_from_hf(config() | changes), field) == value
+
+
+def test_missing_kv_heads_follow_the_family():
+    without = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    assert architecture_from_hf({"model_type": "llama", **without}).num_kv_heads == 8
+    assert architecture_from_hf({"model_type": "mistral", **without, "num_attention_heads": 16}).num_kv_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "window", "full"),
+    [
+        ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}, 0, ()),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, 8, (0,)),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, 8, ()),
+        ({"use_sliding_window": True, "sliding_window": 8}, 0, ()),  # max_window_layers is 28 where it is missing
+        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, 0, ()),
+        (
+            {"use_sliding_window": True, "sliding_window": 8,
+             "layer_types": ["sliding_attention", "full_attention", "attention", "sliding_attention"]}, 8, (1, 2),
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_windows_of_qwen(model_type, changes, window, full):
+    architecture = architecture_from_hf(config(model_type, **changes))
+    assert (architecture.sliding_window, architecture.full_attention_layers) == (window, full)
+
+
+def test_yarn_derives_what_is_not_written_down():
+    scaling = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+    read = architecture_from_hf(config(rope_scaling=scaling, max_position_embeddings=128)).rope_scaling
+    assert read.original_max_positions == 128
+    assert read.attention_factor == pytest.approx(1.1386294 / 1.0693147)
+    scaling = {"rope_type": "yarn", "original_max_position_embeddings": 32, "factor": None}
+    read = architecture_from_hf(config(rope_parameters=scaling, max_position_embeddings=128)).rope_scaling
+    assert (read.factor, read.attention_factor) == (4.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gemma2"}, ["gemma2", "llama, mistral, qwen2, qwen3"]),
+        ({"model_type": None}, ["model_type", "llama"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["dynamic", "yarn"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["longrope", "llama3"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["flat"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor"]),
+        ({"rope_parameters": {"rope_type": "linear"}}, ["factor"]),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, ["factor", "0.5"]),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, ["truncate"]),
+        ({"rope_theta": 0}, ["rope_theta"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
+        ({"hidden_act": "quick_gelu"}, ["quick_gelu", "silu"]),
+        ({"hidden_size": None}, ["hidden_size", "missing"]),
+        ({"num_hidden_layers": 2.5}, ["num_hidden_layers", "2.5"]),
+        ({"hidden_size": 65}, ["head_dim"]),
+        ({"num_key_value_heads": 3}, ["num_kv_heads", "3"]),
+        ({"head_dim": 7}, ["head_dim", "7"]),
+        ({"rms_norm_eps": "small"}, ["rms_norm_eps", "small"]),
+        ({"rms_norm_eps": 10**400}, ["too large"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "unquantized"]),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, ["layer_types", "4"]),
+        ({"model_type": "qwen2", "layer_types": ["linear_attention"] * 4}, ["linear_attention"]),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 4}, ["use_sliding_window"]),
+    ],
+)
+def test_refused(changes, words):
+    with pytest.raises(ConfigError) as error:
+        architecture_from_hf(config() | changes)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+EXPRESSIBLE = [
+    Architecture("llama", tie_embeddings=True, qkv_bias=True, output_bias=True, mlp_bias=True),
+    Architecture("llama", rope_scaling=RopeScaling("llama3", 8.0, 1.5, 5.0, 256), rope_theta=5e5, head_dim=16),
+    Architecture("llama", rope_scaling=RopeScaling("linear", 2.0), activation="gelu_tanh"),
+    Architecture("mistral", sliding_window=7, num_kv_heads=2),
+    Architecture("mistral", rope_scaling=RopeScaling("yarn", 4.0, original_max_positions=512, attention_factor=1.3)),
+    Architecture("qwen2", qkv_bias=True, sliding_window=7, full_attention_layers=(0,)),
+    Architecture("qwen2", qkv_bias=True, sliding_window=7, full_attention_layers=(1,), initializer_range=0.01),
+    Architecture("qwen3", qk_norm=True, rope_scaling=RopeScaling("yarn", 4.0, original_max_positions=512)),
+    Architecture("qwen3", qk_norm=True, qkv_bias=True, output_bias=True, sliding_window=5),
+]
+
+
+@pytest.mark.parametrize("architecture", EXPRESSIBLE, ids=lambda a: a.family)
+def test_round_trip(architecture):
+    written = json.loads(json.dumps(architecture_to_hf(architecture)))
+    assert architecture_from_hf(written) == architecture
+
+
+@pytest.mark.parametrize("architecture", EXPRESSIBLE, ids=lambda a: a.family)
+def test_transformers_reads_what_we_write(architecture, caplog):
+    auto = pytest.importorskip("transformers").AutoConfig
+    written = architecture_to_hf(architecture)
+    theirs = auto.for_model(**written)
+    assert architecture_from_hf(theirs.to_dict()) == architecture
+    assert theirs.head_dim == architecture.head_dim
+    assert not caplog.records
+
+
+def test_fields_without_effect_do_not_hinder_writing():
+    idle = Architecture(
+        "llama", full_attention_layers=(1,), rope_scaling=RopeScaling("linear", 2.0, low_frequency_factor=9.0)
+    )
+    assert architecture_from_hf(architecture_to_hf(idle)) == canonical(idle)
+    all_full = dataclasses.replace(EXPRESSIBLE[5], full_attention_layers=(0, 1, 2))
+    assert canonical(all_full).sliding_window == 0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "field"),
+    [
+        (Architecture("mistral", qkv_bias=True), "qkv_bias"),
+        (Architecture("llama", qkv_bias=True), "output_bias"),
+        (Architecture("llama", sliding_window=4), "sliding_window"),
+        (Architecture("mistral", sliding_window=4, full_attention_layers=(0,)), "full_attention_layers"),
+        (Architecture("qwen2"), "qkv_bias"),
+        (Architecture("qwen3"), "qk_norm"),
+    ],
+)
+def test_what_a_family_cannot_express_is_named(architecture, field):
+    with pytest.raises(ConfigError, match=field):
+        architecture_to_hf(architecture)
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 9), st.just(10**400), st.floats(), st.text(max_size=3),
+    st.lists(st.integers(), max_size=2), st.dictionaries(st.sampled_from(["rope_type", "factor"]), st.integers()),
+)  # fmt: skip
+KEYS = [
+    *SIZES, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window",
+    "max_window_layers", "layer_types", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings",
+    "rms_norm_eps", "max_position_embeddings", "partial_rotary_factor", "original_max_position_embeddings",
+]  # fmt: skip
+ROPE_KEYS = (
+    "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "attention_factor",
+    "beta_fast", "mscale", "mscale_all_dim", "rope_theta", "truncate",
+)  # fmt: skip
+ROPE = st.fixed_dictionaries(
+    {"rope_type": st.sampled_from(["default", "linear", "llama3", "yarn"])}, optional=dict.fromkeys(ROPE_KEYS, JUNK)
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(list(FAMILIES)), st.dictionaries(st.sampled_from(KEYS), JUNK, max_size=3), st.none() | ROPE)
+def test_junk_is_read_or_refused_never_a_crash(model_type, junk, rope):
+    mixed = config(model_type) | junk | ({"rope_parameters": rope} if rope else {})
+    try:
+        architecture = architecture_from_hf(mixed)
+    except ConfigError:
+        return
+    assert not architecture.problems()

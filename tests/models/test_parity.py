@@ -1,0 +1,140 @@
+"""The same checkpoint in transformers (torch) and here: the same logits, for every family and option."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quietstar_jax.hf.files import open_checkpoint
+from quietstar_jax.hf.load import load_decoder
+from quietstar_jax.models.decoder import base_pass
+from quietstar_jax.models.families import architecture_from_hf, architecture_to_hf
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LENGTH, VOCAB = 24, 96
+VALID = np.array([LENGTH, 15, 9])  # real tokens of each sequence, where padding is tested
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e3, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama tied": {"tie_word_embeddings": True},
+    "llama attention bias": {"attention_bias": True},
+    "llama mlp bias": {"mlp_bias": True, "hidden_act": "gelu"},
+    "llama one kv head": {"num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh"},
+    "llama no gqa": {"num_key_value_heads": 4, "hidden_act": "relu"},
+    "llama own head_dim": {"head_dim": 12, "rms_norm_eps": 1e-2},
+    "llama linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    "llama llama3 rope": {"rope_parameters": LLAMA3},
+    "llama yarn rope": {"rope_parameters": YARN, "head_dim": 16},
+    "llama yarn mscale": {"rope_parameters": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.4, "beta_fast": 4.0}},
+    "llama yarn short context": {
+        "rope_parameters": {**YARN, "original_max_position_embeddings": 5, "beta_slow": 16.0},
+    },
+    "mistral": {"sliding_window": 7},
+    "mistral no window": {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "mistral own head_dim": {"sliding_window": 1, "head_dim": 16, "tie_word_embeddings": True},
+    "qwen2": {},
+    "qwen2 windows": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2 mixed windows": {
+        "use_sliding_window": True, "sliding_window": 6, "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "qwen3": {"head_dim": 20},
+    "qwen3 attention bias": {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+    "qwen3 windows yarn": {
+        "head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2,
+        "rope_parameters": {**YARN, "attention_factor": 1.25},
+    },
+}  # fmt: skip
+
+
+def random_model(variant: str, seed: int = 0) -> Any:
+    """A tiny torch model in which every weight, norm and bias matters."""
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.for_model(variant.split()[0], **(SIZES | VARIANTS[variant]))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.copy_(1 + 0.3 * torch.randn_like(weight))
+            else:
+                weight.copy_(torch.randn_like(weight) * (0.5 if name.endswith("bias") else weight.shape[-1] ** -0.5))
+    return model
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [3, L] and the mask of right-padded sequences."""
+    tokens = np.random.default_rng(1).integers(0, VOCAB, (len(VALID), LENGTH))
+    return tokens, np.arange(LENGTH) < VALID[:, None]
+
+
+def their_logits(model: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long()).logits.float().numpy()
+
+
+def our_logits(folder: Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    files = open_checkpoint(str(folder))
+    decoder = load_decoder(files, architecture_from_hf(files.config))
+
+    @jax.jit
+    def logits(decoder, tokens, mask):
+        return decoder.logits(base_pass(decoder, tokens, mask, dtype=jnp.float32)[0])
+
+    return np.asarray(logits(decoder, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits(variant, tmp_path):
+    model = random_model(variant)
+    model.save_pretrained(tmp_path)
+    tokens, padded = batch()
+    everything = np.ones_like(padded)
+    # One compiled call: whole sequences first, then the padded ones.
+    ours = our_logits(tmp_path, np.concatenate([tokens, tokens]), np.concatenate([everything, padded]))
+    whole, valid = np.split(ours, 2)
+    theirs = their_logits(model, tokens, everything)
+    error = np.abs(whole - theirs).max()
+    assert np.abs(theirs).max() > 1.0
+    assert error < 1e-4
+    assert np.abs(valid - their_logits(model, tokens, padded))[padded].max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("llama tied", "float32"), ("mistral", "bfloat16"), ("qwen3 attention bias", "float16"), ("qwen2", "float64")],
+)
+def test_dtypes_and_shards(variant, dtype, tmp_path):
+    model = random_model(variant).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens, mask = batch()
+    assert np.abs(our_logits(tmp_path, tokens, mask) - their_logits(reference, tokens, mask))[mask].max() < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_our_config_builds_the_same_torch_model(variant):
+    """`architecture_to_hf` loses nothing: a model of the config that we write gives the same logits."""
+    model = random_model(variant)
+    written = architecture_to_hf(architecture_from_hf(model.config.to_dict()))
+    again = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**written)).eval()
+    again.load_state_dict(model.state_dict())
+    tokens, mask = batch()
+    np.testing.assert_allclose(
+        their_logits(again, tokens, mask)[mask], their_logits(model, tokens, mask)[mask], atol=1e-5
+    )

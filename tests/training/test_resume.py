@@ -1,0 +1,122 @@
+"""A run that is killed and started again must come to the same numbers, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quietstar_jax.errors import CheckpointError, DivergedError
+from quietstar_jax.training.checkpoints import check_same_run
+from quietstar_jax.training.loop import train
+from tests.training.tiny import tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def records(workdir: Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, train(tiny_config(workdir))
+
+
+def test_summary_and_records(uninterrupted):
+    workdir, summary = uninterrupted
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    for name in ("loss_without_thoughts", "loss_with_thoughts", "answer_accuracy_without_thoughts",
+                 "answer_accuracy_with_thoughts", "useful_thought_rate"):  # fmt: skip
+        assert isinstance(summary[name], float)
+    assert len(summary["sample_thoughts"]) == 3
+    steps = [record["step"] for record in records(workdir) if record["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+    evaluated = [record["step"] for record in records(workdir) if record["kind"] == "evaluation"]
+    assert evaluated == [3, 7]
+
+
+def test_a_finished_run_starts_again_without_a_step(uninterrupted):
+    workdir, summary = uninterrupted
+    before = records(workdir)
+    assert train(tiny_config(workdir)) == summary
+    assert records(workdir) == before
+
+
+def test_killed_and_resumed_is_bit_identical(uninterrupted, tmp_path):
+    """kill -9 in the middle of the second phase; the checkpoint is older than the last step."""
+    script = (
+        "import sys; from pathlib import Path; from quietstar_jax.training.loop import train;"
+        "from tests.training.tiny import tiny_config; train(tiny_config(Path(sys.argv[1])))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, env=environment)
+    deadline = time.monotonic() + 300
+    while not any(record["step"] >= 5 for record in records(tmp_path)):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "summary.json").exists()
+
+    summary = train(tiny_config(tmp_path))
+    whole, whole_summary = uninterrupted
+    assert records(tmp_path) == records(whole)
+    assert {**summary, "paths": None} == {**whole_summary, "paths": None}
+
+
+def test_more_steps_continue_the_last_phase(uninterrupted, tmp_path):
+    workdir, _ = uninterrupted
+    short = tiny_config(tmp_path)
+    plain, thoughts = short.phases
+    short = dataclasses.replace(short, phases=(plain, dataclasses.replace(thoughts, steps=2)))
+    train(short)
+    train(tiny_config(tmp_path))
+    loss = {record["step"]: record["loss"] for record in records(tmp_path) if record["kind"] == "train"}
+    assert loss == {record["step"]: record["loss"] for record in records(workdir) if record["kind"] == "train"}
+
+
+def test_a_changed_configuration_is_refused_with_its_differences(uninterrupted):
+    workdir, _ = uninterrupted
+    with pytest.raises(CheckpointError, match=r"config\.optimizer\.b1: 0\.9 -> 0\.5") as error:
+        train(tiny_config(workdir, optimizer__b1=0.5, seed=3))
+    assert "config.seed: 0 -> 3" in str(error.value)
+
+
+def test_what_may_change_between_runs():
+    saved = {"seed": 0, "logging": {"every_steps": 1}, "phases": [{"steps": 4, "decay": "constant", "rate": 1}]}
+    check_same_run(saved, {**saved, "logging": {"every_steps": 9}}, step=2)
+    check_same_run(saved, {**saved, "phases": [{"steps": 9, "decay": "constant", "rate": 1}, {"steps": 1}]}, step=4)
+    with pytest.raises(CheckpointError, match="rate: 1 -> 2"):
+        check_same_run(saved, {**saved, "phases": [{"steps": 4, "decay": "constant", "rate": 2}]}, step=2)
+    decaying = {**saved, "phases": [{"steps": 4, "decay": "cosine", "rate": 1}]}
+    with pytest.raises(CheckpointError, match="steps: 4 -> 9"):
+        check_same_run(decaying, {**saved, "phases": [{"steps": 9, "decay": "cosine", "rate": 1}]}, step=2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = tiny_config(tmp_path, checkpoint__every_steps=1)
+    wild = dataclasses.replace(config.phases[0], learning_rate=1e38, warmup_steps=0)
+    config = dataclasses.replace(config, phases=(wild,))
+    with pytest.raises(DivergedError, match=r"Step 2 \(phase 'plain'\).*base_loss.*last good checkpoint is step 1"):
+        train(config)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_damaged_checkpoint_says_what_to_remove(tmp_path):
+    train(tiny_config(tmp_path))
+    for file in (tmp_path / "checkpoints" / "7" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="step 7"):
+        train(tiny_config(tmp_path))

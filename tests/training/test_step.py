@@ -1,0 +1,74 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quietstar_jax.training.optimizer import learning_rate
+from quietstar_jax.training.setup import first_state, prepare
+from quietstar_jax.training.step import Batch, make_train_step
+from tests.training.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return prepare(tiny_config(tmp_path_factory.mktemp("step")))
+
+
+def batch_of(run, rows=4):
+    """Rows of very different lengths, so that a mean of microbatch means would be wrong."""
+    length = run.config.data.sequence_length
+    tokens = jax.random.randint(jax.random.key(1), (rows, length), 6, run.architecture.vocab_size)
+    real = jnp.array([length, 7, 19, 4])[:rows]
+    return Batch(tokens.astype(jnp.int32), jnp.arange(length) < real[:, None])
+
+
+def step_of(run, phase):
+    step = make_train_step(run.config, phase, run.structure, run.architecture, run.vocabulary)
+    return jax.jit(step)(first_state(run), batch_of(run), run.key, jnp.int32(0))
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["plain", "thoughts"])
+def test_accumulation_equals_the_large_batch(run, index):
+    phase = run.config.phases[index]
+    whole, whole_metrics = step_of(run, phase)
+    for pieces in (2, 4):
+        parts, metrics = step_of(run, dataclasses.replace(phase, microbatches=pieces))
+        chex.assert_trees_all_close(metrics, whole_metrics, rtol=2e-4, atol=2e-6)
+        moments, wanted = parts.opt_state[1].mu, whole.opt_state[1].mu
+        for name in wanted:
+            scale = float(jnp.abs(wanted[name]).max()) + 1e-12
+            np.testing.assert_allclose(moments[name] / scale, wanted[name] / scale, atol=2e-5, err_msg=name)
+
+
+def test_plain_phase_leaves_the_thought_weights_without_gradient(run):
+    state, metrics = step_of(run, run.config.phases[0])
+    moments = state.opt_state[1].mu
+    untouched = [name for name, value in moments.items() if not np.any(value)]
+    assert set(untouched) == {name for name in moments if not name.startswith("decoder.")}
+    assert float(metrics["loss"]) == float(metrics["base_loss"])
+
+
+def test_mixing_head_begins_without_effect_and_moves(run):
+    state, metrics = step_of(run, run.config.phases[1])
+    assert float(metrics["talk_loss_1"]) == pytest.approx(float(metrics["base_loss"]), rel=1e-6)
+    assert float(metrics["mixing_weight"]) == 0.0
+    assert np.any(state.params["mixing_head.out"])
+
+
+def test_frozen_decoder_stays_bit_for_bit(run):
+    phase = run.config.phases[1]
+    before = first_state(run).params
+    state, _ = step_of(run, dataclasses.replace(phase, rates=dataclasses.replace(phase.rates, decoder=0.0)))
+    for name, value in state.params.items():
+        if name.startswith("decoder."):
+            np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
+def test_metrics_name_rate_and_norm(run):
+    phase = run.config.phases[0]
+    _, metrics = step_of(run, phase)
+    assert float(metrics["learning_rate"]) == pytest.approx(float(learning_rate(phase, jnp.int32(0))))
+    assert float(metrics["gradient_norm"]) > 0
