@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -63,9 +62,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], root: str = "con
     if isinstance(old, list | tuple) and isinstance(new, list | tuple):
         if len(old) == len(new):
             return [
-                line
-                for i, pair in enumerate(zip(old, new, strict=True))
-                for line in differences(*pair, f"{root}[{i}]")
+                line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{root}[{i}]")
             ]
         return [f"{root}: {len(old)} entries -> {len(new)} entries"]
     return [] if old == new else [f"{root}: {old!r} -> {new!r}"]
@@ -86,9 +83,7 @@ def _build(cls: type, mapping: Any, path: str, problems: list[str]) -> Any:
             hint = f"did you mean {near[0]}?" if near else "known are: " + ", ".join(names)
             problems.append(f"{path}.{key} is not a setting; {hint}")
     before = len(problems)
-    values = {
-        name: _convert(hints[name], given[name], f"{path}.{name}", problems) for name in names if name in given
-    }
+    values = {name: _convert(hints[name], given[name], f"{path}.{name}", problems) for name in names if name in given}
     if len(problems) > before:
         return None
     built = cls(**values)
@@ -98,7 +93,7 @@ def _build(cls: type, mapping: Any, path: str, problems: list[str]) -> Any:
 
 
 def _convert(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _build(kind, value, path, problems)
     if typing.get_origin(kind) is tuple:
         item_kind = typing.get_args(kind)[0]
@@ -106,10 +101,8 @@ def _convert(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
             problems.append(f"{path} is {value!r}; it takes a list")
             return None
         return tuple(_convert(item_kind, item, f"{path}[{i}]", problems) for i, item in enumerate(value))
-    if isinstance(kind, types.UnionType):
-        raise TypeError(f"{path}: unions are not supported in settings")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         problems.append(f"{path} is {value!r} ({type(value).__name__}); it takes {kind.__name__}")
         return None

@@ -33,7 +33,9 @@ def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.ones(shape, jnp.float32)
 
 
-def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], initializer: Initializer) -> nnx.Param:
+def parameter(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], initializer: Initializer
+) -> nnx.Param:
     """A float32 master weight.
 
     Args:
@@ -50,7 +52,7 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ..
 
 def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
     """Every parameter with its metadata under its dotted path, e.g. `decoder.layers.query`, in a fixed order."""
-    flat: list[tuple[Any, Any]] = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    flat: Any = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(str(part) for part in path): value for path, value in flat}
 
 

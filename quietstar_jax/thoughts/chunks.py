@@ -107,7 +107,9 @@ def positions_per_chunk(
     per_token = (6 * a.hidden_size + heads + 4 * a.intermediate_size) * width + a.num_heads * keys * (8 + width)
     layers = 2 if settings.rematerialize else a.num_layers
     logits = 3 * 4 * a.vocab_size * (settings.length + 2 * settings.tokens_ahead)
-    per_position = batch * settings.count * (chain * (per_token * layers + a.hidden_size * a.num_layers * width) + logits)
+    per_position = (
+        batch * settings.count * (chain * (per_token * layers + a.hidden_size * a.num_layers * width) + logits)
+    )
     fitting = max(1, min(length, config.chunk_megabytes * 2**20 // per_position))
     divisor = max(n for n in range(1, fitting + 1) if length % n == 0)
     return divisor if 2 * divisor > fitting else fitting

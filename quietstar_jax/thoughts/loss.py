@@ -73,7 +73,7 @@ def _chunk_loss(
 
     rewarded = positions <= length - 2 - ahead
     base_nats = here_and_ahead(text.nats, positions, ahead)
-    reward = rewards(base_nats, scores.nats) * rewarded
+    reward = jnp.where(rewarded, rewards(base_nats, scores.nats), 0.0)
     advantage = advantages(reward, positive_only=config.positive_only)
     policy = policy_loss(advantage, scores.log_probs, counts, reduction=config.policy_reduction)
 
@@ -82,7 +82,7 @@ def _chunk_loss(
     first = real[..., 0]
 
     def mean_where_real(x: jax.Array) -> jax.Array:
-        return (x * first).sum() / (settings.count * counts.targets[0])
+        return jnp.where(first, x, 0.0).sum() / (settings.count * counts.targets[0])
 
     rewarded_thoughts = counts.positions * counts.sequences * settings.count
     metrics = {

@@ -47,7 +47,7 @@ def score_thoughts(
     else:
         nats = cross_entropy(log_scores, targets)
     real = real_ahead(text.mask, positions, ahead)[:, None]
-    return Scores(nats * real, log_probs, weight, (log_scores.argmax(axis=-1) == targets) & real)
+    return Scores(jnp.where(real, nats, 0.0), log_probs, weight, (log_scores.argmax(axis=-1) == targets) & real)
 
 
 def talk(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from quietstar_jax.models.decoder import Decoder, KeyValues, base_pass
 
-
 LOGITS_BYTES = 64 * 2**20  # of float32 logits of the text, at once
 
 

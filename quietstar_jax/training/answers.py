@@ -24,9 +24,7 @@ def answer_batches(run: Run, documents: Sequence[Document]) -> tuple[list[dict[s
     mask = np.zeros(tokens.shape, bool)
     for row, ids in enumerate(rows):
         tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
-    batches = [
-        {"tokens": tokens[i : i + size], "mask": mask[i : i + size]} for i in range(0, len(tokens), size)
-    ]
+    batches = [{"tokens": tokens[i : i + size], "mask": mask[i : i + size]} for i in range(0, len(tokens), size)]
     return batches, np.array([len(ids) - 2 for ids in rows])
 
 

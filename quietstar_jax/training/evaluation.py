@@ -16,7 +16,7 @@ from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import here_and_ahead, read_text, real_ahead, tokens_ahead
-from quietstar_jax.training.step import Batch, Vocabulary
+from quietstar_jax.training.step import Batch, Vocabulary, to_device
 
 DECILES = 10
 
@@ -105,7 +105,7 @@ def score_batches(
     scorer: Callable[[Any, Batch], TokenScores], params: Any, batches: Iterable[Mapping[str, np.ndarray]]
 ) -> TokenScores:
     """All batches, stacked along the batch axis, as numpy arrays."""
-    parts = [jax.device_get(scorer(params, Batch(batch["tokens"], batch["mask"]))) for batch in batches]
+    parts = [jax.device_get(scorer(params, to_device(batch))) for batch in batches]
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 

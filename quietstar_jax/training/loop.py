@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from quietstar_jax.training.checkpoints import Checkpoints, check_same_run
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, summarize
 from quietstar_jax.training.metrics import MetricsWriter, write_json
 from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare
-from quietstar_jax.training.step import Batch, TrainState, TrainStep, make_train_step
+from quietstar_jax.training.step import TrainState, TrainStep, make_train_step, to_device
 from quietstar_jax.training.summary import most_helpful_thoughts
 
 
@@ -36,11 +37,7 @@ def train(config: Config) -> dict[str, Any]:
     run = prepare(config)
     workdir = make_workdir(config)
     sequences = training_sequences(config.data, run.tokenizer, seed=config.seed)
-    held_out = list(
-        validation_batches(
-            config.data, run.tokenizer, batch_size=config.evaluation.batch_size, batches=config.evaluation.batches
-        )
-    )
+    held_out = held_out_batches(run)
     with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
         state = resume_or_start(run, checkpoints, sequences)
         run.tokenizer.save(workdir / "tokenizer")
@@ -57,6 +54,15 @@ def train(config: Config) -> dict[str, Any]:
             summary = trainer.final_summary(state, workdir)
     write_json(workdir / "summary.json", summary)
     return summary
+
+
+def held_out_batches(run: Run) -> list[dict[str, np.ndarray]]:
+    """The validation text in batches of evaluation size; none where the configuration names none."""
+    config = run.config
+    if not config.data.validation:
+        return []
+    size, count = config.evaluation.batch_size, config.evaluation.batches
+    return list(validation_batches(config.data, run.tokenizer, batch_size=size, batches=count))
 
 
 def make_workdir(config: Config) -> Path:
@@ -120,15 +126,13 @@ class Trainer:
             state = self._run_phase(state, phase, step_fn, start, end)
         return state
 
-    def _run_phase(
-        self, state: TrainState, phase: Phase, step_fn: TrainStep, start: int, end: int
-    ) -> TrainState:
+    def _run_phase(self, state: TrainState, phase: Phase, step_fn: TrainStep, start: int, end: int) -> TrainState:
         config = self._run.config
         for done in range(int(state.step) + 1, end + 1):
             rows = self._sequences.next_batch(phase.batch_size)
-            state, values = step_fn(state, Batch(rows["tokens"], rows["mask"]), self._run.key, jnp.int32(start))
+            state, values = step_fn(state, to_device(rows), self._run.key, jnp.int32(start))
             self._read_metrics()
-            self._unread = lambda values=values, done=done: self._log(values, done, phase)
+            self._unread = functools.partial(self._log, values, done, phase)
             if done % config.checkpoint.every_steps == 0 or done == config.total_steps:
                 self._read_metrics()  # a state whose loss is not finite is never saved
                 self._checkpoints.save(state, self._sequences.get_state(), self._run.record)

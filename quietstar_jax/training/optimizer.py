@@ -25,9 +25,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def decay_mask(params: Params, config: OptimizerConfig) -> dict[str, bool]:
     """Which weights decay."""
-    return {
-        name: config.decay_mask == "all" or not ("norm" in name or name.endswith("bias")) for name in params
-    }
+    return {name: config.decay_mask == "all" or not ("norm" in name or name.endswith("bias")) for name in params}
 
 
 def learning_rate(phase: Phase, step: jax.Array) -> jax.Array:

@@ -43,6 +43,7 @@ class Run:
         return {
             "config": to_mapping(self.config),
             "architecture": to_mapping(self.architecture),
+            "model_commit": self.files.commit if self.files else "",
             "vocabulary": {"pad_id": self.vocabulary.pad_id, "meta_tokens": list(self.vocabulary.meta_tokens)},
         }
 

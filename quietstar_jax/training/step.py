@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from quietstar_jax.config import Architecture, Config, Phase
@@ -38,6 +39,11 @@ class Batch(NamedTuple):
 
     tokens: jax.Array
     mask: jax.Array
+
+
+def to_device(rows: Mapping[str, np.ndarray]) -> Batch:
+    """A batch of the data pipeline, moved to the device."""
+    return Batch(jax.device_put(rows["tokens"]), jax.device_put(rows["mask"]))
 
 
 class Vocabulary(NamedTuple):
@@ -91,9 +97,7 @@ def make_train_step(
             settings, chunk,
         )  # fmt: skip
 
-    def step(
-        state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array) -> tuple[TrainState, Metrics]:
         counts = count_targets(batch.mask, phase.tokens_ahead)
         draws = (batch.tokens.shape[0], phase.num_thoughts, length, phase.thought_length)
         uniforms = jax.random.uniform(jax.random.fold_in(key, state.step), draws)
@@ -104,7 +108,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = learning_rate(phase, state.step - phase_start)
         params = apply_updates(state.params, updates, rate, phase.rates)
-        metrics |= {"gradient_norm": optax.global_norm(gradients), "learning_rate": rate}
+        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": rate}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
@@ -115,7 +119,5 @@ def accumulate(fn: Callable[[Any], Any], batch: Any, pieces: int) -> Any:
     if pieces == 1:
         return fn(batch)
     parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts))
-    )
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts)))
     return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None), zeros, parts)[0]

@@ -73,13 +73,13 @@ def format_summary(summary: Mapping[str, Any]) -> str:
             "",
             f"thought {i + 1}, after: ... {sample['context']}",
             f"    thought:    {sample['thought']}",
-            f"    next token: {sample['next_token']!r}, probability {sample['probability_without_thought']:.3f} without "
-            f"and {sample['probability_with_thought']:.3f} with the thought (mixing weight {sample['mixing_weight']:.3f})",
+            f"    next token: {sample['next_token']!r}, probability {sample['probability_without_thought']:.3f} without and "
+            f"{sample['probability_with_thought']:.3f} with the thought (mixing weight {sample['mixing_weight']:.3f})",
         ]
     lines += ["", *(f"{name + ':':<14}{path}" for name, path in summary["paths"].items())]
     return "\n".join(lines)
 
 
-def _columns(pair: Sequence[float], unit: str) -> list[tuple[float, int, int]]:
+def _columns(pair: Sequence[Any], unit: str) -> list[tuple[float, int, int]]:
     digits = 4 if unit == "nats" else 1
     return [(pair[0], 18, digits), (pair[1], 16, digits)]

@@ -1,0 +1,65 @@
+"""The door: unknown keys, wrong types and impossible values are named, all at once, before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from quietstar_jax.config import Config, Phase, default_config, from_config_dict, phase, to_config_dict
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.settings import differences, from_mapping
+
+
+def test_defaults_survive_the_round_trip():
+    assert from_config_dict(default_config()) == Config()
+    assert from_config_dict(to_config_dict(Config(phases=(Phase(name="a"), Phase(name="b"))))).phases[1].name == "b"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sed": 1}, r"config\.sed is not a setting; did you mean seed\?"),
+        ({"thought": {"mixng": "x"}}, r"config\.thought\.mixng is not a setting; did you mean mixing\?"),
+        ({"seed": "one"}, r"config\.seed is 'one' \(str\); it takes int"),
+        ({"seed": True}, r"config\.seed is True \(bool\); it takes int"),
+        ({"seed": -1}, r"config\.seed is -1; it takes 0 or more"),
+        ({"model": 3}, r"config\.model is 3; it takes a group of settings"),
+        ({"phases": "x"}, r"config\.phases is 'x'; it takes a list"),
+        ({"phases": []}, r"config\.phases is \(\); it takes at least one phase"),
+        ({"phases": [{"thought_length": -1}]}, r"config\.phases\[0\]\.thought_length is -1; it takes 0"),
+        ({"phases": [{"batch_size": 8, "microbatches": 3}]}, r"microbatches is 3; it takes a divisor of batch_size"),
+        ({"phases": [{"learning_rate": float("nan")}]}, r"learning_rate is nan; it takes a finite number"),
+        ({"phases": [{"learning_rate": 10**400}]}, r"learning_rate is inf; it takes a finite number"),
+        ({"phases": [{"name": "a"}, {"name": "a"}]}, r"phases whose names all differ"),
+        ({"data": {"sequence_length": 5}}, r"config\.data\.sequence_length is 5; it takes at least tokens_ahead \+ 2"),
+        ({"thought": {"mixing": "logits"}}, r"it takes one of hidden_states, log_probabilities"),
+        ({"model": {"architecture": {"num_heads": 4, "num_kv_heads": 3}}}, r"a divisor of num_heads \(4\)"),
+        ({"model": {"architecture": {"rope_scaling": {"kind": "llama3"}}}}, r"a positive length for llama3 scaling"),
+        ({"data": {"packing": "loose"}}, r"one of random_span, packed"),
+        ({"optimizer": {"b1": 1.0}}, r"config\.optimizer\.b1 is 1\.0"),
+    ],
+)  # fmt: skip
+def test_a_bad_setting_names_itself(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        from_mapping(Config, changes)
+
+
+def test_every_problem_is_listed_at_once():
+    with pytest.raises(ConfigError) as error:
+        from_mapping(Config, {"seed": -1, "workdir": "", "thought": {"mixing": "x"}, "checkpoint": {"every_steps": 0}})
+    for name in ("thought.mixing", "checkpoint.every_steps"):
+        assert name in str(error.value)
+
+
+def test_phase_helper_refuses_unknown_fields():
+    with pytest.raises(ConfigError, match="lenght"):
+        phase(lenght=3)
+
+
+def test_differences_name_their_path():
+    old = {"a": 1, "b": {"c": [1, 2]}, "d": [1]}
+    new = {"a": 1, "b": {"c": [1, 3]}, "d": [1, 2], "e": 5}
+    assert differences(old, new) == [
+        "config.b.c[1]: 2 -> 3",
+        "config.d: 1 entries -> 2 entries",
+        "config.e: '(absent)' -> 5",
+    ]

@@ -1,0 +1,62 @@
+"""Every shipped configuration loads, and its whole train step fits together, shape by shape, without any weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from quietstar_jax.config import from_config_dict
+from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer
+from quietstar_jax.training.setup import abstract_params, check_length
+from quietstar_jax.training.step import Batch, Vocabulary, initial_state, make_train_step
+
+CONFIGS = sorted(path for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_fits_together(path):
+    config = load(path)
+    architecture = config.model.architecture
+    check_length(config, architecture)
+    params, structure = abstract_params(architecture)
+    state = jax.eval_shape(lambda params: initial_state(params, config), params)
+    vocabulary = Vocabulary(pad_id=0, meta_tokens=(1, 2))
+    length = config.data.sequence_length
+
+    def batch(rows):
+        return Batch(jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows, length), bool))
+
+    for phase in config.phases:
+        step = make_train_step(config, phase, structure, architecture, vocabulary)
+        after, metrics = jax.eval_shape(
+            step, state, batch(phase.batch_size), jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
+        )
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
+
+    scorer = make_token_scorer(structure, architecture, evaluation_settings(config, vocabulary))
+    scores = jax.eval_shape(scorer, params, batch(config.evaluation.batch_size))
+    assert scores.thoughts.shape == (config.evaluation.batch_size, length, config.evaluation_thought_length)
+
+
+def test_mistral_7b_has_its_published_size():
+    config = load(next(path for path in CONFIGS if path.stem == "mistral_7b_openwebmath"))
+    params, _ = abstract_params(config.model.architecture)
+    decoder = sum(value.size for name, value in params.items() if name.startswith("decoder."))
+    assert decoder == 7_241_732_096
+    assert (
+        sum(value.size for name, value in params.items() if name.startswith("mixing_head.")) == 3 * 4096**2 + 3 * 4096
+    )
+    phase = config.phases[0]
+    assert (phase.thought_length, phase.tokens_ahead, phase.num_thoughts, phase.batch_size) == (9, 4, 2, 8)

@@ -1,0 +1,57 @@
+"""The command line: bad input ends with one clear message, status 2, and nothing written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "quietstar_jax.train", "--config", str(ROOT / "configs/quickstart.py"),
+         f"--config.workdir={tmp_path / 'run'}", "--config.logging.progress_bar=False", *arguments],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.phases[0].steps=-1"], "config.phases[0].steps is -1; it takes 0 or more"),
+        (["--config.data.sequence_length=250"], "the model knows 256"),
+        (["--config.data.train=('missing.jsonl',)"], "missing.jsonl"),
+        (["--config.data.tokenizer=/no/such/folder"], "/no/such/folder"),
+        (["--config.model.architecture.vocab_size=50"], "50"),
+        (["--config.model.checkpoint=/no/such/model"], "/no/such/model"),
+        (["--config.thought.initial_start_token="], "initial_start_token"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tmp_path, arguments, message):
+    ended = run(tmp_path, *arguments)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.startswith("error: ")
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_unknown_flag_is_refused(tmp_path):
+    ended = run(tmp_path, "--config.sede=1")
+    assert ended.returncode != 0
+    assert "sede" in ended.stderr
+
+
+def test_a_broken_line_is_named_and_nothing_is_saved(tmp_path):
+    text = tmp_path / "broken.jsonl"
+    text.write_text('{"text": "ann has 4 coin"}\n{"text": \n')
+    ended = run(tmp_path, f"--config.data.train=('{text}',)", f"--config.data.validation=('{text}',)")
+    assert ended.returncode == 2, ended.stderr
+    assert "broken.jsonl" in ended.stderr
+    assert "2" in ended.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
