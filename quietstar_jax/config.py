@@ -338,7 +338,7 @@ class Config:
             )  # fmt: skip
         found += require(
             length >= self.evaluation.tokens_ahead + 2,
-            "data.sequence_length", length, f"at least evaluation.tokens_ahead + 2 = {self.evaluation.tokens_ahead + 2}",
+            "data.sequence_length", length, f"at least {self.evaluation.tokens_ahead + 2}, evaluation.tokens_ahead + 2",
         )  # fmt: skip
         return found
 

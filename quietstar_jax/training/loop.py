@@ -112,6 +112,7 @@ class Trainer:
         self._checkpoints, self._metrics = checkpoints, metrics
         settings = evaluation_settings(run.config, run.vocabulary)
         self._scorer = make_token_scorer(run.structure, run.architecture, settings)
+        self._measured: Any = None  # (step, held-out figures, token scores)
         self._unread: Callable[[], None] = lambda: None  # reads the metrics of the last step that was started
 
     def run_phases(self, state: TrainState) -> TrainState:
@@ -164,9 +165,7 @@ class Trainer:
     def _evaluate(self, state: TrainState, phase: Phase, step: int) -> None:
         if not self._held_out:
             return
-        values = summarize(score_batches(self._scorer, state.params, self._held_out))
-        if "synthetic" in self._run.config.data.validation:
-            values |= measure_answers(self._run, self._scorer, state.params)
+        values = self._measure(state)
         self._metrics.write("evaluation", step, phase.name, values)
         line = f"step {step} ({phase.name}): held-out loss {values['loss_without_thoughts']:.4f} nats per token"
         if self._run.config.evaluation_thought_length:
@@ -179,15 +178,24 @@ class Trainer:
             )
         self._metrics.say(line)
 
+    def _measure(self, state: TrainState) -> dict[str, Any]:
+        """The held-out figures of a state; those of the newest one are remembered."""
+        step = int(state.step)
+        if self._measured is None or self._measured[0] != step:
+            scores = score_batches(self._scorer, state.params, self._held_out)
+            values = summarize(scores)
+            if "synthetic" in self._run.config.data.validation:
+                values |= measure_answers(self._run, self._scorer, state.params)
+            self._measured = (step, values, scores)
+        return self._measured[1]
+
     def final_summary(self, state: TrainState, workdir: Path) -> dict[str, Any]:
         """The held-out figures after the last step, sample thoughts, and where things are."""
         summary: dict[str, Any] = {"step": int(state.step), "seed": self._run.config.seed}
         if self._held_out:
-            scores = score_batches(self._scorer, state.params, self._held_out)
-            summary |= summarize(scores)
+            summary |= self._measure(state)
+            scores = self._measured[2]
             summary["sample_thoughts"] = most_helpful_thoughts(scores, self._held_out, self._run.tokenizer)
-        if "synthetic" in self._run.config.data.validation:
-            summary |= measure_answers(self._run, self._scorer, state.params)
         names = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "summary": "summary.json"}
         summary["paths"] = {name: str(workdir / file) for name, file in names.items()}
         summary["parameters"] = int(sum(np.prod(value.shape) for value in state.params.values()))

@@ -113,7 +113,7 @@ def check_length(config: Config, architecture: Architecture) -> None:
     needed = config.data.sequence_length + longest
     if needed > architecture.max_positions:
         raise ConfigError(
-            f"config.data.sequence_length is {config.data.sequence_length}; with thoughts it reaches position {needed}, "
+            f"config.data.sequence_length is {config.data.sequence_length}; with thoughts that is {needed} positions, "
             f"but the model knows {architecture.max_positions}. Shorten the sequences or the thoughts."
         )
 
