@@ -73,8 +73,9 @@ def format_summary(summary: Mapping[str, Any]) -> str:
             "",
             f"thought {i + 1}, after: ... {sample['context']}",
             f"    thought:    {sample['thought']}",
-            f"    next token: {sample['next_token']!r}, probability {sample['probability_without_thought']:.3f} without, "
-            f"{sample['probability_with_thought']:.3f} with it; mixing weight {sample['mixing_weight']:.3f}",
+            f"    next token: {sample['next_token']!r}, mixing weight {sample['mixing_weight']:.3f}",
+            f"    its probability: {sample['probability_without_thought']:.3f} without the thought, "
+            f"{sample['probability_with_thought']:.3f} with it",
         ]
     lines += ["", *(f"{name + ':':<14}{path}" for name, path in summary["paths"].items())]
     return "\n".join(lines)

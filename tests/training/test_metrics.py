@@ -1,0 +1,38 @@
+import json
+
+import pytest
+
+from quietstar_jax.config import LoggingConfig
+from quietstar_jax.training.metrics import MetricsWriter, write_json
+
+
+def writer(workdir, first_step=0, **changes):
+    config = LoggingConfig(progress_bar=False, **changes)
+    return MetricsWriter(workdir, config, first_step=first_step, total_steps=5, run_config={})
+
+
+def test_a_resumed_run_drops_what_it_will_do_again(tmp_path):
+    with writer(tmp_path) as metrics:
+        for step in (1, 2, 3):
+            metrics.write("train", step, "plain", {"loss": 0.5 * step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # cut off by a kill
+    with writer(tmp_path, first_step=2) as metrics:
+        metrics.write("train", 3, "plain", {"loss": 9.0})
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["loss"]) for record in records] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+def test_tensorboard_gets_scalars(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with writer(tmp_path, tensorboard=True) as metrics:
+        metrics.write("train", 1, "plain", {"loss": 1.5, "deciles": [{}]})
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
