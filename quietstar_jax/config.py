@@ -33,6 +33,10 @@ class RopeScaling:
     def problems(self) -> list[str]:
         return [
             *one_of("kind", self.kind, ("default", "linear", "llama3", "yarn")),
+            *require(
+                self.high_frequency_factor > self.low_frequency_factor,
+                "high_frequency_factor", self.high_frequency_factor, "more than low_frequency_factor",
+            ),
             *require(self.factor >= 1.0, "factor", self.factor, "a number of at least 1"),
             *require(
                 self.kind not in ("llama3", "yarn") or self.original_max_positions > 0,
@@ -78,6 +82,9 @@ class Architecture:
                 self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads == 0,
                 "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads ({self.num_heads})",
             ),
+            *require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number"),
+            *require(self.rms_norm_eps >= 0, "rms_norm_eps", self.rms_norm_eps, "0 or more"),
+            *require(self.initializer_range > 0, "initializer_range", self.initializer_range, "a positive number"),
             *require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary pairs)"),
             *require(self.sliding_window >= 0, "sliding_window", self.sliding_window, "0 (none) or a width"),
             *require(
@@ -165,6 +172,7 @@ class Phase:
     decay: str = "constant"  # constant | linear | cosine, after the warm-up
     final_rate_fraction: float = 0.0  # of learning_rate, where the decay ends
     rates: RateScales = field(default_factory=RateScales)
+    fresh_optimizer: bool = False  # begin with new Adam moments, so that weights that slept get no outsized updates
 
     def problems(self) -> list[str]:
         return [

@@ -82,11 +82,13 @@ def _build(cls: type, mapping: Any, path: str, problems: list[str]) -> Any:
             near = difflib.get_close_matches(str(key), names, n=1)
             hint = f"did you mean {near[0]}?" if near else "known are: " + ", ".join(names)
             problems.append(f"{path}.{key} is not a setting; {hint}")
-    before = len(problems)
-    values = {name: _convert(hints[name], given[name], f"{path}.{name}", problems) for name in names if name in given}
-    if len(problems) > before:
-        return None
-    built = cls(**values)
+    values = {}
+    for name in names:
+        before = len(problems)
+        value = _convert(hints[name], given[name], f"{path}.{name}", problems) if name in given else None
+        if name in given and len(problems) == before:
+            values[name] = value
+    built = cls(**values)  # a default stands in for what is wrong, so that the rest is checked too
     if hasattr(built, "problems"):
         problems.extend(f"{path}.{line}" for line in built.problems())
     return built

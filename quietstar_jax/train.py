@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from absl import app, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from quietstar_jax.config import from_config_dict
@@ -15,21 +15,24 @@ from quietstar_jax.training.summary import format_summary
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; any field may be overridden.")
 
 
+flags.mark_flag_as_required("config")
+
+
 def main(argv: list[str]) -> None:
     """Trains, then prints what came of it."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}. Settings are given as --config.NAME=VALUE.")
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
-    try:
-        print(format_summary(train(from_config_dict(_CONFIG.value))))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    print(format_summary(train(from_config_dict(_CONFIG.value))))
 
 
 def run() -> None:
-    """Entry point of the installed command."""
-    app.run(main)
+    """Runs the command; what a user can mend ends with a message and status 2."""
+    try:
+        app.run(main)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_a_bad_setting_names_itself(changes, message):
 def test_every_problem_is_listed_at_once():
     with pytest.raises(ConfigError) as error:
         from_mapping(Config, {"seed": -1, "workdir": "", "thought": {"mixing": "x"}, "checkpoint": {"every_steps": 0}})
-    for name in ("thought.mixing", "checkpoint.every_steps"):
+    for name in ("config.seed", "config.workdir", "thought.mixing", "checkpoint.every_steps"):
         assert name in str(error.value)
 
 

@@ -74,6 +74,11 @@ class Tokenizer:
         return cast(int, self.token_id(self.fast.eos_token))  # checked when the tokenizer was wrapped
 
     @property
+    def unk_id(self) -> int | None:
+        """Stands for text that the tokenizer does not know, or None."""
+        return self.fast.unk_token_id
+
+    @property
     def pad_id(self) -> int:
         """Id that fills short sequences: the padding token, or the end of text as in the paper."""
         found = None if self.fast.pad_token is None else self.token_id(self.fast.pad_token)

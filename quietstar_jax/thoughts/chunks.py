@@ -83,9 +83,7 @@ def sum_chunks(
     return summed(operands, constants, starts)
 
 
-def positions_per_chunk(
-    architecture: Architecture, settings: ThoughtSettings, batch: int, length: int, prefix_length: int | None = None
-) -> int:
+def positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, batch: int, length: int) -> int:
     """How many positions fit the memory budget of `ThoughtConfig.chunk_megabytes`.
 
     Counts what the backward pass of one chunk keeps: residual stream, projections and feed-forward of every layer,
@@ -101,7 +99,7 @@ def positions_per_chunk(
     if config.positions_per_chunk:
         return min(config.positions_per_chunk, length)
     a = architecture
-    chain, keys = settings.chain_length, (prefix_length or length) + settings.chain_length
+    chain, keys = settings.chain_length, length + settings.chain_length
     width = settings.dtype.itemsize
     heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
     per_token = (6 * a.hidden_size + heads + 4 * a.intermediate_size) * width + a.num_heads * keys * (8 + width)

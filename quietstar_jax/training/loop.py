@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from quietstar_jax.training.checkpoints import Checkpoints, check_same_run
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, summarize
 from quietstar_jax.training.metrics import MetricsWriter, write_json
 from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare
-from quietstar_jax.training.step import TrainState, TrainStep, make_train_step, to_device
+from quietstar_jax.training.step import TrainState, TrainStep, initial_state, make_train_step, to_device
 from quietstar_jax.training.summary import most_helpful_thoughts
 
 
@@ -124,6 +124,8 @@ class Trainer:
                 ),
                 donate_argnums=0,
             )
+            if phase.fresh_optimizer and int(state.step) == start:
+                state = initial_state(state.params, self._run.config)._replace(step=state.step)
             state = self._run_phase(state, phase, step_fn, start, end)
         return state
 
@@ -134,13 +136,14 @@ class Trainer:
             state, values = step_fn(state, to_device(rows), self._run.key, jnp.int32(start))
             self._read_metrics()
             self._unread = functools.partial(self._log, values, done, phase)
-            if done % config.checkpoint.every_steps == 0 or done == config.total_steps:
-                self._read_metrics()  # a state whose loss is not finite is never saved
-                self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
+            # Evaluated before saved: a run that is killed in between does the evaluation again.
             every = config.evaluation.every_steps
             if done == end or (every and done % every == 0):
                 self._read_metrics()
                 self._evaluate(state, phase, done)
+            if done % config.checkpoint.every_steps == 0 or done == config.total_steps:
+                self._read_metrics()  # a state with a value that is not finite is never saved
+                self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
         return state
 
     def _read_metrics(self) -> None:
@@ -149,23 +152,27 @@ class Trainer:
 
     def _log(self, values: dict[str, jax.Array], step: int, phase: Phase) -> None:
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
-        broken = [name for name, number in numbers.items() if not math.isfinite(number)]
-        if broken:
-            last = self._checkpoints.latest_step
-            raise DivergedError(
-                f"Step {step} (phase {phase.name!r}) gave values that are not finite: "
-                + ", ".join(f"{name} = {numbers[name]}" for name in broken)
-                + f". Training stopped; the last good checkpoint is {'none' if last is None else f'step {last}'}. "
-                "Lower the learning rate or the policy weight, or look at the text of that step."
-            )
+        self._check_finite(numbers, step, phase)
         if step % self._run.config.logging.every_steps == 0 or step == self._run.config.total_steps:
             self._metrics.write("train", step, phase.name, numbers)
         self._metrics.advance(step, phase.name, numbers)
+
+    def _check_finite(self, values: Mapping[str, Any], step: int, phase: Phase) -> None:
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        broken = [f"{name} = {number}" for name, number in numbers.items() if not math.isfinite(number)]
+        if broken:
+            last = self._checkpoints.latest_step
+            raise DivergedError(
+                f"Step {step} (phase {phase.name!r}) gave values that are not finite: {', '.join(broken)}. "
+                f"Training stopped; the last good checkpoint is {'none' if last is None else f'step {last}'}. "
+                "Lower the learning rate or the policy weight, or look at the text of that step."
+            )
 
     def _evaluate(self, state: TrainState, phase: Phase, step: int) -> None:
         if not self._held_out:
             return
         values = self._measure(state)
+        self._check_finite(values, step, phase)
         self._metrics.write("evaluation", step, phase.name, values)
         line = f"step {step} ({phase.name}): held-out loss {values['loss_without_thoughts']:.4f} nats per token"
         if self._run.config.evaluation_thought_length:
@@ -184,7 +191,7 @@ class Trainer:
         if self._measured is None or self._measured[0] != step:
             scores = score_batches(self._scorer, state.params, self._held_out)
             values = summarize(scores)
-            if "synthetic" in self._run.config.data.validation:
+            if self._run.tokenizer.name == "synthetic":
                 values |= measure_answers(self._run, self._scorer, state.params)
             self._measured = (step, values, scores)
         return self._measured[1]

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from quietstar_jax.config import Architecture, Config
 from quietstar_jax.data.pipeline import check_vocabulary
@@ -86,8 +85,13 @@ def abstract_structure(architecture: Architecture) -> Structure:
 
 
 def abstract_state(run: Run) -> TrainState:
-    """Shapes and dtypes of the training state."""
-    return jax.eval_shape(lambda params: initial_state(params, run.config), abstract_params(run.architecture)[0])
+    """Shapes, dtypes and device of the training state; a checkpoint of other hardware is read to where this says."""
+    params, _ = abstract_params(run.architecture)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        jax.eval_shape(lambda params: initial_state(params, run.config), params),
+    )
 
 
 def first_state(run: Run) -> TrainState:
@@ -102,14 +106,14 @@ def first_state(run: Run) -> TrainState:
         model = jax.jit(lambda key: fresh(run.architecture, run.start_tokens, run.end_tokens, scale, key))(key)
     else:
         model = start(load_decoder(run.files, run.architecture))
-    return initial_state(disassemble(nnx.clone(model))[0], run.config)
+    return initial_state(disassemble(model)[0], run.config)
 
 
 def check_length(config: Config, architecture: Architecture) -> None:
     """Raises ConfigError where a thought would reach past the positions that the model knows."""
-    longest = max(
-        (phase.thought_length + phase.tokens_ahead + 1 for phase in config.phases if phase.thought_length), default=0
-    )
+    thinking = [(phase.thought_length, phase.tokens_ahead) for phase in config.phases]
+    thinking.append((config.evaluation_thought_length, config.evaluation.tokens_ahead))
+    longest = max(length + ahead + 1 if length else 0 for length, ahead in thinking)
     needed = config.data.sequence_length + longest
     if needed > architecture.max_positions:
         raise ConfigError(
@@ -130,7 +134,7 @@ def _tokenizer_name(config: Config) -> str:
 
 def _embedding_tokens(tokenizer: Tokenizer, text: str, field: str) -> tuple[int, ...]:
     tokens = tuple(tokenizer.encode(text))
-    if not tokens:
+    if not tokens or tokenizer.unk_id in tokens:
         raise ConfigError(
             f"config.thought.{field} is {text!r}, which is no token of the tokenizer {tokenizer.name}. "
             "Choose a text whose embedding a thought should begin or end with."

@@ -108,7 +108,11 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = learning_rate(phase, state.step - phase_start)
         params = apply_updates(state.params, updates, rate, phase.rates)
-        metrics |= {"gradient_norm": optax.tree.norm(gradients), "learning_rate": rate}
+        metrics |= {
+            "gradient_norm": optax.tree.norm(gradients),
+            "parameter_norm": optax.tree.norm(params),  # of the new weights: not finite once they have diverged
+            "learning_rate": rate,
+        }
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

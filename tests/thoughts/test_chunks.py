@@ -1,0 +1,71 @@
+"""Chunks of positions: sums, their gradients, and how many positions fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quietstar_jax.config import Architecture, ThoughtConfig
+from quietstar_jax.thoughts.chunks import chunk_starts, map_chunks, positions_per_chunk, sum_chunks, take_chunk
+from quietstar_jax.thoughts.settings import ThoughtSettings
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7])
+def test_mapping_joins_and_cuts(chunk: int) -> None:
+    inputs = jnp.arange(14.0).reshape(2, 7)
+    found = map_chunks(lambda positions, x: x * 10 + positions.astype(x.dtype), 7, chunk, inputs, axis=1)
+    np.testing.assert_array_equal(found, inputs * 10 + jnp.arange(7.0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sum_and_gradient_equal_the_plain_sum(dtype: str) -> None:
+    weights = {"a": jnp.array([0.5, -1.0], dtype), "unused": jnp.ones(3, dtype)}
+    data, ids = jnp.arange(7.0), jnp.arange(7)
+
+    def piece(weights, constants, start):
+        x, i = take_chunk(constants, start, 3, 0)
+        value = (weights["a"][i % 2].astype(jnp.float32) * x).sum() ** 2
+        return value, {"seen": x.sum()}
+
+    def chunked(weights):
+        total, aux = sum_chunks(piece, weights, (data, ids), chunk_starts(7, 3))
+        return 2.5 * total, aux
+
+    def plain(weights):
+        return 2.5 * sum(piece(weights, (data, ids), start)[0] for start in (0, 3, 6))
+
+    (value, aux), gradient = jax.value_and_grad(chunked, has_aux=True)(weights)
+    expected, expected_gradient = jax.value_and_grad(plain)(weights)
+    tolerance = 1e-6 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(value, expected, rtol=tolerance)
+    assert float(aux["seen"]) == 21.0
+    for name in weights:
+        assert gradient[name].dtype == weights[name].dtype
+        np.testing.assert_allclose(
+            gradient[name].astype("float32"), expected_gradient[name].astype("float32"), rtol=tolerance
+        )
+
+
+def test_a_larger_budget_never_takes_fewer_positions() -> None:
+    settings = ThoughtSettings(length=9, count=2, tokens_ahead=4)
+    found = [
+        positions_per_chunk(
+            Architecture(),
+            dataclasses.replace(settings, config=ThoughtConfig(chunk_megabytes=megabytes)),
+            batch=4,
+            length=60,
+        )
+        for megabytes in (1, 16, 64, 256, 1024, 65536)
+    ]
+    assert found == sorted(found)
+    assert found[0] >= 1
+    assert found[-1] == 60
+
+
+def test_a_given_chunk_is_taken_up_to_the_text() -> None:
+    settings = ThoughtSettings(length=2, config=ThoughtConfig(positions_per_chunk=50))
+    assert positions_per_chunk(Architecture(), settings, batch=1, length=20) == 20

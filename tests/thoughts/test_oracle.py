@@ -1,0 +1,61 @@
+"""The fast objective against the slow, obvious one: loss, every metric, every gradient."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from quietstar_jax.models.parameters import assemble, disassemble
+from quietstar_jax.thoughts.loss import quiet_star_loss
+from quietstar_jax.thoughts.objective import count_targets
+from tests.thoughts import oracle
+from tests.thoughts.cases import Case, random_model, relative_error, worst_errors
+
+CASES = (
+    Case("plain"),
+    Case("gqa_right_padded", mask=("1111100", "1110000"), architecture={"num_heads": 4, "num_kv_heads": 2}),
+    Case("left_padded_and_holes", mask=("0011111", "1101011"), positions_per_chunk=4),
+    Case("one_of_each", length=3, settings={"length": 1, "count": 1, "tokens_ahead": 1}, positions_per_chunk=2),
+    Case("one_thought_negative_rewards", settings={"count": 1}, config={"positive_only": False}),
+    Case("window_shorter_than_text", architecture={"sliding_window": 3}, settings={"length": 3}),
+    Case("window_of_some_layers", length=8, architecture={"sliding_window": 2, "full_attention_layers": (1,)},
+         mask=("11111111", "11111100"), positions_per_chunk=5),
+    Case("qkv_bias_tied", architecture={"qkv_bias": True, "tie_embeddings": True}, settings={"tokens_ahead": 3}),
+    Case("qk_norm_other_width_gelu", architecture={"qk_norm": True, "head_dim": 6, "activation": "gelu"}),
+    Case("every_bias", batch=1, architecture={"qkv_bias": True, "output_bias": True, "mlp_bias": True},
+         positions_per_chunk=7),
+    Case("log_probabilities", mask=("1111111", "1111000"), config={"mixing": "log_probabilities"}),
+    Case("sum_over_thought_tokens", settings={"length": 3, "count": 3}, config={"policy_reduction": "sum"}),
+    Case("rematerialize_chunk_of_one", settings={"rematerialize": True}, positions_per_chunk=1),
+    Case("longest_ahead", batch=1, length=6, settings={"tokens_ahead": 4}, positions_per_chunk=4),
+    Case("nothing_real_in_one_row", mask=("0000000", "1111100"), config={"positive_only": False}),
+    Case("ahead_beyond_every_target", length=5, mask=("11000", "11000"), settings={"tokens_ahead": 3}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_loss_metrics_and_gradients_equal_the_oracle(case: Case) -> None:
+    a, s = case.decoder, case.thought
+    model = random_model(a, s.config.embedding_scale)
+    (tokens, mask), thoughts = case.text(), case.thoughts()
+    params, structure = disassemble(model)
+
+    def fast(params: oracle.Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        counts = count_targets(mask, s.tokens_ahead)
+        model = assemble(structure, params)
+        return quiet_star_loss(model, tokens, mask, lambda *_: thoughts, counts, s, case.positions_per_chunk)
+
+    def slow(params: oracle.Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return oracle.loss(a, s, params, tokens, mask, thoughts.tokens)
+
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(fast, has_aux=True))(params)
+    (expected, expected_metrics), expected_gradient = jax.value_and_grad(slow, has_aux=True)(params)
+
+    assert relative_error(value, expected) < 1e-5
+    entropy = np.asarray(thoughts.entropy).mean(-1)[:, :, :-1]
+    real = np.asarray(mask)[:, None, 1:]
+    expected_metrics["thought_entropy"] = (entropy * real).sum() / (s.count * max(real.sum(), 1))
+    assert not worst_errors(metrics, expected_metrics, 2e-5)
+    assert not worst_errors(gradient, expected_gradient, 1e-4)
+    assert all(np.abs(g).max() > 0 for name, g in expected_gradient.items()), "a term of this case does not matter"
