@@ -43,8 +43,8 @@ def test_adamw_step_by_hand():
     gradients = {"decoder.embedding": jnp.array([0.5, -0.25]), "decoder.final_norm": jnp.array([3.0])}
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     after = apply_updates(params, updates, jnp.float32(0.5), RateScales())
-    np.testing.assert_allclose(after["decoder.embedding"], [2 - 0.5 * 1.2, -4 + 0.5 * 1.4], rtol=1e-6)
-    np.testing.assert_allclose(after["decoder.final_norm"], [0.5], rtol=1e-6)
+    np.testing.assert_allclose(after["decoder.embedding"], [2 - 0.5 * 1.2, -4 + 0.5 * 1.4], rtol=1e-5)
+    np.testing.assert_allclose(after["decoder.final_norm"], [0.5], rtol=1e-5)
 
 
 def test_clipping_bounds_the_whole_gradient():
