@@ -20,12 +20,12 @@ from absl import flags
 from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources import RandomAccessSource, open_sources
 from quietstar_jax.data.tokenization import Tokenizer
-from quietstar_jax.errors import CheckpointError, DataError
+from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 
 Batch = dict[str, np.ndarray]  # tokens: int32 [B, L]; mask: bool [B, L], False where padded
 Row = tuple[np.ndarray, np.ndarray]  # tokens: int32 [L]; mask: bool [L]
 
-PREFETCHED = 64  # sequences or documents prepared ahead, per worker
+PREFETCHED = 64  # sequences or documents that each worker process prepares ahead
 KEPT_TOKENS = 1 << 25  # tokenized documents remembered in this process: 128 MiB
 VALIDATION_SEED = 0  # of the embedded corpus: the same held-out documents in every run
 
@@ -113,7 +113,8 @@ def training_sequences(
     """Endless training sequences, reshuffled every epoch.
 
     With packing `random_span` (paper) a sequence is a random span of one document, padded where the document is
-    shorter; with `packed`, documents follow each other without gaps and are cut every L tokens.
+    shorter; with `packed`, documents follow each other without gaps and are cut every L tokens. The begin-of-text
+    token, where wanted, begins every span or every document.
 
     Raises:
       DataError: a source is missing or empty (here), or a document is broken (from `next_batch`).
@@ -121,9 +122,12 @@ def training_sequences(
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} is not within 0 .. process_count - 1 = {process_count - 1}")
     source = open_sources(config.train, config, split="train", seed=seed)
-    packed = config.packing == "packed"
+    packed, bos = config.packing == "packed", bos_tokens(config, tokenizer)
+    tokenized = _Documents(
+        source, tokenizer, bos if packed else (), config.append_eos, shortest=1 if packed else 2 - len(bos)
+    )
     documents = (
-        grain.MapDataset.source(_Documents(source, tokenizer, config.append_eos, shortest=1 if packed else 2))
+        grain.MapDataset.source(tokenized)
         .seed(seed % 2**32)  # all that grain takes
         .shuffle()
         .repeat()
@@ -132,7 +136,7 @@ def training_sequences(
     if packed:
         packing = _Packed(documents, config.sequence_length, process_index, process_count, config.workers)
     else:
-        spans = documents.random_map(_RandomSpan(config.sequence_length, tokenizer.pad_id))
+        spans = documents.random_map(_RandomSpan(config.sequence_length, tokenizer.pad_id, bos))
         packing = _RandomSpans(spans, process_index, process_count, config.workers)
     return SequenceIterator(config.packing, packing)
 
@@ -158,7 +162,7 @@ def validation_batches(
       DataError: a source is missing or empty (here), or a document is broken (from the iterator).
     """
     source = open_sources(config.validation, config, split="validation", seed=VALIDATION_SEED)
-    documents = _Documents(source, tokenizer, config.append_eos, shortest=0)
+    documents = _Documents(source, tokenizer, bos_tokens(config, tokenizer), config.append_eos, shortest=0)
 
     def generate() -> Iterator[Batch]:
         length, pad_id = config.sequence_length, tokenizer.pad_id
@@ -175,6 +179,22 @@ def validation_batches(
             given += 1
 
     return generate()
+
+
+def bos_tokens(config: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What begins a text: the begin-of-text token, or nothing.
+
+    Raises:
+      ConfigError: it is always wanted but the tokenizer has none.
+    """
+    if config.prepend_bos == "never" or (config.prepend_bos == "auto" and not tokenizer.adds_bos):
+        return ()
+    if tokenizer.bos_id is None:
+        raise ConfigError(
+            f"config.data.prepend_bos is 'always', but the tokenizer {tokenizer.name!r} names no begin-of-text token. "
+            "Set `bos_token` in its tokenizer_config.json, or set prepend_bos to 'auto'."
+        )
+    return (tokenizer.bos_id,)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -199,10 +219,13 @@ class _Documents:
     each process has read.
     """
 
-    def __init__(self, source: RandomAccessSource, tokenizer: Tokenizer, append_eos: bool, shortest: int):
+    def __init__(
+        self, source: RandomAccessSource, tokenizer: Tokenizer, bos: tuple[int, ...], append_eos: bool, shortest: int
+    ):
         self._source = source
         self._tokenizer = tokenizer
-        self._append_eos = append_eos
+        self._bos = bos
+        self._eos = (tokenizer.eos_id,) if append_eos else ()
         self._shortest = shortest
         # A span needs its whole document tokenized, most of which is then thrown away; a small corpus is worth
         # keeping. Nothing is ever dropped: in shuffled epochs the oldest document is as likely to be next as any.
@@ -229,7 +252,7 @@ class _Documents:
         if kept is not None:
             return kept
         ids = self._tokenizer.encode(self._source[index])
-        tokens = np.asarray([*ids, self._tokenizer.eos_id] if self._append_eos else ids, np.int32)
+        tokens = np.asarray([*self._bos, *ids, *self._eos], np.int32)
         if len(tokens) <= self._room:
             self._room -= len(tokens)
             self._kept[index] = tokens
@@ -242,10 +265,13 @@ class _RandomSpan:
 
     length: int
     pad_id: int
+    bos: tuple[int, ...]  # begins every span
 
     def __call__(self, tokens: np.ndarray, generator: np.random.Generator) -> Row:
-        start = int(generator.integers(max(len(tokens) - self.length, 0) + 1))
-        return _row(tokens[start:], self.length, self.pad_id)
+        room = self.length - len(self.bos)
+        start = int(generator.integers(max(len(tokens) - room, 0) + 1))
+        span = np.concatenate([np.asarray(self.bos, np.int32), tokens[start : start + room]])
+        return _row(span, self.length, self.pad_id)
 
 
 @dataclass(frozen=True)
@@ -295,16 +321,18 @@ class _Packed:
 
 @contextlib.contextmanager
 def _ahead(elements: grain.MapDataset, workers: int) -> Iterator[Iterator[Any]]:
-    """Elements in order, prepared by one background thread or by worker processes."""
+    """Elements in order: worker processes prepare them ahead, or this thread does while the device computes a step.
+
+    A prefetching thread of this process would cost twice the work in bookkeeping and nothing would be sooner ready.
+    """
+    inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain asks absl flags for debugging options, which not every main parses
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=PREFETCHED)
-        inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         iterator = iter(elements.to_iter_dataset(inline).mp_prefetch(options))
     else:
-        background = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED)
-        iterator = iter(elements.to_iter_dataset(background))
+        iterator = iter(elements.to_iter_dataset(inline))
     try:
         yield iterator
     finally:

@@ -12,6 +12,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -313,6 +314,8 @@ def _files_in_folder(folder: Path) -> list[Path]:
 
 
 def _require_content(path: Path) -> None:
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path} cannot be read: permission denied. Change its permissions, or copy it.")
     if not path.stat().st_size:
         raise DataError(f"{path} is empty. Remove it, or write it anew.")
 

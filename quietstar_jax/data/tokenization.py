@@ -23,6 +23,8 @@ _HUB_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
 class Tokenizer:
     """A fast tokenizer that adds nothing of its own: no begin or end token, no truncation, no padding.
 
+    Where documents begin and end is the data pipeline's business.
+
     It can be pickled, so worker processes may hold one.
     """
 
@@ -48,9 +50,9 @@ class Tokenizer:
         ids: list[int] = self.fast.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of token ids, without any clean-up of spaces."""
-        text: str = self.fast.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens spelled out, without any clean-up of spaces."""
+        text: str = self.fast.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
     def token_id(self, token: str) -> int | None:
@@ -67,6 +69,12 @@ class Tokenizer:
     def bos_id(self) -> int | None:
         """Id of the begin-of-text token, where there is one."""
         return None if self.fast.bos_token is None else self.token_id(self.fast.bos_token)
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer, used as its authors meant it, begins every text with the begin-of-text token."""
+        ids = self.fast.backend_tokenizer.encode("a", add_special_tokens=True).ids
+        return self.bos_id is not None and ids[0] == self.bos_id
 
     @property
     def eos_id(self) -> int:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from quietstar_jax.config import DataConfig
@@ -28,7 +29,7 @@ from quietstar_jax.data.pipeline import (
     validation_batches,
 )
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
-from quietstar_jax.errors import CheckpointError, DataError
+from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 
 LENGTH = 5
 EOS, PAD = 0, 1
@@ -44,6 +45,16 @@ def words_tokenizer(count: int = 1000) -> Tokenizer:
 
 
 TOKENIZER = words_tokenizer()
+
+
+def words_with_bos(*, by_itself: bool) -> Tokenizer:
+    """The words, and token 999 to begin a text with."""
+    fast = words_tokenizer(999).fast.backend_tokenizer
+    fast.add_special_tokens(["<bos>"])
+    if by_itself:
+        fast.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 999)])
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    return Tokenizer("words", PreTrainedTokenizerFast(tokenizer_object=fast, **special))
 
 
 def documents(lengths: Sequence[int]) -> list[list[int]]:
@@ -119,6 +130,35 @@ def test_random_spans(corpus: str) -> None:
         assert seen == set(range(len(texts)))
     assert epochs[0] != epochs[1]
     assert sorted(epochs[0]) != sorted(epochs[1])  # other spans, not just another order
+
+
+@pytest.mark.parametrize(
+    ("prepend_bos", "by_itself", "begins"),
+    [("auto", True, True), ("auto", False, False), ("always", False, True), ("never", True, False)],
+)
+def test_begin_of_text(corpus: str, prepend_bos: str, by_itself: bool, begins: bool) -> None:
+    """Before every span, before every packed document, and before every document of the validation text."""
+    tokenizer, texts = words_with_bos(by_itself=by_itself), documents(LENGTHS)
+    settings_ = config(corpus, prepend_bos=prepend_bos)
+    batch = training_sequences(settings_, tokenizer, seed=0).next_batch(len(LENGTHS))
+    assert set(batch["tokens"][:, 0] == 999) == {begins}
+    assert not np.any(batch["tokens"][:, 1:] == 999)
+    for row, mask in zip(batch["tokens"], batch["mask"], strict=True):
+        words = row[mask].tolist()[begins:]
+        assert any(words == [*text, EOS][i : i + len(words)] for text in texts for i in range(len(text) + 1))
+
+    packed = config(corpus, prepend_bos=prepend_bos, packing="packed")
+    stream = training_sequences(packed, tokenizer, seed=0).next_batch(20)["tokens"].ravel().tolist()
+    after_end = [stream[i + 1] for i, token in enumerate(stream[:-1]) if token == EOS]
+    assert {token == 999 for token in [stream[0], *after_end]} == {begins}
+
+    first = next(validation_batches(settings_, tokenizer, batch_size=len(LENGTHS)))["tokens"]
+    assert (first[0].tolist() == [999, *texts[0]][:LENGTH]) is begins
+
+
+def test_begin_of_text_needs_a_token(corpus: str) -> None:
+    with pytest.raises(ConfigError, match="names no begin-of-text token"):
+        training_sequences(config(corpus, prepend_bos="always"), TOKENIZER, seed=0)
 
 
 def test_every_span_is_equally_likely(tmp_path: Path) -> None:
