@@ -1,7 +1,7 @@
-"""Exact grouped-query attention: one softmax over one or two groups of keys.
+"""Grouped-query attention of the text itself. That of thoughts is in `thoughts/attention.py`.
 
-Axis letters: B batch, L positions, G key/value heads, M query heads per key/value head, H head width,
-R thoughts, J positions of a chunk, C chain tokens, P prefix keys. Scores and softmax are float32.
+Axis letters: B batch, L positions, G key/value heads, M query heads per key/value head, H head width, P keys.
+Scores and softmax are float32.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+ATTENTION = "attention"  # names what attention hands on, for rematerialisation policies
 MASKED = -1e30  # finite: a row without any visible key gives a mean instead of NaN
 
 
@@ -46,43 +47,4 @@ def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.
     scores = jnp.einsum("blgmh,bpgh->bgmlp", grouped, keys, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
     context = jnp.einsum("bgmlp,bpgh->blgmh", weights.astype(values.dtype), values)
-    return context.reshape(queries.shape)
-
-
-def attend_prefix_and_own(
-    queries: jax.Array,
-    prefix_keys: jax.Array,
-    prefix_values: jax.Array,
-    prefix_visible: jax.Array,
-    own_keys: jax.Array,
-    own_values: jax.Array,
-    own_visible: jax.Array,
-) -> jax.Array:
-    """Attention of thought chains: the text before the thought and the thought itself, in ONE softmax.
-
-    All R * C queries of the J positions meet the prefix keys in one matrix product per key/value head:
-    the thoughts of a position are extra query rows, the prefix is never copied.
-
-    Args:
-      queries: [B, R, J, C, Q, H].
-      prefix_keys, prefix_values: [B, P, G, H], of the base pass.
-      prefix_visible: [B, J, C, P] bool.
-      own_keys, own_values: [B, R, J, E, G, H], of the chain itself.
-      own_visible: [J, C, E] bool.
-
-    Returns:
-      [B, R, J, C, Q, H] in the dtype of the values.
-    """
-    grouped = split_heads(queries * queries.shape[-1] ** -0.5, prefix_keys.shape[-2])
-    prefix = jnp.einsum("brjcgmh,bpgh->bgmrjcp", grouped, prefix_keys, preferred_element_type=jnp.float32)
-    prefix = jnp.where(prefix_visible[:, None, None, None], prefix, MASKED)
-    own = jnp.einsum("brjcgmh,brjegh->bgmrjce", grouped, own_keys, preferred_element_type=jnp.float32)
-    own = jnp.where(own_visible, own, MASKED)
-
-    peak = jax.lax.stop_gradient(jnp.maximum(prefix.max(-1, keepdims=True), own.max(-1, keepdims=True)))
-    prefix, own = jnp.exp(prefix - peak), jnp.exp(own - peak)
-    scale = 1.0 / (prefix.sum(-1, keepdims=True) + own.sum(-1, keepdims=True))
-    dtype = prefix_values.dtype
-    context = jnp.einsum("bgmrjcp,bpgh->brjcgmh", (prefix * scale).astype(dtype), prefix_values)
-    context += jnp.einsum("bgmrjce,brjegh->brjcgmh", (own * scale).astype(dtype), own_values)
     return context.reshape(queries.shape)

@@ -16,7 +16,8 @@ from flax import nnx
 
 from quietstar_jax.config import Architecture
 from quietstar_jax.models import rope
-from quietstar_jax.models.attention import attend, causal_mask
+from quietstar_jax.models.attention import ATTENTION, attend, causal_mask
+from quietstar_jax.models.linear import dense, linear
 from quietstar_jax.models.parameters import normal, ones, parameter, zeros
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -33,6 +34,13 @@ class KeyValues(NamedTuple):
     keys: jax.Array
     values: jax.Array
 
+
+# What the backward pass keeps of a layer: results of weights and of attention. The rest (norms, rotations, activations,
+# softmax) is cheaper to compute again than to write to memory and read back.
+KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(ATTENTION),
+)
 
 # (queries, keys, values, window, state of this layer) -> (context, what this layer hands back)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -91,7 +99,7 @@ class Decoder(nnx.Module):
         """Final-norm hidden states [..., D] -> float32 logits [..., V]."""
         tied = self.architecture.tie_embeddings
         weight = self.embedding[...].T if tied else self.lm_head[...]
-        return jnp.einsum("...d,dv->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return linear(hidden, weight, 1, jnp.float32)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -124,11 +132,11 @@ def run_layers(
         w = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(weights, nnx.Param)).items()}
         q, k, v = project(a, w, rms_norm(x, w["attention_norm"], a.rms_norm_eps), cos, sin)
         context, handed_back = attend_fn(q, k, v, window, layer_state)
-        x = x + dense("...qh,qhd->...d", context, w["output"], w.get("output_bias"))
+        x = x + dense(context, w["output"], w.get("output_bias"), inputs=2)
         x = x + feed_forward(a, w, rms_norm(x, w["mlp_norm"], a.rms_norm_eps))
         return x, handed_back
 
-    body = jax.checkpoint(layer) if rematerialize else layer
+    body = jax.checkpoint(layer, policy=None if rematerialize else KEPT)
     x, handed_back = jax.lax.scan(body, x, (decoder.layers, attention_windows(a), state))
     return rms_norm(x, decoder.final_norm[...], a.rms_norm_eps), handed_back
 
@@ -145,19 +153,13 @@ def attention_windows(a: Architecture) -> jax.Array:
     )
 
 
-def dense(equation: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """A linear map in x's dtype."""
-    y = jnp.einsum(equation, x, weight.astype(x.dtype))
-    return y if bias is None else y + bias.astype(x.dtype)
-
-
 def project(
     a: Architecture, w: dict[str, jax.Array], x: jax.Array, cos: jax.Array, sin: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [..., D] -> queries [..., Q, H], keys and values [..., G, H], positions applied."""
-    q = dense("...d,dqh->...qh", x, w["query"], w.get("query_bias"))
-    k = dense("...d,dgh->...gh", x, w["key"], w.get("key_bias"))
-    v = dense("...d,dgh->...gh", x, w["value"], w.get("value_bias"))
+    q = dense(x, w["query"], w.get("query_bias"))
+    k = dense(x, w["key"], w.get("key_bias"))
+    v = dense(x, w["value"], w.get("value_bias"))
     if a.qk_norm:
         q = rms_norm(q, w["query_norm"], a.rms_norm_eps)
         k = rms_norm(k, w["key_norm"], a.rms_norm_eps)
@@ -166,9 +168,9 @@ def project(
 
 def feed_forward(a: Architecture, w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     """Gated feed-forward [..., D] -> [..., D]."""
-    gate = ACTIVATIONS[a.activation](dense("...d,df->...f", x, w["gate"], w.get("gate_bias")))
-    up = dense("...d,df->...f", x, w["up"], w.get("up_bias"))
-    return dense("...f,fd->...d", gate * up, w["down"], w.get("down_bias"))
+    gate = ACTIVATIONS[a.activation](dense(x, w["gate"], w.get("gate_bias")))
+    up = dense(x, w["up"], w.get("up_bias"))
+    return dense(gate * up, w["down"], w.get("down_bias"))
 
 
 def base_pass(

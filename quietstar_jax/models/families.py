@@ -115,10 +115,7 @@ def architecture_from_hf(config: Mapping[str, Any]) -> Architecture:
         "tie_embeddings": _get(config, "tie_word_embeddings", False),
         "initializer_range": _get(config, "initializer_range", 0.02),
     }
-    try:
-        return from_mapping(Architecture, fields, root="config.json")
-    except OverflowError as error:
-        raise ConfigError(f"config.json holds a number that is too large: {error}.") from error
+    return from_mapping(Architecture, fields, root="config.json")
 
 
 def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:

@@ -11,29 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.models.attention import attend_prefix_and_own
 from quietstar_jax.models.decoder import Decoder, KeyValues, run_layers
-
-
-def prefix_visible(mask: jax.Array, positions: jax.Array, offsets: jax.Array, window: jax.Array) -> jax.Array:
-    """Which base key a chain token sees.
-
-    Args:
-      mask: [B, P] bool; positions: [J] the j of each chain; offsets: [C] the c of each token; window: scalar.
-
-    Returns:
-      [B, J, C, P] bool.
-    """
-    key = jnp.arange(mask.shape[1])
-    query = positions[:, None, None] + 1 + offsets[None, :, None]
-    seen = (key <= positions[:, None, None]) & (query - key < window)
-    return mask[:, None, None, :] & seen[None]
-
-
-def own_visible(offsets: jax.Array, length: int, window: jax.Array) -> jax.Array:
-    """Which token of its own chain (of `length` tokens) a chain token sees: [C, length] bool."""
-    distance = offsets[:, None] - jnp.arange(length)[None, :]
-    return (distance >= 0) & (distance < window)
+from quietstar_jax.thoughts.attention import Seen, attend_chains, to_chain_layout
 
 
 def chain_pass(
@@ -51,18 +30,17 @@ def chain_pass(
     offsets = jnp.arange(embeddings.shape[3])
 
     def attend_chain(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, base: KeyValues) -> Any:
-        seen = prefix_visible(mask, positions, offsets, window)
-        own = own_visible(offsets, offsets.size, window)
-        return attend_prefix_and_own(q, base.keys, base.values, seen, k, v, own), None
+        own = to_chain_layout(k), to_chain_layout(v)
+        return attend_chains(q, base.keys, base.values, *own, Seen(mask, positions, offsets, window)), None
 
     rotary = positions[:, None] + 1 + offsets
     return run_layers(decoder, embeddings, rotary, attend_chain, prefix, rematerialize=rematerialize)[0]
 
 
 def empty_chains(decoder: Decoder, batch: int, count: int, positions: int, length: int, dtype: jnp.dtype) -> KeyValues:
-    """Keys and values [layers, B, R, J, length, G, H] of chains that have not begun."""
+    """Keys and values [layers, B, G, R, J, length, H] of chains that have not begun."""
     a = decoder.architecture
-    shape = (a.num_layers, batch, count, positions, length, a.num_kv_heads, a.head_dim)
+    shape = (a.num_layers, batch, a.num_kv_heads, count, positions, length, a.head_dim)
     return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
@@ -83,12 +61,11 @@ def chain_step(
     def attend_step(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, state: Any) -> Any:
         base, written = state
         written = KeyValues(
-            jax.lax.dynamic_update_slice_in_dim(written.keys, k, offset, axis=3),
-            jax.lax.dynamic_update_slice_in_dim(written.values, v, offset, axis=3),
+            jax.lax.dynamic_update_slice_in_dim(written.keys, to_chain_layout(k), offset, axis=4),
+            jax.lax.dynamic_update_slice_in_dim(written.values, to_chain_layout(v), offset, axis=4),
         )
-        seen = prefix_visible(mask, positions, offset[None], window)
-        own_seen = own_visible(offset[None], written.keys.shape[3], window)
-        return attend_prefix_and_own(q, base.keys, base.values, seen, *written, own_seen), written
+        seen = Seen(mask, positions, offset[None], window)
+        return attend_chains(q, base.keys, base.values, *written, seen), written
 
     rotary = positions[:, None] + 1 + offset
     hidden, own = run_layers(decoder, embeddings[..., None, :], rotary, attend_step, (prefix, own))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.config import Architecture
+from quietstar_jax.thoughts.attention import KEY_BLOCK
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 Tree = TypeVar("Tree")
@@ -86,8 +87,8 @@ def sum_chunks(
 def positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, batch: int, length: int) -> int:
     """How many positions fit the memory budget of `ThoughtConfig.chunk_megabytes`.
 
-    Counts what the backward pass of one chunk keeps: residual stream, projections and feed-forward of every layer,
-    attention weights over prefix and chain, and the logits of thought and talk tokens.
+    Counts what the backward pass of one chunk keeps of every layer (`models.decoder.KEPT`), what it computes again of
+    one, and the logits of thought and talk tokens.
 
     Args:
       batch: B, sequences per device and microbatch; length: L.
@@ -99,15 +100,13 @@ def positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, b
     if config.positions_per_chunk:
         return min(config.positions_per_chunk, length)
     a = architecture
-    chain, keys = settings.chain_length, length + settings.chain_length
-    width = settings.dtype.itemsize
-    heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-    per_token = (6 * a.hidden_size + heads + 4 * a.intermediate_size) * width + a.num_heads * keys * (8 + width)
-    layers = 2 if settings.rematerialize else a.num_layers
+    width, heads = settings.dtype.itemsize, (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+    results = (2 * a.hidden_size + heads + 2 * a.intermediate_size) * width + 4 * a.num_heads
+    again = (6 * a.hidden_size + 4 * a.intermediate_size) * width + 12 * a.num_heads * min(KEY_BLOCK, length)
+    layers = 1 if settings.rematerialize else a.num_layers
+    per_token = a.num_layers * a.hidden_size * width + layers * results + again
     logits = 3 * 4 * a.vocab_size * (settings.length + 2 * settings.tokens_ahead)
-    per_position = (
-        batch * settings.count * (chain * (per_token * layers + a.hidden_size * a.num_layers * width) + logits)
-    )
+    per_position = batch * settings.count * (settings.chain_length * per_token + logits)
     fitting = max(1, min(length, config.chunk_megabytes * 2**20 // per_position))
     divisor = max(n for n in range(1, fitting + 1) if length % n == 0)
     return divisor if 2 * divisor > fitting else fitting

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.models.parameters import assemble, disassemble
 from quietstar_jax.thoughts.chunks import chunk_starts, sum_chunks, take_chunk
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.objective import Counts, advantages, policy_loss, rewards, talk_loss
@@ -18,6 +19,12 @@ from quietstar_jax.thoughts.text import Text, here_and_ahead, read_text, real_ah
 
 Metrics = dict[str, jax.Array]
 Think = Callable[[QuietStar, Text], Thoughts]
+Frozen = Callable[[str], bool]
+
+
+def nothing(name: str) -> bool:
+    """No parameter is frozen."""
+    return False
 
 
 def language_model_loss(
@@ -31,7 +38,7 @@ def language_model_loss(
 
 def quiet_star_loss(
     model: QuietStar, tokens: jax.Array, mask: jax.Array, think: Think, counts: Counts, settings: ThoughtSettings,
-    positions_per_chunk: int,
+    positions_per_chunk: int, frozen: Frozen = nothing,
 ) -> tuple[jax.Array, Metrics]:  # fmt: skip
     """The published objective: weighted cross-entropies without and with thoughts, and REINFORCE.
 
@@ -39,25 +46,32 @@ def quiet_star_loss(
       tokens: [B, L] int32; mask: [B, L] bool.
       think: gives the thoughts of the text; see `sample_thoughts`.
       counts: of the whole batch, of which these sequences may be a microbatch.
+      frozen: says by its dotted name which parameter gets no gradient; what only leads to such is not computed.
 
     Returns:
       (loss, metrics); both add up over the microbatches of a batch.
     """
+    params, structure = disassemble(model)
+    fixed = {name: jax.lax.stop_gradient(value) for name, value in params.items() if frozen(name)}
+    learned = {name: value for name, value in params.items() if name not in fixed}
+    model = assemble(structure, learned | fixed)
     text = read_text(model.decoder, tokens, mask, dtype=settings.dtype, rematerialize=settings.rematerialize)
     thoughts = think(model, text)
-    floats = (model, text.hidden, text.prefix, text.nats)
-    constants = (tokens, mask, thoughts, counts)
-    length = tokens.shape[1]
+    read = {"hidden": text.hidden, "prefix": text.prefix, "nats": text.nats}
+    text_is_fixed = all(name in fixed for name in params if name.startswith("decoder."))
+    operands = learned if text_is_fixed else learned | read
+    constants = (fixed | read if text_is_fixed else fixed, tokens, mask, thoughts, counts)
 
-    def chunk(floats: Any, constants: Any, start: jax.Array) -> tuple[jax.Array, Metrics]:
-        model, hidden, prefix, nats = floats
-        tokens, mask, thoughts, counts = constants
-        text = Text(tokens, mask, hidden, prefix, nats)
+    def chunk(operands: Any, constants: Any, start: jax.Array) -> tuple[jax.Array, Metrics]:
+        fixed, tokens, mask, thoughts, counts = constants
+        arrays = operands | fixed
+        text = Text(tokens, mask, arrays["hidden"], arrays["prefix"], arrays["nats"])
         positions = start + jnp.arange(positions_per_chunk)
         thoughts = take_chunk(thoughts, start, positions_per_chunk, axis=2)
-        return _chunk_loss(model, text, positions, thoughts, counts, settings)
+        return _chunk_loss(assemble(structure, arrays), text, positions, thoughts, counts, settings)
 
-    thought_loss, metrics = sum_chunks(chunk, floats, constants, chunk_starts(length, positions_per_chunk))
+    starts = chunk_starts(tokens.shape[1], positions_per_chunk)
+    thought_loss, metrics = sum_chunks(chunk, operands, constants, starts)
     base_loss = text.nats.sum() / counts.targets[0]
     loss = settings.config.base_loss_weight * base_loss + thought_loss
     return loss, {"loss": loss, "base_loss": base_loss, **metrics}
@@ -89,7 +103,7 @@ def _chunk_loss(
         "talk_loss": talk,
         "policy_loss": policy,
         "reward": reward.sum() / rewarded_thoughts,
-        "reward_std_within_position": mean_where_real(jnp.broadcast_to(reward.std(1, keepdims=True), reward.shape)),
+        "reward_std_within_position": reward.std(axis=1).sum() / (counts.positions * counts.sequences),
         "mixing_weight": mean_where_real(scores.weight[..., 0]),
         "thought_entropy": mean_where_real(thoughts.entropy.mean(axis=-1)),
     }

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from quietstar_jax.models.decoder import Decoder, dense
+from quietstar_jax.models.decoder import Decoder
+from quietstar_jax.models.linear import dense, linear
 from quietstar_jax.models.parameters import Initializer, parameter, zeros
 
 
@@ -42,11 +43,10 @@ def mixing_weight(head: MixingHead, base_hidden: jax.Array, thought_hidden: jax.
     Returns:
       [B, R, J, K] float32.
     """
-    from_text = dense("...d,de->...e", base_hidden, head.base_in[...], head.in_bias[...])
-    x = jax.nn.relu(from_text[:, None] + dense("...d,de->...e", thought_hidden, head.thought_in[...]))
-    x = jax.nn.relu(dense("...d,de->...e", x, head.hidden[...], head.hidden_bias[...]))
-    weight = head.out[...].astype(x.dtype)
-    return jnp.einsum("...d,do->...o", x, weight, preferred_element_type=jnp.float32)[..., 0]
+    from_text = dense(base_hidden, head.base_in[...], head.in_bias[...])
+    x = jax.nn.relu(from_text[:, None] + dense(thought_hidden, head.thought_in[...]))
+    x = jax.nn.relu(dense(x, head.hidden[...], head.hidden_bias[...]))
+    return linear(x, head.out[...], 1, jnp.float32)[..., 0]
 
 
 def mix_hidden_states(

@@ -77,8 +77,10 @@ def mask_meta_tokens(logits: jax.Array, meta_tokens: tuple[int, ...]) -> jax.Arr
 
 def entropy(logits: jax.Array) -> jax.Array:
     """Nats [...] of the distributions with logits [..., V]."""
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    return -(jnp.exp(log_probs) * log_probs).sum(axis=-1)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    mass = jnp.exp(shifted)  # the same numbers as in `draw_tokens`: computed once
+    total = mass.sum(axis=-1)
+    return jnp.log(total) - (mass * shifted).sum(axis=-1) / total
 
 
 def draw_tokens(logits: jax.Array, uniforms: jax.Array) -> jax.Array:

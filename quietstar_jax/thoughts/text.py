@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.models.decoder import Decoder, KeyValues, base_pass
+from quietstar_jax.models.linear import cross_entropy
 
 LOGITS_BYTES = 64 * 2**20  # of float32 logits of the text, at once
 
@@ -52,12 +53,6 @@ def read_text(
         nats = jax.lax.map(lambda row: score(*row), (hidden, targets), batch_size=rows)
     real = real_ahead(mask, jnp.arange(length), 1)[..., 0]
     return Text(tokens, mask, hidden, prefix, jnp.where(real, nats, 0.0))
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Nats [...] of the target ids [...] under float32 logits [..., V]."""
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
 def tokens_ahead(tokens: jax.Array, positions: jax.Array, count: int, *, fill: int) -> jax.Array:

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.models.attention import attend, attend_prefix_and_own, causal_mask, split_heads
-from quietstar_jax.thoughts.chains import own_visible, prefix_visible
+from quietstar_jax.models.attention import attend, causal_mask, split_heads
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -42,17 +41,6 @@ def test_causal_mask_with_window() -> None:
     assert drawing(causal_mask(everything, jnp.int32(1))[0]) == ["#....", ".#...", "..#..", "...#.", "....#"]
 
 
-def test_what_chain_tokens_see() -> None:
-    """Rows: tokens c = 0, 1, 2 of the chain of position 3, at rotary positions 4, 5, 6."""
-    mask = jnp.array([[1, 0, 1, 1, 1, 1]], bool)
-    positions, offsets = jnp.array([3]), jnp.arange(3)
-    everything = prefix_visible(mask, positions, offsets, jnp.int32(2**31 - 1))
-    assert drawing(everything[0, 0]) == ["#.##.."] * 3
-    assert drawing(prefix_visible(mask, positions, offsets, jnp.int32(3))[0, 0]) == ["..##..", "...#..", "......"]
-    assert drawing(own_visible(offsets, 4, jnp.int32(2**31 - 1))) == ["#...", "##..", "###."]
-    assert drawing(own_visible(offsets, 4, jnp.int32(2))) == ["#...", "##..", ".##."]
-
-
 def test_query_heads_share_key_heads_in_order() -> None:
     heads = jnp.arange(6.0)[:, None] * jnp.ones(2)
     assert split_heads(heads, 3)[..., 0].tolist() == [[0, 1], [2, 3], [4, 5]]
@@ -68,28 +56,6 @@ def test_attention_equals_a_softmax_by_hand(kv_heads: int) -> None:
         g = head * kv_heads // 4
         expected = by_hand(q[b, i, head], k[b, :, g], v[b, :, g], np.asarray(visible[b, i]))
         np.testing.assert_allclose(context[b, i, head], expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["small_scores", "large_scores"])
-def test_prefix_and_own_chain_share_one_softmax(scale: float) -> None:
-    """Also where the largest score is in the hundreds, in either group, or the prefix is invisible."""
-    batch, count, chains, tokens, prefix, heads, kv, width = 2, 2, 3, 3, 5, 4, 2, 6
-    queries = scale * normal(0, batch, count, chains, tokens, heads, width)
-    prefix_keys, prefix_values = normal(1, batch, prefix, kv, width), normal(2, batch, prefix, kv, width)
-    own_keys, own_values = (normal(s, batch, count, chains, tokens, kv, width) for s in (3, 4))
-    mask, positions = jnp.array([[1, 1, 1, 0, 1], [0, 0, 1, 1, 1]], bool), jnp.array([0, 2, 4])
-    seen = prefix_visible(mask, positions, jnp.arange(tokens), jnp.int32(4))
-    own = own_visible(jnp.arange(tokens), tokens, jnp.int32(4))
-    own = jnp.broadcast_to(own, (chains, tokens, tokens))
-    context = attend_prefix_and_own(queries, prefix_keys, prefix_values, seen, own_keys, own_values, own)
-    q, pk, pv, ok, ov = (np.asarray(x, np.float64) for x in (queries, prefix_keys, prefix_values, own_keys, own_values))
-    for b, r, j, c, head in np.ndindex(batch, count, chains, tokens, heads):
-        g = head * kv // heads
-        keys = np.concatenate([pk[b, :, g], ok[b, r, j, :, g]])
-        values = np.concatenate([pv[b, :, g], ov[b, r, j, :, g]])
-        visible = np.concatenate([seen[b, j, c], own[j, c]])
-        expected = by_hand(q[b, r, j, c, head], keys, values, visible)
-        np.testing.assert_allclose(context[b, r, j, c, head], expected, atol=1e-4 if scale > 1 else 1e-5)
 
 
 def test_bfloat16_scores_and_sums_are_float32() -> None:

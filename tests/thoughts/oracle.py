@@ -179,7 +179,7 @@ def loss(
                 for talk, _, _ in scores
             ]
             mean = sum(rewards) / count
-            spread += jnp.sqrt(sum((x - mean) ** 2 for x in rewards) / count) if ok[b, j, 0] else 0.0
+            spread += jnp.sqrt(sum((x - mean) ** 2 for x in rewards) / count)
             for reward, (_, log_probs, _) in zip(rewards, scores, strict=True):
                 advantage = reward - mean if count > 1 else reward
                 if s.config.positive_only:
@@ -199,7 +199,7 @@ def loss(
         "talk_loss": talk_loss,
         "policy_loss": policy,
         "reward": reward_sum / (batch * count * rewarded),
-        "reward_std_within_position": spread / targets[0],
+        "reward_std_within_position": spread / (batch * rewarded),
         "mixing_weight": weight_sum / (count * targets[0]),
         **{f"talk_loss_{k + 1}": x for k, x in enumerate(talk_losses)},
     }

@@ -1,0 +1,162 @@
+"""Time, memory and utilisation of the real training step: `python -m benchmarks.train_step --preset paper_cpu --json`.
+
+Prints one JSON object on the last line with `--json`. Run it with nothing else on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quietstar_jax.config import Architecture, Config, ModelConfig, Phase, RateScales, ThoughtConfig
+from quietstar_jax.models.parameters import disassemble
+from quietstar_jax.thoughts.chunks import positions_per_chunk
+from quietstar_jax.thoughts.flops import step_flops
+from quietstar_jax.thoughts.model import fresh
+from quietstar_jax.training.step import Batch, Vocabulary, initial_state, make_train_step, phase_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A decoder, a batch and its thoughts. Every field is a flag."""
+
+    layers: int = 4
+    hidden: int = 256
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 32
+    mlp: int = 768
+    vocab: int = 4096
+    tied: bool = False
+    length: int = 256
+    batch: int = 1
+    microbatches: int = 1
+    thoughts: int = 2
+    thought_length: int = 9
+    tokens_ahead: int = 4
+    dtype: str = "float32"
+    rematerialize: bool = False
+    mixing_only: bool = False  # only the mixing head learns; necessary_flops still counts every gradient
+    chunk_megabytes: int = ThoughtConfig.chunk_megabytes
+    positions_per_chunk: int = 0
+
+
+PRESETS = {
+    "paper_cpu": Sizes(),  # the paper's (12, 4) on a model that two cores can train
+    "quickstart": Sizes(layers=3, hidden=128, heads=4, kv_heads=4, mlp=384, vocab=100, length=64, batch=16, thoughts=4,
+                        thought_length=6, tokens_ahead=2),
+    "quickstart_plain": Sizes(layers=3, hidden=128, heads=4, kv_heads=4, mlp=384, vocab=100, length=64, batch=64,
+                              thought_length=0),
+    "mistral_7b": Sizes(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, mlp=14336, vocab=32000, batch=8,
+                        dtype="bfloat16", rematerialize=True, chunk_megabytes=8192),
+}  # fmt: skip
+
+
+def config_of(s: Sizes) -> tuple[Config, Architecture]:
+    """The configuration of a run of these sizes."""
+    architecture = Architecture(
+        family="mistral", vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.mlp, num_layers=s.layers,
+        num_heads=s.heads, num_kv_heads=s.kv_heads, head_dim=s.head_dim, tie_embeddings=s.tied, max_positions=1 << 16,
+    )  # fmt: skip
+    phase = Phase(
+        batch_size=s.batch, microbatches=s.microbatches, thought_length=s.thought_length, num_thoughts=s.thoughts,
+        tokens_ahead=s.tokens_ahead, policy_weight=1.0,
+        rates=RateScales(decoder=0.0, thought_embeddings=0.0) if s.mixing_only else RateScales(),
+    )  # fmt: skip
+    model = ModelConfig(architecture=architecture, compute_dtype=s.dtype, rematerialize=s.rematerialize)
+    thought = ThoughtConfig(chunk_megabytes=s.chunk_megabytes, positions_per_chunk=s.positions_per_chunk)
+    config = Config(model=model, thought=thought, phases=(phase,))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=s.length)), architecture
+
+
+def matmul_rate(dtype: str, size: int = 2048 if jax.default_backend() == "cpu" else 8192) -> float:
+    """FLOPs per second of a square matrix product in this process."""
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def measure(s: Sizes, steps: int) -> dict[str, Any]:
+    """Compiles the step of these sizes and runs it."""
+    config, architecture = config_of(s)
+    phase = config.phases[0]
+    vocabulary = Vocabulary(pad_id=0, meta_tokens=(), start_tokens=(1,), end_tokens=(2,))
+    settings = phase_settings(config, phase, vocabulary)
+
+    model = jax.jit(lambda: fresh(architecture, [1], [2], config.thought.embedding_scale, jax.random.key(0)))()
+    params, structure = disassemble(model)
+    state = initial_state(params, config)
+    tokens = np.random.default_rng(0).integers(3, s.vocab, (s.batch, s.length)).astype(np.int32)
+    batch = Batch(jnp.asarray(tokens), jnp.ones(tokens.shape, bool))
+    arguments = (batch, jax.random.key(1), jnp.int32(0))
+
+    step = jax.jit(make_train_step(config, phase, structure, architecture, vocabulary), donate_argnums=0)
+    start = time.perf_counter()
+    compiled = step.lower(state, *arguments).compile()
+    compile_seconds = time.perf_counter() - start
+    seconds = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        state, metrics = compiled(state, *arguments)
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - start)
+    step_seconds = statistics.median(seconds[1:])
+
+    flops = step_flops(architecture, settings, s.batch, s.length)
+    rate = matmul_rate(s.dtype)
+    memory = compiled.memory_analysis()
+    return {
+        "step_seconds": step_seconds,
+        "compile_seconds": compile_seconds,
+        "necessary_flops": flops.necessary,
+        "flops": flops._asdict(),
+        "matmul_flops_per_second": rate,
+        "utilisation": flops.necessary / (step_seconds * rate),
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "thought_tokens_per_second": s.batch * s.length * s.thoughts * s.thought_length / step_seconds,
+        "positions_per_chunk": positions_per_chunk(architecture, settings, s.batch // s.microbatches, s.length),
+        "loss": float(metrics["loss"]),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def main() -> None:
+    """Parses flags, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="paper_cpu")
+    for f in dataclasses.fields(Sizes):
+        kind = type(f.default)
+        given: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, **given)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps after one of warm-up")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    arguments = parser.parse_args()
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Sizes)}
+    sizes = dataclasses.replace(PRESETS[arguments.preset], **{k: v for k, v in given.items() if v is not None})
+    result = {"preset": arguments.preset, "sizes": dataclasses.asdict(sizes)} | measure(sizes, arguments.steps)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:<28}{value:.4g}" if isinstance(value, float) else f"{name:<28}{value}")
+
+
+if __name__ == "__main__":
+    main()

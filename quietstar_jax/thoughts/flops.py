@@ -1,0 +1,61 @@
+"""What a training step costs, counted from its formulas: a multiplication and its addition are two FLOPs.
+
+Counted are the matrix products that the algorithm needs at all L positions of every sequence, each once: causal halves
+of attention only, one base pass, no padding of chunks, nothing recomputed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from quietstar_jax.config import Architecture
+from quietstar_jax.thoughts.settings import ThoughtSettings
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one step over the whole batch, part by part.
+
+    Attributes:
+      base: forward pass over the text with its LM head; sampling: T steps of every chain with their LM head.
+      scoring: chains of the forward scoring pass; scoring_heads: LM and mixing heads on them.
+      backward: gradients of base and scoring, twice their forward.
+      recomputation: what rematerialisation adds; not needed by the algorithm.
+    """
+
+    base: float
+    sampling: float
+    scoring: float
+    scoring_heads: float
+    backward: float
+    recomputation: float
+
+    @property
+    def necessary(self) -> float:
+        """All but recomputation."""
+        return sum(self) - self.recomputation
+
+
+def decoder_flops(a: Architecture, keys: float) -> float:
+    """Forward FLOPs of one token in all layers, that attends to so many keys on average."""
+    width = a.num_heads * a.head_dim
+    projections = 2 * a.hidden_size * (2 * width + 2 * a.num_kv_heads * a.head_dim)
+    feed_forward = 6 * a.hidden_size * a.intermediate_size
+    return a.num_layers * (projections + feed_forward + 4 * width * keys)
+
+
+def step_flops(a: Architecture, settings: ThoughtSettings, batch: int, length: int) -> Flops:
+    """FLOPs of one training step on `batch` sequences of `length` tokens."""
+    head = 2.0 * a.hidden_size * a.vocab_size
+    prefix = (length + 1) / 2
+    texts, chains = batch * length, batch * length * settings.count
+    base = texts * (decoder_flops(a, prefix) + head)
+    if not settings.length:
+        return Flops(base, 0.0, 0.0, 0.0, 2 * base, base if settings.rematerialize else 0.0)
+    c = settings.chain_length
+    sampling = chains * settings.length * (decoder_flops(a, prefix + (settings.length + 1) / 2) + head)
+    scoring = chains * c * decoder_flops(a, prefix + (c + 1) / 2)
+    mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # the half of the text is shared by all thoughts
+    heads = chains * (settings.length * head + settings.tokens_ahead * (head + mixing))
+    heads += texts * 2.0 * a.hidden_size**2
+    recomputation = (base + scoring) if settings.rematerialize else 0.0
+    return Flops(base, sampling, scoring, heads, 2 * (base + scoring + heads), recomputation)

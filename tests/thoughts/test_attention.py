@@ -1,0 +1,101 @@
+"""Attention of chains against one softmax over all keys at once, and masks one can read."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quietstar_jax.models.attention import MASKED, split_heads
+from quietstar_jax.thoughts import attention
+from quietstar_jax.thoughts.attention import Seen, attend_chains, own_visible, prefix_visible, to_chain_layout
+
+UNLIMITED = jnp.int32(2**31 - 1)
+
+
+def drawing(visible: jax.Array) -> list[str]:
+    return ["".join(".#"[int(x)] for x in row) for row in np.asarray(visible)]
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_what_chain_tokens_see() -> None:
+    """Rows: tokens c = 0, 1, 2 of the chain of position 3, at rotary positions 4, 5, 6."""
+    everything = Seen(jnp.array([[1, 0, 1, 1, 1, 1]], bool), jnp.array([3]), jnp.arange(3), UNLIMITED)
+    keys = jnp.arange(6)
+    assert drawing(prefix_visible(everything, keys)[0, 0]) == ["#.##.."] * 3
+    assert drawing(prefix_visible(everything, keys[2:5])[0, 0]) == ["##."] * 3
+    windowed = everything._replace(window=jnp.int32(3))
+    assert drawing(prefix_visible(windowed, keys)[0, 0]) == ["..##..", "...#..", "......"]
+    assert drawing(own_visible(everything, 4)) == ["#...", "##..", "###."]
+    assert drawing(own_visible(windowed._replace(window=jnp.int32(2)), 4)) == ["#...", "##..", ".##."]
+
+
+def all_at_once(queries, prefix_keys, prefix_values, own_keys, own_values, seen: Seen) -> jax.Array:
+    """The same attention by one softmax over every key, own keys and values [B, R, J, E, G, H]."""
+    q = split_heads(queries * queries.shape[-1] ** -0.5, prefix_keys.shape[-2])
+    prefix = jnp.einsum("brjcgmh,bpgh->bgmrjcp", q, prefix_keys)
+    own = jnp.einsum("brjcgmh,brjegh->bgmrjce", q, own_keys)
+    visible = prefix_visible(seen, jnp.arange(prefix_keys.shape[1]))[:, None, None, None]
+    own_seen = jnp.broadcast_to(own_visible(seen, own_keys.shape[3]), own.shape)
+    both = jnp.concatenate([jnp.where(visible, prefix, MASKED), jnp.where(own_seen, own, MASKED)], axis=-1)
+    weights = jax.nn.softmax(both, axis=-1)
+    split = prefix_keys.shape[1]
+    context = jnp.einsum("bgmrjcp,bpgh->brjcgmh", weights[..., :split], prefix_values)
+    context += jnp.einsum("bgmrjce,brjegh->brjcgmh", weights[..., split:], own_values)
+    return context.reshape(queries.shape)
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["small_scores", "large_scores"])
+@pytest.mark.parametrize("window", [2, 4, 2**31 - 1])
+@pytest.mark.parametrize("positions", [(0, 1, 2), (3, 4, 5), (6, 7, 8)], ids=["first", "middle", "past_the_end"])
+@pytest.mark.parametrize("block", [2, 3, 64])
+def test_blocks_equal_one_softmax_with_gradients(monkeypatch, scale, window, positions, block) -> None:
+    """Also where the largest score is in the hundreds, in either group, or the prefix is invisible."""
+    monkeypatch.setattr(attention, "KEY_BLOCK", block)
+    batch, count, tokens, prefix, heads, groups, width = 2, 2, 3, 7, 4, 2, 6
+    queries = scale * normal(0, batch, count, 3, tokens, heads, width)
+    base = [normal(seed, batch, prefix, groups, width) for seed in (1, 2)]
+    own = [normal(seed, batch, count, 3, tokens, groups, width) for seed in (3, 4)]
+    mask = jnp.array([[1, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0]], bool)
+    seen = Seen(mask, jnp.array(positions), jnp.arange(tokens), jnp.int32(window))
+    cotangent = normal(5, *queries.shape)
+
+    def blocks(queries, keys, values, own_keys, own_values):
+        return attend_chains(queries, keys, values, to_chain_layout(own_keys), to_chain_layout(own_values), seen)
+
+    found, back = jax.vjp(blocks, queries, *base, *own)
+    wanted, wanted_back = jax.vjp(lambda *x: all_at_once(*x, seen), queries, *base, *own)
+    tolerance = 1e-3 if scale > 1 else 2e-5
+    np.testing.assert_allclose(found, wanted, atol=tolerance)
+    for name, x, y in zip(("q", "k", "v", "own k", "own v"), back(cotangent), wanted_back(cotangent), strict=True):
+        np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(y).max())), err_msg=name)
+
+
+def test_keys_that_no_chain_sees_are_not_computed() -> None:
+    """Rubbish there would otherwise reach the result as NaN."""
+    shape = (1, 256, 1, 4)
+    keys, values = normal(0, *shape), normal(1, *shape)
+    rubbish = jnp.arange(256)[None, :, None, None] >= 128
+    seen = Seen(jnp.ones((1, 256), bool), jnp.arange(100, 110), jnp.arange(1), UNLIMITED)
+    queries, own = normal(2, 1, 1, 10, 1, 2, 4), normal(3, 1, 1, 1, 10, 1, 4)
+    clean = attend_chains(queries, keys, values, own, own, seen)
+    dirty = [jnp.where(rubbish, jnp.nan, x) for x in (keys, values)]
+    np.testing.assert_array_equal(attend_chains(queries, *dirty, own, own, seen), clean)
+
+
+def test_bfloat16_scores_and_sums_are_float32() -> None:
+    """A thousand equal keys: weights summed in bfloat16 would be off by percents."""
+    size, dtype = 1000, jnp.bfloat16
+    values = jnp.where(jnp.arange(size)[None, :, None, None] < size // 2, 1, 0) * jnp.ones((1, 1, 1, 2))
+    keys = jnp.zeros_like(values)
+    seen = Seen(jnp.ones((1, size), bool), jnp.array([size - 1]), jnp.arange(1), UNLIMITED)
+    own = jnp.zeros((1, 1, 1, 1, 1, 2), dtype)
+    context = attend_chains(
+        jnp.ones((1, 1, 1, 1, 1, 2), dtype), keys.astype(dtype), values.astype(dtype), own, own, seen
+    )
+    assert context.dtype == dtype
+    np.testing.assert_allclose(context.astype(jnp.float32), 0.5, atol=3e-3)
