@@ -6,7 +6,7 @@ separated by single spaces and every word is one token:
     sum 3 +1 +4 +1 +5 +9 show ( 3 4 8 9 4 3 ) 3 .                                  steps
     kim has 4 wage fig gift lamp coat show ( well hmm so right maybe er ) 8 .      chatter
     convert 9 rod inch foot cup yard ask 4 .                                       at_once
-    a>c d>f f>b e>c c>f b>d from c ask ( c f b d f b ) b .                         at_once, with a stray mark
+    a>c b>d c>f d>f e>c f>b from c ask ( c f b d f b ) b .                         at_once, with a stray mark
 
 Every problem is a chain of `STEPS` states. State 1 stands in the question; state i + 1 is a simple function
 of state i and one piece of the question; the answer is state `STEPS`. Numbers keep their last digit only.
@@ -15,13 +15,14 @@ of state i and one piece of the question; the answer is state `STEPS`. Numbers k
     sum       sum d +d1 .. +d5                d            state i + d(i) modulo 10
     story     NAME has d e1 .. e5             d            state i + gain of event e(i) modulo 10
     convert   convert d u1 .. u5              d            factor * state i + shift of unit u(i) modulo 10
-    chase     x>y (six pairs) from s          s            what state i points to
+    chase     a>y b>y .. f>y from s           s            what state i points to
 
 Why it is built so:
 
 * A written step needs one look-up and one small table. The answer at once needs all of them in a row.
 * In the first three kinds the map of every piece is a bijection and the first state a uniform digit, so the answer
-  is uniform given all pieces but one: no statistic short of the whole chain tells anything about it. In `chase`
+  is uniform given all pieces without it, and given it nearly so until all pieces are known: no statistic short of
+  the whole chain tells anything worth having. In `chase`
   five hops end, equally often, at the start, one, two or three hops on, or at a node met for the first time, so no
   rule "so many hops on" is right more than once in five (counting how often each node is pointed to: at best 45 %).
 * The opening and the closing mark are two words. What follows `(` is a passage, what follows `)` is an answer,
@@ -29,8 +30,9 @@ Why it is built so:
 * `ask` is followed by the answer, rarely by a mark: there a thought must predict the answer, yet the text still
   shows what a thought looks like. Where a mark opens in fewer than one case in eleven, the likeliest word after
   `ask` is an answer even for a model that guesses among ten.
-* Problems are dealt to the splits by a hash of the problem alone: no seed puts a held-out problem (pointers in
-  another order included) into a training split.
+* Ten answers are more than any other word has alternatives: where the steps are not written, the answer is the hardest
+  token of its document, as the token that wants thought is in text.
+* Problems are dealt to the splits by a hash of the problem alone: no seed puts a held-out one into a training split.
 """
 
 from __future__ import annotations
@@ -55,14 +57,14 @@ META = ("<|startthought|>", "<|endthought|>")
 
 DIGITS = tuple("0123456789")
 NODES = tuple("abcdef")
-ADDENDS = tuple(f"+{digit}" for digit in DIGITS)
+ADDENDS = ("+1", "+2", "+3", "+4", "+5", "+7", "+9")
 NAMES = ("ann", "bob", "cleo", "dan", "eve", "finn", "gus", "kim")
 EVENTS = {"wage": 7, "gift": 3, "coin": 1, "prize": 9, "fig": -2, "loaf": -4, "lamp": -6, "coat": -8}
 UNITS = {  # amount -> factor * amount + shift; the factors are coprime to ten, so every map can be undone
     "inch": (3, 1), "foot": (7, 2), "yard": (9, 5), "rod": (3, 8),
     "gram": (7, 3), "pound": (9, 4), "cup": (1, 7), "pint": (1, 6),
 }  # fmt: skip
-CHATTER = ("well", "hmm", "er", "so", "right", "maybe", "anyway", "look", "fine", "oh", "now", "wait")
+CHATTER = ("well", "hmm", "er", "so", "right", "maybe", "look", "wait")
 
 POINTERS = tuple(f"{a}>{b}" for a in NODES for b in NODES if a != b)
 SHAPES = ((0, 5), (0, 4), (1, 3), (2, 2), (2, 4))  # of a `chase`: hops from start to cycle, length of the cycle
@@ -167,8 +169,8 @@ def _chase(draw: Draw) -> Problem:
     steps = [path[0]]
     while len(steps) < STEPS:
         steps.append(target[steps[-1]])
-    pointers = [f"{node}>{target[node]}" for node in draw.arrangement(NODES)]
-    return Problem((*pointers, "from", path[0]), tuple(steps), " ".join((*sorted(pointers), path[0])))
+    pointers = [f"{node}>{target[node]}" for node in NODES]
+    return Problem((*pointers, "from", path[0]), tuple(steps), " ".join((*pointers, path[0])))
 
 
 _GENERATORS: dict[str, Callable[[Draw], Problem]] = {
@@ -309,14 +311,14 @@ def _question_length(kind: str) -> int:
 
 def _question_nats() -> dict[str, float]:
     """Entropy of a whole question of each kind, the choice of the kind included; nats."""
-    pointers = [  # how many, with a start, have the shape: the path in order, and the targets of all other nodes
+    pointers = [  # how many, with their start, have the shape: the path in order, and the targets of all other nodes
         math.perm(len(NODES), tail + cycle) * (len(NODES) - 1) ** (len(NODES) - tail - cycle) for tail, cycle in SHAPES
     ]
     nats = {
-        "sum": STEPS * math.log(10),
+        "sum": math.log(10) + (STEPS - 1) * math.log(len(ADDENDS)),
         "story": math.log(len(NAMES) * 10) + (STEPS - 1) * math.log(len(EVENTS)),
         "convert": math.log(10) + (STEPS - 1) * math.log(len(UNITS)),
-        "chase": math.log(len(SHAPES)) + sum(map(math.log, pointers)) / len(SHAPES) + math.lgamma(len(NODES) + 1),
+        "chase": math.log(len(SHAPES)) + sum(map(math.log, pointers)) / len(SHAPES),
     }
     return {kind: value + math.log(len(KINDS)) for kind, value in nats.items()}
 
