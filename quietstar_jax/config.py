@@ -121,7 +121,8 @@ class ThoughtConfig:
     score_temperature: float = 3.0  # of the log-probabilities that REINFORCE raises
     positive_only: bool = True  # drop negative advantages
     policy_reduction: str = "mean"  # mean (published code) | sum (paper) over the tokens of a thought
-    mixing: str = "hidden_states"  # hidden_states (published code) | log_probabilities (paper)
+    mixing: str = "hidden_states"  # hidden_states (published code) | log_probabilities (paper) | none (thought alone)
+    control: str = "none"  # none | pause | random | shuffled: what stands in a thought's place, to measure its worth
     base_loss_weight: float = 0.5  # weight of the loss without thoughts in the total
     positions_per_chunk: int = 0  # positions whose chains are in memory at once; 0 = from `chunk_megabytes`
     chunk_megabytes: int = 256  # memory budget for the activations of one chunk, per device
@@ -129,7 +130,8 @@ class ThoughtConfig:
     def problems(self) -> list[str]:
         return [
             *one_of("policy_reduction", self.policy_reduction, ("mean", "sum")),
-            *one_of("mixing", self.mixing, ("hidden_states", "log_probabilities")),
+            *one_of("mixing", self.mixing, ("hidden_states", "log_probabilities", "none")),
+            *one_of("control", self.control, ("none", "pause", "random", "shuffled")),
             *require(self.embedding_scale > 0, "embedding_scale", self.embedding_scale, "a positive number"),
             *require(self.sampling_temperature > 0, "sampling_temperature", self.sampling_temperature, "above 0"),
             *require(self.score_temperature > 0, "score_temperature", self.score_temperature, "above 0"),
@@ -202,7 +204,7 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.001
-    decay_mask: str = "matrices"  # matrices (no norms, no biases) | all
+    decay_mask: str = "matrices"  # matrices (all but norms and biases) | all
     clip_norm: float = 1.0  # of the whole gradient; 0 = no clipping
 
     def problems(self) -> list[str]:
@@ -250,6 +252,8 @@ class DataConfig:
     tokenizer: str = ""  # folder or hub id; empty = the model's own checkpoint; `synthetic` = the embedded one
     sequence_length: int = 256  # L
     packing: str = "random_span"  # random_span (paper: one document a sequence, padded) | packed
+    prepend_bos: str = "auto"  # begin documents and spans with the begin-of-text token: auto (where the tokenizer
+    # itself does) | always | never
     append_eos: bool = True  # end every document with the end-of-text token
     workers: int = 0  # processes that tokenize ahead; 0 = in this process
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -259,6 +263,7 @@ class DataConfig:
             *require(bool(self.train), "train", self.train, "at least one source"),
             *require(self.sequence_length >= 3, "sequence_length", self.sequence_length, "at least 3"),
             *one_of("packing", self.packing, ("random_span", "packed")),
+            *one_of("prepend_bos", self.prepend_bos, ("auto", "always", "never")),
             *require(self.workers >= 0, "workers", self.workers, "0 or more"),
         ]
 

@@ -37,10 +37,14 @@ def initialize(
     (those of "---" in the paper).
     """
 
-    def mean_embedding(tokens: Sequence[int]) -> jax.Array:
-        return decoder.embedding[jnp.array(tokens)].mean(axis=0) / embedding_scale
+    embedding = decoder.embedding[...]
+    start, end = (mean_embedding(embedding, tokens, embedding_scale) for tokens in (start_tokens, end_tokens))
+    return QuietStar(decoder, start, end, nnx.Rngs(key))
 
-    return QuietStar(decoder, mean_embedding(start_tokens), mean_embedding(end_tokens), nnx.Rngs(key))
+
+def mean_embedding(embedding: jax.Array, tokens: Sequence[int], embedding_scale: float) -> jax.Array:
+    """What start or end begin as, [D] as stored: the mean of these rows of the embedding [V, D]."""
+    return embedding[jnp.array(tokens)].mean(axis=0) / embedding_scale
 
 
 def fresh(

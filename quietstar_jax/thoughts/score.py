@@ -7,12 +7,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.thoughts.chains import chain_pass
 from quietstar_jax.thoughts.mixing import mix_hidden_states, mix_log_probabilities, mixing_weight
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import mask_meta_tokens
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import Text, cross_entropy, here_and_ahead, real_ahead, tokens_ahead
+from quietstar_jax.thoughts.text import Text, here_and_ahead, real_ahead, tokens_ahead
 
 
 class Scores(NamedTuple):
@@ -62,6 +63,8 @@ def talk(
       ([B, R, J, K, V] float32: logits, or the paper's log-probabilities, which do not sum to one;
        mixing weights [B, R, J, K]).
     """
+    if settings.config.mixing == "none":
+        return model.decoder.logits(talk_hidden), jnp.ones(talk_hidden.shape[:-1], jnp.float32)
     base_hidden = here_and_ahead(text.hidden, positions, settings.tokens_ahead)
     weight = mixing_weight(model.mixing_head, base_hidden, talk_hidden)
     if settings.config.mixing == "log_probabilities":

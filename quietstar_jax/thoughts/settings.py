@@ -20,6 +20,7 @@ class ThoughtSettings:
       policy_weight: weight of the REINFORCE term in the loss.
       meta_tokens: ids that no thought may contain.
       pad_id: id that stands for tokens past the end of the text.
+      pause_id: id that fills thoughts under the control `pause`.
       compute_dtype: dtype of activations; logits, losses and rewards are float32.
       rematerialize: recompute layers in the backward pass.
     """
@@ -30,6 +31,7 @@ class ThoughtSettings:
     policy_weight: float = 0.0
     meta_tokens: tuple[int, ...] = ()
     pad_id: int = 0
+    pause_id: int = 0
     compute_dtype: str = "float32"
     rematerialize: bool = False
     config: ThoughtConfig = field(default_factory=ThoughtConfig)
