@@ -8,7 +8,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from quietstar_jax.config import from_config_dict
-from quietstar_jax.errors import UserError
+from quietstar_jax.errors import ConfigError, UserError
 from quietstar_jax.training.loop import train
 from quietstar_jax.training.summary import format_summary
 
@@ -23,7 +23,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}. Settings are given as --config.NAME=VALUE.")
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
-    print(format_summary(train(from_config_dict(_CONFIG.value))))
+    try:
+        config = _CONFIG.value
+    except OSError as error:
+        raise ConfigError(f"--config cannot be read: {str(error).splitlines()[-1].strip()}. Check its path.") from error
+    print(format_summary(train(from_config_dict(config))))
 
 
 def run() -> None:

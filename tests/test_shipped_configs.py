@@ -31,7 +31,7 @@ def test_config_fits_together(path):
     check_length(config, architecture)
     params, structure = abstract_params(architecture)
     state = jax.eval_shape(lambda params: initial_state(params, config), params)
-    vocabulary = Vocabulary(pad_id=0, meta_tokens=(1, 2))
+    vocabulary = Vocabulary(pad_id=0, meta_tokens=(1, 2), start_tokens=(3,), end_tokens=(3,))
     length = config.data.sequence_length
 
     def batch(rows):

@@ -41,6 +41,22 @@ def test_bad_input_is_one_clear_error(tmp_path, arguments, message):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_missing_configuration_is_one_clear_error(tmp_path):
+    ended = run(tmp_path, "--config", "no/such/config.py")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: --config cannot be read")
+    assert "no/such/config.py" in ended.stderr
+
+
+def test_validation_text_without_a_token_to_predict_is_named(tmp_path):
+    text = tmp_path / "empty.txt"
+    text.write_text("\n")
+    ended = run(tmp_path, f"--config.data.validation=('{text}',)", "--config.data.append_eos=False",
+                "--config.data.packing=random_span")  # fmt: skip
+    assert ended.returncode == 2
+    assert "no document of two tokens" in ended.stderr
+
+
 def test_an_unknown_flag_is_refused(tmp_path):
     ended = run(tmp_path, "--config.sede=1")
     assert ended.returncode != 0

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from quietstar_jax.data.synthetic import Document, answer_questions, is_useful
-from quietstar_jax.training.evaluation import TokenScores, score_batches
+from quietstar_jax.training.evaluation import Scorer, score_batches
 from quietstar_jax.training.setup import Run
-from quietstar_jax.training.step import Batch
 
 QUESTIONS = 400
 
@@ -28,25 +28,27 @@ def answer_batches(run: Run, documents: Sequence[Document]) -> tuple[list[dict[s
     return batches, np.array([len(ids) - 2 for ids in rows])
 
 
-def measure_answers(run: Run, scorer: Callable[[Any, Batch], TokenScores], params: Any) -> dict[str, Any]:
+def measure_answers(run: Run, scorer: Scorer, params: Any) -> dict[str, Any]:
     """Accuracy of the answer's most likely token without and with a greedy thought before it, and how many of
-    these thoughts hold the right steps. Rates of 0 .. 1; overall and by kind of question."""
+    these thoughts, and of sampled ones, hold the right steps. Rates of 0 .. 1; overall and by kind of question."""
     documents = answer_questions(seed=run.config.seed, count=QUESTIONS)
     batches, positions = answer_batches(run, documents)
     scores = score_batches(scorer, params, batches)
     at = (np.arange(len(documents)), positions)
     without, with_thoughts = scores.base_correct[at], scores.talk_correct[at]
-    useful = np.array(
-        [
-            is_useful(document, run.tokenizer.decode(thought.tolist()).split())
-            for document, thought in zip(documents, scores.thoughts[at], strict=True)
-        ]
-    )
+    sampled = score_batches(scorer, params, batches, jax.random.fold_in(run.key, QUESTIONS))
+
+    def useful_thoughts(thoughts: np.ndarray) -> np.ndarray:
+        words = [run.tokenizer.decode(thought.tolist()).split() for thought in thoughts]
+        return np.array([is_useful(*pair) for pair in zip(documents, words, strict=True)])
+
+    useful = useful_thoughts(scores.thoughts[at])
     kinds = np.array([document.kind for document in documents])
     return {
         "answer_accuracy_without_thoughts": float(without.mean()),
         "answer_accuracy_with_thoughts": float(with_thoughts.mean()),
         "useful_thought_rate": float(useful.mean()),
+        "useful_sampled_thought_rate": float(useful_thoughts(sampled.thoughts[at]).mean()),
         "answer_mixing_weight": float(scores.weight[at].mean()),
         "answer_loss_without_thoughts": float(scores.base_nats[at].mean()),
         "answer_loss_with_thoughts": float(scores.talk_nats[at].mean()),

@@ -14,7 +14,8 @@ from quietstar_jax.errors import CheckpointError
 from quietstar_jax.settings import differences
 from quietstar_jax.training.step import TrainState
 
-# What may change between the runs that share a work directory: none of it touches the course of training.
+# What may change between the runs that share a work directory: none of it touches the course of training, chunk sizes
+# only by the rounding of their sums.
 FREE = ("config.workdir", "config.logging", "config.checkpoint", "config.evaluation", "config.data.workers",
         "config.data.validation", "config.data.data_dir", "config.thought.chunk_megabytes",
         "config.thought.positions_per_chunk")  # fmt: skip
@@ -104,19 +105,24 @@ class Checkpoints:
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> None:
-    """Refuses to resume a run whose configuration changed in what has already shaped its weights.
+    """Refuses to resume a run that changed in what has already shaped its weights.
+
+    Args:
+      saved, wanted: `Run.record` of the checkpoint and of now; step: of the checkpoint.
 
     Settings in `FREE` may change, and so may phases that had not begun; the last phase that had may get more steps.
 
     Raises:
       CheckpointError: lists every difference.
     """
-    begun_saved, begun_wanted = _begun(saved["phases"], step), _begun(wanted["phases"], step)
+    begun = {"phases": _begun(saved["config"]["phases"], step)}, {"phases": _begun(wanted["config"]["phases"], step)}
     changed = [
         line
-        for line in differences({**saved, "phases": begun_saved}, {**wanted, "phases": begun_wanted})
+        for line in differences(saved["config"] | begun[0], wanted["config"] | begun[1])
         if not line.startswith(FREE)
     ]
+    for part in ("architecture", "model_commit", "vocabulary"):  # what a checkpoint or tokenizer of that name held
+        changed += differences(saved[part], wanted[part], part)
     if changed:
         raise CheckpointError(
             f"The checkpoint of step {step} was written with another configuration (saved -> now):\n"

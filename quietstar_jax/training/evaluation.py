@@ -12,13 +12,14 @@ import numpy as np
 from quietstar_jax.config import Architecture, Config
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
-from quietstar_jax.thoughts.sample import sample_thoughts
+from quietstar_jax.thoughts.controls import think
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import here_and_ahead, read_text, real_ahead, tokens_ahead
 from quietstar_jax.training.step import Batch, Vocabulary, to_device
 
 DECILES = 10
+Scorer = Callable[..., "TokenScores"]  # (params, batch, key = None); see `make_token_scorer`
 
 
 class TokenScores(NamedTuple):
@@ -29,7 +30,7 @@ class TokenScores(NamedTuple):
       base_nats, talk_nats: cross-entropy without and with the thought; base_correct, talk_correct: argmax is right.
       reward: nats by which the thought made the next K tokens more likely.
       weight: mixing weight of the first token; entropy: mean nats per thought token.
-      thoughts: [B, L, T] greedy thought tokens.
+      thoughts: [B, L, T] thought tokens.
     """
 
     real: Any
@@ -44,29 +45,33 @@ class TokenScores(NamedTuple):
 
 
 def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettings:
-    """One greedy thought per position."""
+    """One thought per position."""
     return ThoughtSettings(
         length=config.evaluation_thought_length,
         tokens_ahead=config.evaluation.tokens_ahead,
         meta_tokens=vocabulary.meta_tokens,
         pad_id=vocabulary.pad_id,
+        pause_id=vocabulary.start_tokens[0],
         compute_dtype=config.model.compute_dtype,
         config=config.thought,
     )
 
 
-def make_token_scorer(
-    structure: Structure, architecture: Architecture, settings: ThoughtSettings
-) -> Callable[[Mapping[str, jax.Array], Batch], TokenScores]:
-    """Compiled `(params, batch) -> TokenScores`. With thought length 0 the talk fields repeat the base."""
+def make_token_scorer(structure: Structure, architecture: Architecture, settings: ThoughtSettings) -> Scorer:
+    """Compiled `(params, batch, key = None) -> TokenScores`: greedy thoughts, or with a key sampled ones.
 
-    def score(params: Mapping[str, jax.Array], batch: Batch) -> TokenScores:
+    With thought length 0 the talk fields repeat the base.
+    """
+
+    def score(params: Mapping[str, jax.Array], batch: Batch, key: jax.Array | None = None) -> TokenScores:
         model = assemble(structure, params)
         text = read_text(model.decoder, *batch, dtype=settings.dtype)
         rows, length = batch.tokens.shape
         chunk = positions_per_chunk(architecture, settings, rows, length)
         ahead = settings.tokens_ahead
-        thoughts = sample_thoughts(model, text, None, settings, chunk) if settings.length else None
+        greedy = key is None
+        uniforms = jax.random.uniform(jax.random.key(0) if greedy else key, (rows, 1, length, settings.length))
+        thoughts = think(model, text, uniforms, settings, chunk, greedy=greedy) if settings.length else None
 
         def of_chunk(positions: jax.Array, thoughts: Any) -> TokenScores:
             real = real_ahead(text.mask, positions, 1)[..., 0]
@@ -102,10 +107,13 @@ def make_token_scorer(
 
 
 def score_batches(
-    scorer: Callable[[Any, Batch], TokenScores], params: Any, batches: Iterable[Mapping[str, np.ndarray]]
+    scorer: Scorer, params: Any, batches: Iterable[Mapping[str, np.ndarray]], key: jax.Array | None = None
 ) -> TokenScores:
     """All batches, stacked along the batch axis, as numpy arrays."""
-    parts = [jax.device_get(scorer(params, to_device(batch))) for batch in batches]
+    parts = []
+    for i, batch in enumerate(batches):
+        own_key = None if key is None else jax.random.fold_in(key, i)
+        parts.append(jax.device_get(scorer(params, to_device(batch), own_key)))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
-from quietstar_jax.errors import ConfigError, DivergedError
+from quietstar_jax.errors import ConfigError, DataError, DivergedError
 from quietstar_jax.training.answers import measure_answers
 from quietstar_jax.training.checkpoints import Checkpoints, check_same_run
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, summarize
@@ -57,12 +57,22 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def held_out_batches(run: Run) -> list[dict[str, np.ndarray]]:
-    """The validation text in batches of evaluation size; none where the configuration names none."""
+    """The validation text in batches of evaluation size; none where the configuration names none.
+
+    Raises:
+      DataError: there is validation text, but too little to predict a token of.
+    """
     config = run.config
     if not config.data.validation:
         return []
     size, count = config.evaluation.batch_size, config.evaluation.batches
-    return list(validation_batches(config.data, run.tokenizer, batch_size=size, batches=count))
+    batches = list(validation_batches(config.data, run.tokenizer, batch_size=size, batches=count))
+    if not batches:
+        raise DataError(
+            f"config.data.validation {list(config.data.validation)} has no document of two tokens or more. "
+            "Give other files, or set it to () to train without held-out text."
+        )
+    return batches
 
 
 def make_workdir(config: Config) -> Path:
@@ -86,7 +96,7 @@ def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceItera
     step = checkpoints.latest_step
     if step is None:
         return first_state(run)
-    check_same_run(checkpoints.record(step)["config"], run.record["config"], step)
+    check_same_run(checkpoints.record(step), run.record, step)
     restored = checkpoints.restore(step, abstract_state(run))
     sequences.set_state(restored.data)
     return restored.state
@@ -181,7 +191,8 @@ class Trainer:
             line += (
                 f"; answers right {values['answer_accuracy_without_thoughts']:.1%}, "
                 f"{values['answer_accuracy_with_thoughts']:.1%} with thoughts, "
-                f"useful thoughts {values['useful_thought_rate']:.1%}"
+                f"useful thoughts {values['useful_thought_rate']:.1%} "
+                f"({values['useful_sampled_thought_rate']:.1%} of sampled ones)"
             )
         self._metrics.say(line)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, config: LoggingConfig, *, first_step: int, total_steps: int, run_config: Any):
+        self._sinks = _sinks(workdir, config, first_step, run_config)  # first: a missing package stops here
         path = workdir / "metrics.jsonl"
         _keep_until(path, first_step)
         self._file = path.open("a", encoding="utf-8")
-        self._sinks = _sinks(workdir, config, run_config)
         self._bar = tqdm(
             total=total_steps, initial=first_step, disable=not config.progress_bar, unit="step", dynamic_ncols=True,
             smoothing=0.05,
@@ -87,14 +88,14 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 class _TensorBoard:
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, first_step: int):
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise ConfigError(
                 "config.logging.tensorboard is on but tensorboardX is missing: pip install 'quietstar_jax[logging]'."
             ) from error
-        self._writer = SummaryWriter(str(workdir / "tensorboard"))
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -112,7 +113,9 @@ class _WeightsAndBiases:
             raise ConfigError(
                 "config.logging.wandb_project is set but wandb is missing: pip install 'quietstar_jax[logging]'."
             ) from error
-        self._run = wandb.init(project=project, dir=str(workdir), config=run_config, resume="allow")
+        self._run = wandb.init(
+            project=project, dir=str(workdir), config=run_config, id=_kept_id(workdir / "wandb_id"), resume="allow"
+        )
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
@@ -121,6 +124,13 @@ class _WeightsAndBiases:
         self._run.finish()
 
 
-def _sinks(workdir: Path, config: LoggingConfig, run_config: Any) -> list[Any]:
-    sinks: list[Any] = [_TensorBoard(workdir)] if config.tensorboard else []
+def _kept_id(path: Path) -> str:
+    """A name of the run that stays the same when it resumes."""
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
+def _sinks(workdir: Path, config: LoggingConfig, first_step: int, run_config: Any) -> list[Any]:
+    sinks: list[Any] = [_TensorBoard(workdir, first_step)] if config.tensorboard else []
     return sinks + ([_WeightsAndBiases(workdir, config.wandb_project, run_config)] if config.wandb_project else [])

@@ -14,11 +14,10 @@ from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.load import load_decoder
-from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import Structure, disassemble
 from quietstar_jax.settings import to_mapping
-from quietstar_jax.thoughts.model import QuietStar, fresh, initialize
+from quietstar_jax.thoughts.model import fresh, initialize
 from quietstar_jax.training.step import TrainState, Vocabulary, initial_state
 
 
@@ -33,8 +32,6 @@ class Run:
     vocabulary: Vocabulary
     key: jax.Array
     files: CheckpointFiles | None  # of the Hugging Face checkpoint that it starts from
-    start_tokens: tuple[int, ...]
-    end_tokens: tuple[int, ...]
 
     @property
     def record(self) -> dict[str, Any]:
@@ -43,7 +40,7 @@ class Run:
             "config": to_mapping(self.config),
             "architecture": to_mapping(self.architecture),
             "model_commit": self.files.commit if self.files else "",
-            "vocabulary": {"pad_id": self.vocabulary.pad_id, "meta_tokens": list(self.vocabulary.meta_tokens)},
+            "vocabulary": self.vocabulary._asdict(),
         }
 
 
@@ -59,18 +56,19 @@ def prepare(config: Config) -> Run:
     check_vocabulary(tokenizer, architecture.vocab_size)
     check_length(config, architecture)
     meta = (tokenizer.token_id(config.thought.start_token), tokenizer.token_id(config.thought.end_token))
-    start_tokens = _embedding_tokens(tokenizer, config.thought.initial_start_token, "initial_start_token")
-    end_tokens = _embedding_tokens(tokenizer, config.thought.initial_end_token, "initial_end_token")
     return Run(
         config=config,
         tokenizer=tokenizer,
         architecture=architecture,
         structure=abstract_structure(architecture),
-        vocabulary=Vocabulary(tokenizer.pad_id, tuple(token for token in meta if token is not None)),
+        vocabulary=Vocabulary(
+            pad_id=tokenizer.pad_id,
+            meta_tokens=tuple(token for token in meta if token is not None),
+            start_tokens=_embedding_tokens(tokenizer, config.thought.initial_start_token, "initial_start_token"),
+            end_tokens=_embedding_tokens(tokenizer, config.thought.initial_end_token, "initial_end_token"),
+        ),
         key=jax.random.key(config.seed),
         files=files,
-        start_tokens=start_tokens,
-        end_tokens=end_tokens,
     )
 
 
@@ -96,16 +94,14 @@ def abstract_state(run: Run) -> TrainState:
 
 def first_state(run: Run) -> TrainState:
     """Step 0: pretrained weights of the Hugging Face checkpoint, or random ones."""
-    scale = run.config.thought.embedding_scale
+    vocabulary, scale = run.vocabulary, run.config.thought.embedding_scale
     key = jax.random.fold_in(run.key, jnp.iinfo(jnp.int32).max)  # no step folds this number in
 
-    def start(decoder: Decoder) -> QuietStar:
-        return initialize(decoder, run.start_tokens, run.end_tokens, scale, key)
-
+    meta = (vocabulary.start_tokens, vocabulary.end_tokens, scale)
     if run.files is None:
-        model = jax.jit(lambda key: fresh(run.architecture, run.start_tokens, run.end_tokens, scale, key))(key)
+        model = jax.jit(lambda key: fresh(run.architecture, *meta, key))(key)
     else:
-        model = start(load_decoder(run.files, run.architecture))
+        model = initialize(load_decoder(run.files, run.architecture), *meta, key)
     return initial_state(disassemble(model)[0], run.config)
 
 

@@ -13,11 +13,12 @@ import optax
 from quietstar_jax.config import Architecture, Config, Phase
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.thoughts.chunks import positions_per_chunk
+from quietstar_jax.thoughts.controls import think
 from quietstar_jax.thoughts.loss import Metrics, language_model_loss, quiet_star_loss
+from quietstar_jax.thoughts.model import mean_embedding
 from quietstar_jax.thoughts.objective import Counts, count_targets
-from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.training.optimizer import apply_updates, learning_rate, make_optimizer
+from quietstar_jax.training.optimizer import apply_updates, learning_rate, make_optimizer, rate_scale
 
 
 class TrainState(NamedTuple):
@@ -47,10 +48,17 @@ def to_device(rows: Mapping[str, np.ndarray]) -> Batch:
 
 
 class Vocabulary(NamedTuple):
-    """What the objective must know of the tokenizer."""
+    """What the objective must know of the tokenizer.
+
+    Attributes:
+      pad_id: fills short sequences; meta_tokens: no thought may contain them.
+      start_tokens, end_tokens: whose mean embeddings the thought's start and end begin as.
+    """
 
     pad_id: int
     meta_tokens: tuple[int, ...]
+    start_tokens: tuple[int, ...]
+    end_tokens: tuple[int, ...]
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]
@@ -65,6 +73,7 @@ def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> Thou
         policy_weight=phase.policy_weight,
         meta_tokens=vocabulary.meta_tokens,
         pad_id=vocabulary.pad_id,
+        pause_id=vocabulary.start_tokens[0],
         compute_dtype=config.model.compute_dtype,
         rematerialize=config.model.rematerialize,
         config=config.thought,
@@ -81,8 +90,11 @@ def make_train_step(
 ) -> TrainStep:
     """The step of a phase: `(state, batch, key, first step of the phase) -> (state, metrics)`.
 
-    Pure; the caller compiles it. The key is that of the whole run: each step folds its number in.
+    Pure; the caller compiles it. The key is that of the whole run: each step folds its number in. Before the first
+    phase that thinks, start and end follow the embeddings they begin as.
     """
+    until_now = [p.name for p in config.phases].index(phase.name) + 1
+    never_thought = not any(p.thought_length for p in config.phases[:until_now])
     settings = phase_settings(config, phase, vocabulary)
     optimizer = make_optimizer(config.optimizer)
     length = config.data.sequence_length
@@ -93,8 +105,8 @@ def make_train_step(
         if not phase.thought_length:
             return language_model_loss(model, *batch, counts, settings)
         return quiet_star_loss(
-            model, *batch, lambda model, text: sample_thoughts(model, text, uniforms, settings, chunk), counts,
-            settings, chunk,
+            model, *batch, lambda model, text: think(model, text, uniforms, settings, chunk), counts, settings, chunk,
+            frozen=lambda name: not rate_scale(name, phase.rates),
         )  # fmt: skip
 
     def step(state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array) -> tuple[TrainState, Metrics]:
@@ -108,6 +120,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = learning_rate(phase, state.step - phase_start)
         params = apply_updates(state.params, updates, rate, phase.rates)
+        if never_thought:
+            params |= initial_thought_embeddings(params, vocabulary, config.thought.embedding_scale)
         metrics |= {
             "gradient_norm": optax.tree.norm(gradients),
             "parameter_norm": optax.tree.norm(params),  # of the new weights: not finite once they have diverged
@@ -116,6 +130,17 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def initial_thought_embeddings(
+    params: Mapping[str, jax.Array], vocabulary: Vocabulary, embedding_scale: float
+) -> dict[str, jax.Array]:
+    """The start and end embeddings of a model that has not thought yet."""
+    embedding = params["decoder.embedding"]
+    return {
+        "start_embedding": mean_embedding(embedding, vocabulary.start_tokens, embedding_scale),
+        "end_embedding": mean_embedding(embedding, vocabulary.end_tokens, embedding_scale),
+    }
 
 
 def accumulate(fn: Callable[[Any], Any], batch: Any, pieces: int) -> Any:

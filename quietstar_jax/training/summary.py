@@ -63,6 +63,8 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         lines.append(f"{'    ' + kind + ', %':<34}{pair}")
     if "useful_thought_rate" in summary:
         lines.append(f"{'thoughts with the right steps, %':<34}{'':>18}{100 * summary['useful_thought_rate']:>16.1f}")
+        sampled = 100 * summary["useful_sampled_thought_rate"]
+        lines.append(f"{'    of sampled thoughts, %':<34}{'':>18}{sampled:>16.1f}")
     if summary.get("deciles"):
         lines += ["", "loss by tenth of the tokens, from easiest to hardest without thoughts:"]
         for i, decile in enumerate(summary["deciles"]):

@@ -14,13 +14,13 @@ from quietstar_jax.training.optimizer import apply_updates, decay_mask, learning
         ("constant", 11, 1.0),
         ("linear", 4, 1.0),
         ("linear", 8, 0.75),  # half way from 1 to 0.5 over 8 steps
-        ("linear", 12, 0.5),
+        ("linear", 12, 0.5),  # the last step
         ("cosine", 8, 0.75),
         ("cosine", 12, 0.5),
     ],
 )
 def test_learning_rate_by_hand(decay, step, expected):
-    phase = Phase(steps=12, warmup_steps=4, learning_rate=1.0, decay=decay, final_rate_fraction=0.5)
+    phase = Phase(steps=13, warmup_steps=4, learning_rate=1.0, decay=decay, final_rate_fraction=0.5)
     assert float(learning_rate(phase, jnp.int32(step))) == pytest.approx(expected)
 
 

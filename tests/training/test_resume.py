@@ -94,14 +94,20 @@ def test_a_changed_configuration_is_refused_with_its_differences(uninterrupted):
 
 
 def test_what_may_change_between_runs():
-    saved = {"seed": 0, "logging": {"every_steps": 1}, "phases": [{"steps": 4, "decay": "constant", "rate": 1}]}
-    check_same_run(saved, {**saved, "logging": {"every_steps": 9}}, step=2)
-    check_same_run(saved, {**saved, "phases": [{"steps": 9, "decay": "constant", "rate": 1}, {"steps": 1}]}, step=4)
+    def record(phases, architecture=4, **settings):
+        config = {"seed": 0, "logging": {"every_steps": 1}, "phases": phases} | settings
+        return {"config": config, "architecture": {"num_layers": architecture}, "model_commit": "", "vocabulary": {}}
+
+    saved = record([{"steps": 4, "decay": "constant", "rate": 1}])
+    check_same_run(saved, record(saved["config"]["phases"], logging={"every_steps": 9}), step=2)
+    check_same_run(saved, record([{"steps": 9, "decay": "constant", "rate": 1}, {"steps": 1}]), step=4)
     with pytest.raises(CheckpointError, match="rate: 1 -> 2"):
-        check_same_run(saved, {**saved, "phases": [{"steps": 4, "decay": "constant", "rate": 2}]}, step=2)
-    decaying = {**saved, "phases": [{"steps": 4, "decay": "cosine", "rate": 1}]}
+        check_same_run(saved, record([{"steps": 4, "decay": "constant", "rate": 2}]), step=2)
+    decaying = record([{"steps": 4, "decay": "cosine", "rate": 1}])
     with pytest.raises(CheckpointError, match="steps: 4 -> 9"):
-        check_same_run(decaying, {**saved, "phases": [{"steps": 9, "decay": "cosine", "rate": 1}]}, step=2)
+        check_same_run(decaying, record([{"steps": 9, "decay": "cosine", "rate": 1}]), step=2)
+    with pytest.raises(CheckpointError, match=r"architecture\.num_layers: 4 -> 5"):
+        check_same_run(saved, record(saved["config"]["phases"], architecture=5), step=2)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -111,6 +117,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(DivergedError, match=r"Step 1 \(phase 'plain'\).*parameter_norm = inf.*checkpoint is none"):
         train(config)
     assert not (tmp_path / "summary.json").exists()
+
+
+ON_ANOTHER_DEVICE = """
+import sys
+from pathlib import Path
+
+import jax
+
+from quietstar_jax.training.loop import train
+from tests.training.tiny import tiny_config
+
+jax.config.update("jax_default_device", jax.devices()[1])
+train(tiny_config(Path(sys.argv[1])))
+"""
+
+
+def test_a_checkpoint_of_another_device_is_read_here(uninterrupted, tmp_path):
+    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", ON_ANOTHER_DEVICE, str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
+    sharding = (tmp_path / "checkpoints" / "7" / "params" / "_sharding").read_text()
+    assert "cpu:1" in sharding or "TFRT_CPU_1" in sharding, "written on the first device after all"
+    _, there = uninterrupted
+    here = train(tiny_config(tmp_path))
+    assert here["loss_with_thoughts"] == pytest.approx(there["loss_with_thoughts"], rel=1e-6)
 
 
 def test_a_damaged_checkpoint_says_what_to_remove(tmp_path):

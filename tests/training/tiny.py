@@ -14,7 +14,7 @@ def tiny_config_dict(workdir: Path) -> ml_collections.ConfigDict:
     config = default_config()
     config.workdir = str(workdir)
     config.model.architecture.update(
-        vocab_size=107, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
+        vocab_size=100, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
         max_positions=64,
     )  # fmt: skip
     config.data.update(tokenizer="synthetic", sequence_length=24, packing="packed")
