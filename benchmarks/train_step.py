@@ -78,8 +78,9 @@ def config_of(s: Sizes) -> tuple[Config, Architecture]:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=s.length)), architecture
 
 
-def matmul_rate(dtype: str, size: int = 2048 if jax.default_backend() == "cpu" else 8192) -> float:
-    """FLOPs per second of a square matrix product in this process."""
+def matmul_rate(dtype: str) -> float:
+    """FLOPs per second of a large square matrix product in this process."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()

@@ -1,7 +1,7 @@
 """Every setting of a run: frozen dataclasses, validated once at the door.
 
 A file in `configs/` builds an `ml_collections.ConfigDict` with `default_config()` and changes what it
-needs; the command line may override any field (`--config.thought.num_thoughts=4`). `from_config_dict`
+needs; the command line may override any field (`--config.data.sequence_length=512`). `from_config_dict`
 then turns it into a `Config`, naming every unknown key, wrong type and impossible value at once.
 """
 
@@ -102,7 +102,7 @@ class ModelConfig:
     revision: str = ""  # branch, tag or commit of a hub id
     architecture: Architecture = field(default_factory=Architecture)  # used only without `checkpoint`
     compute_dtype: str = "float32"  # float32 | bfloat16; master weights, logits and losses are always float32
-    rematerialize: bool = False  # recompute each layer of the base pass in the backward pass
+    rematerialize: bool = False  # recompute whole layers in the backward pass, those of the text and of the chains
 
     def problems(self) -> list[str]:
         return one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))

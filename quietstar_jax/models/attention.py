@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-ATTENTION = "attention"  # names what attention hands on, for rematerialisation policies
+ATTENTION = "attention"  # what attention hands on, as rematerialisation policies call it
 MASKED = -1e30  # finite: a row without any visible key gives a mean instead of NaN
 
 
@@ -47,4 +48,4 @@ def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.
     scores = jnp.einsum("blgmh,bpgh->bgmlp", grouped, keys, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
     context = jnp.einsum("bgmlp,bpgh->blgmh", weights.astype(values.dtype), values)
-    return context.reshape(queries.shape)
+    return checkpoint_name(context.reshape(queries.shape), ATTENTION)

@@ -136,7 +136,7 @@ def run_layers(
         x = x + feed_forward(a, w, rms_norm(x, w["mlp_norm"], a.rms_norm_eps))
         return x, handed_back
 
-    body = jax.checkpoint(layer, policy=None if rematerialize else KEPT)
+    body = jax.checkpoint(layer, policy=None if rematerialize else KEPT, prevent_cse=False)
     x, handed_back = jax.lax.scan(body, x, (decoder.layers, attention_windows(a), state))
     return rms_norm(x, decoder.final_norm[...], a.rms_norm_eps), handed_back
 

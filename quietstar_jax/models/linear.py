@@ -1,8 +1,8 @@
 """Linear maps and cross-entropy, with gradients in the form that costs least.
 
-The gradients are those of automatic differentiation. Written out, every product reads its operands as they lie in
-memory (the derived ones make XLA write some of them a second time, transposed), runs in the compute dtype, and
-sums the gradient of a weight in the weight's own float32.
+The gradients are those of automatic differentiation, but for the cotangent, which is first rounded to the compute
+dtype. Written out, every product reads its operands as they lie in memory (the derived ones make XLA write some of
+them a second time, transposed), and the gradient of a weight is summed in the weight's own float32.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, inp
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def linear(x: jax.Array, weight: jax.Array, inputs: int, dtype: jnp.dtype) -> jax.Array:
     """x [..., I] times weight [I, O] -> [..., O] in `dtype`; I stands for `inputs` axes, O for any number."""
-    return _contract(x, weight.astype(x.dtype), _last(x, inputs), range(inputs), dtype)
+    return _linear_forward(x, weight, inputs, dtype)[0]
 
 
 def _linear_forward(x: jax.Array, weight: jax.Array, inputs: int, dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
-    return linear(x, weight, inputs, dtype), (x, weight)
+    # Not `linear` itself: a rematerialisation policy must see the product.
+    return _contract(x, weight.astype(x.dtype), _last(x, inputs), range(inputs), dtype), (x, weight)
 
 
 def _linear_backward(inputs: int, dtype: jnp.dtype, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -46,8 +46,8 @@ def sum_chunks(
     """Sum over chunks of `fn(operands, constants, start) -> (scalar, aux)`, lean to differentiate.
 
     Each chunk's gradient is taken right after its value, while its activations are at hand, and only the sum of
-    the gradients is kept: nothing is recomputed and the memory is that of one chunk. Possible because the result
-    is a plain sum.
+    the gradients is kept: no chunk runs twice and the memory is that of one. Possible because the result is a plain
+    sum.
 
     Args:
       operands: pytree of floating-point arrays to differentiate; constants: pytree that gets no gradient.

@@ -1,7 +1,7 @@
 """What a training step costs, counted from its formulas: a multiplication and its addition are two FLOPs.
 
 Counted are the matrix products that the algorithm needs at all L positions of every sequence, each once: causal halves
-of attention only, one base pass, no padding of chunks, nothing recomputed.
+of attention only, one base pass, no padding of chunks, nothing recomputed. Sliding windows are not taken off.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Flops(NamedTuple):
       base: forward pass over the text with its LM head; sampling: T steps of every chain with their LM head.
       scoring: chains of the forward scoring pass; scoring_heads: LM and mixing heads on them.
       backward: gradients of base and scoring, twice their forward.
-      recomputation: what rematerialisation adds; not needed by the algorithm.
+      recomputation: matrix products that `model.rematerialize` does a second time; not needed by the algorithm.
     """
 
     base: float
@@ -50,12 +50,13 @@ def step_flops(a: Architecture, settings: ThoughtSettings, batch: int, length: i
     texts, chains = batch * length, batch * length * settings.count
     base = texts * (decoder_flops(a, prefix) + head)
     if not settings.length:
-        return Flops(base, 0.0, 0.0, 0.0, 2 * base, base if settings.rematerialize else 0.0)
+        recomputation = texts * decoder_flops(a, prefix) if settings.rematerialize else 0.0
+        return Flops(base, 0.0, 0.0, 0.0, 2 * base, recomputation)
     c = settings.chain_length
     sampling = chains * settings.length * (decoder_flops(a, prefix + (settings.length + 1) / 2) + head)
     scoring = chains * c * decoder_flops(a, prefix + (c + 1) / 2)
     mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # the half of the text is shared by all thoughts
     heads = chains * (settings.length * head + settings.tokens_ahead * (head + mixing))
     heads += texts * 2.0 * a.hidden_size**2
-    recomputation = (base + scoring) if settings.rematerialize else 0.0
+    recomputation = (texts * decoder_flops(a, prefix) + scoring) if settings.rematerialize else 0.0
     return Flops(base, sampling, scoring, heads, 2 * (base + scoring + heads), recomputation)

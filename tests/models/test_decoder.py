@@ -12,6 +12,7 @@ from flax import nnx
 
 from quietstar_jax.models.decoder import Decoder, attention_windows, base_pass, rms_norm
 from quietstar_jax.models.parameters import assemble, disassemble, named_parameters, normal, parameter
+from quietstar_jax.thoughts.chains import chain_pass
 from tests.thoughts import oracle
 from tests.thoughts.cases import TINY, random_model
 
@@ -53,6 +54,27 @@ def test_rematerializing_changes_neither_values_nor_gradients() -> None:
 
     plain, lean = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(decoder, remat) for remat in (False, True))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3), plain, lean)
+
+
+@pytest.mark.parametrize("chains", [False, True], ids=["base_pass", "chain_pass"])
+def test_a_layer_keeps_the_results_of_its_weights(chains: bool) -> None:
+    """Of query, key, value, output, gate and up; that of down is needed for nothing."""
+    decoder = random_model(TINY, 100.0).decoder
+    dtype = jnp.dtype("float32")
+
+    def loss(decoder: Decoder, rematerialize: bool) -> jax.Array:
+        if not chains:
+            return base_pass(decoder, TOKENS, MASK, dtype=dtype, rematerialize=rematerialize)[0].sum()
+        prefix = base_pass(decoder, TOKENS, MASK, dtype=dtype)[1]
+        embeddings = decoder.embed(TOKENS, dtype)[:, None, :3, None] * jnp.ones((1, 2, 1, 4, 1))
+        chain = chain_pass(decoder, embeddings, jnp.arange(3), prefix, MASK, rematerialize=rematerialize)
+        return chain.sum()
+
+    def products(rematerialize: bool) -> int:
+        jaxpr = jax.make_jaxpr(jax.grad(lambda decoder: loss(decoder, rematerialize)))(decoder)
+        return str(jaxpr).count("dot_general[")
+
+    assert products(True) - products(False) >= 6
 
 
 def test_bfloat16_keeps_activations_narrow_and_logits_wide() -> None:

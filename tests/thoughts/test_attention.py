@@ -75,16 +75,38 @@ def test_blocks_equal_one_softmax_with_gradients(monkeypatch, scale, window, pos
         np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(y).max())), err_msg=name)
 
 
-def test_keys_that_no_chain_sees_are_not_computed() -> None:
-    """Rubbish there would otherwise reach the result as NaN."""
-    shape = (1, 256, 1, 4)
-    keys, values = normal(0, *shape), normal(1, *shape)
-    rubbish = jnp.arange(256)[None, :, None, None] >= 128
-    seen = Seen(jnp.ones((1, 256), bool), jnp.arange(100, 110), jnp.arange(1), UNLIMITED)
+@pytest.mark.parametrize("window", [40, 2**31 - 1])
+def test_blocks_out_of_sight_are_not_computed_in_either_pass(window: int) -> None:
+    """Chains of positions 150 .. 159 see keys 111 .. 159 through a window of 40, so of the blocks of 64 the second and
+    third only; rubbish in the others must reach neither the result nor a gradient."""
+    keys, values = normal(0, 1, 256, 1, 4), normal(1, 1, 256, 1, 4)
+    number = jnp.arange(256)[None, :, None, None]
+    rubbish = (number >= 192) | ((number < 64) & (window < 256))
+    seen = Seen(jnp.ones((1, 256), bool), jnp.arange(150, 160), jnp.arange(1), jnp.int32(window))
     queries, own = normal(2, 1, 1, 10, 1, 2, 4), normal(3, 1, 1, 1, 10, 1, 4)
-    clean = attend_chains(queries, keys, values, own, own, seen)
+
+    def loss(queries, keys, values, own):
+        return (attend_chains(queries, keys, values, own, own, seen) ** 2).sum()
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))
     dirty = [jnp.where(rubbish, jnp.nan, x) for x in (keys, values)]
-    np.testing.assert_array_equal(attend_chains(queries, *dirty, own, own, seen), clean)
+    jax.tree.map(np.testing.assert_array_equal, gradient(queries, *dirty, own), gradient(queries, keys, values, own))
+
+
+def test_bfloat16_gradients_are_those_of_float32_to_rounding() -> None:
+    """With grouped heads, a window and a last block that is not whole."""
+    inputs = [normal(0, 2, 2, 5, 3, 4, 8), normal(1, 2, 150, 2, 8), normal(2, 2, 150, 2, 8),
+              normal(3, 2, 2, 2, 5, 3, 8), normal(4, 2, 2, 2, 5, 3, 8)]  # fmt: skip
+    seen = Seen(jnp.ones((2, 150), bool), jnp.arange(145, 150), jnp.arange(3), jnp.int32(90))
+    cotangent = normal(5, *inputs[0].shape)
+
+    def gradients(dtype):
+        context, back = jax.vjp(lambda *x: attend_chains(*x, seen), *(x.astype(dtype) for x in inputs))
+        return back(cotangent.astype(context.dtype))
+
+    for narrow, wide in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert narrow.dtype == jnp.bfloat16
+        assert float(jnp.abs(narrow.astype(jnp.float32) - wide).max() / jnp.abs(wide).max()) < 0.02
 
 
 def test_bfloat16_scores_and_sums_are_float32() -> None:
