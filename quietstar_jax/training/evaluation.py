@@ -69,9 +69,9 @@ def make_token_scorer(structure: Structure, architecture: Architecture, settings
         rows, length = batch.tokens.shape
         chunk = positions_per_chunk(architecture, settings, rows, length)
         ahead = settings.tokens_ahead
-        greedy = key is None
-        uniforms = jax.random.uniform(jax.random.key(0) if greedy else key, (rows, 1, length, settings.length))
-        thoughts = think(model, text, uniforms, settings, chunk, greedy=greedy) if settings.length else None
+        draws = jax.random.key(0) if key is None else key  # greedy thoughts need none, but some controls do
+        uniforms = jax.random.uniform(draws, (rows, 1, length, settings.length))
+        thoughts = think(model, text, uniforms, settings, chunk, greedy=key is None) if settings.length else None
 
         def of_chunk(positions: jax.Array, thoughts: Any) -> TokenScores:
             real = real_ahead(text.mask, positions, 1)[..., 0]
