@@ -74,7 +74,7 @@ class Tokenizer:
     def adds_bos(self) -> bool:
         """Whether the tokenizer, used as its authors meant it, begins every text with the begin-of-text token."""
         ids = self.fast.backend_tokenizer.encode("a", add_special_tokens=True).ids
-        return self.bos_id is not None and ids[0] == self.bos_id
+        return self.bos_id is not None and ids[:1] == [self.bos_id]
 
     @property
     def eos_id(self) -> int:

@@ -291,7 +291,7 @@ def test_every_document_is_tokenized_once_while_there_is_room(corpus: str) -> No
             return TOKENIZER.encode(text)
 
     counting = Counting()
-    training_sequences(config(corpus), counting, seed=0).next_batch(50)  # type: ignore[arg-type]
+    training_sequences(config(corpus, prepend_bos="never"), counting, seed=0).next_batch(50)  # type: ignore[arg-type]
     assert counting.calls == 11
 
 
