@@ -15,7 +15,7 @@ from quietstar_jax.settings import differences
 from quietstar_jax.training.step import TrainState
 
 # What may change between the runs that share a work directory: none of it touches the course of training, chunk sizes
-# only by the rounding of their sums.
+# only through rounding.
 FREE = ("config.workdir", "config.logging", "config.checkpoint", "config.evaluation", "config.data.workers",
         "config.data.validation", "config.data.data_dir", "config.thought.chunk_megabytes",
         "config.thought.positions_per_chunk")  # fmt: skip

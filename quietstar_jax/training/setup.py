@@ -50,6 +50,10 @@ def prepare(config: Config) -> Run:
     Raises:
       ConfigError, DataError, CheckpointError: before any weight is read.
     """
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"This program was started as {jax.process_count()} processes; this release trains in one. Start it once."
+        )
     files = open_checkpoint(config.model.checkpoint, config.model.revision) if config.model.checkpoint else None
     architecture = architecture_from_hf(files.config) if files else config.model.architecture
     tokenizer = load_tokenizer(_tokenizer_name(config), config.model.revision if not config.data.tokenizer else "")
