@@ -1,15 +1,17 @@
-"""Reading one safetensors file: its header, checked, and single tensors, without mapping it into memory.
+"""One safetensors file: its header, checked, and single tensors, without mapping it into memory; and writing one.
 
 The format is eight bytes of header length, a JSON header, and the tensors one after another. It is parsed here and
 not by the safetensors library, because a broken file shall be reported with the name of the tensor, and because a
-memory-mapped checkpoint counts against the memory of the host as if it had been loaded twice.
+memory-mapped checkpoint counts against the memory of the host as if it had been loaded twice. It is written here
+because the library wants all tensors of a file at once, and copies them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,38 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
     if flat.size != info.num_bytes:
         raise CheckpointError(f"{info.file} ends within tensor {info.name}. Fetch it again.")
     return flat.view(dtype).reshape(info.shape)
+
+
+def write_file(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Writes tensors as they come; only one is in memory.
+
+    Args:
+      shapes: of every tensor, in the order in which they will come.
+      dtype: of all of them, a key of `FLOAT_DTYPES`.
+      tensors: (name, array of that shape and dtype).
+
+    Raises:
+      ValueError: a tensor is not the one announced.
+      OSError: the file cannot be written.
+    """
+    begin = 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, shape in shapes.items():
+        end = begin + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for (name, array), (announced, shape) in zip(tensors, shapes.items(), strict=True):
+            if (name, array.shape, array.dtype) != (announced, shape, FLOAT_DTYPES[dtype]):
+                raise ValueError(f"{announced} {dtype}{list(shape)} was announced, {name} {array.shape} came.")
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ FREE = ("config.workdir", "config.logging", "config.checkpoint", "config.evaluat
         "config.data.validation", "config.data.data_dir", "config.thought.chunk_megabytes",
         "config.thought.positions_per_chunk")  # fmt: skip
 ARRAYS, RECORDS = ("params", "opt_state"), ("data", "config", "progress")
+LARGE_BYTES = 2**26  # stacked layers beyond it are stored apart, so that an export need not hold them all
 
 
 class Restored(NamedTuple):
@@ -65,8 +66,8 @@ class Checkpoints:
         if step == self.latest_step:
             return
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.StandardSave(state.opt_state),
+            params=_layers_apart(state.params),
+            opt_state=_layers_apart(state.opt_state),
             data=ocp.args.JsonSave(dict(data)),
             config=ocp.args.JsonSave(dict(record)),
             progress=ocp.args.JsonSave({"step": step}),
@@ -102,6 +103,14 @@ class Checkpoints:
                 f"Remove the folder {self._directory / str(step)} to resume from the one before it, "
                 "or start in a new workdir."
             ) from error
+
+
+def _layers_apart(arrays: Any) -> ocp.args.StandardSave:
+    def layout(path: Any, array: Any) -> ocp.SaveArgs:
+        apart = "layers." in jax.tree_util.keystr(path) and array.nbytes > LARGE_BYTES
+        return ocp.SaveArgs(chunk_byte_size=LARGE_BYTES, shard_axes=(0,)) if apart else ocp.SaveArgs()
+
+    return ocp.args.StandardSave(arrays, save_args=jax.tree_util.tree_map_with_path(layout, arrays))
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> None:

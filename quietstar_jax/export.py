@@ -1,0 +1,42 @@
+"""Command line: `python -m quietstar_jax.export --checkpoint runs/mine --output exported --format quietstar`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+from quietstar_jax.errors import UserError
+from quietstar_jax.hf.save import DTYPES, FORMATS, ExportOptions
+from quietstar_jax.training.export import export
+
+
+def main(arguments: list[str]) -> None:
+    """Exports, then says what came of it."""
+    parser = argparse.ArgumentParser(prog="python -m quietstar_jax.export", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run's workdir, or its checkpoints folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder to be made")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="with thoughts, or the plain decoder")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--max-shard-size", default="5GB", help="of one file of weights")
+    parser.add_argument("--step", type=int, help="of the checkpoint; the newest unless told otherwise")
+    given = parser.parse_args(arguments)
+    options = ExportOptions(given.format, given.dtype, given.max_shard_size)
+    run = export(given.checkpoint, given.output, options, given.step)
+    print(f"Step {run.step} of {run.workdir} is in {given.output} ({given.format}, {given.dtype}).")
+
+
+def run() -> None:
+    """Runs the command; what a user can mend ends with a message and status 2."""
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators to others
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,292 @@
+"""Checkpoints out: our parameters as a Hugging Face folder, one tensor in memory at a time.
+
+`base` is the decoder alone, a model that every tool loads; its start and end tokens are embedded as in training.
+`quietstar` adds the mixing head and the thought embeddings under their published names, and a torch module that thinks.
+
+Start and end tokens that the tokenizer lacks get rows V and V + 1 of the embedding and the head; rows 0 .. V - 1 stay
+as they are, bit for bit. Where the tokenizer has these tokens already, `base` overwrites their two rows of the
+embedding (nowhere else is room for them), and `quietstar` changes no row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from quietstar_jax.config import Architecture
+from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.hf.files import INDEX
+from quietstar_jax.hf.load import EMBEDDING, LM_HEAD
+from quietstar_jax.hf.names import Entry, Shape, Target, decoder_entries, parameter_shapes, quietstar_entries, to_theirs
+from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, write_file
+from quietstar_jax.hf.vocabulary import add_tokens
+from quietstar_jax.models.families import architecture_to_hf
+
+FORMATS = ("quietstar", "base")
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+CLASSES = {
+    "llama": "QuietStarLlamaForCausalLM",
+    "mistral": "QuietStarMistralForCausalLM",
+    "qwen2": "QuietStarQwen2ForCausalLM",
+    "qwen3": "QuietStarQwen3ForCausalLM",
+}
+MODULE = Path(__file__).with_name("torch_module.py")
+SHIPPED_MODULE = "modeling_quietstar"
+
+
+class Parameters(Protocol):
+    """Our parameters by dotted path, those of `QuietStar`."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]: ...
+    def read(self, target: Target) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """What an export must know of thoughts."""
+
+    length: int  # T when the exported model generates; 0 = it does not think
+    embedding_scale: float  # start and end embedding are stored divided by it
+    mixing: str = "hidden_states"
+    start_token: str = "<|startthought|>"
+    end_token: str = "<|endthought|>"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How an export is written."""
+
+    format: str = "quietstar"  # quietstar | base
+    dtype: str = "float32"  # float32 | bfloat16 | float16
+    max_shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (("format", self.format, FORMATS), ("dtype", self.dtype, tuple(DTYPES))):
+            if value not in choices:
+                raise ConfigError(f"The {name} of an export is {value!r}; it takes one of {', '.join(choices)}.")
+
+
+def save(
+    output: Path, parameters: Parameters, architecture: Architecture, tokenizer: Tokenizer, thoughts: Thoughts,
+    options: ExportOptions, card: str,
+) -> None:  # fmt: skip
+    """Writes a checkpoint folder that transformers loads.
+
+    Memory: the largest tensor, a few times over. The folder appears under its name when it is complete; until then it
+    is `OUTPUT.incomplete-...` beside it.
+
+    Args:
+      tokenizer: of the model; gets the start and end tokens that it lacks.
+      card: text of README.md.
+
+    Raises:
+      CheckpointError: the output exists, cannot be written, the parameters are not those of the architecture, or a
+        value is not finite in the wanted dtype.
+      ConfigError, DataError: the shard size cannot be read, or start and end cannot become tokens.
+    """
+    _check_output(output)
+    _check_parameters(parameters, architecture)
+    tokens = (thoughts.start_token, thoughts.end_token)
+    if "" in tokens or tokens[0] == tokens[1]:
+        raise ConfigError(f"The tokens that start and end a thought are {tokens!r}; they must be two different texts.")
+    ids = add_tokens(tokenizer, architecture.vocab_size, tokens)
+    writer = _Writer(parameters, architecture, thoughts, ids, options)
+    shards = _split(writer.tensor_shapes(), options)
+    with complete_folder(output) as folder:
+        (folder / "README.md").write_text(card, "utf-8")
+        tokenizer.save(folder)
+        _write_json(folder / "generation_config.json", _generation_config(tokenizer, ids))
+        if options.format == "quietstar":
+            shutil.copyfile(MODULE, folder / f"{SHIPPED_MODULE}.py")
+        for file, names in shards.filename_to_tensors.items():
+            writer.write(folder / file, names)
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            _write_json(folder / INDEX, index)
+        _write_json(folder / "config.json", _config(architecture, tokenizer, thoughts, ids, options))
+
+
+@contextmanager
+def complete_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its name as the last act; removed if an exception comes.
+
+    Raises:
+      CheckpointError: nothing can be written there.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{output.name}.incomplete-", dir=output.parent))
+        try:
+            yield folder
+            folder.chmod(0o755)  # mkdtemp keeps others out
+            for file in folder.iterdir():
+                _to_disk(file)
+            _to_disk(folder)
+            folder.rename(output)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        _to_disk(output.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output} cannot be written: {error}. Free some space there, or choose another folder."
+        ) from error
+
+
+class _Writer:
+    """Tensors under their names out of our parameters, made when their turn comes."""
+
+    def __init__(
+        self, parameters: Parameters, architecture: Architecture, thoughts: Thoughts, ids: Sequence[int],
+        options: ExportOptions,
+    ):  # fmt: skip
+        entries = decoder_entries(architecture, "decoder.")
+        if options.format == "quietstar":
+            entries = quietstar_entries(architecture)
+        self._parameters, self._options, self._scale = parameters, options, thoughts.embedding_scale
+        self._entries = {entry.name: entry for entry in entries}
+        self._ids, self._vocab = ids, architecture.vocab_size
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """Of every tensor, with the rows that are added."""
+        added = sum(i >= self._vocab for i in self._ids)
+        return {
+            name: (entry.shape[0] + added, *entry.shape[1:]) if name in (EMBEDDING, LM_HEAD) else entry.shape
+            for name, entry in self._entries.items()
+        }
+
+    def write(self, file: Path, names: Sequence[str]) -> None:
+        """One file with these tensors."""
+        shapes = self.tensor_shapes()
+        tensors = ((name, self._tensor(self._entries[name])) for name in names)
+        write_file(file, {name: shapes[name] for name in names}, DTYPES[self._options.dtype], tensors)
+
+    def _tensor(self, entry: Entry) -> np.ndarray:
+        """In the dtype of the export, with the rows of start and end.
+
+        Raises:
+          CheckpointError: a value is not finite.
+        """
+        pieces = [self._parameters.read(target) for target in entry.targets]
+        tensor = to_theirs(entry, [self._cast(piece, entry.name) for piece in pieces])
+        new = [i for i in self._ids if i >= self._vocab]
+        if entry.name == EMBEDDING:
+            rows = self._cast(self._effective_embeddings(), entry.name)
+            if self._options.format == "base":
+                old = [(i, row) for i, row in zip(self._ids, rows, strict=True) if i < self._vocab]
+                for i, row in old:
+                    tensor[i] = row
+            added = [row for i, row in zip(self._ids, rows, strict=True) if i >= self._vocab]
+        elif entry.name == LM_HEAD and new:
+            # The mean of all rows: its logit is the mean logit, so neither token is ever likelier than 1 / V.
+            mean = pieces[0].mean(axis=1, dtype=np.float64)
+            added = [self._cast(mean, entry.name)] * len(new)
+        else:
+            return tensor
+        return np.concatenate([tensor, *(row[None] for row in added)]) if added else tensor
+
+    def _effective_embeddings(self) -> np.ndarray:
+        """[2, D] what start and end are as inputs of the decoder."""
+        paths = ("start_embedding", "end_embedding")
+        shapes = self._parameters.shapes
+        stored = [self._parameters.read(Target(path, shapes[path])) for path in paths]
+        return np.stack(stored) * np.float32(self._scale)
+
+    def _cast(self, array: np.ndarray, name: str) -> np.ndarray:
+        dtype = self._options.dtype
+        with np.errstate(over="ignore"):
+            cast = array.astype(FLOAT_DTYPES[DTYPES[dtype]])
+        if not np.isfinite(cast).all():
+            advice = f"are beyond {dtype}: take bfloat16 or float32" if np.isfinite(array).all() else "are not finite"
+            raise CheckpointError(f"Tensor {name} cannot be exported: some of its values {advice}.")
+        return cast
+
+
+def _config(
+    architecture: Architecture, tokenizer: Tokenizer, thoughts: Thoughts, ids: Sequence[int], options: ExportOptions
+) -> dict[str, Any]:
+    """The config.json of an export."""
+    rows = max(architecture.vocab_size, max(ids) + 1)
+    config = architecture_to_hf(dataclasses.replace(architecture, vocab_size=rows))
+    config |= {"dtype": options.dtype, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if options.format == "quietstar":
+        name = CLASSES[architecture.family]
+        config |= {
+            "architectures": [name],
+            "auto_map": {"AutoModelForCausalLM": f"{SHIPPED_MODULE}.{name}"},
+            "thought_length": thoughts.length,
+            "thought_embedding_scale": thoughts.embedding_scale,
+            "thought_mixing": thoughts.mixing,
+            "thought_token_ids": list(ids),
+            "text_vocab_size": architecture.vocab_size,
+        }
+    return config
+
+
+def _generation_config(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, Any]:
+    """Greedy, padded as in training; start and end are never emitted."""
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "suppress_tokens": list(ids),
+    }
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise CheckpointError(f"{output} exists already. Remove it, or choose another folder.")
+
+
+def _check_parameters(parameters: Parameters, architecture: Architecture) -> None:
+    wanted = parameter_shapes(quietstar_entries(architecture))
+    found = dict(parameters.shapes)
+    wrong = [path for path in {**wanted, **found} if wanted.get(path) != found.get(path)]
+    if wrong:
+        raise CheckpointError(
+            "The parameters of the checkpoint do not fit its architecture (found, expected):\n"
+            + "\n".join(f"  - {path}: {found.get(path)}, {wanted.get(path)}" for path in wrong)
+        )
+
+
+def _split(shapes: Mapping[str, Shape], options: ExportOptions) -> Any:
+    """Which file each tensor goes to."""
+    size = ITEM_BYTES[DTYPES[options.dtype]]
+    byte_size: Callable[[Any], int] = lambda shape: size * int(np.prod(shape))  # noqa: E731
+    try:
+        return split_state_dict_into_shards_factory(
+            dict(shapes),
+            get_storage_size=byte_size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=options.max_shard_size,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"The largest size of a shard is {options.max_shard_size!r}; it takes a number with a unit, such as 5GB."
+        ) from error
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file or the entries of a folder would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

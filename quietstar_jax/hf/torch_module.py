@@ -1,0 +1,265 @@
+"""Quiet-STaR in PyTorch: a causal language model that thinks before every token it predicts.
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model.generate(**tokenizer("2 + 2 =", return_tensors="pt"))                     # thinks
+    model.generate(**tokenizer("2 + 2 =", return_tensors="pt"), thought_length=0)   # does not
+
+The file stands alone (torch and transformers) and travels with every exported checkpoint. Thoughts are greedy. After
+position j the chain `start, t_1 .. t_T, end` runs at rotary positions j+1, j+2, ...; its tokens see the text up to j
+and their own chain. The hidden states h[j] of the text and h' at `end` give the mixing weight w and the logits of the
+next token, logits(h) + w * logits(h' - h). The start and end tokens are never predicted, in thoughts or in text.
+
+Letters: B sequences, Q tokens given in this call, L tokens of text so far, P positions that think, T thought tokens,
+D hidden width, V vocabulary with start and end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+POSITIONS_AT_ONCE = 64  # chains that are in memory at once
+
+
+@dataclass
+class QuietStarOutput(CausalLMOutputWithPast):
+    """What `forward` returns, with the thoughts [B, P, T] and mixing weights [B, P]; both None where it did not think."""
+
+    thoughts: torch.Tensor | None = None
+    mixing_weight: torch.Tensor | None = None
+
+
+class Thinking:
+    """What Quiet-STaR adds to a `...ForCausalLM` of transformers. Configuration fields:
+
+    thought_length: T; 0 = a plain language model.
+    thought_embedding_scale: start and end embedding are stored divided by it.
+    thought_mixing: `hidden_states`, or `log_probabilities` (the paper's; weight through a sigmoid).
+    thought_token_ids: of start and end, never predicted.
+    text_vocab_size: ids below it are those that training knew; start and end may lie above.
+    """
+
+    _supports_flash_attn = False  # chains need masks of their own
+    _supports_flex_attn = False
+    mask_per_layer_type = False  # the decoder takes one mask for each kind of layer
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        d = config.hidden_size
+        self.talk_head = nn.ModuleList(
+            [nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU(), nn.Linear(d, 1, bias=False))]
+        )
+        self.start_embedding = nn.Parameter(torch.zeros(2, d))  # the second rows are unused, as in the published code
+        self.end_embedding = nn.Parameter(torch.zeros(2, d))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        thought_length: int | None = None,
+        **kwargs: Any,
+    ) -> QuietStarOutput:
+        """Thinks after each of the positions whose logits are kept (all, unless told otherwise).
+
+        Args:
+          attention_mask: [B, L], 1 where the text is real; padding may be left or right.
+          position_ids: [B, Q]; None = counted over the real tokens.
+          past_key_values: of the tokens before these Q; must keep all of them (`DynamicCache()`).
+          thought_length: T; None = that of the configuration, 0 = no thoughts.
+
+        Returns:
+          float32 logits [B, P, V] with those of start and end at the lowest number, and what `QuietStarOutput` says.
+        """
+        length = self.config.thought_length if thought_length is None else thought_length
+        cache = past_key_values
+        if cache is None and (length or use_cache):
+            cache = DynamicCache()  # not DynamicCache(config): sliding layers would forget what thoughts still see
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        past = cache.get_seq_length() if cache is not None else 0
+        real = self._real(attention_mask, given.shape[0], past + given.shape[1], given.device, length)
+        if position_ids is None and real is not None:
+            position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+
+        hidden = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=cache is not None,
+            **kwargs,
+        )
+        kept = torch.arange(given.shape[1], device=given.device)
+        kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep]
+        text = hidden.last_hidden_state[:, kept]
+        thoughts = weight = None
+        if length:
+            thoughts, after = self._think(past + kept, position_ids[:, kept], real, cache, length)
+            logits, weight = self._mix(text, after)
+        else:
+            logits = self._text_logits(text)
+        logits = self._with_thought_tokens(logits)
+        return QuietStarOutput(
+            loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size),
+            logits=logits,
+            past_key_values=cache if use_cache or past_key_values is not None else None,
+            hidden_states=hidden.hidden_states,
+            attentions=hidden.attentions,
+            thoughts=thoughts,
+            mixing_weight=weight,
+        )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with thoughts of `thought_length` tokens (default: the configuration's; 0 = none)."""
+        if kwargs.get("use_cache") is not False and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = DynamicCache()
+        return super().generate(*args, **kwargs)
+
+    def _real(self, mask: Any, batch: int, total: int, device: torch.device, length: int) -> torch.Tensor | None:
+        """[B, L] bool; None where a plain model got a mask that only the decoder understands."""
+        if mask is None:
+            return torch.ones(batch, total, dtype=torch.bool, device=device)
+        if isinstance(mask, torch.Tensor) and mask.shape == (batch, total):
+            return mask.bool()
+        if length:
+            found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask is {found}; to think it must be [{batch}, {total}], over all tokens so far. "
+                "Pass thought_length=0 for a model that does not think."
+            )
+        return None
+
+    def _think(
+        self, at: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, cache: Any, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Thoughts after the tokens with numbers `at` [P] and rotary positions `positions` [B, P].
+
+        Returns:
+          (thoughts [B, P, T], hidden states at `end` [B, P, D]); the cache is left as it was.
+        """
+        if not isinstance(cache, DynamicCache) or any(cache.is_sliding):
+            raise ValueError(
+                "To think, past_key_values must keep every token: pass DynamicCache() without a configuration, or "
+                "nothing; leave cache_implementation unset. Pass thought_length=0 for a model that does not think."
+            )
+        positions = positions.expand(real.shape[0], -1)
+        parts = [
+            self._think_at_once(at[i : i + POSITIONS_AT_ONCE], positions[:, i : i + POSITIONS_AT_ONCE], real, cache, length)
+            for i in range(0, len(at), POSITIONS_AT_ONCE)
+        ]
+        return torch.cat([thoughts for thoughts, _ in parts], 1), torch.cat([after for _, after in parts], 1)
+
+    def _think_at_once(
+        self, at: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, cache: Any, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, count = positions.shape
+        thoughts: list[torch.Tensor] = []
+        inputs = self._meta(self.start_embedding, batch, count)
+        for c in range(length + 2):
+            hidden = self.model(
+                inputs_embeds=inputs,
+                attention_mask=self._masks(at, c, real, inputs.dtype),
+                position_ids=positions + 1 + c,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            if c < length:
+                thoughts.append(self._forbid(self._text_logits(hidden)).argmax(-1))
+                inputs = self.get_input_embeddings()(thoughts[-1])
+            else:
+                inputs = self._meta(self.end_embedding, batch, count)
+        cache.crop(real.shape[1])
+        return torch.stack(thoughts, -1), hidden
+
+    def _meta(self, stored: torch.Tensor, batch: int, count: int) -> torch.Tensor:
+        scaled = stored[0].float() * self.config.thought_embedding_scale
+        return scaled.to(self.get_input_embeddings().weight.dtype).expand(batch, count, -1)
+
+    def _masks(self, at: torch.Tensor, c: int, real: torch.Tensor, dtype: torch.dtype) -> Any:
+        """What token c of the P chains sees of the text and of tokens 0 .. c of all chains, [B, 1, P, L + (c+1) P]."""
+        count, total = len(at), real.shape[1]
+        keys = torch.arange(total, device=at.device)
+        own = torch.eye(count, dtype=torch.bool, device=at.device).repeat(1, c + 1)
+        steps = torch.arange(c + 1, device=at.device).repeat_interleave(count)
+
+        def mask(window: int | None) -> torch.Tensor:
+            text, chain = keys <= at[:, None], own
+            if window is not None:
+                text = text & (at[:, None] + 1 + c - keys < window)
+                chain = chain & (c - steps < window)
+            visible = torch.cat([text & real[:, None], chain.expand(len(real), -1, -1)], -1)
+            lowest = torch.finfo(dtype).min
+            return torch.zeros(visible.shape, dtype=dtype, device=at.device).masked_fill(~visible, lowest)[:, None]
+
+        window = getattr(self.config, "sliding_window", None)
+        if self.mask_per_layer_type:
+            return {"full_attention": mask(None), "sliding_attention": mask(window)}
+        return mask(window)
+
+    def _mix(self, text: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states without and with thought [B, P, D] -> mixed scores over the text's ids, weights [B, P]."""
+        *hidden_layers, out = self.talk_head[0]
+        x = torch.cat([text, after], -1)
+        for layer in hidden_layers:
+            x = layer(x)
+        weight = nn.functional.linear(x.float(), out.weight.float())
+        if self.config.thought_mixing == "log_probabilities":
+            weight = weight.sigmoid()
+            base, thought = (self._text_logits(h).log_softmax(-1) for h in (text, after))
+            mixed = (1 - weight) * base + weight * thought
+        else:
+            mixed = self._text_logits(text) + weight * self._text_logits(after - text)
+        return mixed, weight[..., 0]
+
+    def _text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(hidden)[..., : self.config.text_vocab_size].float()
+
+    def _forbid(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits without the start and end token."""
+        ids = [i for i in self.config.thought_token_ids if i < logits.shape[-1]]
+        return logits.index_fill(-1, torch.tensor(ids, device=logits.device, dtype=torch.long), torch.finfo(logits.dtype).min)
+
+    def _with_thought_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores over the text's ids -> [..., V], start and end at the lowest number."""
+        added = self.config.vocab_size - logits.shape[-1]
+        return self._forbid(nn.functional.pad(logits, (0, added), value=torch.finfo(logits.dtype).min))
+
+
+class QuietStarLlamaForCausalLM(Thinking, LlamaForCausalLM):
+    """A Llama that thinks."""
+
+
+class QuietStarMistralForCausalLM(Thinking, MistralForCausalLM):
+    """A Mistral that thinks."""
+
+
+class QuietStarQwen2ForCausalLM(Thinking, Qwen2ForCausalLM):
+    """A Qwen2 that thinks."""
+
+    mask_per_layer_type = True
+
+
+class QuietStarQwen3ForCausalLM(Thinking, Qwen3ForCausalLM):
+    """A Qwen3 that thinks."""
+
+    mask_per_layer_type = True

@@ -1,0 +1,42 @@
+"""The start and end tokens of a thought in the vocabulary of an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import AddedToken
+
+from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.errors import DataError
+
+
+def add_tokens(tokenizer: Tokenizer, vocab_size: int, names: Sequence[str]) -> tuple[int, ...]:
+    """Gives tokens that the tokenizer lacks the ids behind a model's vocabulary, and returns the ids of all of them.
+
+    Embeddings with more rows than the tokenizer has tokens (padded vocabularies) get names for the spare rows first,
+    `<|unused_ID|>`: so no row of the model changes its meaning. Changes the tokenizer.
+
+    Args:
+      vocab_size: V, rows of the model's embedding.
+      names: distinct tokens.
+
+    Raises:
+      DataError: the tokenizer has more tokens than the model rows, or ids that do not follow one another.
+    """
+    missing = [name for name in names if tokenizer.token_id(name) is None]
+    used = max(tokenizer.fast.get_vocab().values()) + 1
+    if used > vocab_size:
+        raise DataError(f"The tokenizer {tokenizer.name!r} has {used} ids, the model only {vocab_size} rows.")
+    if missing:
+        spare = [f"<|unused_{i}|>" for i in range(used, vocab_size)]
+        added = [AddedToken(name, special=True, normalized=False) for name in [*spare, *missing]]
+        tokenizer.fast.add_tokens(added, special_tokens=True)
+    ids = [tokenizer.token_id(name) for name in names]
+    expected = iter(range(vocab_size, vocab_size + len(missing)))
+    wrong = [name for name, i in zip(names, ids, strict=True) if i is None or (name in missing and i != next(expected))]
+    if wrong:
+        raise DataError(
+            f"The tokenizer {tokenizer.name!r} cannot take the new tokens {', '.join(wrong)} behind its {used} ids: "
+            "they do not follow one another without a gap. Add these tokens to it before training."
+        )
+    return tuple(i for i in ids if i is not None)

@@ -1,0 +1,49 @@
+"""A run's checkpoint as a Hugging Face folder: weights, tokenizer, and how it was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.errors import CheckpointError, DataError
+from quietstar_jax.hf.save import ExportOptions, Thoughts, save
+from quietstar_jax.training.model_card import model_card
+from quietstar_jax.training.saved_run import SavedRun, open_run
+
+
+def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | None = None) -> SavedRun:
+    """Exports one checkpoint of a run; see `hf.save`.
+
+    Args:
+      checkpoint: a run's work directory, or the `checkpoints` folder in it.
+      output: folder to be made.
+      step: of the checkpoint; None = the newest.
+
+    Returns:
+      what was exported.
+
+    Raises:
+      UserError: with what to do about it; nothing is left under the name of the output.
+    """
+    run = open_run(checkpoint, step)
+    tokenizer = _tokenizer(run)
+    thought = run.config.thought
+    thoughts = Thoughts(
+        length=run.config.evaluation_thought_length,
+        embedding_scale=thought.embedding_scale,
+        mixing=thought.mixing,
+        start_token=thought.start_token,
+        end_token=thought.end_token,
+    )
+    save(output, run.parameters, run.architecture, tokenizer, thoughts, options, model_card(run, options))
+    return run
+
+
+def _tokenizer(run: SavedRun) -> Tokenizer:
+    folder = run.workdir / "tokenizer"
+    try:
+        return load_tokenizer(str(folder))
+    except DataError as error:
+        raise CheckpointError(
+            f"The run keeps its tokenizer in {folder}, and that cannot be used: {error} Copy the run as a whole."
+        ) from error

@@ -1,0 +1,111 @@
+"""The README.md of an export: what the model is, how it was trained, and what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quietstar_jax.config import Phase
+from quietstar_jax.hf.save import ExportOptions
+from quietstar_jax.settings import to_mapping
+from quietstar_jax.training.saved_run import SavedRun
+
+MEASURED = {
+    "loss_without_thoughts": "loss without thoughts (nats per token)",
+    "loss_with_thoughts": "loss with thoughts (nats per token)",
+    "accuracy_without_thoughts": "accuracy of the next token without thoughts",
+    "accuracy_with_thoughts": "accuracy of the next token with thoughts",
+    "mixing_weight": "mean mixing weight",
+    "reward": "mean reward (nats)",
+    "tokens": "held-out tokens",
+}
+USE = {
+    "quietstar": """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # modeling_quietstar.py of this folder
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+text = tokenizer(["..."], return_tensors="pt")
+model.generate(**text, max_new_tokens=50)                     # a greedy thought before every token
+model.generate(**text, max_new_tokens=50, thought_length=0)   # the same weights without thoughts
+```""",
+    "base": """\
+The decoder alone, a model that thinks no more than any other; the start and end token of a thought are in its
+vocabulary.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+```""",
+}
+
+
+def model_card(run: SavedRun, options: ExportOptions) -> str:
+    """Markdown with the front matter of the Hugging Face hub."""
+    config = run.config
+    settings = {key: value for key, value in to_mapping(config).items() if key != "workdir"}
+    origin = f"`{config.model.checkpoint}`" if config.model.checkpoint else "random weights"
+    if run.model_commit:
+        origin += f" at commit `{run.model_commit}`"
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- quiet-star\n---",
+        "# Quiet-STaR",
+        "Trained with quietstar_jax, Quiet-STaR in JAX ([paper](https://arxiv.org/abs/2403.09629)): the model learns "
+        "from plain text to think before every token.",
+        f"## Use\n\n{USE[options.format]}",
+        f"## Training\n\nFrom {origin}; {run.step} of {config.total_steps} steps done.",
+        _phase_table(config.phases, run.step),
+        f"Text: {', '.join(f'`{source}`' for source in config.data.train)}, sequences of "
+        f"{config.data.sequence_length} tokens ({config.data.packing}).",
+        _measurements(run),
+        "## Configuration\n\n```json\n" + json.dumps(settings, indent=2, ensure_ascii=False) + "\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def measurements(run: SavedRun) -> dict[str, Any]:
+    """The run's figures on held-out text at the exported step; empty where it did not measure then."""
+    for record in reversed(_records(run.workdir / "metrics.jsonl")):
+        if record.get("kind") == "evaluation" and record.get("step") == run.step:
+            return {name: record[name] for name in MEASURED if name in record}
+    return {}
+
+
+def _measurements(run: SavedRun) -> str:
+    found = measurements(run)
+    if not found:
+        return "## Measured\n\nNothing was measured on held-out text at this step."
+    rows = [f"| {MEASURED[name]} | {value:.6g} |" for name, value in found.items()]
+    sources = ", ".join(f"`{source}`" for source in run.config.data.validation)
+    return "\n".join([f"## Measured\n\nOn {sources}, with greedy thoughts:\n", "| figure | value |", "|---|---|", *rows])
+
+
+def _phase_table(phases: tuple[Phase, ...], step: int) -> str:
+    rows = ["| phase | steps done | batch | thought length | thoughts | tokens ahead | policy weight | learning rate |",
+            "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    start = 0
+    for phase in phases:
+        done = max(0, min(phase.steps, step - start))
+        thinking = (phase.thought_length, phase.num_thoughts, phase.tokens_ahead, f"{phase.policy_weight:g}")
+        thinking = thinking if phase.thought_length else ("-",) * 4
+        cells = (phase.name, f"{done} of {phase.steps}", phase.batch_size, *thinking, f"{phase.learning_rate:g}")
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+        start += phase.steps
+    return "\n".join(rows)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; a last one that was cut short is left out."""
+    records = []
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records

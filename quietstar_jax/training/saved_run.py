@@ -1,0 +1,126 @@
+"""A run's checkpoint read without starting the run: what it was trained with, and its weights a piece at a time.
+
+Needs no accelerator, whatever mesh the checkpoint was written on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from quietstar_jax.config import Architecture, Config
+from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.hf.names import Shape, Target
+from quietstar_jax.settings import from_mapping
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """One checkpoint of a run, and the folder around it."""
+
+    workdir: Path  # holds tokenizer/, metrics.jsonl and summary.json
+    step: int
+    config: Config
+    architecture: Architecture
+    model_commit: str  # of the hub id that training began from, or empty
+    parameters: StoredParameters
+
+
+class StoredParameters:
+    """The parameters of an orbax checkpoint, read layer by layer.
+
+    Memory: the layers that one stored chunk spans, of one parameter.
+    """
+
+    def __init__(self, folder: Path):
+        """Opens every array.
+
+        Raises:
+          CheckpointError: the folder is not one of orbax, or is broken.
+        """
+        self._folder = folder
+        try:
+            described = json.loads((folder / "_METADATA").read_text("utf-8"))
+            names = [item["key_metadata"][0]["key"] for item in described["tree_metadata"].values()]
+            self._arrays = {name: _open_array(folder, name, described) for name in names}
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise CheckpointError(f"{folder} cannot be read: {error}. Choose another step.") from error
+        self.shapes: Mapping[str, Shape] = {name: tuple(array.shape) for name, array in self._arrays.items()}
+        self._piece: tuple[str, int, np.ndarray] = ("", 0, np.empty(0))  # (path, first layer, layers)
+
+    def read(self, target: Target) -> np.ndarray:
+        """What lies at one place of our parameters, in the dtype of the checkpoint.
+
+        Raises:
+          CheckpointError: its bytes are missing or damaged.
+        """
+        if target.layer is None:
+            return self._read(target.path, self._arrays[target.path])
+        path, first, layers = self._piece
+        if path != target.path or not first <= target.layer < first + len(layers):
+            self._piece = ("", 0, np.empty(0))  # freed before the next is read
+            array = self._arrays[target.path]
+            span = max(1, array.chunk_layout.read_chunk.shape[0])
+            first = target.layer // span * span
+            layers = self._read(target.path, array[first : min(first + span, array.shape[0])])
+            self._piece = (target.path, first, layers)
+        return layers[target.layer - first]
+
+    def _read(self, path: str, array: Any) -> np.ndarray:
+        try:
+            return array.read().result()
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{self._folder}: parameter {path} cannot be read: {error}") from error
+
+
+def open_run(checkpoint: Path, step: int | None = None) -> SavedRun:
+    """Opens a checkpoint; reads no weights yet, and changes nothing in the folder.
+
+    Args:
+      checkpoint: a run's work directory, or the `checkpoints` folder in it.
+      step: of the checkpoint; None = the newest.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read.
+    """
+    inside = checkpoint / "checkpoints"
+    folder = (inside if inside.is_dir() else checkpoint).absolute()
+    if not folder.is_dir():
+        raise CheckpointError(f"{checkpoint} is not a folder. Give a run's workdir, or the checkpoints folder in it.")
+    steps = sorted(ocp.utils.checkpoint_steps(folder))
+    if not steps:
+        raise CheckpointError(f"{checkpoint} holds no checkpoint. Give the workdir of a run that has saved one.")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
+    step = steps[-1] if step is None else step
+    record_file = folder / str(step) / "config" / "metadata"
+    try:
+        record = json.loads(record_file.read_text("utf-8"))
+        return SavedRun(
+            workdir=folder.parent,
+            step=step,
+            config=from_mapping(Config, record["config"]),
+            architecture=from_mapping(Architecture, record["architecture"], root="architecture"),
+            model_commit=record["model_commit"],
+            parameters=StoredParameters(folder / str(step) / "params"),
+        )
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{record_file} does not describe a run of this program: {error}. Choose another step."
+        ) from error
+
+
+def _open_array(folder: Path, name: str, described: Mapping[str, Any]) -> Any:
+    base = folder.absolute().as_uri() + "/"
+    store: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": name + "/"}
+    if not described.get("use_ocdbt", False):
+        store = {"driver": "file", "path": f"{folder.absolute() / name}/"}
+    driver = "zarr3" if described.get("use_zarr3", False) else "zarr"
+    return tensorstore.open({"driver": driver, "kvstore": store}, open=True, read=True).result()
