@@ -146,7 +146,7 @@ def _read_folder(folder: Path) -> PreTrainedTokenizerFast:
     if not any((folder / part).is_file() for part in ("tokenizer.model", "vocab.json")):
         raise DataError(f"{advice}. Save a tokenizer there with `save_pretrained`, or give another folder.")
     try:
-        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the conversion of an old format meets
         raise DataError(
             f"{advice}, and transformers cannot convert what is there: {error}. Save it once with "

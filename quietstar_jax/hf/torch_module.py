@@ -188,7 +188,7 @@ class Thinking:
                 inputs = self.get_input_embeddings()(thoughts[-1])
             else:
                 inputs = self._meta(self.end_embedding, batch, count)
-        cache.crop(real.shape[1])
+        cache.crop(-count * (length + 2))
         return torch.stack(thoughts, -1), hidden
 
     def _meta(self, stored: torch.Tensor, batch: int, count: int) -> torch.Tensor:

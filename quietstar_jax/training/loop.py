@@ -137,6 +137,8 @@ class Trainer:
             if phase.fresh_optimizer and int(state.step) == start:
                 state = initial_state(state.params, self._run.config)._replace(step=state.step)
             state = self._run_phase(state, phase, step_fn, start, end)
+        # Does nothing where the last step has just been saved; a run of no steps leaves its first state.
+        self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
         return state
 
     def _run_phase(self, state: TrainState, phase: Phase, step_fn: TrainStep, start: int, end: int) -> TrainState:

@@ -13,12 +13,15 @@ from quietstar_jax.data.pipeline import check_vocabulary
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
-from quietstar_jax.hf.load import load_decoder
+from quietstar_jax.hf.load import build, load_decoder, load_parameters
+from quietstar_jax.hf.names import quietstar_entries, thought_entries
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import Structure, disassemble
 from quietstar_jax.settings import to_mapping
-from quietstar_jax.thoughts.model import fresh, initialize
+from quietstar_jax.thoughts.model import QuietStar, fresh, initialize
 from quietstar_jax.training.step import TrainState, Vocabulary, initial_state
+
+PUBLISHED_SCALE, PUBLISHED_MIXING = 100.0, "hidden_states"  # of checkpoints whose config.json does not say
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ def prepare(config: Config) -> Run:
     check_vocabulary(tokenizer, architecture.vocab_size)
     check_length(config, architecture)
     meta = (tokenizer.token_id(config.thought.start_token), tokenizer.token_id(config.thought.end_token))
+    if files and can_think(files):
+        check_thoughts(files, config, meta)
     return Run(
         config=config,
         tokenizer=tokenizer,
@@ -97,16 +102,60 @@ def abstract_state(run: Run) -> TrainState:
 
 
 def first_state(run: Run) -> TrainState:
-    """Step 0: pretrained weights of the Hugging Face checkpoint, or random ones."""
+    """Step 0: weights of the Hugging Face checkpoint, with its thoughts where it can think; or random ones."""
     vocabulary, scale = run.vocabulary, run.config.thought.embedding_scale
     key = jax.random.fold_in(run.key, jnp.iinfo(jnp.int32).max)  # no step folds this number in
 
     meta = (vocabulary.start_tokens, vocabulary.end_tokens, scale)
     if run.files is None:
         model = jax.jit(lambda key: fresh(run.architecture, *meta, key))(key)
+    elif can_think(run.files):
+        model = load_thinking(run.files, run.architecture, scale)
     else:
         model = initialize(load_decoder(run.files, run.architecture), *meta, key)
     return initial_state(disassemble(model)[0], run.config)
+
+
+def can_think(files: CheckpointFiles) -> bool:
+    """Whether a checkpoint is in the layout of the published Quiet-STaR, with a mixing head and thought embeddings."""
+    return any(entry.name in files.tensors for entry in thought_entries(1))
+
+
+def load_thinking(files: CheckpointFiles, architecture: Architecture, embedding_scale: float) -> QuietStar:
+    """A checkpoint of the published layout with all that it learned: nothing is initialised anew.
+
+    Args:
+      embedding_scale: what start and end embedding shall be stored divided by; the file may have another.
+
+    Raises:
+      CheckpointError: as `load_parameters`.
+    """
+    parameters = load_parameters(files, quietstar_entries(architecture))
+    theirs = files.config.get("thought_embedding_scale", PUBLISHED_SCALE)
+    if theirs != embedding_scale:
+        for name in ("start_embedding", "end_embedding"):
+            parameters[name] = parameters[name] * (theirs / embedding_scale)
+    return build(lambda: fresh(architecture, [0], [0], 1.0, jax.random.key(0)), parameters)
+
+
+def check_thoughts(files: CheckpointFiles, config: Config, meta: tuple[int | None, int | None]) -> None:
+    """Raises ConfigError where a checkpoint has learned to think in another way than the run is configured for."""
+    theirs = files.config
+    scale = theirs.get("thought_embedding_scale", PUBLISHED_SCALE)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+        raise ConfigError(f"{files.folder}/config.json: thought_embedding_scale is {scale!r}; it takes a number above 0.")
+    mixing = theirs.get("thought_mixing", PUBLISHED_MIXING)
+    if mixing != config.thought.mixing:
+        raise ConfigError(
+            f"config.thought.mixing is {config.thought.mixing!r}, but {files.folder} has learned to think with "
+            f"{mixing!r}. Set it to that."
+        )
+    ids = theirs.get("thought_token_ids")
+    if ids is not None and ids != list(meta):
+        raise ConfigError(
+            f"config.thought.start_token {config.thought.start_token!r} and end_token {config.thought.end_token!r} have "
+            f"the ids {list(meta)}, but in {files.folder} thoughts start and end with {ids}. Name the tokens of these ids."
+        )
 
 
 def check_length(config: Config, architecture: Architecture) -> None:
