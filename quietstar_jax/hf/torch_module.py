@@ -35,7 +35,7 @@ POSITIONS_AT_ONCE = 64  # chains that are in memory at once
 
 @dataclass
 class QuietStarOutput(CausalLMOutputWithPast):
-    """What `forward` returns, with the thoughts [B, P, T] and mixing weights [B, P]; both None where it did not think."""
+    """What `forward` returns: also the thoughts [B, P, T] and mixing weights [B, P], None where it did not think."""
 
     thoughts: torch.Tensor | None = None
     mixing_weight: torch.Tensor | None = None
@@ -55,8 +55,15 @@ class Thinking:
     _supports_flex_attn = False
     mask_per_layer_type = False  # the decoder takes one mask for each kind of layer
 
+    config: Any  # these are of transformers
+    model: Any
+    lm_head: Any
+    loss_function: Any
+    get_input_embeddings: Any
+    post_init: Any
+
     def __init__(self, config: Any):
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         d = config.hidden_size
         self.talk_head = nn.ModuleList(
             [nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU(), nn.Linear(d, 1, bias=False))]
@@ -95,6 +102,8 @@ class Thinking:
         if cache is None and (length or use_cache):
             cache = DynamicCache()  # not DynamicCache(config): sliding layers would forget what thoughts still see
         given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise ValueError("Give input_ids or inputs_embeds.")
         past = cache.get_seq_length() if cache is not None else 0
         real = self._real(attention_mask, given.shape[0], past + given.shape[1], given.device, length)
         if position_ids is None and real is not None:
@@ -113,7 +122,7 @@ class Thinking:
         kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep]
         text = hidden.last_hidden_state[:, kept]
         thoughts = weight = None
-        if length:
+        if length and real is not None and position_ids is not None:
             thoughts, after = self._think(past + kept, position_ids[:, kept], real, cache, length)
             logits, weight = self._mix(text, after)
         else:
@@ -133,7 +142,7 @@ class Thinking:
         """As in transformers, with thoughts of `thought_length` tokens (default: the configuration's; 0 = none)."""
         if kwargs.get("use_cache") is not False and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = DynamicCache()
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _real(self, mask: Any, batch: int, total: int, device: torch.device, length: int) -> torch.Tensor | None:
         """[B, L] bool; None where a plain model got a mask that only the decoder understands."""
@@ -164,7 +173,9 @@ class Thinking:
             )
         positions = positions.expand(real.shape[0], -1)
         parts = [
-            self._think_at_once(at[i : i + POSITIONS_AT_ONCE], positions[:, i : i + POSITIONS_AT_ONCE], real, cache, length)
+            self._think_at_once(
+                at[i : i + POSITIONS_AT_ONCE], positions[:, i : i + POSITIONS_AT_ONCE], real, cache, length
+            )
             for i in range(0, len(at), POSITIONS_AT_ONCE)
         ]
         return torch.cat([thoughts for thoughts, _ in parts], 1), torch.cat([after for _, after in parts], 1)
@@ -218,11 +229,9 @@ class Thinking:
 
     def _mix(self, text: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states without and with thought [B, P, D] -> mixed scores over the text's ids, weights [B, P]."""
-        *hidden_layers, out = self.talk_head[0]
-        x = torch.cat([text, after], -1)
-        for layer in hidden_layers:
-            x = layer(x)
-        weight = nn.functional.linear(x.float(), out.weight.float())
+        head: Any = self.talk_head[0]
+        hidden = head[:-1](torch.cat([text, after], -1))
+        weight = nn.functional.linear(hidden.float(), head[-1].weight.float())
         if self.config.thought_mixing == "log_probabilities":
             weight = weight.sigmoid()
             base, thought = (self._text_logits(h).log_softmax(-1) for h in (text, after))
@@ -237,7 +246,9 @@ class Thinking:
     def _forbid(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits without the start and end token."""
         ids = [i for i in self.config.thought_token_ids if i < logits.shape[-1]]
-        return logits.index_fill(-1, torch.tensor(ids, device=logits.device, dtype=torch.long), torch.finfo(logits.dtype).min)
+        return logits.index_fill(
+            -1, torch.tensor(ids, device=logits.device, dtype=torch.long), torch.finfo(logits.dtype).min
+        )
 
     def _with_thought_tokens(self, logits: torch.Tensor) -> torch.Tensor:
         """Scores over the text's ids -> [..., V], start and end at the lowest number."""

@@ -81,7 +81,9 @@ def _measurements(run: SavedRun) -> str:
         return "## Measured\n\nNothing was measured on held-out text at this step."
     rows = [f"| {MEASURED[name]} | {value:.6g} |" for name, value in found.items()]
     sources = ", ".join(f"`{source}`" for source in run.config.data.validation)
-    return "\n".join([f"## Measured\n\nOn {sources}, with greedy thoughts:\n", "| figure | value |", "|---|---|", *rows])
+    return "\n".join(
+        [f"## Measured\n\nOn {sources}, with greedy thoughts:\n", "| figure | value |", "|---|---|", *rows]
+    )
 
 
 def _phase_table(phases: tuple[Phase, ...], step: int) -> str:
@@ -91,8 +93,8 @@ def _phase_table(phases: tuple[Phase, ...], step: int) -> str:
     for phase in phases:
         done = max(0, min(phase.steps, step - start))
         thinking = (phase.thought_length, phase.num_thoughts, phase.tokens_ahead, f"{phase.policy_weight:g}")
-        thinking = thinking if phase.thought_length else ("-",) * 4
-        cells = (phase.name, f"{done} of {phase.steps}", phase.batch_size, *thinking, f"{phase.learning_rate:g}")
+        shown = thinking if phase.thought_length else ("-",) * len(thinking)
+        cells = (phase.name, f"{done} of {phase.steps}", phase.batch_size, *shown, f"{phase.learning_rate:g}")
         rows.append("| " + " | ".join(map(str, cells)) + " |")
         start += phase.steps
     return "\n".join(rows)

@@ -143,7 +143,9 @@ def check_thoughts(files: CheckpointFiles, config: Config, meta: tuple[int | Non
     theirs = files.config
     scale = theirs.get("thought_embedding_scale", PUBLISHED_SCALE)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-        raise ConfigError(f"{files.folder}/config.json: thought_embedding_scale is {scale!r}; it takes a number above 0.")
+        raise ConfigError(
+            f"{files.folder}/config.json: thought_embedding_scale is {scale!r}; it takes a number above 0."
+        )
     mixing = theirs.get("thought_mixing", PUBLISHED_MIXING)
     if mixing != config.thought.mixing:
         raise ConfigError(
@@ -153,8 +155,9 @@ def check_thoughts(files: CheckpointFiles, config: Config, meta: tuple[int | Non
     ids = theirs.get("thought_token_ids")
     if ids is not None and ids != list(meta):
         raise ConfigError(
-            f"config.thought.start_token {config.thought.start_token!r} and end_token {config.thought.end_token!r} have "
-            f"the ids {list(meta)}, but in {files.folder} thoughts start and end with {ids}. Name the tokens of these ids."
+            f"config.thought.start_token {config.thought.start_token!r} and end_token {config.thought.end_token!r} "
+            f"have the ids {list(meta)}, but in {files.folder} thoughts start and end with {ids}. Name the tokens of "
+            "these ids."
         )
 
 

@@ -34,7 +34,9 @@ def write_tokenizer(folder: Path, size: int, *more: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
-def start_run(workdir: Path, checkpoint: Path, *, keep_thoughts: bool = False, **thought: Any) -> tuple[Run, TrainState]:
+def start_run(
+    workdir: Path, checkpoint: Path, *, keep_thoughts: bool = False, **thought: Any
+) -> tuple[Run, TrainState]:
     """Saves step 0 of a run from a checkpoint with a tokenizer.
 
     Args:
