@@ -47,7 +47,7 @@ def start_run(
     config.workdir, config.model.checkpoint = str(workdir), str(checkpoint)
     config.data.sequence_length = 24
     config.thought.update(thought)
-    config.phases = [phase(steps=0, thought_length=3, tokens_ahead=2)]
+    config.phases = [phase(steps=0, thought_length=6, tokens_ahead=2)]
     run = prepare(from_config_dict(config))
     state = first_state(run)
     if not keep_thoughts:

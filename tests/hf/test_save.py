@@ -13,11 +13,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from quietstar_jax.config import Architecture, CheckpointConfig, Config
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.hf import save as hf_save
@@ -26,8 +28,11 @@ from quietstar_jax.hf.names import parameter_shapes, quietstar_entries
 from quietstar_jax.hf.save import ExportOptions, Thoughts, save
 from quietstar_jax.hf.vocabulary import add_tokens
 from quietstar_jax.models.families import architecture_from_hf
+from quietstar_jax.settings import to_mapping
+from quietstar_jax.training.checkpoints import Checkpoints
 from quietstar_jax.training.export import export
 from quietstar_jax.training.setup import load_thinking
+from quietstar_jax.training.step import TrainState
 from tests.hf.checkpoints import TINY
 from tests.hf.runs import END, START, start_run, write_tokenizer
 from tests.models.test_parity import VARIANTS, VOCAB, batch, our_logits, random_model, their_logits
@@ -241,6 +246,7 @@ def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
 KILLED = """
 import sys, numpy as np
 from pathlib import Path
+from quietstar_jax.config import Architecture, CheckpointConfig, Config
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.hf.save import ExportOptions, Thoughts, save
 from quietstar_jax.hf.names import parameter_shapes, quietstar_entries
@@ -368,5 +374,42 @@ def test_a_run_of_other_settings_exports_what_it_was(tmp_path):
     export(tmp_path / "run", tmp_path / "out", ExportOptions())
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["thought_embedding_scale"] == 7.0
-    assert config["thought_length"] == 3
+    assert config["thought_length"] == 6
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<think>") == VOCAB
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from quietstar_jax.hf.save import ExportOptions
+from quietstar_jax.training.export import export
+
+def megabytes():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+before = megabytes()
+export(Path(sys.argv[1]), Path(sys.argv[2]), ExportOptions(dtype="bfloat16", max_shard_size="60MB"))
+print(megabytes() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def test_memory_is_that_of_a_few_tensors_not_of_the_model(tmp_path):
+    architecture = Architecture("llama", 4096, 1024, 3072, 8, 16, 8, 64)
+    shapes = parameter_shapes(quietstar_entries(architecture))
+    params = {name: jnp.asarray(np.resize(np.arange(4099, dtype=np.float32), s)) for name, s in shapes.items()}
+    record = {"config": to_mapping(Config()), "architecture": to_mapping(architecture), "model_commit": ""}
+    with Checkpoints(tmp_path / "run/checkpoints", CheckpointConfig()) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(1), params, {"count": jnp.int32(1)}), {}, record)
+    load_tokenizer("synthetic").save(tmp_path / "run/tokenizer")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "run"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    whole = sum(value.nbytes for value in params.values()) / 2**20
+    grown = float(done.stdout)
+    print(f"{grown:.0f} MB for {whole:.0f} MB of float32 masters")
+    assert grown < whole / 2
+    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) / 2**20
+    assert written == pytest.approx(whole / 2, rel=0.01)

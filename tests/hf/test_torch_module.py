@@ -165,6 +165,12 @@ def test_mixing_of_log_probabilities(known, tmp_path):
     assert np.abs(theirs.logits[..., :VOCAB].numpy() - mixed)[..., others].max() < 1e-4
     assert (theirs.logits[..., ids or META] == LOWEST).all()
 
+    with torch.no_grad():  # start and end become by far the likeliest tokens
+        model.lm_head.weight[ids or META] = 1e3 * model.lm_head.weight[[7, 8]]
+        found = model(torch.tensor(text()))
+    assert not np.isin(found.thoughts, ids or META).any()
+    assert not np.isin(found.logits.argmax(-1), ids or META).any()
+
 
 def test_what_it_cannot_think_with_is_refused(case):
     tokens = torch.tensor(text())
