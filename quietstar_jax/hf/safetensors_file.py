@@ -23,6 +23,8 @@ from quietstar_jax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
+MAX_DIMENSIONS = 32
+
 FLOAT_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -146,7 +148,9 @@ def _tensor_info(file: Path, start: int, name: str, fields: Any) -> TensorInfo:
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str):
         raise refuse(f"dtype is {dtype!r}")
-    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
+    known = isinstance(shape, list) and all(_is_size(n) for n in shape)
+    # Sizes that numpy cannot express even where another is 0, and the tensor empty.
+    if not known or len(shape) > MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) > 2**56:
         raise refuse(f"shape is {shape!r}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise refuse(f"data_offsets is {offsets!r}")

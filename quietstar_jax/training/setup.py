@@ -142,7 +142,7 @@ def check_thoughts(files: CheckpointFiles, config: Config, meta: tuple[int | Non
     """Raises ConfigError where a checkpoint has learned to think in another way than the run is configured for."""
     theirs = files.config
     scale = theirs.get("thought_embedding_scale", PUBLISHED_SCALE)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e30:
         raise ConfigError(
             f"{files.folder}/config.json: thought_embedding_scale is {scale!r}; it takes a number above 0."
         )
