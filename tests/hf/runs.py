@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,18 @@ def write_tokenizer(folder: Path, size: int, *more: str) -> None:
 
 
 def start_run(
-    workdir: Path, checkpoint: Path, *, keep_thoughts: bool = False, **thought: Any
+    workdir: Path,
+    checkpoint: Path,
+    *,
+    keep_thoughts: bool = False,
+    place: Callable[[jax.Array], jax.Array] = lambda value: value,
+    **thought: Any,
 ) -> tuple[Run, TrainState]:
     """Saves step 0 of a run from a checkpoint with a tokenizer.
 
     Args:
       keep_thoughts: the mixing head and thought embeddings are those of the checkpoint; else random.
+      place: puts each parameter on its devices.
       thought: settings of `config.thought`.
     """
     config = default_config()
@@ -52,6 +59,7 @@ def start_run(
     state = first_state(run)
     if not keep_thoughts:
         state = state._replace(params=with_random_thoughts(state.params, run.config.thought.embedding_scale))
+    state = state._replace(params=jax.tree.map(place, state.params))
     with Checkpoints(workdir / "checkpoints", run.config.checkpoint) as checkpoints:
         checkpoints.save(state, {}, run.record)
     run.tokenizer.save(workdir / "tokenizer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -29,6 +31,7 @@ from quietstar_jax.hf.save import ExportOptions, Thoughts, save
 from quietstar_jax.hf.vocabulary import add_tokens
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.settings import to_mapping
+from quietstar_jax.training import checkpoints as checkpoints_module
 from quietstar_jax.training.checkpoints import Checkpoints
 from quietstar_jax.training.export import export
 from quietstar_jax.training.setup import load_thinking
@@ -413,3 +416,49 @@ def test_memory_is_that_of_a_few_tensors_not_of_the_model(tmp_path):
     assert grown < whole / 2
     written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) / 2**20
     assert written == pytest.approx(whole / 2, rel=0.01)
+
+
+ON_A_MESH = """
+import sys
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+from tests.hf.test_save import save_on_mesh
+save_on_mesh(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def save_on_mesh(workdir: Path, checkpoint: Path) -> None:
+    """As `start_run`, with every parameter split over four devices along its last even axis, layers stored apart."""
+    checkpoints_module.LARGE_BYTES = 1000
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def split(value: jax.Array) -> jax.Array:
+        axis = next((i for i in reversed(range(value.ndim)) if value.shape[i] % 4 == 0), None)
+        spec = [("x" if i == axis else None) for i in range(value.ndim)]
+        return jax.device_put(value, jax.NamedSharding(mesh, jax.P(*spec)))
+
+    start_run(workdir, checkpoint, place=split)
+
+
+def test_a_checkpoint_of_four_devices_exports_the_same_bytes(run, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", ON_A_MESH, str(tmp_path / "mesh"), str(tmp_path / "hf")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    shardings = (tmp_path / "mesh/checkpoints/0/params/_sharding").read_text()
+    assert "NamedSharding" in shardings
+    for workdir in ("run", "mesh"):
+        export(tmp_path / workdir, tmp_path / f"{workdir}_out", ExportOptions())
+    one, four = (tmp_path / f"{workdir}_out" / "model.safetensors" for workdir in ("run", "mesh"))
+    assert one.read_bytes() == four.read_bytes()
+
+
+def test_the_torch_module_needs_nothing_of_ours():
+    imported = set()
+    for node in ast.walk(ast.parse(hf_save.MODULE.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported.add(str(node.module).split(".")[0])
+    assert imported <= {"__future__", "dataclasses", "typing", "torch", "transformers"}
