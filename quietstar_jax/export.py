@@ -16,8 +16,8 @@ from quietstar_jax.training.export import export
 def main(arguments: list[str]) -> None:
     """Exports, then says what came of it."""
     parser = argparse.ArgumentParser(prog="python -m quietstar_jax.export", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a run's workdir, or its checkpoints folder")
-    parser.add_argument("--output", type=Path, required=True, help="folder to be made")
+    parser.add_argument("--checkpoint", type=_path, required=True, help="a run's workdir, or its checkpoints folder")
+    parser.add_argument("--output", type=_path, required=True, help="folder to be made")
     parser.add_argument("--format", choices=FORMATS, required=True, help="with thoughts, or the plain decoder")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--max-shard-size", default="5GB", help="of one file of weights")
@@ -26,6 +26,10 @@ def main(arguments: list[str]) -> None:
     options = ExportOptions(given.format, given.dtype, given.max_shard_size)
     run = export(given.checkpoint, given.output, options, given.step)
     print(f"Step {run.step} of {run.workdir} is in {given.output} ({given.format}, {given.dtype}).")
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def run() -> None:

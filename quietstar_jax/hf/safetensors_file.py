@@ -148,9 +148,7 @@ def _tensor_info(file: Path, start: int, name: str, fields: Any) -> TensorInfo:
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str):
         raise refuse(f"dtype is {dtype!r}")
-    known = isinstance(shape, list) and all(_is_size(n) for n in shape)
-    # Sizes that numpy cannot express even where another is 0, and the tensor empty.
-    if not known or len(shape) > MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) > 2**56:
+    if not isinstance(shape, list) or not all(_is_size(n) for n in shape) or not _fits_numpy(shape):
         raise refuse(f"shape is {shape!r}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise refuse(f"data_offsets is {offsets!r}")
@@ -158,6 +156,11 @@ def _tensor_info(file: Path, start: int, name: str, fields: Any) -> TensorInfo:
     if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise refuse(f"{dtype}{shape} does not fit in {end - begin} bytes")
     return TensorInfo(name, tuple(shape), dtype, file, start + begin, end - begin)
+
+
+def _fits_numpy(shape: list[int]) -> bool:
+    """Whether numpy can express these sizes; it cannot all, even where one is 0 and the tensor empty."""
+    return len(shape) <= MAX_DIMENSIONS and math.prod(max(n, 1) for n in shape) <= 2**56
 
 
 def _check_layout(file: Path, start: int, size: int, tensors: list[TensorInfo]) -> None:

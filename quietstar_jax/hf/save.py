@@ -221,6 +221,7 @@ def _config(
     """The config.json of an export."""
     rows = max(architecture.vocab_size, max(ids) + 1)
     config = architecture_to_hf(dataclasses.replace(architecture, vocab_size=rows))
+    config |= _old_rope(config["rope_parameters"])
     config |= {"dtype": options.dtype, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     if options.format == "quietstar":
         name = CLASSES[architecture.family]
@@ -234,6 +235,13 @@ def _config(
             "text_vocab_size": architecture.vocab_size,
         }
     return config
+
+
+def _old_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary parameters in the spelling of transformers 4, which would silently take its defaults otherwise."""
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    old = {"rope_theta": parameters["rope_theta"]}
+    return old if parameters["rope_type"] == "default" else {**old, "rope_scaling": scaling}
 
 
 def _generation_config(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, Any]:

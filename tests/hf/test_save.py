@@ -72,7 +72,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [("llama tied", "float16"), ("mistral", "bfloat16"), ("qwen2", "float32"), ("qwen3 attention bias", "bfloat16"),
-     ("llama mlp bias", "float32")],
+     ("llama mlp bias", "float32"), ("qwen3 windows yarn", "float32"), ("llama llama3 rope", "float32")],
 )  # fmt: skip
 def test_in_and_out_again_is_bit_identical(variant, dtype, tmp_path):
     source = write_checkpoint(tmp_path / "hf", variant, DTYPES[dtype])
@@ -89,11 +89,15 @@ def test_in_and_out_again_is_bit_identical(variant, dtype, tmp_path):
     # Out, in and out again, with the thoughts.
     start_run(tmp_path / "again", tmp_path / "thinking", keep_thoughts=True)
     export(tmp_path / "again", tmp_path / "twice", ExportOptions("quietstar", dtype))
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("thinking", "twice")]
+    assert configs[0] | {"text_vocab_size": VOCAB + 2} == configs[1]  # now the tokenizer has start and end
     for file in ("model.safetensors", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "twice" / file).read_bytes() == (tmp_path / "thinking" / file).read_bytes()
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.split()[0] == v or "tied" in v or "windows yarn" in v])
+@pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if v.split()[0] == v or v.endswith(("tied", "windows yarn", "llama3 rope"))]
+)
 def test_base_loads_without_a_word_and_gives_our_logits(variant, tmp_path, caplog, recwarn):
     _, state = start_run(tmp_path / "run", write_checkpoint(tmp_path / "hf", variant))
     export(tmp_path / "run", tmp_path / "out", ExportOptions("base"))
