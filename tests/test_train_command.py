@@ -42,7 +42,10 @@ def test_bad_input_is_one_clear_error(tmp_path, arguments, message):
 
 
 def test_a_missing_configuration_is_one_clear_error(tmp_path):
-    ended = run(tmp_path, "--config", "no/such/config.py")
+    ended = subprocess.run(
+        [sys.executable, "-m", "quietstar_jax.train", "--config", "no/such/config.py"],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: --config cannot be read")
     assert "no/such/config.py" in ended.stderr

@@ -46,7 +46,8 @@ class Thinking:
 
     thought_length: T; 0 = a plain language model.
     thought_embedding_scale: start and end embedding are stored divided by it.
-    thought_mixing: `hidden_states`, or `log_probabilities` (the paper's; weight through a sigmoid).
+    thought_mixing: `hidden_states`, `log_probabilities` (the paper's; weight through a sigmoid), or `none` (the
+        prediction after the thought alone).
     thought_token_ids: of start and end, never predicted.
     text_vocab_size: ids below it are those that training knew; start and end may lie above.
     """
@@ -236,6 +237,9 @@ class Thinking:
             weight = weight.sigmoid()
             base, thought = (self._text_logits(h).log_softmax(-1) for h in (text, after))
             mixed = (1 - weight) * base + weight * thought
+        elif self.config.thought_mixing == "none":
+            weight = torch.ones_like(weight)
+            mixed = self._text_logits(after)
         else:
             mixed = self._text_logits(text) + weight * self._text_logits(after - text)
         return mixed, weight[..., 0]

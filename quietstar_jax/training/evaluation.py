@@ -51,7 +51,7 @@ def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettin
         tokens_ahead=config.evaluation.tokens_ahead,
         meta_tokens=vocabulary.meta_tokens,
         pad_id=vocabulary.pad_id,
-        pause_id=vocabulary.start_tokens[0],
+        pause_id=vocabulary.pause_id,
         compute_dtype=config.model.compute_dtype,
         config=config.thought,
     )

@@ -63,8 +63,11 @@ def prepare(config: Config) -> Run:
     check_vocabulary(tokenizer, architecture.vocab_size)
     check_length(config, architecture)
     meta = (tokenizer.token_id(config.thought.start_token), tokenizer.token_id(config.thought.end_token))
-    if files and can_think(files):
+    learned = files is not None and can_think(files)
+    if files and learned:
         check_thoughts(files, config, meta)
+    start_tokens = _embedding_tokens(tokenizer, config.thought.initial_start_token, "initial_start_token")
+    end_tokens = _embedding_tokens(tokenizer, config.thought.initial_end_token, "initial_end_token")
     return Run(
         config=config,
         tokenizer=tokenizer,
@@ -73,8 +76,9 @@ def prepare(config: Config) -> Run:
         vocabulary=Vocabulary(
             pad_id=tokenizer.pad_id,
             meta_tokens=tuple(token for token in meta if token is not None),
-            start_tokens=_embedding_tokens(tokenizer, config.thought.initial_start_token, "initial_start_token"),
-            end_tokens=_embedding_tokens(tokenizer, config.thought.initial_end_token, "initial_end_token"),
+            start_tokens=() if learned else start_tokens,
+            end_tokens=() if learned else end_tokens,
+            pause_id=start_tokens[0],
         ),
         key=jax.random.key(config.seed),
         files=files,

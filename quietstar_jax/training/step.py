@@ -52,13 +52,16 @@ class Vocabulary(NamedTuple):
 
     Attributes:
       pad_id: fills short sequences; meta_tokens: no thought may contain them.
-      start_tokens, end_tokens: whose mean embeddings the thought's start and end begin as.
+      start_tokens, end_tokens: whose mean embeddings the thought's start and end begin as; none where the weights that
+        training starts from have learned these two already.
+      pause_id: fills thoughts under the control `pause`.
     """
 
     pad_id: int
     meta_tokens: tuple[int, ...]
     start_tokens: tuple[int, ...]
     end_tokens: tuple[int, ...]
+    pause_id: int = 0
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]
@@ -73,7 +76,7 @@ def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> Thou
         policy_weight=phase.policy_weight,
         meta_tokens=vocabulary.meta_tokens,
         pad_id=vocabulary.pad_id,
-        pause_id=vocabulary.start_tokens[0],
+        pause_id=vocabulary.pause_id,
         compute_dtype=config.model.compute_dtype,
         rematerialize=config.model.rematerialize,
         config=config.thought,
@@ -91,10 +94,10 @@ def make_train_step(
     """The step of a phase: `(state, batch, key, first step of the phase) -> (state, metrics)`.
 
     Pure; the caller compiles it. The key is that of the whole run: each step folds its number in. Before the first
-    phase that thinks, start and end follow the embeddings they begin as.
+    phase that thinks, start and end follow the embeddings they begin as, unless they have been learned before.
     """
     until_now = [p.name for p in config.phases].index(phase.name) + 1
-    never_thought = not any(p.thought_length for p in config.phases[:until_now])
+    never_thought = bool(vocabulary.start_tokens) and not any(p.thought_length for p in config.phases[:until_now])
     settings = phase_settings(config, phase, vocabulary)
     optimizer = make_optimizer(config.optimizer)
     length = config.data.sequence_length
