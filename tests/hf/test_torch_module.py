@@ -151,9 +151,13 @@ def test_more_positions_than_think_at_once(case):
     assert (whole - pieces).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("known", [(), (START, END)], ids=["new tokens", "known tokens"])
-def test_mixing_of_log_probabilities(known, tmp_path):
-    run, state, _, folder = exported(tmp_path, "llama", known, mixing="log_probabilities", embedding_scale=7.0)
+@pytest.mark.parametrize(
+    ("known", "mixing"),
+    [((), "log_probabilities"), ((START, END), "log_probabilities"), ((), "none")],
+    ids=["new tokens", "known tokens", "thought alone"],
+)
+def test_other_ways_of_mixing(known, mixing, tmp_path):
+    run, state, _, folder = exported(tmp_path, "llama", known, mixing=mixing, embedding_scale=7.0)
     ids = [run.tokenizer.token_id(token) for token in known]
     assert run.vocabulary.meta_tokens == tuple(ids)
     thoughts, mixed, _ = our_predictions(run, state, text())
