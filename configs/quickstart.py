@@ -31,12 +31,12 @@ def get_config() -> ml_collections.ConfigDict:
 
     thinking = dict(thought_length=6, num_thoughts=4, tokens_ahead=2, batch_size=16, warmup_steps=0)
     config.phases = [
-        phase(name="pretrain", steps=600, batch_size=64, thought_length=0, learning_rate=4e-3, warmup_steps=60,
+        phase(name="pretrain", steps=560, batch_size=64, thought_length=0, learning_rate=4e-3, warmup_steps=56,
               decay="cosine", final_rate_fraction=0.03),
-        phase(name="open_the_mixing_head", steps=40, policy_weight=0.0, learning_rate=3e-3, fresh_optimizer=True,
+        phase(name="open_the_mixing_head", steps=34, policy_weight=0.0, learning_rate=3e-3, fresh_optimizer=True,
               rates={"decoder": 0.0, "mixing_head": 1.0, "thought_embeddings": 0.0}, **thinking),
         # The embeddings of start and end move a hundred times faster than their rate says.
-        phase(name="thoughts", steps=36, policy_weight=10.0, learning_rate=3e-4, fresh_optimizer=True,
+        phase(name="thoughts", steps=44, policy_weight=10.0, learning_rate=3e-4, fresh_optimizer=True,
               rates={"decoder": 1.0, "mixing_head": 1.0, "thought_embeddings": 0.01}, **thinking),
     ]  # fmt: skip
     config.evaluation.every_steps = 0

@@ -9,7 +9,7 @@ PLAIN = {  # the thinking phases become plain language modelling; evaluation sti
     "phases[1].thought_length": 0, "phases[1].rates.decoder": 1.0, "phases[1].learning_rate": 3e-4,
     "phases[2].thought_length": 0, "evaluation.thought_length": 6,
 }  # fmt: skip
-FLOPS = 613  # plain steps that cost what the thinking phases do, by thoughts/flops.py
+FLOPS = 673  # plain steps that cost what the thinking phases do, by thoughts/flops.py
 
 
 def get_study() -> Study:
@@ -20,7 +20,7 @@ def get_study() -> Study:
         variants={
             "thoughts": {},
             "plain_equal_tokens": PLAIN,
-            "plain_equal_flops": PLAIN | {"phases[0].steps": 600 + FLOPS},
+            "plain_equal_flops": PLAIN | {"phases[0].steps": 560 + FLOPS},
             "pause_tokens": {"thought.control": "pause"},
             "random_thoughts": {"thought.control": "random"},
             "shuffled_thoughts": {"thought.control": "shuffled"},
