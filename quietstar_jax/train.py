@@ -24,10 +24,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}. Settings are given as --config.NAME=VALUE.")
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
     try:
-        config = _CONFIG.value
-    except OSError as error:
+        config = from_config_dict(_CONFIG.value)
+    except OSError as error:  # a file that cannot be loaded shows only when a setting of it is read
         raise ConfigError(f"--config cannot be read: {str(error).splitlines()[-1].strip()}. Check its path.") from error
-    print(format_summary(train(from_config_dict(config))))
+    print(format_summary(train(config)))
 
 
 def run() -> None:
