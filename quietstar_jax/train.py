@@ -30,10 +30,26 @@ def main(argv: list[str]) -> None:
     print(format_summary(train(config)))
 
 
+def parse(arguments: list[str]) -> list[str]:
+    """Parses the command line.
+
+    Raises:
+      ConfigError: a setting of the command line is unknown.
+    """
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError, IndexError) as error:
+        settings = [argument for argument in arguments if argument.startswith("--config.")]
+        raise ConfigError(
+            f"A setting does not exist: {error}, in {' '.join(settings) or 'the configuration file'}. "
+            "Settings are given as --config.NAME=VALUE; quietstar_jax/config.py has all names."
+        ) from error
+
+
 def run() -> None:
     """Runs the command; what a user can mend ends with a message and status 2."""
     try:
-        app.run(main)
+        app.run(main, flags_parser=parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

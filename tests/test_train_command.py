@@ -61,9 +61,12 @@ def test_validation_text_without_a_token_to_predict_is_named(tmp_path):
 
 
 def test_an_unknown_flag_is_refused(tmp_path):
-    ended = run(tmp_path, "--config.sede=1")
-    assert ended.returncode != 0
-    assert "sede" in ended.stderr
+    for setting in ("--config.sede=1", "--config.phases[7].steps=1"):
+        ended = run(tmp_path, setting)
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("error: A setting does not exist")
+        assert setting in ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 def test_a_broken_line_is_named_and_nothing_is_saved(tmp_path):

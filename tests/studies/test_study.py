@@ -55,7 +55,7 @@ def test_runs_what_is_missing_and_reports_what_failed(tmp_path: Path) -> None:
 
     second = run("--study", str(study), "--workdir", str(tmp_path / "runs"))
     assert second.returncode == 1
-    assert "broken, seed 0 FAILED with status 1" in second.stdout
+    assert "broken, seed 0 FAILED with status 2" in second.stdout
     assert "no_such_setting" in (tmp_path / "runs/broken/seed_0/log.txt").read_text()
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("summary.json")}
     assert "| shorter | 2 |" in (tmp_path / "runs/table.md").read_text()
