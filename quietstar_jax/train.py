@@ -34,14 +34,20 @@ def parse(arguments: list[str]) -> list[str]:
     """Parses the command line.
 
     Raises:
-      ConfigError: a setting of the command line is unknown.
+      ConfigError: a setting of the command line is unknown or of the wrong type.
     """
     try:
-        return app.parse_flags_with_usage(arguments)
+        return flags.FLAGS(arguments)
+    except flags.Error as error:
+        raise ConfigError(f"The command line cannot be used: {error}") from error
     except (AttributeError, KeyError, IndexError) as error:
+        reason: Exception = error
+        while reason.args and isinstance(reason.args[0], Exception):
+            reason = reason.args[0]
+        said = " ".join(str(part) for part in reason.args).replace("\n", " ")
         settings = [argument for argument in arguments if argument.startswith("--config.")]
         raise ConfigError(
-            f"A setting does not exist: {error}, in {' '.join(settings) or 'the configuration file'}. "
+            f"A setting does not exist: {said} (given were {' '.join(settings) or 'none on the command line'}). "
             "Settings are given as --config.NAME=VALUE; quietstar_jax/config.py has all names."
         ) from error
 
