@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quietstar_jax.config import Architecture, Config, ModelConfig, Phase, RateScales, ThoughtConfig
+from quietstar_jax.config import Architecture, Config, DataConfig, ModelConfig, Phase, RateScales, ThoughtConfig
 from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.thoughts.chunks import positions_per_chunk
 from quietstar_jax.thoughts.flops import step_flops
@@ -50,18 +50,20 @@ class Sizes:
     positions_per_chunk: int = 0
 
 
+_QUICKSTART = Sizes(
+    layers=3, hidden=128, heads=4, kv_heads=4, mlp=384, vocab=100, length=64, batch=16, thoughts=4, thought_length=6,
+    tokens_ahead=2,
+)  # fmt: skip
 PRESETS = {
     "paper_cpu": Sizes(),  # the paper's (12, 4) on a model that two cores can train
-    "quickstart": Sizes(layers=3, hidden=128, heads=4, kv_heads=4, mlp=384, vocab=100, length=64, batch=16, thoughts=4,
-                        thought_length=6, tokens_ahead=2),
-    "quickstart_plain": Sizes(layers=3, hidden=128, heads=4, kv_heads=4, mlp=384, vocab=100, length=64, batch=64,
-                              thought_length=0),
+    "quickstart": _QUICKSTART,
+    "quickstart_plain": dataclasses.replace(_QUICKSTART, batch=64, thought_length=0),
     "mistral_7b": Sizes(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, mlp=14336, vocab=32000, batch=8,
                         dtype="bfloat16", rematerialize=True, chunk_megabytes=8192),
 }  # fmt: skip
 
 
-def config_of(s: Sizes) -> tuple[Config, Architecture]:
+def config_of(s: Sizes) -> Config:
     """The configuration of a run of these sizes."""
     architecture = Architecture(
         family="mistral", vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.mlp, num_layers=s.layers,
@@ -74,8 +76,7 @@ def config_of(s: Sizes) -> tuple[Config, Architecture]:
     )  # fmt: skip
     model = ModelConfig(architecture=architecture, compute_dtype=s.dtype, rematerialize=s.rematerialize)
     thought = ThoughtConfig(chunk_megabytes=s.chunk_megabytes, positions_per_chunk=s.positions_per_chunk)
-    config = Config(model=model, thought=thought, phases=(phase,))
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=s.length)), architecture
+    return Config(model=model, thought=thought, phases=(phase,), data=DataConfig(sequence_length=s.length))
 
 
 def matmul_rate(dtype: str) -> float:
@@ -94,8 +95,8 @@ def matmul_rate(dtype: str) -> float:
 
 def measure(s: Sizes, steps: int) -> dict[str, Any]:
     """Compiles the step of these sizes and runs it."""
-    config, architecture = config_of(s)
-    phase = config.phases[0]
+    config = config_of(s)
+    architecture, phase = config.model.architecture, config.phases[0]
     vocabulary = Vocabulary(pad_id=0, meta_tokens=(), start_tokens=(1,), end_tokens=(2,))
     settings = phase_settings(config, phase, vocabulary)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from quietstar_jax.errors import UserError
+from quietstar_jax.errors import run_command
 from quietstar_jax.hf.save import DTYPES, FORMATS, ExportOptions
 from quietstar_jax.training.export import export
 
@@ -32,15 +32,6 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def run() -> None:
-    """Runs the command; what a user can mend ends with a message and status 2."""
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators to others
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    run()
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators to others
+    run_command(lambda: main(sys.argv[1:]))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 from absl import app, flags
 
-from quietstar_jax.errors import UserError
+from quietstar_jax.errors import UserError, run_command
 from quietstar_jax.studies.study import load_study, run_study
 from quietstar_jax.studies.table import compare, format_table
 from quietstar_jax.training.metrics import write_json
@@ -42,14 +41,5 @@ def main(argv: list[str]) -> int:
     return 0 if all(len(runs) == len(study.seeds) for runs in results.values()) else 1
 
 
-def run() -> None:
-    """Runs the command; what a user can mend ends with a message and status 2."""
-    try:
-        app.run(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    run()
+    run_command(lambda: app.run(main))

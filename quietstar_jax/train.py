@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from quietstar_jax.config import from_config_dict
-from quietstar_jax.errors import ConfigError, UserError
+from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.training.loop import train
 from quietstar_jax.training.summary import format_summary
 
@@ -52,14 +50,5 @@ def parse(arguments: list[str]) -> list[str]:
         ) from error
 
 
-def run() -> None:
-    """Runs the command; what a user can mend ends with a message and status 2."""
-    try:
-        app.run(main, flags_parser=parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    run()
+    run_command(lambda: app.run(main, flags_parser=parse))

@@ -16,7 +16,7 @@ from quietstar_jax.thoughts.controls import think
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import here_and_ahead, read_text, real_ahead, tokens_ahead
-from quietstar_jax.training.step import Batch, Vocabulary, to_device
+from quietstar_jax.training.step import Batch, Vocabulary, thought_settings, to_device
 
 DECILES = 10
 Scorer = Callable[..., "TokenScores"]  # (params, batch, key = None); see `make_token_scorer`
@@ -46,15 +46,8 @@ class TokenScores(NamedTuple):
 
 def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettings:
     """One thought per position."""
-    return ThoughtSettings(
-        length=config.evaluation_thought_length,
-        tokens_ahead=config.evaluation.tokens_ahead,
-        meta_tokens=vocabulary.meta_tokens,
-        pad_id=vocabulary.pad_id,
-        pause_id=vocabulary.pause_id,
-        compute_dtype=config.model.compute_dtype,
-        config=config.thought,
-    )
+    length, ahead = config.evaluation_thought_length, config.evaluation.tokens_ahead
+    return thought_settings(config, vocabulary, length=length, tokens_ahead=ahead)
 
 
 def make_token_scorer(structure: Structure, architecture: Architecture, settings: ThoughtSettings) -> Scorer:

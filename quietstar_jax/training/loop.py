@@ -137,7 +137,7 @@ class Trainer:
             if phase.fresh_optimizer and int(state.step) == start:
                 state = initial_state(state.params, self._run.config)._replace(step=state.step)
             state = self._run_phase(state, phase, step_fn, start, end)
-        # Does nothing where the last step has just been saved; a run of no steps leaves its first state.
+        # The last state, also of a run of no steps; does nothing where it has just been saved.
         self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
         return state
 
@@ -153,7 +153,7 @@ class Trainer:
             if done == end or (every and done % every == 0):
                 self._read_metrics()
                 self._evaluate(state, phase, done)
-            if done % config.checkpoint.every_steps == 0 or done == config.total_steps:
+            if done % config.checkpoint.every_steps == 0:
                 self._read_metrics()  # a state with a value that is not finite is never saved
                 self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
         return state

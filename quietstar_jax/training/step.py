@@ -67,19 +67,28 @@ class Vocabulary(NamedTuple):
 TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]
 
 
-def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> ThoughtSettings:
-    """The thoughts of one phase."""
+def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> ThoughtSettings:
+    """What all thoughts of a run share, and the fields of `ThoughtSettings` in which these differ."""
     return ThoughtSettings(
-        length=phase.thought_length,
-        count=phase.num_thoughts,
-        tokens_ahead=phase.tokens_ahead,
-        policy_weight=phase.policy_weight,
         meta_tokens=vocabulary.meta_tokens,
         pad_id=vocabulary.pad_id,
         pause_id=vocabulary.pause_id,
         compute_dtype=config.model.compute_dtype,
-        rematerialize=config.model.rematerialize,
         config=config.thought,
+        **shape,
+    )
+
+
+def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> ThoughtSettings:
+    """The thoughts of one phase."""
+    return thought_settings(
+        config,
+        vocabulary,
+        length=phase.thought_length,
+        count=phase.num_thoughts,
+        tokens_ahead=phase.tokens_ahead,
+        policy_weight=phase.policy_weight,
+        rematerialize=config.model.rematerialize,
     )
 
 
