@@ -47,9 +47,9 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a decoder-only transformer (Llama, Mistral, Qwen2, Qwen3 families)."""
+    """Shape of a decoder-only transformer (Llama, Mistral, Phi-3, Qwen2, Qwen3 families)."""
 
-    family: str = "llama"  # llama | mistral | qwen2 | qwen3: only decides the name under which it is exported
+    family: str = "llama"  # llama | mistral | phi3 | qwen2 | qwen3: only decides how checkpoints of it are written
     vocab_size: int = 512
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -60,6 +60,7 @@ class Architecture:
     max_positions: int = 2048
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    rotary_fraction: float = 1.0  # of the dimensions of a head, the first ones, that rotate
     rms_norm_eps: float = 1e-5
     activation: str = "silu"  # silu | gelu | gelu_tanh | relu
     sliding_window: int = 0  # keys a query sees, itself included; 0 = all
@@ -71,11 +72,16 @@ class Architecture:
     tie_embeddings: bool = False
     initializer_range: float = 0.02
 
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that rotate."""
+        return int(self.head_dim * self.rotary_fraction)
+
     def problems(self) -> list[str]:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
                  "head_dim", "max_positions")  # fmt: skip
         return [
-            *one_of("family", self.family, ("llama", "mistral", "qwen2", "qwen3")),
+            *one_of("family", self.family, ("llama", "mistral", "phi3", "qwen2", "qwen3")),
             *one_of("activation", self.activation, ("silu", "gelu", "gelu_tanh", "relu")),
             *(p for name in sizes for p in require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")),
             *require(
@@ -86,6 +92,10 @@ class Architecture:
             *require(self.rms_norm_eps >= 0, "rms_norm_eps", self.rms_norm_eps, "0 or more"),
             *require(self.initializer_range > 0, "initializer_range", self.initializer_range, "a positive number"),
             *require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary pairs)"),
+            *require(
+                0 < self.rotary_fraction <= 1 and self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
+                "rotary_fraction", self.rotary_fraction, f"an even part of head_dim ({self.head_dim})",
+            ),
             *require(self.sliding_window >= 0, "sliding_window", self.sliding_window, "0 (none) or a width"),
             *require(
                 all(0 <= layer < self.num_layers for layer in self.full_attention_layers),

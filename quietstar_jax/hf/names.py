@@ -1,8 +1,8 @@
 """Names and layouts of Hugging Face tensors against ours: one table, read in both directions.
 
 A torch linear layer stores [out, in]; we store [in, out] with heads split, and all layers stacked. Every tensor of
-a checkpoint is, transposed or not, a stack of rows that fill one or more of our parameters in turn, so two short
-numpy functions, `to_ours` and `to_theirs`, carry the whole table.
+a checkpoint is cut along one of its axes into pieces, usually one, that fill our parameters, transposed or not; so two
+short numpy functions, `to_ours` and `to_theirs`, carry the whole table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quietstar_jax.config import Architecture
+from quietstar_jax.models.families import FAMILIES
 
 Shape = tuple[int, ...]
 
@@ -38,33 +39,44 @@ class Entry:
 
     name: str  # e.g. `model.layers.3.self_attn.q_proj.weight`
     shape: Shape  # theirs
-    targets: tuple[Target, ...]  # filled in turn from the rows; usually one
+    targets: tuple[Target, ...]  # filled in turn along `axis`; usually one
     transpose: bool = False  # theirs is [out, in]
+    axis: int = 0  # of theirs
 
 
 def to_ours(entry: Entry, tensor: np.ndarray) -> list[np.ndarray]:
     """Their tensor [entry.shape] -> one array [target.shape] per target; views where numpy can."""
-    rows = tensor.T if entry.transpose else tensor
     arrays, begin = [], 0
     for target in entry.targets:
-        end = begin + math.prod(target.shape) // math.prod(rows.shape[1:])
-        arrays.append(rows[begin:end].reshape(target.shape))
+        end = begin + _piece_shape(entry, target)[entry.axis]
+        piece = tensor[begin:end] if entry.axis == 0 else tensor[:, begin:end]
+        arrays.append((piece.T if entry.transpose else piece).reshape(target.shape))
         begin = end
     return arrays
 
 
 def to_theirs(entry: Entry, arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The inverse of `to_ours`. Rows that no target holds (the unused second row of the thought embeddings) are 0."""
-    rows_shape = entry.shape[::-1] if entry.transpose else entry.shape
-    rows = np.concatenate([array.reshape(-1, *rows_shape[1:]) for array in arrays])
-    unused = rows_shape[0] - rows.shape[0]
+    """The inverse of `to_ours`. What no target holds (the unused second row of the thought embeddings) is 0."""
+    pieces = []
+    for target, array in zip(entry.targets, arrays, strict=True):
+        shape = _piece_shape(entry, target)
+        pieces.append(array.reshape(shape[::-1]).T if entry.transpose else array.reshape(shape))
+    unused = entry.shape[entry.axis] - sum(piece.shape[entry.axis] for piece in pieces)
     if unused:
-        rows = np.concatenate([rows, np.zeros((unused, *rows_shape[1:]), rows.dtype)])
-    return np.ascontiguousarray(rows.T if entry.transpose else rows)
+        pieces.append(np.zeros((unused, *entry.shape[1:]), pieces[0].dtype))
+    return np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, entry.axis))
+
+
+def _piece_shape(entry: Entry, target: Target) -> Shape:
+    """Of the piece of their tensor that fills a target."""
+    others = math.prod(entry.shape) // entry.shape[entry.axis]
+    shape = list(entry.shape)
+    shape[entry.axis] = math.prod(target.shape) // others
+    return tuple(shape)
 
 
 def decoder_entries(architecture: Architecture, root: str = "") -> list[Entry]:
-    """The tensors of a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
+    """The tensors of a checkpoint of one of the `FAMILIES`.
 
     Args:
       root: what our paths begin with, e.g. `decoder.` inside a larger model.
@@ -75,11 +87,10 @@ def decoder_entries(architecture: Architecture, root: str = "") -> list[Entry]:
     a = architecture
     d, v = a.hidden_size, a.vocab_size
     entries = [_single("model.embed_tokens.weight", (v, d), f"{root}embedding")]
-    for name, shape, path, ours, transpose in _layer_rules(a):
-        entries += [
-            Entry(f"model.layers.{i}.{name}", shape, (Target(f"{root}layers.{path}", ours, i),), transpose)
-            for i in range(a.num_layers)
-        ]
+    for name, shape, ours in _layer_rules(a):
+        for i in range(a.num_layers):
+            targets = tuple(Target(f"{root}layers.{path}", target, i) for path, target in ours.items())
+            entries.append(Entry(f"model.layers.{i}.{name}", shape, targets, transpose=len(shape) == 2))
     entries.append(_single("model.norm.weight", (d,), f"{root}final_norm"))
     if not a.tie_embeddings:
         entries.append(Entry("lm_head.weight", (v, d), (Target(f"{root}lm_head", (d, v)),), transpose=True))
@@ -95,7 +106,7 @@ def thought_entries(hidden_size: int) -> list[Entry]:
     d = hidden_size
     halves = (Target("mixing_head.base_in", (d, d)), Target("mixing_head.thought_in", (d, d)))
     return [
-        Entry("talk_head.0.0.weight", (d, 2 * d), halves, transpose=True),
+        Entry("talk_head.0.0.weight", (d, 2 * d), halves, transpose=True, axis=1),
         _single("talk_head.0.0.bias", (d,), "mixing_head.in_bias"),
         _single("talk_head.0.2.weight", (d, d), "mixing_head.hidden", transpose=True),
         _single("talk_head.0.2.bias", (d,), "mixing_head.hidden_bias"),
@@ -130,22 +141,29 @@ def _single(name: str, shape: Shape, path: str, transpose: bool = False) -> Entr
     return Entry(name, shape, (Target(path, shape[::-1] if transpose else shape),), transpose)
 
 
-def _layer_rules(a: Architecture) -> Iterator[tuple[str, Shape, str, Shape, bool]]:
-    """Of one layer: their name, their shape, our name, our shape, transposed."""
+def _layer_rules(a: Architecture) -> Iterator[tuple[str, Shape, dict[str, Shape]]]:
+    """Of one layer: their name, their shape, our names and shapes; matrices are transposed."""
     d, f, q, g, h = a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads, a.head_dim
-    yield "input_layernorm.weight", (d,), "attention_norm", (d,), False
-    for letter, ours, heads in (("q", "query", q), ("k", "key", g), ("v", "value", g)):
-        yield f"self_attn.{letter}_proj.weight", (heads * h, d), ours, (d, heads, h), True
+    fused = FAMILIES[a.family].fused
+    heads = {"query": q, "key": g, "value": g}
+    yield "input_layernorm.weight", (d,), {"attention_norm": (d,)}
+    if fused:
+        yield "self_attn.qkv_proj.weight", ((q + 2 * g) * h, d), {ours: (d, n, h) for ours, n in heads.items()}
+    for ours, n in {} if fused else heads.items():
+        yield f"self_attn.{ours[0]}_proj.weight", (n * h, d), {ours: (d, n, h)}
         if a.qkv_bias:
-            yield f"self_attn.{letter}_proj.bias", (heads * h,), f"{ours}_bias", (heads, h), False
-    yield "self_attn.o_proj.weight", (d, q * h), "output", (q, h, d), True
+            yield f"self_attn.{ours[0]}_proj.bias", (n * h,), {f"{ours}_bias": (n, h)}
+    yield "self_attn.o_proj.weight", (d, q * h), {"output": (q, h, d)}
     if a.output_bias:
-        yield "self_attn.o_proj.bias", (d,), "output_bias", (d,), False
+        yield "self_attn.o_proj.bias", (d,), {"output_bias": (d,)}
     if a.qk_norm:
-        yield "self_attn.q_norm.weight", (h,), "query_norm", (h,), False
-        yield "self_attn.k_norm.weight", (h,), "key_norm", (h,), False
-    yield "post_attention_layernorm.weight", (d,), "mlp_norm", (d,), False
+        yield "self_attn.q_norm.weight", (h,), {"query_norm": (h,)}
+        yield "self_attn.k_norm.weight", (h,), {"key_norm": (h,)}
+    yield "post_attention_layernorm.weight", (d,), {"mlp_norm": (d,)}
+    if fused:
+        yield "mlp.gate_up_proj.weight", (2 * f, d), {"gate": (d, f), "up": (d, f)}
     for ours, fan_in, fan_out in (("gate", d, f), ("up", d, f), ("down", f, d)):
-        yield f"mlp.{ours}_proj.weight", (fan_out, fan_in), ours, (fan_in, fan_out), True
+        if not fused or ours == "down":
+            yield f"mlp.{ours}_proj.weight", (fan_out, fan_in), {ours: (fan_in, fan_out)}
         if a.mlp_bias:
-            yield f"mlp.{ours}_proj.bias", (fan_out,), f"{ours}_bias", (fan_out,), False
+            yield f"mlp.{ours}_proj.bias", (fan_out,), {f"{ours}_bias": (fan_out,)}

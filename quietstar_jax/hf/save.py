@@ -39,6 +39,7 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 CLASSES = {
     "llama": "QuietStarLlamaForCausalLM",
     "mistral": "QuietStarMistralForCausalLM",
+    "phi3": "QuietStarPhi3ForCausalLM",
     "qwen2": "QuietStarQwen2ForCausalLM",
     "qwen3": "QuietStarQwen3ForCausalLM",
 }
@@ -223,6 +224,7 @@ def _config(
     config = architecture_to_hf(dataclasses.replace(architecture, vocab_size=rows))
     config |= _old_rope(config["rope_parameters"])
     config |= {"dtype": options.dtype, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config["pad_token_id"] = None  # torch would never train its row; and Phi-3 has a default that may lie outside
     if options.format == "quietstar":
         name = CLASSES[architecture.family]
         config |= {
@@ -239,8 +241,9 @@ def _config(
 
 def _old_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary parameters in the spelling of transformers 4, which would silently take its defaults otherwise."""
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    old = {"rope_theta": parameters["rope_theta"]}
+    beside = ("rope_theta", "partial_rotary_factor")
+    old = {key: parameters[key] for key in beside if key in parameters}
+    scaling = {key: value for key, value in parameters.items() if key not in beside}
     return old if parameters["rope_type"] == "default" else {**old, "rope_scaling": scaling}
 
 

@@ -24,6 +24,7 @@ from transformers import (
     DynamicCache,
     LlamaForCausalLM,
     MistralForCausalLM,
+    Phi3ForCausalLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
@@ -266,6 +267,10 @@ class QuietStarLlamaForCausalLM(Thinking, LlamaForCausalLM):
 
 class QuietStarMistralForCausalLM(Thinking, MistralForCausalLM):
     """A Mistral that thinks."""
+
+
+class QuietStarPhi3ForCausalLM(Thinking, Phi3ForCausalLM):
+    """A Phi-3 that thinks."""
 
 
 class QuietStarQwen2ForCausalLM(Thinking, Qwen2ForCausalLM):

@@ -27,19 +27,33 @@ class Family(NamedTuple):
     qkv_bias: bool = False  # always on q, k and v, never on o
     optional_mlp_bias: bool = False  # `mlp_bias`
     qk_norm: bool = False
-    window_everywhere: bool = False  # `sliding_window` holds in all layers
+    rms_norm_eps: float = 1e-6
+    window: int = 4096  # `sliding_window`
+    window_everywhere: bool = False  # it holds in all layers
     window_by_layer: bool = False  # `use_sliding_window`, `layer_types` or `max_window_layers`
+    fused: bool = False  # one tensor for queries, keys and values, one for gate and up
+    partial_rotary: bool = False  # `partial_rotary_factor`
+    rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
 
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", max_positions=2048, optional_bias=True, optional_mlp_bias=True),
     "mistral": Family("MistralForCausalLM", num_kv_heads=8, max_positions=131_072, window_everywhere=True),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        max_positions=4096,
+        rms_norm_eps=1e-5,
+        window=0,
+        window_everywhere=True,
+        fused=True,
+        partial_rotary=True,
+        rope_kinds=("default",),
+    ),
     "qwen2": Family("Qwen2ForCausalLM", num_kv_heads=32, qkv_bias=True, window_by_layer=True),
     "qwen3": Family(
         "Qwen3ForCausalLM", num_kv_heads=32, head_dim=128, optional_bias=True, qk_norm=True, window_by_layer=True
     ),
 }
-DEFAULT_WINDOW = 4096
 MAX_LAYERS = 10_000
 
 ACTIVATIONS = {
@@ -90,7 +104,7 @@ def architecture_from_hf(config: Mapping[str, Any]) -> Architecture:
     heads = _size(config, "num_attention_heads")
     layers = _size(config, "num_hidden_layers", MAX_LAYERS)
     window, full_layers = _windows(config, family, layers)
-    theta, scaling = _rope(config, _get(config, "max_position_embeddings", family.max_positions))
+    theta, scaling, fraction = _rope(config, family)
     bias = family.optional_bias and _get(config, "attention_bias", False)
     fields = {
         "family": name,
@@ -104,7 +118,8 @@ def architecture_from_hf(config: Mapping[str, Any]) -> Architecture:
         "max_positions": _get(config, "max_position_embeddings", family.max_positions),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rms_norm_eps": _get(config, "rms_norm_eps", 1e-6),
+        "rotary_fraction": fraction,
+        "rms_norm_eps": _get(config, "rms_norm_eps", family.rms_norm_eps),
         "activation": _activation(_get(config, "hidden_act", "silu")),
         "sliding_window": window,
         "full_attention_layers": full_layers,
@@ -149,6 +164,8 @@ def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
         config["attention_bias"] = a.qkv_bias
     if family.optional_mlp_bias:
         config["mlp_bias"] = a.mlp_bias
+    if family.partial_rotary:
+        config["original_max_position_embeddings"] = a.max_positions  # beyond it transformers begins its cache anew
     config.update(_windows_to_hf(a, family))
     lost = differences(to_mapping(a), to_mapping(architecture_from_hf(config)), "architecture")
     if lost:
@@ -220,11 +237,11 @@ def _head_dim(config: Mapping[str, Any], family: Family, heads: int) -> int:
 def _windows(config: Mapping[str, Any], family: Family, layers: int) -> tuple[int, tuple[int, ...]]:
     """(keys a query sees, itself included, or 0 for all; layers that see all)."""
     if family.window_everywhere:
-        return (config["sliding_window"] or 0 if "sliding_window" in config else DEFAULT_WINDOW), ()
+        return (config["sliding_window"] or 0 if "sliding_window" in config else family.window), ()
     if not family.window_by_layer:
         return 0, ()
     wanted = _get(config, "use_sliding_window", False)
-    window = (config["sliding_window"] or 0 if "sliding_window" in config else DEFAULT_WINDOW) if wanted else 0
+    window = (config["sliding_window"] or 0 if "sliding_window" in config else family.window) if wanted else 0
     kinds = config.get("layer_types")
     if kinds is None:
         first = _get(config, "max_window_layers", 28)
@@ -262,21 +279,26 @@ def _windows_to_hf(a: Architecture, family: Family) -> dict[str, Any]:
     }
 
 
-def _rope(config: Mapping[str, Any], max_positions: Any) -> tuple[Any, dict[str, Any]]:
-    """(theta, mapping for `RopeScaling`)."""
+def _rope(config: Mapping[str, Any], family: Family) -> tuple[Any, dict[str, Any], Any]:
+    """(theta, mapping for `RopeScaling`, share of the dimensions that rotate)."""
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
         raise ConfigError(
             f"config.json: the rotary parameters are {parameters!r}; supported is one flat group for all layers."
         )
     kind = _get(parameters, "rope_type", _get(parameters, "type", "default"))
-    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
-        raise ConfigError(f"config.json: rope_type is {kind!r}. Supported are: {', '.join(ROPE_FIELDS)}.")
-    partial = _get(parameters, "partial_rotary_factor", _get(config, "partial_rotary_factor", 1.0))
-    if partial != 1:
+    if not isinstance(kind, str) or kind not in family.rope_kinds:
         raise ConfigError(
-            f"config.json: partial_rotary_factor is {partial!r}. Supported is 1.0: every dimension of a head rotates."
+            f"config.json: rope_type is {kind!r}. Supported for {family.class_name} are: "
+            f"{', '.join(family.rope_kinds)}."
         )
+    fraction = _get(parameters, "partial_rotary_factor", _get(config, "partial_rotary_factor", 1.0))
+    if not family.partial_rotary and fraction != 1:
+        raise ConfigError(
+            f"config.json: partial_rotary_factor is {fraction!r}. Supported for {family.class_name} is 1.0: every "
+            "dimension of a head rotates."
+        )
+    max_positions = _get(config, "max_position_embeddings", family.max_positions)
     parameters = _fill_in(dict(parameters), kind, config, max_positions)
     absent = [key for key in ROPE_REQUIRED.get(kind, ()) if parameters.get(key) is None]
     if absent:
@@ -285,7 +307,7 @@ def _rope(config: Mapping[str, Any], max_positions: Any) -> tuple[Any, dict[str,
     theta = _get(parameters, "rope_theta", _get(config, "rope_theta", 10_000.0))
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
         raise ConfigError(f"config.json: rope_theta is {theta!r}; it takes a number above 1.")
-    return theta, {"kind": kind, **used}
+    return theta, {"kind": kind, **used}, fraction
 
 
 def _fill_in(parameters: dict[str, Any], kind: str, config: Mapping[str, Any], max_positions: Any) -> dict[str, Any]:
@@ -314,4 +336,6 @@ def _rope_to_hf(a: Architecture) -> dict[str, Any]:
     fields = {theirs: getattr(scaling, ours) for ours, theirs in ROPE_FIELDS[scaling.kind].items()}
     if scaling.kind == "yarn" and not scaling.attention_factor:
         del fields["attention_factor"]  # derived from the factor
+    if a.rotary_fraction != 1:
+        fields["partial_rotary_factor"] = a.rotary_fraction
     return {"rope_type": scaling.kind, "rope_theta": a.rope_theta, **fields}

@@ -15,9 +15,9 @@ def frequencies(architecture: Architecture) -> tuple[np.ndarray, float]:
     """Angular frequency of every rotary pair, and the factor by which cos and sin are multiplied.
 
     Returns:
-      ([H/2] float32 radians per position, attention factor).
+      ([N/2] float32 radians per position, attention factor); N dimensions of a head rotate.
     """
-    half = np.arange(0, architecture.head_dim, 2, dtype=np.float64) / architecture.head_dim
+    half = np.arange(0, architecture.rotary_dim, 2, dtype=np.float64) / architecture.rotary_dim
     plain = 1.0 / architecture.rope_theta**half
     scaling = architecture.rope_scaling
     if scaling.kind == "linear":
@@ -30,16 +30,17 @@ def frequencies(architecture: Architecture) -> tuple[np.ndarray, float]:
 
 
 def rotation(architecture: Architecture, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles: positions [...] -> two arrays [..., 1, H/2] (broadcast over heads)."""
+    """cos and sin of the rotary angles: positions [...] -> two arrays [..., 1, N/2] (broadcast over heads)."""
     inverse, factor = frequencies(architecture)
     angles = positions.astype(jnp.float32)[..., None, None] * inverse
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the pairs (i, i + H/2) of x [..., heads, H]; computed in float32, returned in x's dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Turns the pairs (i, i + N/2) of x [..., heads, H], i < N/2; computed in float32, returned in x's dtype."""
+    half = cos.shape[-1]
+    first, second, still = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, still], axis=-1).astype(x.dtype)
 
 
 def _llama3(plain: np.ndarray, architecture: Architecture) -> np.ndarray:
@@ -51,7 +52,7 @@ def _llama3(plain: np.ndarray, architecture: Architecture) -> np.ndarray:
 
 
 def _yarn(plain: np.ndarray, architecture: Architecture) -> np.ndarray:
-    scaling, dim = architecture.rope_scaling, architecture.head_dim
+    scaling, dim = architecture.rope_scaling, architecture.rotary_dim
 
     def pair_turning(times: float) -> float:
         length = scaling.original_max_positions / (times * 2 * math.pi)

@@ -24,6 +24,7 @@ ARCHITECTURES = [
     TINY,
     Architecture(**{**vars(TINY), "tie_embeddings": True, "qkv_bias": True, "output_bias": True, "mlp_bias": True}),
     Architecture(**{**vars(TINY), "family": "qwen3", "qk_norm": True, "num_layers": 1}),
+    Architecture(**{**vars(TINY), "family": "phi3", "rotary_fraction": 0.7}),
 ]
 
 

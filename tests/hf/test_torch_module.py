@@ -48,7 +48,15 @@ def test_there_is_a_class_for_every_family():
 
 @pytest.fixture(
     scope="module",
-    params=["llama", "llama tied", "mistral", "qwen2 mixed windows", "qwen3 windows yarn", "qwen3 attention bias"],
+    params=[
+        "llama",
+        "llama tied",
+        "mistral",
+        "phi3 partial rotary",
+        "qwen2 mixed windows",
+        "qwen3 windows yarn",
+        "qwen3 attention bias",
+    ],
 )
 def case(request, tmp_path_factory):
     run, state, original, folder = exported(tmp_path_factory.mktemp("export"), request.param)

@@ -90,6 +90,10 @@ def test_published_configs_in_their_old_spelling():
         ({"sliding_window": 16}, "sliding_window", 0),
         ({"hidden_act": "gelu_new"}, "activation", "gelu_tanh"),
         ({"hidden_act": "gelu"}, "activation", "gelu"),
+        ({"model_type": "phi3"}, "sliding_window", 0),
+        ({"model_type": "phi3"}, "rms_norm_eps", 1e-5),
+        ({"model_type": "phi3", "sliding_window": 16}, "sliding_window", 16),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, "rotary_fraction", 0.75),
     ],
 )
 def test_one_field(changes, field, value):
@@ -135,7 +139,11 @@ def test_yarn_derives_what_is_not_written_down():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gemma2"}, ["gemma2", "llama, mistral, qwen2, qwen3"]),
+        ({"model_type": "gemma2"}, ["gemma2", "llama, mistral, phi3, qwen2, qwen3"]),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, ["longrope", "Phi3"]),
+        ({"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 2.0}}, ["yarn", "Phi3", "default"]),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.4}, ["rotary_fraction", "0.4"]),
+        ({"model_type": "phi3", "partial_rotary_factor": "all"}, ["rotary_fraction", "all"]),
         ({"model_type": None}, ["model_type", "llama"]),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["dynamic", "yarn"]),
         ({"rope_parameters": {"rope_type": "longrope"}}, ["longrope", "llama3"]),
@@ -173,6 +181,7 @@ EXPRESSIBLE = [
     Architecture("llama", rope_scaling=RopeScaling("linear", 2.0), activation="gelu_tanh"),
     Architecture("mistral", sliding_window=7, num_kv_heads=2),
     Architecture("mistral", rope_scaling=RopeScaling("yarn", 4.0, original_max_positions=512, attention_factor=1.3)),
+    Architecture("phi3", sliding_window=7, rotary_fraction=0.75),
     Architecture("qwen2", qkv_bias=True, sliding_window=7, full_attention_layers=(0,)),
     Architecture("qwen2", qkv_bias=True, sliding_window=7, full_attention_layers=(1,), initializer_range=0.01),
     Architecture("qwen3", qk_norm=True, rope_scaling=RopeScaling("yarn", 4.0, original_max_positions=512)),
@@ -190,9 +199,9 @@ def test_round_trip(architecture):
 def test_transformers_reads_what_we_write(architecture, caplog):
     auto = pytest.importorskip("transformers").AutoConfig
     written = architecture_to_hf(architecture)
-    theirs = auto.for_model(**written)
+    theirs = auto.for_model(**written, eos_token_id=None, pad_token_id=None)  # Phi-3 has ids by default
     assert architecture_from_hf(theirs.to_dict()) == architecture
-    assert theirs.head_dim == architecture.head_dim
+    assert theirs.to_dict()["head_dim"] == architecture.head_dim
     assert not caplog.records
 
 
@@ -201,7 +210,7 @@ def test_fields_without_effect_do_not_hinder_writing():
         "llama", full_attention_layers=(1,), rope_scaling=RopeScaling("linear", 2.0, low_frequency_factor=9.0)
     )
     assert architecture_from_hf(architecture_to_hf(idle)) == canonical(idle)
-    all_full = dataclasses.replace(EXPRESSIBLE[5], full_attention_layers=(0, 1, 2))
+    all_full = dataclasses.replace(EXPRESSIBLE[6], full_attention_layers=(0, 1, 2))
     assert canonical(all_full).sliding_window == 0
 
 
@@ -212,6 +221,8 @@ def test_fields_without_effect_do_not_hinder_writing():
         (Architecture("llama", qkv_bias=True), "output_bias"),
         (Architecture("llama", sliding_window=4), "sliding_window"),
         (Architecture("mistral", sliding_window=4, full_attention_layers=(0,)), "full_attention_layers"),
+        (Architecture("llama", rotary_fraction=0.5), "partial_rotary_factor"),
+        (Architecture("phi3", qkv_bias=True), "qkv_bias"),
         (Architecture("qwen2"), "qkv_bias"),
         (Architecture("qwen3"), "qk_norm"),
     ],

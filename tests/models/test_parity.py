@@ -47,6 +47,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 7},
     "mistral no window": {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "mistral own head_dim": {"sliding_window": 1, "head_dim": 16, "tie_word_embeddings": True},
+    "phi3": {},
+    "phi3 partial rotary": {
+        "sliding_window": 5, "num_key_value_heads": 1, "num_attention_heads": 2, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.75},
+    },
     "qwen2": {},
     "qwen2 windows": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen2 mixed windows": {
@@ -132,7 +137,8 @@ def test_our_config_builds_the_same_torch_model(variant):
     """`architecture_to_hf` loses nothing: a model of the config that we write gives the same logits."""
     model = random_model(variant)
     written = architecture_to_hf(architecture_from_hf(model.config.to_dict()))
-    again = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**written)).eval()
+    config = transformers.AutoConfig.for_model(**written, pad_token_id=None)
+    again = transformers.AutoModelForCausalLM.from_config(config).eval()
     again.load_state_dict(model.state_dict())
     tokens, mask = batch()
     np.testing.assert_allclose(
