@@ -57,7 +57,7 @@ def open_checkpoint(name: str, revision: str = "") -> CheckpointFiles:
     if not local:
         folder = download(name, revision)
     tensors: dict[str, TensorInfo] = {}
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     expected, files = _weight_files(folder)
     for file in files:
         for tensor, info in read_header(file).items():
@@ -119,7 +119,7 @@ def _weight_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
             f"{folder} has neither {SINGLE} nor {INDEX}.{found} Only safetensors are read, never pickled weights: "
             "fetch them, or convert with save_pretrained of transformers."
         )
-    index = _read_json(folder / INDEX)
+    index = read_json(folder / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no weight_map. Fetch it again.")
@@ -143,7 +143,12 @@ def _shard(folder: Path, tensor: str, file: Any) -> Path:
     return folder / path
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      CheckpointError: it is missing, cannot be read, or is no object.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError as error:

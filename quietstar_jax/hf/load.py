@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -71,12 +72,14 @@ def load_parameters(
     entries: Sequence[Entry],
     *,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    dtypes: Mapping[str, jnp.dtype] | None = None,
 ) -> dict[str, jax.Array]:
-    """The parameters that a table of names fills, by dotted path, float32, layers stacked.
+    """The parameters that a table of names fills, by dotted path, layers stacked.
 
     Args:
       entries: `decoder_entries` or `quietstar_entries`.
       shardings: as in `load_decoder`; names every parameter.
+      dtypes: of each parameter; None = float32.
 
     Raises:
       CheckpointError: as in `load_decoder`.
@@ -94,7 +97,8 @@ def load_parameters(
         for target in entry.targets:
             remaining[target.path] -= 1
             if not remaining[target.path]:
-                done[target.path] = _place(filling.pop(target.path), shardings, target.path)
+                placed = _place(filling.pop(target.path), shardings, target.path)
+                done[target.path] = placed if dtypes is None else placed.astype(dtypes[target.path])
     if broken:
         raise CheckpointError(
             _listing("Tensors hold NaN, infinite values, or values beyond float32:", broken)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
-from quietstar_jax.errors import CheckpointError, DataError
 from quietstar_jax.hf.save import ExportOptions, Thoughts, save
 from quietstar_jax.training.model_card import model_card
-from quietstar_jax.training.saved_run import SavedRun, open_run
+from quietstar_jax.training.saved_run import SavedRun, open_run, run_tokenizer
 
 
 def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | None = None) -> SavedRun:
@@ -26,7 +24,7 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
       UserError: with what to do about it; nothing is left under the name of the output.
     """
     run = open_run(checkpoint, step)
-    tokenizer = _tokenizer(run)
+    tokenizer = run_tokenizer(run)
     thought = run.config.thought
     thoughts = Thoughts(
         length=run.config.evaluation_thought_length,
@@ -37,13 +35,3 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
     )
     save(output, run.parameters, run.architecture, tokenizer, thoughts, options, model_card(run, options))
     return run
-
-
-def _tokenizer(run: SavedRun) -> Tokenizer:
-    folder = run.workdir / "tokenizer"
-    try:
-        return load_tokenizer(str(folder))
-    except DataError as error:
-        raise CheckpointError(
-            f"The run keeps its tokenizer in {folder}, and that cannot be used: {error} Copy the run as a whole."
-        ) from error

@@ -16,9 +16,11 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from quietstar_jax.config import Architecture, Config
-from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.hf.names import Shape, Target
 from quietstar_jax.settings import from_mapping
+from quietstar_jax.training.step import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class SavedRun:
     step: int
     config: Config
     architecture: Architecture
+    vocabulary: Vocabulary
     model_commit: str  # of the hub id that training began from, or empty
     parameters: StoredParameters
 
@@ -45,7 +48,7 @@ class StoredParameters:
         Raises:
           CheckpointError: the folder is not one of orbax, or is broken.
         """
-        self._folder = folder
+        self.folder = folder
         try:
             described = json.loads((folder / "_METADATA").read_text("utf-8"))
             names = [item["key_metadata"][0]["key"] for item in described["tree_metadata"].values()]
@@ -77,7 +80,7 @@ class StoredParameters:
         try:
             return array.read().result()
         except (ValueError, OSError) as error:
-            raise CheckpointError(f"{self._folder}: parameter {path} cannot be read: {error}") from error
+            raise CheckpointError(f"{self.folder}: parameter {path} cannot be read: {error}") from error
 
 
 def open_run(checkpoint: Path, step: int | None = None) -> SavedRun:
@@ -90,8 +93,7 @@ def open_run(checkpoint: Path, step: int | None = None) -> SavedRun:
     Raises:
       CheckpointError: there is none, or it cannot be read.
     """
-    inside = checkpoint / "checkpoints"
-    folder = (inside if inside.is_dir() else checkpoint).absolute()
+    folder = _checkpoints_folder(checkpoint)
     if not folder.is_dir():
         raise CheckpointError(f"{checkpoint} is not a folder. Give a run's workdir, or the checkpoints folder in it.")
     steps = sorted(ocp.utils.checkpoint_steps(folder))
@@ -108,13 +110,48 @@ def open_run(checkpoint: Path, step: int | None = None) -> SavedRun:
             step=step,
             config=from_mapping(Config, record["config"]),
             architecture=from_mapping(Architecture, record["architecture"], root="architecture"),
+            vocabulary=_vocabulary(record["vocabulary"]),
             model_commit=record["model_commit"],
             parameters=StoredParameters(folder / str(step) / "params"),
         )
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(
             f"{record_file} does not describe a run of this program: {error}. Choose another step."
         ) from error
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is what `open_run` takes; a work directory may have no checkpoint yet."""
+    if (path / "checkpoints").is_dir():
+        return True
+    return path.is_dir() and not (path / "config.json").exists() and bool(ocp.utils.checkpoint_steps(path))
+
+
+def run_tokenizer(run: SavedRun) -> Tokenizer:
+    """The tokenizer that a run keeps.
+
+    Raises:
+      CheckpointError: it is missing or broken.
+    """
+    folder = run.workdir / "tokenizer"
+    try:
+        return load_tokenizer(str(folder))
+    except DataError as error:
+        raise CheckpointError(
+            f"The run keeps its tokenizer in {folder}, and that cannot be used: {error} Copy the run as a whole."
+        ) from error
+
+
+def _vocabulary(record: dict[str, Any]) -> Vocabulary:
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+    }
+    return Vocabulary(**fields)
+
+
+def _checkpoints_folder(path: Path) -> Path:
+    inside = path / "checkpoints"
+    return (inside if inside.is_dir() else path).absolute()
 
 
 def _open_array(folder: Path, name: str, described: Mapping[str, Any]) -> Any:

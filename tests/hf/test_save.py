@@ -35,7 +35,7 @@ from quietstar_jax.training import checkpoints as checkpoints_module
 from quietstar_jax.training.checkpoints import Checkpoints
 from quietstar_jax.training.export import export
 from quietstar_jax.training.setup import load_thinking
-from quietstar_jax.training.step import TrainState
+from quietstar_jax.training.step import TrainState, Vocabulary
 from tests.hf.checkpoints import TINY
 from tests.hf.runs import END, START, start_run, write_tokenizer
 from tests.models.test_parity import VARIANTS, VOCAB, batch, our_logits, random_model, their_logits
@@ -409,6 +409,7 @@ def test_memory_is_that_of_a_few_tensors_not_of_the_model(tmp_path):
     shapes = parameter_shapes(quietstar_entries(architecture))
     params = {name: jnp.asarray(np.resize(np.arange(4099, dtype=np.float32), s)) for name, s in shapes.items()}
     record = {"config": to_mapping(Config()), "architecture": to_mapping(architecture), "model_commit": ""}
+    record["vocabulary"] = Vocabulary(0, (), (), ())._asdict()
     with Checkpoints(tmp_path / "run/checkpoints", CheckpointConfig()) as checkpoints:
         checkpoints.save(TrainState(jnp.int32(1), params, {"count": jnp.int32(1)}), {}, record)
     load_tokenizer("synthetic").save(tmp_path / "run/tokenizer")

@@ -1,0 +1,310 @@
+"""One way to open a trained model for use: a run, an export or published checkpoint, or a plain Hugging Face model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from quietstar_jax.config import Architecture, Config, DataConfig, ModelConfig, ThoughtConfig
+from quietstar_jax.data.pipeline import bos_tokens, check_vocabulary
+from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint, read_json
+from quietstar_jax.hf.load import EMBEDDING, LM_HEAD, Info, load_parameters
+from quietstar_jax.hf.names import decoder_entries, quietstar_entries
+from quietstar_jax.models.families import architecture_from_hf
+from quietstar_jax.models.parameters import Structure
+from quietstar_jax.settings import from_mapping, to_mapping
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.training.saved_run import SavedRun, is_run, open_run, run_tokenizer
+from quietstar_jax.training.setup import PUBLISHED_MIXING, PUBLISHED_SCALE, abstract_params, can_think
+from quietstar_jax.training.step import Vocabulary, thought_settings
+
+DTYPES = ("float32", "bfloat16")
+PUBLISHED_LENGTH = 9  # T of checkpoints whose config.json does not say: the paper's main setting
+Layout = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """Weights and all that is needed to use them.
+
+    Attributes:
+      params: by dotted path, those of `thoughts.model.QuietStar`; of a model that cannot think, all but the decoder is
+        zero.
+      dtype: of the computation, `float32` or `bfloat16`. What is only ever read in it is stored in it (see
+        `stored_dtype`), so the results are those of float32 masters.
+      vocabulary: with the ids that no thought may contain.
+      thought: what thoughts were trained with; mixing and embedding scale are always right, the rest only of runs.
+      thought_length, tokens_ahead: T and K as trained; T is 0 where the model has not learned to think, K is 1 where a
+        folder does not say.
+      bos: ids that begin a text, as in training; eos_ids: any of them ends it.
+      suppressed_ids: what the checkpoint's generation_config.json says must not be generated.
+      path: as given; step: of a run's checkpoint, else None; commit: of a hub id, else empty.
+    """
+
+    params: dict[str, jax.Array]
+    structure: Structure
+    architecture: Architecture
+    dtype: str
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    thought: ThoughtConfig
+    thought_length: int
+    tokens_ahead: int
+    bos: tuple[int, ...]
+    eos_ids: tuple[int, ...]
+    suppressed_ids: tuple[int, ...]
+    path: str
+    step: int | None
+    commit: str
+
+    @property
+    def can_think(self) -> bool:
+        """Whether it has a mixing head that was trained."""
+        return self.thought_length > 0
+
+    def settings(self, thought_length: int | None = None, tokens_ahead: int = 1) -> ThoughtSettings:
+        """For the functions of `thoughts`: one thought per position.
+
+        Args:
+          thought_length: T; None = as trained, 0 = no thoughts.
+
+        Raises:
+          CheckpointError: thoughts are asked of a model that cannot think.
+          ConfigError: the length is negative.
+        """
+        length = self.thought_length if thought_length is None else thought_length
+        if length < 0:
+            raise ConfigError(f"The length of a thought is {length}; it takes 0 (no thoughts) or more.")
+        if length and not self.can_think:
+            raise CheckpointError(
+                f"{self.path} cannot think: it has no mixing head that was trained. Turn thoughts off, or give a run "
+                "or an export that has learned to think."
+            )
+        config = Config(model=ModelConfig(compute_dtype=self.dtype), thought=self.thought)
+        return thought_settings(config, self.vocabulary, length=length, tokens_ahead=tokens_ahead)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes, dtypes and bytes of the weights: the same wherever the same weights lie."""
+        digest = hashlib.sha256()
+        for name in sorted(self.params):
+            value = np.asarray(self.params[name])
+            digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
+            digest.update(np.ascontiguousarray(value).view(np.uint8).data)
+        return digest.hexdigest()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Where it came from and what it is, for the results of an evaluation. Reads all weights."""
+        return {
+            "checkpoint": self.path,
+            "step": self.step,
+            "commit": self.commit,
+            "checkpoint_hash": self.fingerprint,
+            "dtype": self.dtype,
+            "architecture": to_mapping(self.architecture),
+            "thought_length": self.thought_length,
+            "mixing": self.thought.mixing,
+        }
+
+
+def open_model(
+    path: str | Path, *, step: int | None = None, revision: str = "", dtype: str = "float32",
+    layout: Layout | None = None,
+) -> TrainedModel:  # fmt: skip
+    """Opens a model; changes nothing where it lies.
+
+    Args:
+      path: a run's workdir or the `checkpoints` folder in it; a Hugging Face folder or hub id, of a Quiet-STaR as
+        exported or published, or of a plain model (which cannot think).
+      step: of a run's checkpoint; None = the newest.
+      revision: of a hub id.
+      dtype: of the computation, `float32` or `bfloat16`.
+      layout: from the abstract parameters to their shardings; None = all on the first device.
+
+    Raises:
+      UserError: it is none of these, is broken, or a step is asked of something that has none.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"The dtype is {dtype!r}; it takes one of {', '.join(DTYPES)}.")
+    folder = Path(path).expanduser()
+    if is_run(folder):
+        if revision:
+            raise CheckpointError(f"{path} is a run and has no revision {revision!r}. Leave the revision out.")
+        return _of_run(str(path), open_run(folder, step), dtype, layout)
+    if step is not None:
+        raise CheckpointError(
+            f"{path} is not a run with checkpoints, so it has no step {step}. Leave the step out, or give a workdir."
+        )
+    return _of_files(str(path), open_checkpoint(str(path), revision), revision, dtype, layout)
+
+
+def stored_dtype(name: str, dtype: str) -> str:
+    """In which dtype a parameter lies in memory when a model computes in `dtype`.
+
+    Norms and the embeddings of start and end take part in float32 arithmetic; everything else is cast before use.
+    """
+    exact = name.endswith("norm") or name in ("start_embedding", "end_embedding")
+    return "float32" if exact else dtype
+
+
+def _of_run(path: str, run: SavedRun, dtype: str, layout: Layout | None) -> TrainedModel:
+    thinking = [phase for phase in run.config.phases if phase.thought_length]
+    tokenizer = run_tokenizer(run)
+    abstract, structure = _abstract(run.architecture, dtype, layout)
+    folder = run.parameters.folder
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(folder, abstract)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}\nChoose another step, or train on.") from error
+    return TrainedModel(
+        params=params,
+        structure=structure,
+        architecture=run.architecture,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        vocabulary=run.vocabulary,
+        thought=run.config.thought,
+        thought_length=run.config.evaluation_thought_length if thinking else 0,
+        tokens_ahead=max((phase.tokens_ahead for phase in thinking), default=1),
+        bos=bos_tokens(run.config.data, tokenizer),
+        eos_ids=(tokenizer.eos_id,),
+        suppressed_ids=(),
+        path=path,
+        step=run.step,
+        commit=run.model_commit,
+    )
+
+
+def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layout: Layout | None) -> TrainedModel:
+    tokenizer = load_tokenizer(path, revision)
+    thinks, meta = can_think(files), _meta_tokens(files, tokenizer)
+    source = _TextRows(files, meta)
+    architecture = source.architecture
+    check_vocabulary(tokenizer, architecture.vocab_size + source.added)
+    abstract, structure = _abstract(architecture, dtype, layout)
+    params = load_parameters(
+        source,
+        quietstar_entries(architecture) if thinks else decoder_entries(architecture, "decoder."),
+        shardings={name: value.sharding for name, value in abstract.items()},
+        dtypes={name: value.dtype for name, value in abstract.items()},
+    )
+    for name in abstract.keys() - params.keys():
+        params[name] = jnp.zeros(abstract[name].shape, abstract[name].dtype, device=abstract[name].sharding)
+    eos, suppressed = _generation_ids(files, tokenizer)
+    return TrainedModel(
+        params=params,
+        structure=structure,
+        architecture=architecture,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        vocabulary=Vocabulary(tokenizer.pad_id, meta, (), (), pause_id=tokenizer.pad_id),
+        thought=_thought_config(files, tokenizer, meta) if thinks else ThoughtConfig(),
+        thought_length=_thought_length(files) if thinks else 0,
+        tokens_ahead=1,
+        bos=bos_tokens(DataConfig(), tokenizer),
+        eos_ids=eos,
+        suppressed_ids=suppressed,
+        path=path,
+        step=None,
+        commit=files.commit,
+    )
+
+
+def _abstract(
+    architecture: Architecture, dtype: str, layout: Layout | None
+) -> tuple[dict[str, jax.ShapeDtypeStruct], Structure]:
+    """Shapes, dtypes and devices of the parameters."""
+    shapes, structure = abstract_params(architecture)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = layout(shapes) if layout else dict.fromkeys(shapes, here)
+    return {
+        name: jax.ShapeDtypeStruct(value.shape, jnp.dtype(stored_dtype(name, dtype)), sharding=shardings[name])
+        for name, value in shapes.items()
+    }, structure
+
+
+class _TextRows:
+    """A checkpoint without the rows that an export added for start and end: the vocabulary that training knew."""
+
+    def __init__(self, files: CheckpointFiles, meta: tuple[int, ...]):
+        theirs = architecture_from_hf(files.config)
+        rows, all_rows = files.config.get("text_vocab_size", theirs.vocab_size), theirs.vocab_size
+        if type(rows) is not int or not 0 < rows <= all_rows or not set(range(rows, all_rows)) <= set(meta):
+            raise CheckpointError(
+                f"{files.folder}/config.json: text_vocab_size is {rows!r}; it takes a number up to vocab_size "
+                f"({all_rows}), with nothing but thought_token_ids from there on. Export the model again."
+            )
+        self.architecture = dataclasses.replace(theirs, vocab_size=rows)
+        self.added = all_rows - rows
+        self.tensors: Mapping[str, Info] = {
+            name: dataclasses.replace(info, shape=(rows, *info.shape[1:])) if self._longer(name, info) else info
+            for name, info in files.tensors.items()
+        }
+        self._files = files
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, as `CheckpointFiles.read`."""
+        tensor = self._files.read(name)
+        return tensor[: self.architecture.vocab_size] if name in (EMBEDDING, LM_HEAD) else tensor
+
+    def _longer(self, name: str, info: Info) -> bool:
+        return name in (EMBEDDING, LM_HEAD) and info.shape[:1] == (self.architecture.vocab_size + self.added,)
+
+
+def _thought_config(files: CheckpointFiles, tokenizer: Tokenizer, meta: tuple[int, ...]) -> ThoughtConfig:
+    """What config.json says of thoughts."""
+    given = {
+        "mixing": files.config.get("thought_mixing", PUBLISHED_MIXING),
+        "embedding_scale": files.config.get("thought_embedding_scale", PUBLISHED_SCALE),
+    }
+    if len(meta) == 2:
+        given |= dict(zip(("start_token", "end_token"), (tokenizer.decode([i]) for i in meta), strict=True))
+    return from_mapping(ThoughtConfig, given, root=f"{files.folder}/config.json: thought")
+
+
+def _thought_length(files: CheckpointFiles) -> int:
+    length = files.config.get("thought_length", PUBLISHED_LENGTH)
+    if type(length) is not int or length < 0:
+        raise CheckpointError(f"{files.folder}/config.json: thought_length is {length!r}; it takes 0 or more.")
+    return length
+
+
+def _meta_tokens(files: CheckpointFiles, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of the start and end token; none where the tokenizer has no such tokens."""
+    ids = files.config.get("thought_token_ids")
+    if ids is not None:
+        return _ids(files, "config.json: thought_token_ids", ids)
+    found = (tokenizer.token_id(token) for token in (ThoughtConfig.start_token, ThoughtConfig.end_token))
+    return tuple(token for token in found if token is not None)
+
+
+def _generation_ids(files: CheckpointFiles, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(ids that end a text, as transformers finds them; ids that must not be generated)."""
+    file = files.folder / "generation_config.json"
+    said = read_json(file) if file.exists() else files.config
+    eos, suppressed = said.get("eos_token_id"), said.get("suppress_tokens")
+    return (
+        (tokenizer.eos_id,) if eos is None else _ids(files, f"{file.name}: eos_token_id", eos),
+        () if suppressed is None else _ids(files, f"{file.name}: suppress_tokens", suppressed),
+    )
+
+
+def _ids(files: CheckpointFiles, name: str, given: Any) -> tuple[int, ...]:
+    ids = given if isinstance(given, list) else [given]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise CheckpointError(f"{files.folder}/{name} is {given!r}; it takes token ids.")
+    return tuple(ids)
