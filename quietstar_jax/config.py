@@ -305,6 +305,7 @@ class CheckpointConfig:
     every_steps: int = 50  # a checkpoint is always written at the end
     keep_latest: int = 2
     keep_every_steps: int = 0  # checkpoints at multiples of this are never deleted; 0 = none
+    keep_phase_ends: bool = False  # one at the end of each phase, never deleted: where another run may begin from
     asynchronous: bool = True
 
     def problems(self) -> list[str]:

@@ -8,37 +8,41 @@ from pathlib import Path
 from absl import app, flags
 
 from quietstar_jax.errors import UserError, run_command
-from quietstar_jax.studies.study import load_study, run_study
-from quietstar_jax.studies.table import compare, format_table
-from quietstar_jax.training.metrics import write_json
+from quietstar_jax.studies.results import collect, write_results
+from quietstar_jax.studies.runner import plan, run_study
+from quietstar_jax.studies.study import load_study
 
 _STUDY = flags.DEFINE_string("study", None, "A Python file with a function get_study().", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where its runs and its table go.", required=True)
-_SEEDS = flags.DEFINE_list("seeds", None, "Other seeds than the study's.")
-_ONLY = flags.DEFINE_list("only", None, "Only these variants, and the baseline.")
+_SEEDS = flags.DEFINE_list("seeds", None, "Run only these seeds; others than the study's join it.")
+_VARIANTS = flags.DEFINE_list("variants", None, "Run only these variants.")
 
 
 def main(argv: list[str]) -> int:
-    """Runs what is missing, then writes `study.json` and `table.md` and prints the table."""
+    """Runs what is missing; after each run `study.json` and `table.md` hold all that has finished. Prints the table."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}.")
     study = load_study(_STUDY.value)
-    if _SEEDS.value:
-        study = dataclasses.replace(study, seeds=tuple(int(seed) for seed in _SEEDS.value))
-    if _ONLY.value:
-        unknown = sorted(set(_ONLY.value) - set(study.variants))
-        if unknown:
-            raise UserError(f"--only names unknown variants {unknown}; there are {', '.join(study.variants)}.")
-        kept = {name: changes for name, changes in study.variants.items() if name in (*_ONLY.value, study.baseline)}
-        study = dataclasses.replace(study, variants=kept)
+    seeds = _seeds(_SEEDS.value) if _SEEDS.value else study.seeds
+    variants = _VARIANTS.value or list(study.variants)
+    unknown = sorted(set(variants) - set(study.variants))
+    if unknown:
+        raise UserError(f"--variants names unknown variants {unknown}; there are {', '.join(study.variants)}.")
+    study = dataclasses.replace(study, seeds=tuple(dict.fromkeys((*study.seeds, *seeds))))
     root = Path(_WORKDIR.value).expanduser()
-    results = run_study(study, root, lambda line: print(line, flush=True))
-    rows = compare(results, study.baseline, study.metrics)
-    write_json(root / "study.json", {"study": dataclasses.asdict(study), "rows": rows})
-    table = format_table(rows, study.metrics)
-    (root / "table.md").write_text(table + "\n", encoding="utf-8")
-    print(table)
-    return 0 if all(len(runs) == len(study.seeds) for runs in results.values()) else 1
+    runs = plan(study, root)
+    wanted = [run for run in runs if run.variant in variants and run.seed in seeds]
+    for _ in run_study(runs, wanted.__contains__, lambda line: print(line, flush=True)):
+        write_results(root, collect(study, runs))
+    root.mkdir(parents=True, exist_ok=True)
+    print(write_results(root, collect(study, runs)))
+    return 0 if all(run.summary is not None for run in wanted) else 1
+
+
+def _seeds(words: list[str]) -> tuple[int, ...]:
+    if not all(word.isdigit() for word in words):
+        raise UserError(f"--seeds takes whole numbers of 0 or more, for example --seeds=0,1; got {','.join(words)}.")
+    return tuple(int(word) for word in words)
 
 
 if __name__ == "__main__":

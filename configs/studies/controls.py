@@ -3,13 +3,30 @@
 `python -m quietstar_jax.study --study configs/studies/controls.py --workdir runs/controls`
 """
 
+import dataclasses
+import math
+
+from configs import quickstart
+from quietstar_jax.config import from_config_dict
 from quietstar_jax.studies.study import Study
+from quietstar_jax.thoughts.flops import phase_flops
 
 PLAIN = {  # the thinking phases become plain language modelling; evaluation still thinks
     "phases[1].thought_length": 0, "phases[1].rates.decoder": 1.0, "phases[1].learning_rate": 3e-4,
     "phases[2].thought_length": 0, "evaluation.thought_length": 6,
 }  # fmt: skip
-FLOPS = 673  # plain steps that cost what the thinking phases do, by thoughts/flops.py
+
+
+def plain_steps_of_equal_flops() -> int:
+    """Steps of pre-training that cost what it and thinking cost, less what `PLAIN` does in the place of thinking."""
+    config = from_config_dict(quickstart.get_config())
+    pretrain, *thinking = config.phases
+    plain = [dataclasses.replace(phase, thought_length=0) for phase in thinking]
+    total, spent, once = (
+        sum(phase_flops(config.model.architecture, phase, config.data.sequence_length) for phase in phases)
+        for phases in (config.phases, plain, [dataclasses.replace(pretrain, steps=1)])
+    )
+    return math.ceil((total - spent) / once)
 
 
 def get_study() -> Study:
@@ -20,7 +37,7 @@ def get_study() -> Study:
         variants={
             "thoughts": {},
             "plain_equal_tokens": PLAIN,
-            "plain_equal_flops": PLAIN | {"phases[0].steps": 560 + FLOPS},
+            "plain_equal_flops": PLAIN | {"phases[0].steps": plain_steps_of_equal_flops()},
             "pause_tokens": {"thought.control": "pause"},
             "random_thoughts": {"thought.control": "random"},
             "shuffled_thoughts": {"thought.control": "shuffled"},

@@ -1,16 +1,16 @@
-"""Many runs of one configuration, and what their differences are worth."""
+"""What a study is: variants of one configuration, each with every seed."""
 
 from __future__ import annotations
 
-import json
+import re
 import runpy
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quietstar_jax.config import Config, from_config_dict
 from quietstar_jax.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ class Study:
       base: configuration file that all start from.
       variants: name -> settings that differ, as on the command line: {"phases[1].steps": 0}.
       baseline: the variant that the others are compared with.
-      seeds: at least two, so that there is something to compare.
+      seeds: at least two, so that there is something to compare; a paired test wants more.
       metrics: names in `summary.json`.
     """
 
@@ -54,36 +54,43 @@ def load_study(path: str) -> Study:
     return study
 
 
+def settings(study: Study, variant: str, seed: int, workdir: Path) -> dict[str, Any]:
+    """What one run sets on top of the base."""
+    own = {"workdir": str(workdir), "seed": seed, "logging.progress_bar": False, "checkpoint.keep_phase_ends": True}
+    return own | dict(study.variants[variant])
+
+
 def command(study: Study, variant: str, seed: int, workdir: Path) -> list[str]:
     """The command line of one run."""
-    settings = {"workdir": str(workdir), "seed": seed, "logging.progress_bar": False} | dict(study.variants[variant])
-    overrides = [f"--config.{name}={value}" for name, value in settings.items()]
+    overrides = [f"--config.{name}={value}" for name, value in settings(study, variant, seed, workdir).items()]
     return [sys.executable, "-m", "quietstar_jax.train", "--config", study.base, *overrides]
 
 
-def run_study(study: Study, root: Path, say: Callable[[str], None]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Runs what has not been run yet, one after another, each in a process of its own.
+def configuration(study: Study, variant: str, seed: int, workdir: Path) -> Config:
+    """What that command line trains with.
 
-    A study that is started again skips finished runs and goes on in the middle of an unfinished one. A run that fails
-    is reported, and the others still run.
-
-    Returns:
-      variant -> seed -> `summary.json` of every finished run.
+    Raises:
+      ConfigError: a setting of the variant is unknown or impossible.
     """
-    results: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in study.variants}
-    for seed in study.seeds:
-        for variant in study.variants:
-            workdir = root / variant / f"seed_{seed}"
-            summary = workdir / "summary.json"
-            if not summary.exists():
-                workdir.mkdir(parents=True, exist_ok=True)
-                say(f"{variant}, seed {seed}: {workdir}")
-                with (workdir / "log.txt").open("a", encoding="utf-8") as log:
-                    ended = subprocess.run(
-                        command(study, variant, seed, workdir), stdout=log, stderr=subprocess.STDOUT, check=False
-                    )
-                if ended.returncode or not summary.exists():
-                    say(f"{variant}, seed {seed} FAILED with status {ended.returncode}; see {workdir / 'log.txt'}")
-                    continue
-            results[variant][seed] = json.loads(summary.read_text("utf-8"))
-    return results
+    make = runpy.run_path(study.base).get("get_config")
+    if not callable(make):
+        raise ConfigError(f"The base {study.base} of the study has no function get_config().")
+    config = make()
+    try:
+        for name, value in settings(study, variant, seed, workdir).items():
+            _set(config, name, value)
+        return from_config_dict(config)
+    except ConfigError as error:
+        raise ConfigError(f"Variant {variant!r} of the study cannot be run. {error}") from error
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    """Sets a field by its name on the command line: `phases[1].rates.decoder`."""
+    *path, last = [int(part) if part.isdigit() else part for part in re.findall(r"\w+", name)]
+    try:
+        for part in path:
+            config = config[part]
+        config[last]  # a setting must be there before it is set
+        config[last] = value
+    except (KeyError, IndexError, TypeError) as error:
+        raise ConfigError(f"config.{name} cannot be set to {value!r}: {' '.join(map(str, error.args))}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +14,10 @@ Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # variant -> seed -> su
 def compare(results: Results, baseline: str, metrics: Sequence[str]) -> list[dict[str, Any]]:
     """One row per variant and metric.
 
-    Keys: `variant`, `metric`, `runs`, `mean`, `standard_error`, `difference` from the baseline (mean over the seeds
-    that both have) and `p_value` of a paired two-sided t-test of it; None where there are too few runs.
+    Keys: `variant`, `metric`, `runs`, `mean`, `standard_error`; and against the baseline, over the `pairs` of runs with
+    the same seed: `difference` (mean), `low` and `high` (its 95 % confidence interval by Student's t), and `p_value` of
+    a paired two-sided t-test. None where there are too few runs; the last three also where all pairs differ by exactly
+    the same, which leaves no scatter to test against.
     """
     rows = []
     for variant, runs in results.items():
@@ -26,8 +27,7 @@ def compare(results: Results, baseline: str, metrics: Sequence[str]) -> list[dic
                 continue
             sample = np.array(list(values.values()))
             own = {seed: float(run[metric]) for seed, run in results[baseline].items() if metric in run}
-            pairs = np.array([(values[seed], own[seed]) for seed in values if seed in own]).reshape(-1, 2)
-            compared = variant != baseline and len(pairs) > 0
+            differences = np.array([values[seed] - own[seed] for seed in values if seed in own and variant != baseline])
             rows.append(
                 {
                     "variant": variant,
@@ -35,32 +35,42 @@ def compare(results: Results, baseline: str, metrics: Sequence[str]) -> list[dic
                     "runs": len(sample),
                     "mean": float(sample.mean()),
                     "standard_error": float(stats.sem(sample)) if len(sample) > 1 else None,
-                    "difference": float((pairs[:, 0] - pairs[:, 1]).mean()) if compared else None,
-                    "p_value": _paired_p_value(pairs) if compared else None,
+                    **paired_test(differences),
                 }
             )
     return rows
 
 
-def _paired_p_value(pairs: np.ndarray) -> float | None:
-    difference = pairs[:, 0] - pairs[:, 1]
-    if len(difference) < 2:
-        return None
-    if not difference.any():
-        return 1.0
-    p = float(stats.ttest_rel(pairs[:, 0], pairs[:, 1]).pvalue)
-    return p if math.isfinite(p) else None
+def paired_test(differences: np.ndarray) -> dict[str, Any]:
+    """The fields of `compare` that speak of pairs, from one difference per pair."""
+    pairs = len(differences)
+    found: dict[str, Any] = {"pairs": pairs, "difference": float(differences.mean()) if pairs else None}
+    found |= dict.fromkeys(("low", "high", "p_value"))
+    if pairs < 2:
+        return found
+    if not differences.any():
+        return found | {"low": 0.0, "high": 0.0, "p_value": 1.0}
+    if np.ptp(differences) <= 1e-12 * np.abs(differences).max():
+        return found
+    test = stats.ttest_1samp(differences, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return found | {"low": float(low), "high": float(high), "p_value": float(test.pvalue)}
 
 
-def format_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
+def format_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], baseline: str) -> str:
     """Markdown: variants down, metrics across; `mean ± standard error (p)` against the baseline."""
     cells = {(row["variant"], row["metric"]): row for row in rows}
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    lines = ["| variant | runs | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
+    lines = ["| variant | n | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
     for variant in variants:
         own = [cells.get((variant, metric)) for metric in metrics]
         runs = max(row["runs"] for row in own if row)
         lines.append(f"| {variant} | {runs} | " + " | ".join(map(_cell, own)) + " |")
+    lines += [
+        "",
+        f"Mean ± standard error over n seeds. p: paired two-sided t-test against `{baseline}` over the seeds that both "
+        "have (their number is given where it is not n), not corrected for the number of comparisons.",
+    ]
     return "\n".join(lines)
 
 
@@ -71,5 +81,6 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     if row["standard_error"] is not None:
         text += f" ± {row['standard_error']:.4f}"
     if row["p_value"] is not None:
-        text += f" (p {row['p_value']:.2g})"
+        over = f", {row['pairs']} pairs" if row["pairs"] != row["runs"] else ""
+        text += f" (p {row['p_value']:.2g}{over})"
     return text

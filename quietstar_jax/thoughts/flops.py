@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.config import Architecture, Phase
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 
@@ -18,7 +18,7 @@ class Flops(NamedTuple):
     Attributes:
       base: forward pass over the text with its LM head; sampling: T steps of every chain with their LM head.
       scoring: chains of the forward scoring pass; scoring_heads: LM and mixing heads on them.
-      backward: gradients of base and scoring, twice their forward.
+      backward: gradients of base and scoring, twice their forward where all weights learn.
       recomputation: matrix products that `model.rematerialize` does a second time; not needed by the algorithm.
     """
 
@@ -43,8 +43,20 @@ def decoder_flops(a: Architecture, keys: float) -> float:
     return a.num_layers * (projections + feed_forward + 4 * width * keys)
 
 
-def step_flops(a: Architecture, settings: ThoughtSettings, batch: int, length: int) -> Flops:
-    """FLOPs of one training step on `batch` sequences of `length` tokens."""
+def phase_flops(a: Architecture, phase: Phase, length: int) -> float:
+    """Necessary FLOPs of all steps of a phase on sequences of `length` tokens."""
+    settings = ThoughtSettings(phase.thought_length, phase.num_thoughts, phase.tokens_ahead)
+    step = step_flops(a, settings, phase.batch_size, length, decoder_learns=phase.rates.decoder > 0)
+    return phase.steps * step.necessary
+
+
+def step_flops(
+    a: Architecture, settings: ThoughtSettings, batch: int, length: int, *, decoder_learns: bool = True
+) -> Flops:
+    """FLOPs of one training step on `batch` sequences of `length` tokens.
+
+    Where thoughts are trained but the decoder is frozen, backward is that of the mixing head alone.
+    """
     head = 2.0 * a.hidden_size * a.vocab_size
     prefix = (length + 1) / 2
     texts, chains = batch * length, batch * length * settings.count
@@ -56,7 +68,8 @@ def step_flops(a: Architecture, settings: ThoughtSettings, batch: int, length: i
     sampling = chains * settings.length * (decoder_flops(a, prefix + (settings.length + 1) / 2) + head)
     scoring = chains * c * decoder_flops(a, prefix + (c + 1) / 2)
     mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # the half of the text is shared by all thoughts
-    heads = chains * (settings.length * head + settings.tokens_ahead * (head + mixing))
-    heads += texts * 2.0 * a.hidden_size**2
+    mixing = chains * settings.tokens_ahead * mixing + texts * 2.0 * a.hidden_size**2
+    heads = chains * (settings.length + settings.tokens_ahead) * head + mixing
+    backward = 2 * (base + scoring + heads if decoder_learns else mixing)
     recomputation = (texts * decoder_flops(a, prefix) + scoring) if settings.rematerialize else 0.0
-    return Flops(base, sampling, scoring, heads, 2 * (base + scoring + heads), recomputation)
+    return Flops(base, sampling, scoring, heads, backward, recomputation)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as preserve
 
 from quietstar_jax.config import CheckpointConfig
 from quietstar_jax.errors import CheckpointError
 from quietstar_jax.settings import differences
 from quietstar_jax.training.step import TrainState
 
-# What may change between the runs that share a work directory: none of it touches the course of training, chunk sizes
-# only through rounding.
-FREE = ("config.workdir", "config.logging", "config.checkpoint", "config.evaluation", "config.data.workers",
-        "config.data.validation", "config.data.data_dir", "config.thought.chunk_megabytes",
-        "config.thought.positions_per_chunk")  # fmt: skip
+# What changes nothing that a run computes, chunk sizes only through rounding.
+UNRELATED = ("config.workdir", "config.logging", "config.checkpoint", "config.data.workers", "config.data.data_dir",
+             "config.thought.chunk_megabytes", "config.thought.positions_per_chunk")  # fmt: skip
+MEASUREMENT = ("config.evaluation", "config.data.validation")  # touches figures, not the course of training
+FREE = UNRELATED + MEASUREMENT  # may change between the runs that share a work directory
+THINKING = tuple(
+    f"config.thought.{name}"
+    for name in ("sampling_temperature", "score_temperature", "positive_only", "policy_reduction", "mixing", "control",
+                 "base_loss_weight")
+)  # fmt: skip  # touches nothing before the first phase that thinks
 ARRAYS, RECORDS = ("params", "opt_state"), ("data", "config", "progress")
 LARGE_BYTES = 2**26  # stacked layers beyond it are stored apart, so that an export need not hold them all
 
@@ -33,10 +39,13 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one work directory; a context manager that waits for the last write."""
 
-    def __init__(self, directory: Path, config: CheckpointConfig):
+    def __init__(self, directory: Path, config: CheckpointConfig, kept_steps: Sequence[int] = ()):
+        """Args: kept_steps: checkpoints that are never deleted, beside those of the configuration."""
+        policies = [preserve.LatestN(config.keep_latest), preserve.CustomSteps(kept_steps)]
+        if config.keep_every_steps:
+            policies.append(preserve.EveryNSteps(config.keep_every_steps))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_latest,
-            keep_period=config.keep_every_steps or None,
+            preservation_policy=preserve.AnyPreservationPolicy(policies),
             enable_async_checkpointing=config.asynchronous,
             cleanup_tmp_directories=True,  # of a run that was killed while it wrote
         )
@@ -114,22 +123,15 @@ def _layers_apart(arrays: Any) -> ocp.args.StandardSave:
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> None:
-    """Refuses to resume a run that changed in what has already shaped its weights.
+    """Refuses to resume a run that changed in what has already shaped its weights (see `course_changes`).
 
     Args:
       saved, wanted: `Run.record` of the checkpoint and of now; step: of the checkpoint.
 
-    Settings in `FREE` may change, and so may phases that had not begun; the last phase that had may get more steps.
-
     Raises:
       CheckpointError: lists every difference.
     """
-    begun = {"phases": _begun(saved["config"]["phases"], step)}, {"phases": _begun(wanted["config"]["phases"], step)}
-    changed = [
-        line
-        for line in differences(saved["config"] | begun[0], wanted["config"] | begun[1])
-        if not line.startswith(FREE)
-    ]
+    changed = course_changes(saved["config"], wanted["config"], step)
     for part in ("architecture", "model_commit", "vocabulary"):  # what a checkpoint or tokenizer of that name held
         changed += differences(saved[part], wanted[part], part)
     if changed:
@@ -138,6 +140,19 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: in
             + "\n".join(f"  - {line}" for line in changed)
             + "\nSet these back to resume, or choose a new workdir to start afresh."
         )
+
+
+def course_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> list[str]:
+    """Lines `setting: saved -> wanted` for all that makes two configurations differ in what they do up to a step.
+
+    Settings in `FREE` may change, and so may phases that had not begun, and those in `THINKING` where none that thinks
+    had; the last phase that had begun may get more steps.
+    """
+    before, after = _begun(saved["phases"], step), _begun(wanted["phases"], step)
+    thinks = any(phase["thought_length"] for phase in (*before, *after))
+    free = FREE if thinks else FREE + THINKING
+    found = differences({**saved, "phases": before}, {**wanted, "phases": after})
+    return [line for line in found if not line.startswith(free)]
 
 
 def _begun(phases: Any, step: int) -> list[dict[str, Any]]:

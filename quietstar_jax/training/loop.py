@@ -38,7 +38,8 @@ def train(config: Config) -> dict[str, Any]:
     workdir = make_workdir(config)
     sequences = training_sequences(config.data, run.tokenizer, seed=config.seed)
     held_out = held_out_batches(run)
-    with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
+    ends = [end for _, _, end in phases_left(config, 0)] if config.checkpoint.keep_phase_ends else []
+    with Checkpoints(workdir / "checkpoints", config.checkpoint, ends) as checkpoints:
         state = resume_or_start(run, checkpoints, sequences)
         run.tokenizer.save(workdir / "tokenizer")
         write_json(workdir / "config.json", run.record)
@@ -127,6 +128,7 @@ class Trainer:
 
     def run_phases(self, state: TrainState) -> TrainState:
         """All steps that are left."""
+        self._catch_up(state)
         for phase, start, end in phases_left(self._run.config, int(state.step)):
             step_fn = jax.jit(
                 make_train_step(
@@ -149,14 +151,27 @@ class Trainer:
             self._read_metrics()
             self._unread = functools.partial(self._log, values, done, phase)
             # Evaluated before saved: a run that is killed in between does the evaluation again.
-            every = config.evaluation.every_steps
-            if done == end or (every and done % every == 0):
+            if self._is_evaluated(done, end):
                 self._read_metrics()
                 self._evaluate(state, phase, done)
-            if done % config.checkpoint.every_steps == 0:
+            if done % config.checkpoint.every_steps == 0 or (done == end and config.checkpoint.keep_phase_ends):
                 self._read_metrics()  # a state with a value that is not finite is never saved
                 self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
         return state
+
+    def _is_evaluated(self, step: int, phase_end: int) -> bool:
+        every = self._run.config.evaluation.every_steps
+        return step == phase_end or bool(every and step % every == 0)
+
+    def _catch_up(self, state: TrainState) -> None:
+        """Evaluates the state that the run begins with where that was due and has no record: a study lets runs begin
+        from weights of another, which measures in its own way."""
+        step, start = int(state.step), 0
+        for phase in self._run.config.phases:
+            due = start < step <= start + phase.steps and self._is_evaluated(step, start + phase.steps)
+            if due and not self._metrics.has("evaluation", step):
+                self._evaluate(state, phase, step)
+            start += phase.steps
 
     def _read_metrics(self) -> None:
         unread, self._unread = self._unread, lambda: None

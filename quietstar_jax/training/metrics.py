@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class MetricsWriter:
     def __init__(self, workdir: Path, config: LoggingConfig, *, first_step: int, total_steps: int, run_config: Any):
         self._sinks = _sinks(workdir, config, first_step, run_config)  # first: a missing package stops here
         path = workdir / "metrics.jsonl"
-        _keep_until(path, first_step)
+        self._kept = _keep_until(path, first_step)
         self._file = path.open("a", encoding="utf-8")
         self._bar = tqdm(
             total=total_steps, initial=first_step, disable=not config.progress_bar, unit="step", dynamic_ncols=True,
@@ -39,6 +39,10 @@ class MetricsWriter:
         self._file.close()
         for sink in self._sinks:
             sink.close()
+
+    def has(self, kind: str, step: int) -> bool:
+        """Whether a record was there when the run began."""
+        return (kind, step) in self._kept
 
     def write(self, kind: str, step: int, phase: str, values: Mapping[str, Any]) -> None:
         """One record `{"kind", "step", "phase", ...}`; `kind` is `train` or `evaluation`."""
@@ -65,26 +69,40 @@ class MetricsWriter:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    _replace(path, json.dumps(value, indent=2) + "\n")
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drops records after `step`, and a last line that a killed run left unfinished."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in order; none where it does not exist.
+
+    A last line that a killed run left unfinished is left out.
+    """
+    records: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            record = json.loads(line)
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             break
-        if record["step"] <= step:
-            kept.append(line + "\n")
+    return records
+
+
+def write_metrics(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """The inverse of `read_metrics`; writes the file whole or not at all."""
+    _replace(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _replace(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _keep_until(path: Path, step: int) -> set[tuple[str, int]]:
+    """Drops records after `step`; returns kind and step of the others."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    if path.exists():
+        write_metrics(path, kept)
+    return {(record["kind"], record["step"]) for record in kept}
 
 
 class _TensorBoard:

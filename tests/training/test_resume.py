@@ -98,14 +98,25 @@ def test_what_may_change_between_runs():
         config = {"seed": 0, "logging": {"every_steps": 1}, "phases": phases} | settings
         return {"config": config, "architecture": {"num_layers": architecture}, "model_commit": "", "vocabulary": {}}
 
-    saved = record([{"steps": 4, "decay": "constant", "rate": 1}])
+    def phase(**settings):
+        return {"steps": 4, "decay": "constant", "rate": 1, "thought_length": 0} | settings
+
+    saved = record([phase()])
     check_same_run(saved, record(saved["config"]["phases"], logging={"every_steps": 9}), step=2)
-    check_same_run(saved, record([{"steps": 9, "decay": "constant", "rate": 1}, {"steps": 1}]), step=4)
+    check_same_run(saved, record([phase(steps=9), phase(steps=1)]), step=4)
     with pytest.raises(CheckpointError, match="rate: 1 -> 2"):
-        check_same_run(saved, record([{"steps": 4, "decay": "constant", "rate": 2}]), step=2)
-    decaying = record([{"steps": 4, "decay": "cosine", "rate": 1}])
+        check_same_run(saved, record([phase(rate=2)]), step=2)
+    decaying = record([phase(decay="cosine")])
     with pytest.raises(CheckpointError, match="steps: 4 -> 9"):
-        check_same_run(decaying, record([{"steps": 9, "decay": "cosine", "rate": 1}]), step=2)
+        check_same_run(decaying, record([phase(decay="cosine", steps=9)]), step=2)
+    pause = {"thought": {"control": "pause"}}
+    phases = [phase(), phase(thought_length=6)]
+    check_same_run(record(phases, thought={"control": "none"}), record(phases, **pause), step=4)
+    with pytest.raises(CheckpointError, match=r"config\.thought\.control: 'none' -> 'pause'"):
+        check_same_run(record(phases, thought={"control": "none"}), record(phases, **pause), step=5)
+    with pytest.raises(CheckpointError, match=r"config\.thought\.embedding_scale: 1 -> 2"):
+        check_same_run(record([phase()], thought={"embedding_scale": 1}),
+                       record([phase()], thought={"embedding_scale": 2}), step=2)  # fmt: skip
     with pytest.raises(CheckpointError, match=r"architecture\.num_layers: 4 -> 5"):
         check_same_run(saved, record(saved["config"]["phases"], architecture=5), step=2)
 

@@ -1,0 +1,74 @@
+"""What a study has come to so far, from its folders; and the file that says it to programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quietstar_jax.errors import DataError
+from quietstar_jax.studies.runner import PlannedRun
+from quietstar_jax.studies.study import Study
+from quietstar_jax.studies.table import compare, format_table
+from quietstar_jax.training.metrics import write_json
+
+RESULTS, TABLE = "study.json", "table.md"
+
+
+def collect(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Any]:
+    """All finished runs and their comparison, ready for JSON.
+
+    Keys: `study` (its fields), `runs` (one entry per finished run: `variant`, `seed`, `workdir`, `begun_from` the run
+    whose first phases it took over or None, `figures` all numbers of its summary), `missing` (`variant`, `seed` of the
+    others) and `rows` (see `table.compare`).
+    """
+    finished, missing = [], []
+    results: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in study.variants}
+    for run in runs:
+        summary = run.summary
+        if summary is None:
+            missing.append({"variant": run.variant, "seed": run.seed})
+            continue
+        figures = {name: value for name, value in summary.items() if isinstance(value, int | float)}
+        results[run.variant][run.seed] = figures
+        begun = run.workdir / "begun_from.json"
+        finished.append(
+            {
+                "variant": run.variant,
+                "seed": run.seed,
+                "workdir": str(run.workdir),
+                "begun_from": json.loads(begun.read_text("utf-8")) if begun.exists() else None,
+                "figures": figures,
+            }
+        )
+    rows = compare(results, study.baseline, study.metrics)
+    return {"study": dataclasses.asdict(study), "runs": finished, "missing": missing, "rows": rows}
+
+
+def write_results(root: Path, results: dict[str, Any]) -> str:
+    """Writes `study.json` and `table.md`; returns the table."""
+    study = results["study"]
+    table = format_table(results["rows"], study["metrics"], study["baseline"])
+    write_json(root / RESULTS, results)
+    (root / TABLE).write_text(table + "\n", encoding="utf-8")
+    return table
+
+
+def read_results(root: Path) -> dict[str, Any]:
+    """What `write_results` wrote.
+
+    Raises:
+      DataError: there is nothing, or something else.
+    """
+    try:
+        results: dict[str, Any] = json.loads((root / RESULTS).read_text("utf-8"))
+        if not {"study", "runs", "rows"} <= results.keys():
+            raise ValueError("it has no runs")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{root / RESULTS} does not hold the results of a study: {error}. Give the --workdir of "
+            "`python -m quietstar_jax.study`; running that again writes it anew."
+        ) from error
+    return results

@@ -1,0 +1,164 @@
+"""Runs a study: every run once, resumed where it stopped, begun from the phases that another run has already done."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from quietstar_jax.config import Config
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.settings import differences, from_mapping, to_mapping
+from quietstar_jax.studies.study import Study, command, configuration
+from quietstar_jax.training.checkpoints import MEASUREMENT, THINKING, UNRELATED, course_changes
+from quietstar_jax.training.metrics import read_metrics, write_json, write_metrics
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One variant with one seed."""
+
+    variant: str
+    seed: int
+    workdir: Path
+    config: Config
+    command: list[str]
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What it came to; None until it has finished with this configuration, or a later change of it."""
+        try:
+            summary: dict[str, Any] = json.loads((self.workdir / "summary.json").read_text("utf-8"))
+            record = json.loads((self.workdir / "config.json").read_text("utf-8"))
+            ran = to_mapping(from_mapping(Config, record["config"]))
+        except (OSError, ValueError, KeyError, ConfigError):
+            return None
+        changed = [line for line in differences(ran, to_mapping(self.config)) if not line.startswith(UNRELATED)]
+        return None if changed else summary
+
+
+def plan(study: Study, root: Path) -> list[PlannedRun]:
+    """All runs, in order: seed by seed, so that an unfinished study is complete for its first seeds; the baseline
+    first, since most variants can begin from it.
+
+    Raises:
+      ConfigError: a variant cannot be run.
+    """
+    variants = sorted(study.variants, key=lambda variant: variant != study.baseline)
+    places = [(variant, seed, root / variant / f"seed_{seed}") for seed in study.seeds for variant in variants]
+    return [PlannedRun(*place, configuration(study, *place), command(study, *place)) for place in places]
+
+
+def run_study(runs: Sequence[PlannedRun], wanted: Callable[[PlannedRun], bool], say: Say) -> Iterator[PlannedRun]:
+    """Runs what is wanted and not finished, one after another, each in a process of its own.
+
+    A run begins where it stopped. One that has not begun takes over the phases that another run of its seed has done
+    with the same settings: it starts with a copy of that run's checkpoint, and comes to the same as from scratch, bit
+    for bit. A run that fails is reported, and the others still run.
+
+    Yields:
+      every run that was tried, once it has ended.
+    """
+    for run in filter(wanted, runs):
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        with _alone(run.workdir, say) as lock:
+            if run.summary is not None:
+                continue
+            if not _saved_steps(run.workdir):
+                _begin_from_another(run, [other for other in runs if other.seed == run.seed], say)
+            say(f"{run.variant}, seed {run.seed}: {run.workdir}")
+            with (run.workdir / "log.txt").open("a", encoding="utf-8") as log:
+                ended = subprocess.run(run.command, stdout=log, stderr=subprocess.STDOUT, check=False, pass_fds=(lock,))
+            if ended.returncode or run.summary is None:
+                status = f"FAILED with status {ended.returncode}"
+                say(f"{run.variant}, seed {run.seed} {status}; see {run.workdir / 'log.txt'}")
+        yield run
+
+
+@contextlib.contextmanager
+def _alone(workdir: Path, say: Say) -> Iterator[int]:
+    """Holds the work directory; gives a file descriptor that holds it for as long as any process has it open.
+
+    A study that was killed may have left a training process behind: whoever comes next waits for it.
+    """
+    with (workdir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{workdir} is in use by another process; waiting until it ends.")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
+
+
+def _saved_steps(workdir: Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say) -> None:
+    """Copies the checkpoint at the end of the longest shared stretch of phases, where there is one."""
+    best: tuple[int, PlannedRun, dict[str, Any]] | None = None
+    for other in others:
+        for step in set(_saved_steps(other.workdir)) & set(_phase_ends(run.config)):
+            found = _saved_config(other.workdir, step)
+            if found and (best is None or step > best[0]) and _same_until(found, run.config, step):
+                best = step, other, found
+    if best is None:
+        return
+    step, other, saved = best
+    # Figures that the other run measured stand only where this one would have measured the same.
+    measured = [line for line in differences(saved, to_mapping(run.config)) if line.startswith(MEASUREMENT + THINKING)]
+    same = not measured and _evaluated_length(saved) == run.config.evaluation_thought_length
+    records = [
+        record
+        for record in read_metrics(other.workdir / "metrics.jsonl")
+        if record["step"] <= step and (same or record["kind"] == "train")
+    ]
+    write_metrics(run.workdir / "metrics.jsonl", records)
+    write_json(run.workdir / "begun_from.json", {"run": f"{other.variant}/seed_{other.seed}", "step": step})
+    partial = run.workdir / "checkpoint.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(other.workdir / "checkpoints" / str(step), partial)
+    (run.workdir / "checkpoints").mkdir(exist_ok=True)
+    os.rename(partial, run.workdir / "checkpoints" / str(step))  # last: until now the run has not begun
+    say(f"{run.variant}, seed {run.seed} begins from step {step} of {other.variant}")
+
+
+def _phase_ends(config: Config) -> list[int]:
+    ends, step = [], 0
+    for phase in config.phases:
+        step += phase.steps
+        ends.append(step)
+    return ends
+
+
+def _saved_config(workdir: Path, step: int) -> dict[str, Any] | None:
+    """The configuration that a checkpoint was written with; None where it cannot be read."""
+    try:
+        record = json.loads((workdir / "checkpoints" / str(step) / "config" / "metadata").read_text("utf-8"))
+        config: dict[str, Any] = to_mapping(from_mapping(Config, record["config"]))
+    except (OSError, ValueError, KeyError, ConfigError):
+        return None
+    return config
+
+
+def _same_until(saved: Mapping[str, Any], wanted: Config, step: int) -> bool:
+    """Whether the saved run did exactly the phases of the wanted one up to this step, which ends a phase of both."""
+    if step not in _phase_ends(from_mapping(Config, saved)):
+        return False
+    return not course_changes(saved, to_mapping(wanted), step)
+
+
+def _evaluated_length(saved: Mapping[str, Any]) -> int:
+    return from_mapping(Config, saved).evaluation_thought_length
