@@ -48,6 +48,8 @@ class Sizes:
     mixing_only: bool = False  # only the mixing head learns; necessary_flops still counts every gradient
     chunk_megabytes: int = ThoughtConfig.chunk_megabytes
     positions_per_chunk: int = 0
+    positions: str = "all"
+    position_fraction: float = 1.0
 
 
 _QUICKSTART = Sizes(
@@ -75,7 +77,8 @@ def config_of(s: Sizes) -> Config:
         rates=RateScales(decoder=0.0, thought_embeddings=0.0) if s.mixing_only else RateScales(),
     )  # fmt: skip
     model = ModelConfig(architecture=architecture, compute_dtype=s.dtype, rematerialize=s.rematerialize)
-    thought = ThoughtConfig(chunk_megabytes=s.chunk_megabytes, positions_per_chunk=s.positions_per_chunk)
+    shared = ("chunk_megabytes", "positions_per_chunk", "positions", "position_fraction")
+    thought = ThoughtConfig(**{name: getattr(s, name) for name in shared})
     return Config(model=model, thought=thought, phases=(phase,), data=DataConfig(sequence_length=s.length))
 
 
@@ -132,7 +135,11 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "thought_tokens_per_second": s.batch * s.length * s.thoughts * s.thought_length / step_seconds,
+        "thought_tokens_per_second": s.batch
+        * settings.thinking_positions(s.length)
+        * s.thoughts
+        * s.thought_length
+        / step_seconds,
         "positions_per_chunk": positions_per_chunk(architecture, settings, s.batch // s.microbatches, s.length),
         "loss": float(metrics["loss"]),
         "device": jax.devices()[0].device_kind,

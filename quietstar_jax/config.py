@@ -8,6 +8,7 @@ then turns it into a `Config`, naming every unknown key, wrong type and impossib
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +135,9 @@ class ThoughtConfig:
     mixing: str = "hidden_states"  # hidden_states (published code) | log_probabilities (paper) | none (thought alone)
     control: str = "none"  # none | pause | random | shuffled: what stands in a thought's place, to measure its worth
     base_loss_weight: float = 0.5  # weight of the loss without thoughts in the total
+    positions: str = "all"  # all | stride | random | entropy (where the text is hardest): which positions think in
+    # training; evaluation thinks at every one
+    position_fraction: float = 1.0  # of the positions, where they are chosen; the cost falls with it
     positions_per_chunk: int = 0  # positions whose chains are in memory at once; 0 = from `chunk_megabytes`
     chunk_megabytes: int = 256  # memory budget for the activations of one chunk, per device
 
@@ -146,9 +150,25 @@ class ThoughtConfig:
             *require(self.sampling_temperature > 0, "sampling_temperature", self.sampling_temperature, "above 0"),
             *require(self.score_temperature > 0, "score_temperature", self.score_temperature, "above 0"),
             *require(0 <= self.base_loss_weight <= 1, "base_loss_weight", self.base_loss_weight, "within 0 .. 1"),
+            *one_of("positions", self.positions, ("all", "stride", "random", "entropy")),
+            *require(0 < self.position_fraction <= 1, "position_fraction", self.position_fraction, "above 0, up to 1"),
+            *require(
+                self.positions != "all" or self.position_fraction == 1.0,
+                "position_fraction", self.position_fraction, "1.0 where positions is 'all'; choose how: stride, random "
+                "or entropy",
+            ),
+            *require(
+                self.positions != "stride" or _is_reciprocal(self.position_fraction),
+                "position_fraction", self.position_fraction, "1/n for positions='stride', every n-th position",
+            ),
             *require(self.positions_per_chunk >= 0, "positions_per_chunk", self.positions_per_chunk, "0 or more"),
             *require(self.chunk_megabytes > 0, "chunk_megabytes", self.chunk_megabytes, "at least 1"),
-        ]
+        ]  # fmt: skip
+
+
+def _is_reciprocal(x: float) -> bool:
+    """Whether x is 1/n, up to a few decimals."""
+    return x > 0 and math.isclose(1 / x, round(1 / x), rel_tol=1e-3)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ class Seen(NamedTuple):
 
     Attributes:
       mask: [B, P] bool, True where the text is real.
-      positions: [J] int32, the j of each chain; offsets: [C] int32, the c of each query token.
+      positions: [J] int32, the j of each chain, or [B, J] where sequences differ.
+      offsets: [C] int32, the c of each query token.
       window: scalar int32, keys that a query sees, itself included.
     """
 
@@ -39,9 +40,10 @@ class Seen(NamedTuple):
 
 def prefix_visible(seen: Seen, keys: jax.Array) -> jax.Array:
     """Which of the prefix keys with numbers `keys` [N] a chain token sees: [B, J, C, N] bool."""
-    query = seen.positions[:, None, None] + 1 + seen.offsets[None, :, None]
-    visible = (keys <= seen.positions[:, None, None]) & (query - keys < seen.window)
-    return seen.mask[:, keys][:, None, None, :] & visible[None]
+    position = seen.positions[..., None, None]
+    query = position + 1 + seen.offsets[:, None]
+    visible = (keys <= position) & (query - keys < seen.window)
+    return seen.mask[:, keys][:, None, None, :] & visible
 
 
 def own_visible(seen: Seen, length: int) -> jax.Array:

@@ -22,7 +22,7 @@ def chain_pass(
     """All tokens of all chains of J positions at once.
 
     Args:
-      embeddings: [B, R, J, C, D]; positions: [J]; prefix: [layers, B, P, G, H]; mask: [B, P] bool.
+      embeddings: [B, R, J, C, D]; positions: [J] or [B, J]; prefix: [layers, B, P, G, H]; mask: [B, P] bool.
 
     Returns:
       final-norm hidden states [B, R, J, C, D].
@@ -33,7 +33,7 @@ def chain_pass(
         own = to_chain_layout(k), to_chain_layout(v)
         return attend_chains(q, base.keys, base.values, *own, Seen(mask, positions, offsets, window)), None
 
-    rotary = positions[:, None] + 1 + offsets
+    rotary = positions[..., None, :, None] + 1 + offsets
     return run_layers(decoder, embeddings, rotary, attend_chain, prefix, rematerialize=rematerialize)[0]
 
 
@@ -51,7 +51,7 @@ def chain_step(
     """The next token of every chain.
 
     Args:
-      embeddings: [B, R, J, D]; offset: scalar c of these tokens; positions: [J]; prefix, mask: as in `chain_pass`;
+      embeddings: [B, R, J, D]; offset: scalar c of these tokens; positions, prefix, mask: as in `chain_pass`;
         own: keys and values of tokens 0 .. c - 1.
 
     Returns:
@@ -67,6 +67,6 @@ def chain_step(
         seen = Seen(mask, positions, offset[None], window)
         return attend_chains(q, base.keys, base.values, *written, seen), written
 
-    rotary = positions[:, None] + 1 + offset
+    rotary = positions[..., None, :, None] + 1 + offset
     hidden, own = run_layers(decoder, embeddings[..., None, :], rotary, attend_step, (prefix, own))
     return hidden[..., 0, :], own

@@ -13,11 +13,18 @@ from quietstar_jax.thoughts.attention import KEY_BLOCK
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 Tree = TypeVar("Tree")
+PAST_THE_TEXT = 2**30  # a position that no text has
 
 
-def chunk_starts(length: int, chunk: int) -> jax.Array:
-    """First position of each chunk. The last chunk may reach past the text; such positions count for nothing."""
-    return jnp.arange(0, length, chunk)
+def chunk_starts(count: int, chunk: int) -> jax.Array:
+    """Where each chunk of `count` positions begins. The last one may reach past them."""
+    return jnp.arange(0, count, chunk)
+
+
+def take_positions(positions: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
+    """A chunk of positions [J] or [B, J]; `PAST_THE_TEXT`, which counts for nothing, where there are no more."""
+    index = start + jnp.arange(chunk)
+    return jnp.take(positions, index, axis=-1, mode="fill", fill_value=PAST_THE_TEXT)
 
 
 def take_chunk(tree: Tree, start: jax.Array, chunk: int, axis: int) -> Tree:
@@ -26,18 +33,19 @@ def take_chunk(tree: Tree, start: jax.Array, chunk: int, axis: int) -> Tree:
     return jax.tree.map(lambda x: jnp.take(x, index, axis=axis, mode="fill", fill_value=0), tree)
 
 
-def map_chunks(fn: Callable[..., Tree], length: int, chunk: int, inputs: Any, *, axis: int) -> Tree:
-    """`fn(positions [chunk], inputs of these positions)` for all chunks, joined along `axis` and cut to `length`."""
+def map_chunks(fn: Callable[..., Tree], positions: jax.Array, chunk: int, inputs: Any, *, axis: int) -> Tree:
+    """`fn(positions of a chunk, inputs of these)` for all chunks of positions [J] or [B, J], joined along `axis`."""
+    count = positions.shape[-1]
 
     def one(start: jax.Array) -> Tree:
-        return fn(start + jnp.arange(chunk), take_chunk(inputs, start, chunk, axis))
+        return fn(take_positions(positions, start, chunk), take_chunk(inputs, start, chunk, axis))
 
     def join(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, axis)
         x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-        return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+        return jax.lax.slice_in_dim(x, 0, count, axis=axis)
 
-    return jax.tree.map(join, jax.lax.map(one, chunk_starts(length, chunk)))
+    return jax.tree.map(join, jax.lax.map(one, chunk_starts(count, chunk)))
 
 
 def sum_chunks(
@@ -94,11 +102,11 @@ def positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, b
       batch: B, sequences per device and microbatch; length: L.
 
     Returns:
-      a divisor of `length` where one is close, so that no chunk is half empty.
+      a divisor of the number of positions that think where one is close, so that no chunk is half empty.
     """
-    config = settings.config
+    config, thinking = settings.config, settings.thinking_positions(length)
     if config.positions_per_chunk:
-        return min(config.positions_per_chunk, length)
+        return min(config.positions_per_chunk, thinking)
     a = architecture
     width, heads = settings.dtype.itemsize, (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
     results = (2 * a.hidden_size + heads + 2 * a.intermediate_size) * width + 4 * a.num_heads
@@ -107,8 +115,8 @@ def positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, b
     per_token = a.num_layers * a.hidden_size * width + layers * results + again
     logits = 3 * 4 * a.vocab_size * (settings.length + 2 * settings.tokens_ahead)
     per_position = batch * settings.count * (settings.chain_length * per_token + logits)
-    fitting = max(1, min(length, config.chunk_megabytes * 2**20 // per_position))
-    divisor = max(n for n in range(1, fitting + 1) if length % n == 0)
+    fitting = max(1, min(thinking, config.chunk_megabytes * 2**20 // per_position))
+    divisor = max(n for n in range(1, fitting + 1) if thinking % n == 0)
     return divisor if 2 * divisor > fitting else fitting
 
 

@@ -22,20 +22,21 @@ from quietstar_jax.thoughts.text import Text
 
 
 def think(
-    model: QuietStar, text: Text, uniforms: jax.Array, settings: ThoughtSettings, positions_per_chunk: int, *,
-    greedy: bool = False,
+    model: QuietStar, text: Text, positions: jax.Array, uniforms: jax.Array, settings: ThoughtSettings,
+    positions_per_chunk: int, *, greedy: bool = False,
 ) -> Thoughts:  # fmt: skip
-    """The thoughts of every position of the text, or what the control puts in their place.
+    """The thoughts at J positions of the text, or what the control puts in their place.
 
     Args:
-      uniforms: [B, R, L, T] float32 in [0, 1), all randomness there is; greedy: take the likeliest tokens.
+      positions: [J] or [B, J], see `positions.choose`.
+      uniforms: [B, R, J, T] float32 in [0, 1), all randomness there is; greedy: take the likeliest tokens.
     """
     control = settings.config.control
     if control == "pause":
         return _given(jnp.full(uniforms.shape, settings.pause_id, jnp.int32))
     if control == "random":
         return _given(random_tokens(uniforms, model.decoder.architecture.vocab_size, settings.meta_tokens))
-    thoughts = sample_thoughts(model, text, None if greedy else uniforms, settings, positions_per_chunk)
+    thoughts = sample_thoughts(model, text, positions, None if greedy else uniforms, settings, positions_per_chunk)
     return jax.tree.map(lambda x: shuffle_positions(x, uniforms), thoughts) if control == "shuffled" else thoughts
 
 
@@ -46,8 +47,8 @@ def random_tokens(uniforms: jax.Array, vocab_size: int, meta_tokens: tuple[int, 
 
 
 def shuffle_positions(values: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Values [B, R, L, T] of other positions of the same thought number, in an order drawn from the uniforms."""
-    order = jnp.argsort(uniforms[..., 0], axis=-1)  # [B, R, L]
+    """Values [B, R, J, T] of other positions of the same thought number, in an order drawn from the uniforms."""
+    order = jnp.argsort(uniforms[..., 0], axis=-1)  # [B, R, J]
     other = jnp.roll(order, 1, axis=-1)  # the one before in a random cycle: never the position itself
     source = jnp.take_along_axis(other, jnp.argsort(order, axis=-1), axis=-1)
     return jnp.take_along_axis(values, source[..., None], axis=2)

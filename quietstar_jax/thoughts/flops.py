@@ -1,6 +1,6 @@
 """What a training step costs, counted from its formulas: a multiplication and its addition are two FLOPs.
 
-Counted are the matrix products that the algorithm needs at all L positions of every sequence, each once: causal halves
+Counted are the matrix products that the algorithm needs at all positions that think, each once: causal halves
 of attention only, one base pass, no padding of chunks, nothing recomputed. Sliding windows are not taken off.
 """
 
@@ -59,7 +59,8 @@ def step_flops(
     """
     head = 2.0 * a.hidden_size * a.vocab_size
     prefix = (length + 1) / 2
-    texts, chains = batch * length, batch * length * settings.count
+    texts, thinking = batch * length, batch * settings.thinking_positions(length)
+    chains = thinking * settings.count
     base = texts * (decoder_flops(a, prefix) + head)
     if not settings.length:
         recomputation = texts * decoder_flops(a, prefix) if settings.rematerialize else 0.0
@@ -68,7 +69,7 @@ def step_flops(
     sampling = chains * settings.length * (decoder_flops(a, prefix + (settings.length + 1) / 2) + head)
     scoring = chains * c * decoder_flops(a, prefix + (c + 1) / 2)
     mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # the half of the text is shared by all thoughts
-    mixing = chains * settings.tokens_ahead * mixing + texts * 2.0 * a.hidden_size**2
+    mixing = chains * settings.tokens_ahead * mixing + thinking * 2.0 * a.hidden_size**2
     heads = chains * (settings.length + settings.tokens_ahead) * head + mixing
     backward = 2 * (base + scoring + heads if decoder_learns else mixing)
     recomputation = (texts * decoder_flops(a, prefix) + scoring) if settings.rematerialize else 0.0

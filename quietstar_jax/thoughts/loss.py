@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.models.parameters import assemble, disassemble
-from quietstar_jax.thoughts.chunks import chunk_starts, sum_chunks, take_chunk
+from quietstar_jax.thoughts.chunks import chunk_starts, sum_chunks, take_chunk, take_positions
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.objective import Counts, advantages, policy_loss, rewards, talk_loss
+from quietstar_jax.thoughts.positions import Choose, every_position
 from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, here_and_ahead, read_text, real_ahead
 
 Metrics = dict[str, jax.Array]
-Think = Callable[[QuietStar, Text], Thoughts]
+Think = Callable[[QuietStar, Text, jax.Array], Thoughts]
 Frozen = Callable[[str], bool]
 
 
@@ -32,20 +33,21 @@ def language_model_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Plain next-token loss, for phases without thoughts: tokens, mask [B, L] -> mean nats and metrics."""
     text = read_text(model.decoder, tokens, mask, dtype=settings.dtype, rematerialize=settings.rematerialize)
-    loss = text.nats.sum() / counts.targets[0]
+    loss = text.nats.sum() / counts.text
     return loss, {"loss": loss, "base_loss": loss}
 
 
 def quiet_star_loss(
     model: QuietStar, tokens: jax.Array, mask: jax.Array, think: Think, counts: Counts, settings: ThoughtSettings,
-    positions_per_chunk: int, frozen: Frozen = nothing,
+    positions_per_chunk: int, *, choose: Choose = every_position, frozen: Frozen = nothing,
 ) -> tuple[jax.Array, Metrics]:  # fmt: skip
     """The published objective: weighted cross-entropies without and with thoughts, and REINFORCE.
 
     Args:
       tokens: [B, L] int32; mask: [B, L] bool.
-      think: gives the thoughts of the text; see `sample_thoughts`.
+      think: gives the thoughts of the text at some positions; see `sample_thoughts`.
       counts: of the whole batch, of which these sequences may be a microbatch.
+      choose: says which positions think; the objective is then that of these positions.
       frozen: says by its dotted name which parameter gets no gradient; what only leads to such is not computed.
 
     Returns:
@@ -55,24 +57,28 @@ def quiet_star_loss(
     fixed = {name: jax.lax.stop_gradient(value) for name, value in params.items() if frozen(name)}
     learned = {name: value for name, value in params.items() if name not in fixed}
     model = assemble(structure, learned | fixed)
-    text = read_text(model.decoder, tokens, mask, dtype=settings.dtype, rematerialize=settings.rematerialize)
-    thoughts = think(model, text)
+    text = read_text(
+        model.decoder, tokens, mask, dtype=settings.dtype, rematerialize=settings.rematerialize,
+        with_entropy=settings.config.positions == "entropy",
+    )  # fmt: skip
+    positions = choose(text)
+    thoughts = think(model, text, positions)
     read = {"hidden": text.hidden, "prefix": text.prefix, "nats": text.nats}
     text_is_fixed = all(name in fixed for name in params if name.startswith("decoder."))
     operands = learned if text_is_fixed else learned | read
-    constants = (fixed | read if text_is_fixed else fixed, tokens, mask, thoughts, counts)
+    constants = (fixed | read if text_is_fixed else fixed, tokens, mask, positions, thoughts, counts)
 
     def chunk(operands: Any, constants: Any, start: jax.Array) -> tuple[jax.Array, Metrics]:
-        fixed, tokens, mask, thoughts, counts = constants
+        fixed, tokens, mask, positions, thoughts, counts = constants
         arrays = operands | fixed
         text = Text(tokens, mask, arrays["hidden"], arrays["prefix"], arrays["nats"])
-        positions = start + jnp.arange(positions_per_chunk)
+        positions = take_positions(positions, start, positions_per_chunk)
         thoughts = take_chunk(thoughts, start, positions_per_chunk, axis=2)
         return _chunk_loss(assemble(structure, arrays), text, positions, thoughts, counts, settings)
 
-    starts = chunk_starts(tokens.shape[1], positions_per_chunk)
+    starts = chunk_starts(positions.shape[-1], positions_per_chunk)
     thought_loss, metrics = sum_chunks(chunk, operands, constants, starts)
-    base_loss = text.nats.sum() / counts.targets[0]
+    base_loss = text.nats.sum() / counts.text
     loss = settings.config.base_loss_weight * base_loss + thought_loss
     return loss, {"loss": loss, "base_loss": base_loss, **metrics}
 
@@ -85,7 +91,7 @@ def _chunk_loss(
     scores = score_thoughts(model, text, positions, thoughts.tokens, settings)
     talk = talk_loss(scores.nats, counts)
 
-    rewarded = positions <= length - 2 - ahead
+    rewarded = (positions <= length - 2 - ahead)[..., None, :]  # [1, J] or [B, 1, J]
     base_nats = here_and_ahead(text.nats, positions, ahead)
     reward = jnp.where(rewarded, rewards(base_nats, scores.nats), 0.0)
     advantage = advantages(reward, positive_only=config.positive_only)
@@ -98,12 +104,11 @@ def _chunk_loss(
     def mean_where_real(x: jax.Array) -> jax.Array:
         return jnp.where(first, x, 0.0).sum() / (settings.count * counts.targets[0])
 
-    rewarded_thoughts = counts.positions * counts.sequences * settings.count
     metrics = {
         "talk_loss": talk,
         "policy_loss": policy,
-        "reward": reward.sum() / rewarded_thoughts,
-        "reward_std_within_position": reward.std(axis=1).sum() / (counts.positions * counts.sequences),
+        "reward": reward.sum() / (settings.count * counts.rewarded),
+        "reward_std_within_position": reward.std(axis=1).sum() / counts.rewarded,
         "mixing_weight": mean_where_real(scores.weight[..., 0]),
         "thought_entropy": mean_where_real(thoughts.entropy.mean(axis=-1)),
     }

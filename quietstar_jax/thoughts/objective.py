@@ -18,22 +18,40 @@ class Counts(NamedTuple):
     """What sums over the whole batch are divided by.
 
     Attributes:
-      targets: [K] how many x[j+1+k] exist and are real text, at least 1.
-      sequences: sequences in the batch.
-      positions: positions that REINFORCE uses, L - 1 - K, at least 1.
+      text: real tokens that the text without thoughts predicts, at least 1.
+      targets: [K] how many x[j+1+k] exist and are real text, over the positions that think; at least 1.
+      rewarded: positions that REINFORCE averages over, at least 1. Where all positions think these are B (L - 1 - K),
+        padding included, as published; else those that were chosen.
     """
 
+    text: jax.Array
     targets: jax.Array
-    sequences: int
-    positions: int
+    rewarded: jax.Array | float
 
 
-def count_targets(mask: jax.Array, tokens_ahead: int) -> Counts:
-    """Counts of a batch with mask [B, L]."""
+def count_targets(mask: jax.Array, tokens_ahead: int, thinking: int | None = None) -> Counts:
+    """Counts of a batch with mask [B, L].
+
+    Args:
+      thinking: positions chosen to think in every sequence; None = all of them.
+    """
     chex.assert_rank(mask, 2)
     batch, length = mask.shape
     real = jnp.stack([mask[:, 1 + k :].sum() for k in range(tokens_ahead)])
-    return Counts(jnp.maximum(real, 1).astype(jnp.float32), batch, max(length - 1 - tokens_ahead, 1))
+    real = jnp.maximum(real, 1).astype(jnp.float32)
+    if thinking is None:
+        return Counts(real[0], real, float(batch * max(length - 1 - tokens_ahead, 1)))
+    chosen = jnp.minimum(eligible_positions(mask, tokens_ahead).sum(axis=1), thinking).sum()
+    chosen = jnp.maximum(chosen, 1).astype(jnp.float32)
+    return Counts(real[0], jnp.broadcast_to(chosen, (tokens_ahead,)), chosen)
+
+
+def eligible_positions(mask: jax.Array, tokens_ahead: int) -> jax.Array:
+    """Positions j [B, L] among which a choice is made: x[j+1] .. x[j+K] are real text and a reward is given."""
+    length = mask.shape[1]
+    padded = jnp.pad(mask, ((0, 0), (0, tokens_ahead)))
+    real = jnp.stack([padded[:, 1 + k : 1 + k + length] for k in range(tokens_ahead)]).all(axis=0)
+    return real & (jnp.arange(length) <= length - 2 - tokens_ahead)
 
 
 def talk_loss(nats: jax.Array, counts: Counts) -> jax.Array:
@@ -72,4 +90,4 @@ def policy_loss(advantage: jax.Array, log_probs: jax.Array, counts: Counts, *, r
     """
     chex.assert_rank([advantage, log_probs], [3, 4])
     thought = log_probs.mean(axis=-1) if reduction == "mean" else log_probs.sum(axis=-1)
-    return -(advantage * thought).sum() / (counts.sequences * advantage.shape[1] * counts.positions)
+    return -(advantage * thought).sum() / (advantage.shape[1] * counts.rewarded)

@@ -11,15 +11,15 @@ from quietstar_jax.thoughts.chains import chain_step, empty_chains
 from quietstar_jax.thoughts.chunks import map_chunks
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import Text
+from quietstar_jax.thoughts.text import Text, entropy
 
 
 class Thoughts(NamedTuple):
     """Sampled thoughts.
 
     Attributes:
-      tokens: [B, R, L, T] int32.
-      entropy: [B, R, L, T] float32 nats, of the distribution that each token was drawn from.
+      tokens: [B, R, J, T] int32, of J positions.
+      entropy: [B, R, J, T] float32 nats, of the distribution that each token was drawn from.
     """
 
     tokens: jax.Array
@@ -27,22 +27,24 @@ class Thoughts(NamedTuple):
 
 
 def sample_thoughts(
-    model: QuietStar, text: Text, uniforms: jax.Array | None, settings: ThoughtSettings, positions_per_chunk: int
-) -> Thoughts:
-    """Thoughts of every position of the text.
+    model: QuietStar, text: Text, positions: jax.Array, uniforms: jax.Array | None, settings: ThoughtSettings,
+    positions_per_chunk: int,
+) -> Thoughts:  # fmt: skip
+    """Thoughts at J positions of the text.
 
     Randomness is data: with one uniform number per thought token, the thoughts do not depend on how positions are
     chunked, sequences split into microbatches, or arrays laid out over devices.
 
     Args:
-      uniforms: [B, R, L, T] float32 in [0, 1); None = greedy thoughts.
+      positions: [J], or [B, J] where sequences differ.
+      uniforms: [B, R, J, T] float32 in [0, 1); None = greedy thoughts.
     """
     model, text = jax.lax.stop_gradient((model, text))
 
     def chunk(positions: jax.Array, draws: jax.Array | None) -> Thoughts:
         return _sample_chunk(model, text, positions, draws, settings)
 
-    return map_chunks(chunk, text.tokens.shape[1], positions_per_chunk, uniforms, axis=2)
+    return map_chunks(chunk, positions, positions_per_chunk, uniforms, axis=2)
 
 
 def _sample_chunk(
@@ -50,7 +52,7 @@ def _sample_chunk(
 ) -> Thoughts:
     batch, count, length = text.tokens.shape[0], settings.count, settings.length
     start = (model.start_embedding[...] * settings.config.embedding_scale).astype(settings.dtype)
-    shape = (batch, count, positions.size, start.size)
+    shape = (batch, count, positions.shape[-1], start.size)
     own = empty_chains(model.decoder, *shape[:3], length, settings.dtype)
 
     def step(carry, inputs):
@@ -73,14 +75,6 @@ def mask_meta_tokens(logits: jax.Array, meta_tokens: tuple[int, ...]) -> jax.Arr
         return logits
     forbidden = jnp.zeros(logits.shape[-1], bool).at[jnp.array(meta_tokens)].set(True)
     return jnp.where(forbidden, -1e10, logits)
-
-
-def entropy(logits: jax.Array) -> jax.Array:
-    """Nats [...] of the distributions with logits [..., V]."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    mass = jnp.exp(shifted)  # the same numbers as in `draw_tokens`: computed once
-    total = mass.sum(axis=-1)
-    return jnp.log(total) - (mass * shifted).sum(axis=-1) / total
 
 
 def draw_tokens(logits: jax.Array, uniforms: jax.Array) -> jax.Array:

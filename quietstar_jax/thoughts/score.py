@@ -35,7 +35,7 @@ class Scores(NamedTuple):
 def score_thoughts(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings
 ) -> Scores:
-    """Scores thoughts [B, R, J, T] at positions [J] of the text. All results are float32."""
+    """Scores thoughts [B, R, J, T] at positions [J] or [B, J] of the text. All results are float32."""
     thought_hidden, talk_hidden = think(model, text, positions, thoughts, settings)
     logits = mask_meta_tokens(model.decoder.logits(thought_hidden), settings.meta_tokens)
     log_probs = -cross_entropy(logits / settings.config.score_temperature, thoughts)
@@ -81,7 +81,7 @@ def think(
     """Runs the chains of given thoughts.
 
     Args:
-      positions: [J]; thoughts: [B, R, J, T] ids.
+      positions: [J] or [B, J]; thoughts: [B, R, J, T] ids.
 
     Returns:
       (hidden states [B, R, J, T, D] at `start, t_1 .. t_{T-1}`, from which the thought tokens were drawn,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
@@ -40,6 +41,12 @@ class ThoughtSettings:
     def chain_length(self) -> int:
         """C: start, T sampled tokens, end, K - 1 true tokens."""
         return self.length + 2 + self.tokens_ahead - 1
+
+    def thinking_positions(self, length: int) -> int:
+        """How many of a text's L positions think. A choice is made among those whose K tokens ahead all exist."""
+        if self.config.positions == "all":
+            return length
+        return max(1, math.ceil(self.config.position_fraction * (length - 1 - self.tokens_ahead)))
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -21,6 +21,7 @@ class Text(NamedTuple):
       hidden: [B, L, D] final-norm hidden states.
       prefix: keys and values [layers, B, L, G, H].
       nats: [B, L] float32, cross-entropy of x[j+1] given x[0..j]; 0 where x[j+1] is not real text.
+      entropy: [B, L] float32 nats of the prediction of x[j+1], without gradient; None where nobody asked for it.
     """
 
     tokens: jax.Array
@@ -28,11 +29,13 @@ class Text(NamedTuple):
     hidden: jax.Array
     prefix: KeyValues
     nats: jax.Array
+    entropy: jax.Array | None = None
 
 
 def read_text(
-    decoder: Decoder, tokens: jax.Array, mask: jax.Array, *, dtype: jnp.dtype, rematerialize: bool = False
-) -> Text:
+    decoder: Decoder, tokens: jax.Array, mask: jax.Array, *, dtype: jnp.dtype, rematerialize: bool = False,
+    with_entropy: bool = False,
+) -> Text:  # fmt: skip
     """Runs the base pass and scores every next token without thoughts.
 
     Logits of more than `LOGITS_BYTES` never exist at once: rows are then scored in groups that fit, and recomputed in
@@ -42,32 +45,45 @@ def read_text(
     batch, length = tokens.shape
     targets = tokens_ahead(tokens, jnp.arange(length), 1, fill=0)[..., 0]
 
-    def next_token_nats(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        return cross_entropy(decoder.logits(hidden), targets)
+    def predict(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        logits = decoder.logits(hidden)
+        return cross_entropy(logits, targets), entropy(jax.lax.stop_gradient(logits)) if with_entropy else None
 
     rows = max(1, LOGITS_BYTES // (4 * length * decoder.architecture.vocab_size))
     if rows >= batch:
-        nats = next_token_nats(hidden, targets)
+        nats, spread = predict(hidden, targets)
     else:
-        score = jax.checkpoint(next_token_nats)
-        nats = jax.lax.map(lambda row: score(*row), (hidden, targets), batch_size=rows)
+        score = jax.checkpoint(predict)
+        nats, spread = jax.lax.map(lambda row: score(*row), (hidden, targets), batch_size=rows)
     real = real_ahead(mask, jnp.arange(length), 1)[..., 0]
-    return Text(tokens, mask, hidden, prefix, jnp.where(real, nats, 0.0))
+    return Text(tokens, mask, hidden, prefix, jnp.where(real, nats, 0.0), spread)
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+    """Nats [...] of the distributions with logits [..., V]."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    mass = jnp.exp(shifted)  # the same numbers as in `sample.draw_tokens`: computed once
+    total = mass.sum(axis=-1)
+    return jnp.log(total) - (mass * shifted).sum(axis=-1) / total
 
 
 def tokens_ahead(tokens: jax.Array, positions: jax.Array, count: int, *, fill: int) -> jax.Array:
-    """x[j+1+k] for k < count: tokens [B, L], positions [J] -> [B, J, count]; `fill` past the end of the text."""
-    index = positions[:, None] + 1 + jnp.arange(count)
-    return tokens.at[:, index].get(mode="fill", fill_value=fill)
+    """x[j+1+k] for k < count: tokens [B, L], positions [J] or [B, J] -> [B, J, count]; `fill` past the text's end."""
+    return _at(tokens, positions[..., None] + 1 + jnp.arange(count), fill)
 
 
 def real_ahead(mask: jax.Array, positions: jax.Array, count: int) -> jax.Array:
-    """ok[j, k]: x[j+1+k] exists and is not padding. mask [B, L], positions [J] -> [B, J, count] bool."""
-    index = positions[:, None] + 1 + jnp.arange(count)
-    return mask.at[:, index].get(mode="fill", fill_value=False)
+    """ok[j, k]: x[j+1+k] exists and is not padding. mask [B, L], positions [J] or [B, J] -> [B, J, count] bool."""
+    return _at(mask, positions[..., None] + 1 + jnp.arange(count), False)
 
 
 def here_and_ahead(values: jax.Array, positions: jax.Array, count: int) -> jax.Array:
-    """values[j+k] for k < count: [B, L, ...], positions [J] -> [B, J, count, ...]; 0 past the end of the text."""
-    index = positions[:, None] + jnp.arange(count)
-    return values.at[:, index].get(mode="fill", fill_value=0)
+    """values[j+k] for k < count: [B, L, ...], positions [J] or [B, J] -> [B, J, count, ...]; 0 past the text's end."""
+    return _at(values, positions[..., None] + jnp.arange(count), 0)
+
+
+def _at(values: jax.Array, index: jax.Array, fill: int) -> jax.Array:
+    """values [B, L, ...] at index [J, K], the same in every sequence, or [B, J, K]; `fill` where there is none."""
+    if index.ndim == 2:
+        return values.at[:, index].get(mode="fill", fill_value=fill)
+    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=fill))(values, index)

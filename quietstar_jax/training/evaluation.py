@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -45,9 +46,12 @@ class TokenScores(NamedTuple):
 
 
 def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettings:
-    """One thought per position."""
+    """One thought at every position."""
     length, ahead = config.evaluation_thought_length, config.evaluation.tokens_ahead
-    return thought_settings(config, vocabulary, length=length, tokens_ahead=ahead)
+    everywhere = dataclasses.replace(config.thought, positions="all", position_fraction=1.0)
+    return thought_settings(
+        dataclasses.replace(config, thought=everywhere), vocabulary, length=length, tokens_ahead=ahead
+    )
 
 
 def make_token_scorer(structure: Structure, architecture: Architecture, settings: ThoughtSettings) -> Scorer:
@@ -64,7 +68,10 @@ def make_token_scorer(structure: Structure, architecture: Architecture, settings
         ahead = settings.tokens_ahead
         draws = jax.random.key(0) if key is None else key  # greedy thoughts need none, but some controls do
         uniforms = jax.random.uniform(draws, (rows, 1, length, settings.length))
-        thoughts = think(model, text, uniforms, settings, chunk, greedy=key is None) if settings.length else None
+        everywhere = jnp.arange(length)
+        thoughts = None
+        if settings.length:
+            thoughts = think(model, text, everywhere, uniforms, settings, chunk, greedy=key is None)
 
         def of_chunk(positions: jax.Array, thoughts: Any) -> TokenScores:
             real = real_ahead(text.mask, positions, 1)[..., 0]
@@ -93,7 +100,7 @@ def make_token_scorer(structure: Structure, architecture: Architecture, settings
             scores = of_chunk(positions, thoughts)
             return jax.tree.map(lambda x: x[:, None], scores)  # map_chunks joins along axis 2
 
-        joined = map_chunks(with_thought_axis, length, chunk, thoughts, axis=2)
+        joined = map_chunks(with_thought_axis, everywhere, chunk, thoughts, axis=2)
         return jax.tree.map(lambda x: x[:, 0], joined)
 
     return jax.jit(score)

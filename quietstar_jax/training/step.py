@@ -15,9 +15,12 @@ from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.thoughts.chunks import positions_per_chunk
 from quietstar_jax.thoughts.controls import think
 from quietstar_jax.thoughts.loss import Metrics, language_model_loss, quiet_star_loss
-from quietstar_jax.thoughts.model import mean_embedding
+from quietstar_jax.thoughts.model import QuietStar, mean_embedding
 from quietstar_jax.thoughts.objective import Counts, count_targets
+from quietstar_jax.thoughts.positions import at_positions, choose
+from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.text import Text
 from quietstar_jax.training.optimizer import apply_updates, learning_rate, make_optimizer, rate_scale
 
 
@@ -40,6 +43,24 @@ class Batch(NamedTuple):
 
     tokens: jax.Array
     mask: jax.Array
+
+
+class Draws(NamedTuple):
+    """The randomness of one step, uniform in [0, 1): a microbatch or a device takes its rows of it.
+
+    Attributes:
+      thoughts: [B, R, L, T], one number per thought token; positions: [B, L], for the choice of which think.
+    """
+
+    thoughts: jax.Array
+    positions: jax.Array
+
+
+def draw(key: jax.Array, shape: tuple[int, ...], settings: ThoughtSettings) -> Draws:
+    """The draws of a step over tokens of shape [B, L]."""
+    batch, length = shape
+    thoughts = jax.random.uniform(key, (batch, settings.count, length, settings.length))
+    return Draws(thoughts, jax.random.uniform(jax.random.fold_in(key, 0), (batch, length)))
 
 
 def to_device(rows: Mapping[str, np.ndarray]) -> Batch:
@@ -112,22 +133,27 @@ def make_train_step(
     length = config.data.sequence_length
     chunk = positions_per_chunk(architecture, settings, phase.batch_size // phase.microbatches, length)
 
-    def loss(params: Any, batch: Batch, uniforms: jax.Array, counts: Counts) -> tuple[jax.Array, Metrics]:
+    def loss(params: Any, batch: Batch, draws: Draws, counts: Counts) -> tuple[jax.Array, Metrics]:
         model = assemble(structure, params)
         if not phase.thought_length:
             return language_model_loss(model, *batch, counts, settings)
+
+        def think_there(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:
+            return think(model, text, positions, at_positions(draws.thoughts, positions), settings, chunk)
+
         return quiet_star_loss(
-            model, *batch, lambda model, text: think(model, text, uniforms, settings, chunk), counts, settings, chunk,
+            model, *batch, think_there, counts, settings, chunk,
+            choose=lambda text: choose(text, draws.positions, settings),
             frozen=lambda name: not rate_scale(name, phase.rates),
         )  # fmt: skip
 
     def step(state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array) -> tuple[TrainState, Metrics]:
-        counts = count_targets(batch.mask, phase.tokens_ahead)
-        draws = (batch.tokens.shape[0], phase.num_thoughts, length, phase.thought_length)
-        uniforms = jax.random.uniform(jax.random.fold_in(key, state.step), draws)
+        thinking = None if config.thought.positions == "all" else settings.thinking_positions(length)
+        counts = count_targets(batch.mask, phase.tokens_ahead, thinking)
+        draws = draw(jax.random.fold_in(key, state.step), batch.tokens.shape, settings)
         gradient = jax.grad(loss, has_aux=True)
         gradients, metrics = accumulate(
-            lambda piece: gradient(state.params, *piece, counts), (batch, uniforms), phase.microbatches
+            lambda piece: gradient(state.params, *piece, counts), (batch, draws), phase.microbatches
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = learning_rate(phase, state.step - phase_start)

@@ -89,7 +89,7 @@ def our_predictions(run: Run, state: TrainState, tokens: np.ndarray) -> tuple[np
         model = assemble(run.structure, params)
         text = read_text(model.decoder, tokens, jnp.ones(tokens.shape, bool), dtype=settings.dtype)
         positions = jnp.arange(tokens.shape[1])
-        thoughts = sample_thoughts(model, text, None, settings, tokens.shape[1]).tokens
+        thoughts = sample_thoughts(model, text, positions, None, settings, tokens.shape[1]).tokens
         talk_hidden = think(model, text, positions, thoughts, settings)[1]
         mixed = talk(model, text, positions, talk_hidden, settings)[0]
         return thoughts[:, 0], mixed[:, 0, :, 0], model.decoder.logits(text.hidden)

@@ -17,7 +17,7 @@ from quietstar_jax.thoughts.settings import ThoughtSettings
 @pytest.mark.parametrize("chunk", [1, 3, 4, 7])
 def test_mapping_joins_and_cuts(chunk: int) -> None:
     inputs = jnp.arange(14.0).reshape(2, 7)
-    found = map_chunks(lambda positions, x: x * 10 + positions.astype(x.dtype), 7, chunk, inputs, axis=1)
+    found = map_chunks(lambda positions, x: x * 10 + positions.astype(x.dtype), jnp.arange(7), chunk, inputs, axis=1)
     np.testing.assert_array_equal(found, inputs * 10 + jnp.arange(7.0))
 
 

@@ -25,12 +25,14 @@ def thoughts_of(control: str, *, greedy: bool = False, seed: int = 0) -> np.ndar
     model = random_model(CASE.decoder, settings.config.embedding_scale)
     text = read_text(model.decoder, *CASE.text(), dtype=settings.dtype)
     shape = (CASE.batch, settings.count, CASE.length, settings.length)
+    positions = jnp.arange(CASE.length)
     uniforms = jax.random.uniform(jax.random.key(seed), shape)
     if control == "none":
         np.testing.assert_array_equal(
-            think(model, text, uniforms, settings, 3).tokens, sample_thoughts(model, text, uniforms, settings, 3).tokens
+            think(model, text, positions, uniforms, settings, 3).tokens,
+            sample_thoughts(model, text, positions, uniforms, settings, 3).tokens,
         )
-    return np.asarray(think(model, text, uniforms, settings, 3, greedy=greedy).tokens)
+    return np.asarray(think(model, text, positions, uniforms, settings, 3, greedy=greedy).tokens)
 
 
 def test_pause_is_filler() -> None:

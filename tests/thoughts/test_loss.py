@@ -83,7 +83,7 @@ def test_frozen_weights_get_no_gradient_and_the_others_the_same(prefixes: tuple[
         def loss(params):
             model = assemble(structure, params)
             return quiet_star_loss(
-                model, tokens, mask, lambda *_: thoughts, counts, case.thought, case.positions_per_chunk, frozen
+                model, tokens, mask, lambda *_: thoughts, counts, case.thought, case.positions_per_chunk, frozen=frozen
             )[0]  # fmt: skip
 
         return jax.jit(jax.grad(loss))(params)

@@ -19,13 +19,13 @@ def test_counts_of_a_padded_batch() -> None:
     mask = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool)
     counts = count_targets(mask, 2)
     np.testing.assert_array_equal(counts.targets, [4 + 2, 3 + 1])  # x[j+1], x[j+2] that are real
-    assert (counts.sequences, counts.positions) == (2, 5 - 1 - 2)
+    assert (counts.text, counts.rewarded) == (6.0, 2 * (5 - 1 - 2))
 
 
 def test_counts_never_divide_by_zero() -> None:
     counts = count_targets(jnp.zeros((1, 3), bool), 2)
     np.testing.assert_array_equal(counts.targets, [1, 1])
-    assert counts.positions == 1
+    assert counts.rewarded == 1
 
 
 def test_talk_loss_is_a_mean_per_step_ahead() -> None:

@@ -13,10 +13,10 @@ import pytest
 from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.thoughts.chains import chain_pass, chain_step, empty_chains
 from quietstar_jax.thoughts.model import QuietStar
-from quietstar_jax.thoughts.sample import Thoughts, draw_tokens, entropy, mask_meta_tokens, sample_thoughts
+from quietstar_jax.thoughts.sample import Thoughts, draw_tokens, mask_meta_tokens, sample_thoughts
 from quietstar_jax.thoughts.score import score_thoughts, think
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import Text, read_text
+from quietstar_jax.thoughts.text import Text, entropy, read_text
 from tests.thoughts import oracle
 from tests.thoughts.cases import Case, random_model
 
@@ -37,7 +37,7 @@ def sample(
     model: QuietStar, tokens: jax.Array, mask: jax.Array, draws: jax.Array | None, settings: ThoughtSettings, chunk: int
 ) -> tuple[Text, Thoughts]:
     text = read_text(model.decoder, tokens, mask, dtype=settings.dtype)
-    return text, sample_thoughts(model, text, draws, settings, chunk)
+    return text, sample_thoughts(model, text, jnp.arange(tokens.shape[1]), draws, settings, chunk)
 
 
 def uniforms() -> jax.Array:

@@ -121,7 +121,8 @@ def test_bfloat16_weights_compute_what_float32_masters_do(places, name):
     def predict(params: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         loaded = assemble(model.structure, params)
         text = read_text(loaded.decoder, tokens, jnp.ones(tokens.shape, bool), dtype=jnp.bfloat16)
-        return *sample_thoughts(loaded, text, None, model.settings(), 6), loaded.decoder.logits(text.hidden)
+        thoughts = sample_thoughts(loaded, text, jnp.arange(6), None, model.settings(), 6)
+        return *thoughts, loaded.decoder.logits(text.hidden)
 
     jax.tree.map(np.testing.assert_array_equal, predict(model.params), predict(places["state"].params))
 
