@@ -1,0 +1,101 @@
+"""Which tokens an answer is written with, and which of them the published metric looks at.
+
+The published evaluation lists token ids of one tokenizer: ten digits and the line end for numbers, ` A` .. ` E` and the
+line end for choices. Here they are found in any tokenizer; for Mistral's they are the same ids.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.errors import DataError
+from quietstar_jax.evals.questions import Question
+
+QUESTION, ANSWER, END = "Q: ", "\nA:", "\n"
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of byte fallback: spelled otherwise wherever that is possible
+
+
+class WrittenAnswer(NamedTuple):
+    """A question with its answer as token ids.
+
+    Attributes:
+      tokens: the whole text; last: how many, at the end, are the answer, line end included.
+      allowed: ids that an answer of this kind is written with; labels: which of them name the choices, in order.
+    """
+
+    tokens: tuple[int, ...]
+    last: int
+    allowed: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+class AnswerWriter:
+    """Writes questions and answers with one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, bos: Sequence[int]):
+        """Args: bos: ids that begin every text."""
+        self._tokenizer = tokenizer
+        self._bos = tuple(bos)
+        self._known_labels: dict[tuple[str, ...], tuple[int, ...]] = {}
+
+    def write(self, question: Question) -> WrittenAnswer:
+        """`Q: question` (with its choices), `A: answer` and a line end.
+
+        Raises:
+          DataError: the tokenizer does not know some of it, or cannot tell the choices apart.
+        """
+        tokens, count = self._encode(f"{QUESTION}{question.text}{ANSWER}", f" {question.answer}{END}")
+        answer = tokens[-count:] if count else []
+        if not count or self._tokenizer.unk_id in answer:
+            raise DataError(
+                f"Line {question.line}: the tokenizer {self._tokenizer.name} cannot write the answer "
+                f"{question.answer!r} behind {ANSWER!r}. It does not fit this question set."
+            )
+        labels = self._label_tokens(question.labels) if question.labels else ()
+        allowed = (*(labels or self.digit_tokens), *self.end_tokens)
+        if not set(answer) & set(allowed) - set(self.end_tokens):
+            raise DataError(f"Line {question.line}: no token of the answer {question.answer!r} is a digit or a label.")
+        return WrittenAnswer((*self._bos, *tokens), count, allowed, labels)
+
+    @functools.cached_property
+    def digit_tokens(self) -> tuple[int, ...]:
+        """All tokens of digits, also with a space before them."""
+        found: dict[str, list[tuple[bool, int]]] = {}
+        for name, token in self._tokenizer.fast.get_vocab().items():
+            text = self._tokenizer.decode([token])
+            if re.fullmatch(r" ?[0-9]+", text):
+                found.setdefault(text, []).append((bool(BYTE_TOKEN.fullmatch(name)), token))
+        regular = ([token for is_byte, token in same if is_byte == min(same)[0]] for same in found.values())
+        return tuple(sorted(token for same in regular for token in same))
+
+    @functools.cached_property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The line end behind an answer; none where the tokenizer drops it."""
+        tokens, _ = self._encode(f"{QUESTION}1{ANSWER}", f" 1{END}")
+        before, _ = self._encode(f"{QUESTION}1{ANSWER}", " 1")
+        return tuple(tokens[len(before) :]) if tokens[: len(before)] == before else ()
+
+    def _label_tokens(self, labels: tuple[str, ...]) -> tuple[int, ...]:
+        """One token for each label: the last of its spelling, since a space may be a token of its own."""
+        if labels not in self._known_labels:
+            own = [self._spell(label)[-1:] for label in labels]
+            if len(set(own)) != len(own) or () in own or (self._tokenizer.unk_id,) in own:
+                raise DataError(
+                    f"The tokenizer {self._tokenizer.name} does not tell the labels {', '.join(labels)} apart by one "
+                    "token each. Give the choices without labels, then they are A, B, C ..."
+                )
+            self._known_labels[labels] = tuple(token for (token,) in own)
+        return self._known_labels[labels]
+
+    def _spell(self, label: str) -> tuple[int, ...]:
+        tokens, count = self._encode(f"{QUESTION}a{ANSWER}", f" {label}{END}")
+        return tuple(tokens[len(tokens) - count : len(tokens) - len(self.end_tokens)])
+
+    def _encode(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        """Ids of the whole text, and how many of the last ones lie behind the prompt."""
+        found = self._tokenizer.fast.backend_tokenizer.encode(prompt + answer, add_special_tokens=False)
+        return found.ids, sum(start >= len(prompt) for start, _ in found.offsets)

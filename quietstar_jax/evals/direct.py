@@ -1,0 +1,117 @@
+"""Direct answers: a question, `A:`, and how likely the model finds the right answer with no steps written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from quietstar_jax.errors import DataError
+from quietstar_jax.evals.answers import AnswerWriter, WrittenAnswer
+from quietstar_jax.evals.questions import Question
+from quietstar_jax.evals.statistics import compare_paired, confidence_interval
+from quietstar_jax.evals.tails import Tail, TailScorer, View
+
+METRICS = {
+    "official_probability": "official metric (probability)",
+    "accuracy": "accuracy",
+    "exact_match": "exact match (greedy)",
+}
+
+
+class AnswerScores(NamedTuple):
+    """What one question was worth; see `score_answer`."""
+
+    official_probability: float
+    accuracy: float
+    exact_match: float
+
+
+def score_answer(written: WrittenAnswer, view: View) -> AnswerScores:
+    """The three figures of one question.
+
+    `official_probability` is that of the published code: the product over the answer's tokens, line end included, of
+    the probability of the right token among the allowed ones; tokens of the answer that are not allowed (a space, a
+    point) are passed over. `accuracy` is 1 where the most likely label is right, or where the likeliest allowed token
+    is the right one all along. `exact_match` is 1 where greedy decoding over the whole vocabulary gives this answer and
+    ends it.
+
+    Args:
+      view: of the answer's tokens, with the allowed ones as candidates.
+    """
+    answer = np.array(written.tokens[-written.last :])
+    allowed = np.array(written.allowed)
+    looked_at = np.flatnonzero(np.isin(answer, allowed))
+    log_probs = view.candidates[looked_at].astype(np.float64)
+    right = np.array([int(np.flatnonzero(allowed == token)[0]) for token in answer[looked_at]])
+    rows = np.arange(len(right))
+    log_share = log_probs[rows, right] - np.logaddexp.reduce(log_probs, axis=1)
+    if written.labels:
+        at = next(i for i, token in enumerate(answer[looked_at]) if token in written.labels)
+        correct = log_probs[at, : len(written.labels)].argmax() == right[at]
+    else:
+        correct = (log_probs.argmax(axis=1) == right).all()
+    return AnswerScores(float(np.exp(log_share.sum())), float(correct), float((view.best == answer).all()))
+
+
+def measure_answers(
+    questions: Sequence[Question], writer: AnswerWriter, scorer: TailScorer, longest: int, seed: int,
+    done: Callable[[int], object],
+) -> dict[str, Any]:  # fmt: skip
+    """All questions, without thoughts and, where the scorer thinks, with them.
+
+    Args:
+      longest: tokens of a question with its answer; longer ones are counted and left out, never cropped.
+      seed: of the bootstrap; done: called with the number of questions just finished.
+
+    Returns:
+      `questions` that counted, `too_long`, and by `without_thoughts` and `with_thoughts` the mean of each of `METRICS`
+      with its confidence interval (`..._interval`); `comparison` by metric where both were measured.
+
+    Raises:
+      DataError: no question is short enough.
+    """
+    written = [writer.write(question) for question in questions]
+    fitting = [answer for answer in written if len(answer.tokens) <= longest]
+    done(len(written) - len(fitting))
+    if not fitting:
+        shortest = min(len(answer.tokens) for answer in written)
+        raise DataError(
+            f"All {len(written)} questions are longer than {longest} tokens (the shortest has {shortest}). Raise "
+            "--max-length where the model allows it, or measure a model that knows more positions."
+        )
+    tails = [Tail(answer.tokens, answer.last, answer.allowed) for answer in fitting]
+    scores = scorer(tails, done)
+    views = {
+        "without_thoughts": [score.without for score in scores],
+        "with_thoughts": [score.with_thoughts for score in scores if score.with_thoughts is not None],
+    }
+    values = {}
+    for mode, found in views.items():
+        if not found:
+            continue
+        columns = AnswerScores(*np.array(list(map(score_answer, fitting, found))).T)
+        values[mode] = columns._asdict()
+    return {
+        "questions": len(fitting),
+        "too_long": len(written) - len(fitting),
+        "longest_tokens": longest,
+        **summarize_answers(values, seed),
+    }
+
+
+def summarize_answers(values: Mapping[str, Mapping[str, np.ndarray]], seed: int) -> dict[str, Any]:
+    """Means, intervals and the paired comparison of values by mode, metric and question."""
+    found: dict[str, Any] = {}
+    for mode, by_metric in values.items():
+        found[mode] = {}
+        for metric, per_question in by_metric.items():
+            found[mode][metric] = float(per_question.mean())
+            found[mode][f"{metric}_interval"] = confidence_interval(per_question, seed)
+    if len(values) == 2:
+        pairs = (values["with_thoughts"], values["without_thoughts"])
+        found["comparison"] = {
+            metric: compare_paired(pairs[0][metric], pairs[1][metric], seed) for metric in pairs[0]
+        }  # fmt: skip
+    return found

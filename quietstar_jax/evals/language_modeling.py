@@ -1,0 +1,219 @@
+"""Nats per token and bits per byte of texts of any length, with and without thoughts, and where thoughts matter.
+
+A long text is read in windows that overlap: of each window only the last tokens are scored, the ones before them are
+their context. Every token of every text is scored exactly once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from quietstar_jax.data.sources import RandomAccessSource
+from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.errors import ConfigError, DataError
+from quietstar_jax.evals.statistics import compare_paired, confidence_interval
+from quietstar_jax.evals.tails import Tail, TailScorer, TailScores
+from quietstar_jax.training.evaluation import TokenScores, summarize
+
+BATCHES_AT_ONCE = 16  # of windows, between two visits of the progress bar's caller
+SHOWN_CONTEXT = 24  # tokens before one that is shown
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How long texts are cut.
+
+    Attributes:
+      length: tokens of a window; context: of these, at least so many are there before each scored token, except near
+        the beginning of a text.
+    """
+
+    length: int
+    context: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.context < self.length:
+            raise ConfigError(
+                f"--context is {self.context}; it takes 1 .. {self.length - 1}, less than --window ({self.length})."
+            )
+
+    def tails(self, tokens: Sequence[int]) -> Iterator[Tail]:
+        """All of a text but its first token, each token in the tail of one window."""
+        step = self.length - self.context
+        for start in range(1, len(tokens), step):
+            end = min(start + step, len(tokens))
+            yield Tail(tokens[max(0, end - self.length) : end], end - start)
+
+
+class Moment(NamedTuple):
+    """One token that a thought helped or harmed; `gain` in nats, more is better."""
+
+    gain: float
+    order: int
+    tail: Tail
+    place: int  # in the tail's tokens
+    thought: tuple[int, ...]
+    nats: tuple[float, float]  # without and with the thought
+    weight: float
+
+
+def measure_text(
+    source: RandomAccessSource, texts: int, tokenizer: Tokenizer, begin: Sequence[int], scorer: TailScorer,
+    windows: Windows, top: int, seed: int, done: Callable[[float], object],
+) -> dict[str, Any]:  # fmt: skip
+    """The first `texts` texts of a source.
+
+    Args:
+      begin: ids in front of every text, so that its first token can be scored too.
+      top: how many of the tokens helped and harmed most are shown.
+      seed: of the bootstrap; done: called with the bytes of text just finished.
+
+    Returns:
+      `texts`, `tokens`, `bytes`; by `without_thoughts` and `with_thoughts` `nats_per_token` with its interval,
+      `bits_per_byte`, and `accuracy` of the likeliest token; `comparison` over windows; `deciles` by difficulty without
+      thoughts; `helped` and `harmed`.
+
+    Raises:
+      DataError: there is nothing to score.
+    """
+    columns: list[TokenScores] = []
+    moments = _Extremes(top)
+    size = text_bytes(source, texts)
+    windowed = _windowed(source, texts, tokenizer, begin, windows)
+    while group := list(itertools.islice(windowed, BATCHES_AT_ONCE * scorer.batch_size)):
+        for (tail, share), score in zip(group, scorer([tail for tail, _ in group]), strict=True):
+            columns.append(_column(tail, score))
+            if score.with_thoughts is not None:
+                moments.add(tail, score)
+            done(share)
+    if not columns:
+        raise DataError(f"The {texts} texts hold no token to score. Give a file with text.")
+    found = {"texts": texts, "bytes": size, "window": windows.length, "context": windows.context}
+    found |= summarize_windows(columns, size, seed)
+    return found | (moments.shown(tokenizer) if "with_thoughts" in found else {})
+
+
+def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> dict[str, Any]:
+    """The figures of `measure_text`.
+
+    Args:
+      columns: the scored tokens of each window, [tokens]; size: bytes of all texts.
+    """
+    summary = summarize(TokenScores(*(np.concatenate(part) for part in zip(*columns, strict=True))))
+    thinks = columns[0].thoughts.shape[-1] > 0
+    counts = np.array([column.base_nats.size for column in columns])
+    nats = {"without_thoughts": np.array([column.base_nats.sum(dtype=np.float64) for column in columns])}
+    if thinks:
+        nats["with_thoughts"] = np.array([column.talk_nats.sum(dtype=np.float64) for column in columns])
+    found: dict[str, Any] = {"tokens": int(counts.sum())}
+    for mode, per_window in nats.items():
+        found[mode] = {
+            "nats_per_token": float(per_window.sum() / counts.sum()),
+            "nats_per_token_interval": _ratio_interval(per_window, counts, seed),
+            "bits_per_byte": float(per_window.sum() / math.log(2) / size),
+            "accuracy": summary[f"accuracy_{mode}"],
+        }
+    kept = ("loss_without_thoughts", "loss_with_thoughts", "mixing_weight") if thinks else ("loss_without_thoughts",)
+    found["deciles"] = [{name: row[name] for name in kept} for row in summary["deciles"]]
+    if thinks:
+        means = nats["with_thoughts"] / counts, nats["without_thoughts"] / counts
+        found["comparison"] = {"nats_per_token": compare_paired(*means, seed)}
+        found |= {name: summary[name] for name in ("mixing_weight", "thought_entropy", "unique_thought_rate")}
+    return found
+
+
+def text_bytes(source: RandomAccessSource, texts: int) -> int:
+    """Bytes of the first texts of a source, in UTF-8."""
+    return sum(len(source[number].encode()) for number in range(texts))
+
+
+def _windowed(
+    source: RandomAccessSource, texts: int, tokenizer: Tokenizer, begin: Sequence[int], windows: Windows
+) -> Iterator[tuple[Tail, float]]:
+    """Windows of all texts, one text in memory at a time, each with its share of the bytes."""
+    for number in range(texts):
+        text = source[number]
+        tokens = [*begin, *tokenizer.encode(text)]
+        per_token = len(text.encode()) / max(1, len(tokens) - 1)
+        for tail in windows.tails(tokens):
+            yield tail, tail.last * per_token
+
+
+def _column(tail: Tail, score: TailScores) -> TokenScores:
+    """The scored tokens of one window in the form that training's evaluation sums up."""
+    without, after = score.without, score.with_thoughts or score.without
+    truth = np.asarray(tail.tokens[-tail.last :])
+    return TokenScores(
+        real=np.ones(tail.last, bool),
+        base_nats=without.nats,
+        talk_nats=after.nats,
+        base_correct=without.best == truth,
+        talk_correct=after.best == truth,
+        reward=without.nats - after.nats,
+        weight=score.weight,
+        entropy=score.entropy,
+        thoughts=score.thoughts,
+    )
+
+
+def _ratio_interval(nats: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float] | None:
+    """Of total nats over total tokens, windows drawn anew (linearised around their mean length)."""
+    mean = nats.sum() / counts.sum()
+    found = confidence_interval((nats - mean * counts) / counts.mean(), seed)
+    return None if found is None else (float(mean + found[0]), float(mean + found[1]))
+
+
+class _Extremes:
+    """The tokens that thoughts helped and harmed most, of all that went by."""
+
+    def __init__(self, top: int):
+        self._top = top
+        self._helped: list[Moment] = []  # heaps
+        self._harmed: list[Moment] = []
+        self._order = itertools.count()  # breaks ties, earlier tokens first
+
+    def add(self, tail: Tail, score: TailScores) -> None:
+        """Takes the best and the worst tokens of one window into account."""
+        assert score.with_thoughts is not None
+        gain = score.without.nats - score.with_thoughts.nats
+        order = np.argsort(gain, kind="stable")
+        for heap, sign, places in ((self._helped, 1, order[::-1]), (self._harmed, -1, order)):
+            for place in places[: self._top]:
+                if sign * gain[place] <= 0:
+                    break
+                moment = Moment(
+                    sign * float(gain[place]), -next(self._order), tail, len(tail.tokens) - tail.last + int(place),
+                    tuple(score.thoughts[place].tolist()),
+                    (float(score.without.nats[place]), float(score.with_thoughts.nats[place])),
+                    float(score.weight[place]),
+                )  # fmt: skip
+                if len(heap) < self._top:
+                    heapq.heappush(heap, moment)
+                elif moment > heap[0]:
+                    heapq.heapreplace(heap, moment)
+                else:
+                    break
+
+    def shown(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """`helped` and `harmed`, the strongest first."""
+
+        def line(moment: Moment) -> dict[str, Any]:
+            before = moment.tail.tokens[max(0, moment.place - SHOWN_CONTEXT) : moment.place]
+            return {
+                "context": tokenizer.decode(before),
+                "token": tokenizer.decode([moment.tail.tokens[moment.place]]),
+                "thought": tokenizer.decode(moment.thought),
+                "nats_without_thoughts": moment.nats[0],
+                "nats_with_thoughts": moment.nats[1],
+                "mixing_weight": moment.weight,
+            }
+
+        pairs = (("helped", self._helped), ("harmed", self._harmed))
+        return {name: [line(moment) for moment in sorted(heap, reverse=True)] for name, heap in pairs}

@@ -1,0 +1,202 @@
+"""One measurement, from what was asked for to one record of everything that came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from quietstar_jax.config import DataConfig
+from quietstar_jax.data.sources import open_source
+from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.evals.answers import AnswerWriter
+from quietstar_jax.evals.direct import measure_answers
+from quietstar_jax.evals.language_modeling import Windows, measure_text, text_bytes
+from quietstar_jax.evals.questions import Question, read_questions
+from quietstar_jax.evals.tails import TailScorer
+from quietstar_jax.evals.tasks import find_task, with_fields
+from quietstar_jax.training.trained import TrainedModel, open_model
+
+MODES = ("auto", "on", "off", "both")
+PACKAGES = ("quietstar_jax", "jax", "jaxlib", "flax", "transformers", "numpy")
+WINDOW = 1024  # tokens, where the model knows that many positions
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure; the fields are those of the command line (see `evaluate.py`), 0 = the default said there."""
+
+    checkpoint: str
+    task: str
+    data: str
+    thoughts: str = "auto"
+    step: int | None = None
+    revision: str = ""
+    dtype: str = "float32"
+    thought_length: int = 0
+    batch_size: int = 16
+    limit: int = 0
+    max_length: int = 0
+    seed: int = 0
+    fields: tuple[str, ...] = ()
+    answer_key: str = "auto"
+    text_key: str = "text"
+    window: int = 0
+    context: int = 0
+    top: int = 10
+    quiet: bool = False
+
+    def check(self) -> None:
+        """Raises ConfigError for what cannot be, before anything is loaded."""
+        find_task(self.task)
+        if self.thoughts not in MODES:
+            raise ConfigError(f"--thoughts is {self.thoughts!r}; it takes one of {', '.join(MODES)}.")
+        least = {"batch_size": 1}
+        for name in ("batch_size", "thought_length", "limit", "max_length", "seed", "window", "context", "top"):
+            if getattr(self, name) < least.get(name, 0):
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} is {getattr(self, name)}; it takes {least.get(name, 0)} or more.")
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Runs one measurement.
+
+    Returns:
+      what the task came to (see `measure_answers`, `measure_text`), the figures of the mode that was
+      asked for once more at the top (with thoughts where both were measured), and what is needed to repeat it.
+
+    Raises:
+      UserError: with what to do about it.
+    """
+    options.check()
+    task = find_task(options.task)
+    layouts = with_fields(task, options.fields, options.answer_key)
+    data = Path(options.data).expanduser()
+    questions = read_questions(data, layouts, options.limit or None) if layouts else []
+    started = time.monotonic()
+    model = open_model(options.checkpoint, step=options.step, revision=options.revision, dtype=options.dtype)
+    modes = thought_modes(options.thoughts, model)
+    found = _answers(options, model, modes, questions) if questions else _text(options, model, modes)
+    primary = found[modes[-1]]
+    return {
+        "task": options.task,
+        "data": options.data,
+        "thoughts": options.thoughts,
+        **{name: value for name, value in primary.items() if not isinstance(value, dict)},
+        **found,
+        "checkpoint_hash": model.fingerprint,
+        "seed": options.seed,
+        "seconds": round(time.monotonic() - started, 1),
+        "model": model.record,
+        "config": dataclasses.asdict(options),
+        "data_hash": _file_hash(data),
+        "versions": versions(),
+    }
+
+
+def thought_modes(thoughts: str, model: TrainedModel) -> tuple[str, ...]:
+    """Which of `without_thoughts` and `with_thoughts` are measured, in this order.
+
+    Raises:
+      CheckpointError: thoughts are asked of a model that cannot think.
+    """
+    if thoughts == "auto":
+        thoughts = "both" if model.can_think else "off"
+    if thoughts != "off" and not model.can_think:
+        raise CheckpointError(
+            f"--thoughts {thoughts}: {model.path} cannot think, it has no mixing head that was trained. Take "
+            "--thoughts off, or give a run or an export that has learned to think."
+        )
+    return {"off": ("without_thoughts",), "on": ("with_thoughts",)}.get(thoughts, ("without_thoughts", "with_thoughts"))
+
+
+def make_scorer(options: Options, model: TrainedModel, modes: tuple[str, ...]) -> TailScorer:
+    """What scores the texts of a measurement."""
+    length = 0 if "with_thoughts" not in modes else options.thought_length or model.thought_length
+    return TailScorer(model, model.settings(length), options.batch_size)
+
+
+def versions() -> dict[str, str]:
+    """Of all that the figures depend on."""
+    found = {name: metadata.version(name) for name in PACKAGES}
+    device = jax.local_devices()[0]
+    return {
+        "python": platform.python_version(),
+        **found,
+        "device": device.device_kind,
+        "devices": str(jax.local_device_count()),
+    }
+
+
+def _answers(
+    options: Options, model: TrainedModel, modes: tuple[str, ...], questions: list[Question]
+) -> dict[str, Any]:
+    writer = AnswerWriter(model.tokenizer, model.bos)
+    scorer = make_scorer(options, model, modes)
+    longest = longest_allowed(options, scorer.longest)
+    with progress(len(questions), "question", options) as done:
+        return _asked_for(modes, measure_answers(questions, writer, scorer, longest, options.seed, done))
+
+
+def _text(options: Options, model: TrainedModel, modes: tuple[str, ...]) -> dict[str, Any]:
+    scorer = make_scorer(options, model, modes)
+    source = open_source(options.data, DataConfig(text_key=options.text_key), split="validation", seed=options.seed)
+    texts = min(len(source), options.limit or len(source))
+    longest = longest_allowed(options, scorer.longest)
+    length = options.window or min(WINDOW, longest)
+    if length > longest:
+        raise ConfigError(f"--window is {length}; this model takes at most {longest}, thoughts included.")
+    windows = Windows(length, options.context or length // 2)
+    begin = model.bos or model.eos_ids[:1]
+    with progress(text_bytes(source, texts), "B", options) as done:
+        found = measure_text(
+            source, texts, model.tokenizer, begin, scorer, windows, options.top, options.seed, done
+        )  # fmt: skip
+    return _asked_for(modes, found)
+
+
+def longest_allowed(options: Options, longest: int) -> int:
+    """Tokens of the longest text: what the model takes, or less on request.
+
+    Raises:
+      ConfigError: more is asked for than the model takes.
+    """
+    if options.max_length > longest:
+        raise ConfigError(
+            f"--max-length is {options.max_length}; this model takes at most {longest}, thoughts included."
+        )
+    return options.max_length or longest
+
+
+def _asked_for(modes: tuple[str, ...], found: dict[str, Any]) -> dict[str, Any]:
+    """Without the figures of a mode that comes for free but was not asked for."""
+    others = {"without_thoughts", "with_thoughts"} - set(modes)
+    dropped = {*others, "comparison"} if others else set()
+    return {name: value for name, value in found.items() if name not in dropped}
+
+
+@contextmanager
+def progress(total: int, unit: str, options: Options) -> Iterator[Callable[[float], object]]:
+    """A bar with the time left; hands over what moves it on."""
+    with tqdm(
+        total=total, unit=unit, unit_scale=unit == "B", disable=options.quiet, dynamic_ncols=True, mininterval=0.5
+    ) as bar:
+        yield bar.update
+
+
+def _file_hash(path: Path) -> str | None:
+    """SHA-256 of the data, where it is one file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

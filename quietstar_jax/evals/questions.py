@@ -1,0 +1,275 @@
+"""Question sets in JSON lines: GSM8K, CommonsenseQA, and anyone's own by naming its fields."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quietstar_jax.errors import DataError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ANSWER_MARK = "####"  # GSM8K: what follows it is the answer, what precedes it how to get there
+ANSWER_KEYS = ("auto", "label", "text", "index", "index-from-1")
+FIELDS = ("question", "choices", "answer")
+
+# a sign, digits that commas may group, a fraction
+NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d])|-?\d+(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+      text: as it is asked, with its choices where it has some.
+      answer: as it is written after `A:`; a label, or a number as the set spells it.
+      labels: of the choices, in their order; empty where the answer is a number.
+      line: in its file, from 1.
+    """
+
+    text: str
+    answer: str
+    labels: tuple[str, ...]
+    line: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a question set keeps what: paths of fields, nested ones with dots.
+
+    Attributes:
+      choices: None = answers are numbers.
+      answer_key: how answers name a choice, one of `ANSWER_KEYS`; `auto` takes what fits every question.
+    """
+
+    question: str
+    answer: str
+    choices: str | None = None
+    answer_key: str = "auto"
+
+
+def read_questions(path: Path, layouts: Sequence[Layout], limit: int | None = None) -> list[Question]:
+    """The questions of a file of JSON lines; blank lines are skipped.
+
+    Args:
+      layouts: the first one whose question lies in the first line is taken.
+      limit: that many from the beginning; None = all.
+
+    Raises:
+      DataError: the file is missing, empty, or a line is not what the layout says; names the line.
+    """
+    rows = _read_lines(path, limit)
+    layout = next((known for known in layouts if _has(rows[0][1], known.question, str)), layouts[-1])
+    read = _numeric if layout.choices is None else _choice_reader(rows, layout, path)
+    return [read(_Line(path, line, row, layout)) for line, row in rows]
+
+
+def parse_number(text: str) -> str | None:
+    """The first number in a text in a form in which equal numbers are equal texts; None without one.
+
+    Digit groups (`1,000`), currency signs and units around it do not matter, nor do trailing zeros of a fraction.
+    """
+    found = NUMBER.search(text)
+    if found is None:
+        return None
+    number = found.group().replace(",", "")
+    whole, _, fraction = number.partition(".")
+    fraction = fraction.rstrip("0")
+    sign, digits = ("-", whole[1:]) if whole.startswith("-") else ("", whole)
+    digits = digits.lstrip("0") or "0"
+    if digits == "0" and not fraction:
+        sign = ""
+    return f"{sign}{digits}.{fraction}" if fraction else sign + digits
+
+
+@dataclass(frozen=True)
+class _Line:
+    path: Path
+    number: int
+    row: Mapping[str, Any]
+    layout: Layout
+
+    def __str__(self) -> str:
+        return f"{self.path}, line {self.number}"
+
+    def field(self, name: str) -> Any:
+        """The field that stands for `question`, `choices` or `answer`."""
+        place = getattr(self.layout, name)
+        try:
+            return _at(self.row, place)
+        except KeyError as error:
+            raise DataError(
+                f"{self}: there is no field {place!r} for the {name}; the line has {', '.join(map(repr, self.row))}. "
+                f"Say where it lies with --field {name}=NAME (with dots for nested fields)."
+            ) from error
+
+    def text(self, name: str) -> str:
+        """As `field`, where it must be a text."""
+        value = self.field(name)
+        if not isinstance(value, str) or not value.strip():
+            place = getattr(self.layout, name)
+            raise DataError(f"{self}: the field {place!r} is {_shown(value)}; the {name} must be a text.")
+        return value
+
+
+def _read_lines(path: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
+    """(number, object) of each line that is not blank."""
+    if not path.is_file():
+        kind = "a folder, not a file" if path.is_dir() else "missing"
+        raise DataError(f"The question set {path} is {kind}. Give a file of JSON lines with --data.")
+    rows: list[tuple[int, dict[str, Any]]] = []
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if limit is not None and len(rows) >= limit:
+                    break
+                if line.strip():
+                    rows.append((number, _object(line, f"{path}, line {number}")))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}. Give a file of JSON lines.") from error
+    if not rows:
+        raise DataError(f"{path} holds no questions. Every line is one JSON object.")
+    return rows
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: broken JSON ({error}). Every line holds one JSON object.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a JSON {type(row).__name__}, not an object with the fields of a question.")
+    return row
+
+
+def _at(row: Any, place: str) -> Any:
+    """The value at a dotted path; a key that itself has dots is found too. Raises KeyError."""
+    if isinstance(row, Mapping) and place in row:
+        return row[place]
+    head, _, rest = place.partition(".")
+    if not rest or not isinstance(row, Mapping) or head not in row:
+        raise KeyError(place)
+    return _at(row[head], rest)
+
+
+def _has(row: Any, place: str, kind: type) -> bool:
+    try:
+        return isinstance(_at(row, place), kind)
+    except KeyError:
+        return False
+
+
+def _numeric(line: _Line) -> Question:
+    asked = line.text("question").strip()
+    value = line.field("answer")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    text = _plain(value) if number else str(value).rsplit(ANSWER_MARK, maxsplit=1)[-1].strip()
+    if parse_number(text) is None or isinstance(value, bool | list | dict):
+        raise DataError(
+            f"{line}: the answer is {_shown(value)}, which holds no number. Numeric sets have numbers as answers, "
+            f"alone or behind {ANSWER_MARK!r}; for choices there is --task multiple_choice."
+        )
+    return Question(asked, text, (), line.number)
+
+
+def _plain(value: float) -> str:
+    """A JSON number as people write it: no exponent, no `.0`."""
+    text = format(value, "f") if isinstance(value, float) else str(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _choice_reader(rows: Sequence[tuple[int, Any]], layout: Layout, path: Path) -> Callable[[_Line], Question]:
+    """Reads questions with choices, after it is known how all answers of the file name theirs."""
+    lines = [_Line(path, number, row, layout) for number, row in rows]
+    sets = [_choices(line) for line in lines]
+    answers = [line.field("answer") for line in lines]
+    key = layout.answer_key if layout.answer_key != "auto" else _find_key(lines, sets, answers)
+
+    def read(line: _Line) -> Question:
+        labels, texts = sets[where[line.number]]
+        place = _chosen(key, labels, texts, line.field("answer"))
+        if place is None:
+            raise DataError(_bad_answer(line, key, labels, texts))
+        listed = "".join(f"\n({label}) {text}" for label, text in zip(labels, texts, strict=True))
+        return Question(line.text("question").strip() + listed, labels[place], tuple(labels), line.number)
+
+    where = {line.number: place for place, line in enumerate(lines)}
+    return read
+
+
+def _find_key(lines: Sequence[_Line], sets: Sequence[tuple[list[str], list[str]]], answers: Sequence[Any]) -> str:
+    """What fits every question: JSON integers count choices from 0, anything else is a label or a text first."""
+    counted = all(isinstance(answer, int) for answer in answers)
+    order = ("index", "label", "text") if counted else ("label", "text", "index")
+    misfits = {}
+    for key in order:
+        pairs = enumerate(zip(sets, answers, strict=True))
+        wrong = [i for i, ((labels, texts), answer) in pairs if _chosen(key, labels, texts, answer) is None]
+        if not wrong:
+            return key
+        misfits[key] = wrong
+    best = min(order, key=lambda key: len(misfits[key]))
+    number = misfits[best][0]
+    labels, texts = sets[number]
+    raise DataError(_bad_answer(lines[number], best, labels, texts))
+
+
+def _chosen(key: str, labels: Sequence[str], texts: Sequence[str], answer: Any) -> int | None:
+    """Which choice an answer names, None if none (or, by text, several)."""
+    if isinstance(answer, bool) or not isinstance(answer, int | float | str):
+        return None
+    text = answer.strip() if isinstance(answer, str) else _plain(answer)
+    if key == "label":
+        bare = text.strip("().").upper()
+        return next((i for i, label in enumerate(labels) if label.upper() == bare), None)
+    if key == "text":
+        found = [i for i, choice in enumerate(texts) if choice.strip() == text]
+        return found[0] if len(found) == 1 else None
+    if not re.fullmatch(r"\d+", text):
+        return None
+    place = int(text) - (key == "index-from-1")
+    return place if 0 <= place < len(texts) else None
+
+
+def _bad_answer(line: _Line, key: str, labels: Sequence[str], texts: Sequence[str]) -> str:
+    named = ", ".join(f"{label}: {_shown(text)}" for label, text in zip(labels, texts, strict=True))
+    return (
+        f"{line}: the answer is {_shown(line.field('answer'))}, read as {key}, which names none of the choices "
+        f"({named}). Say how answers name their choice with --answer-key {'|'.join(ANSWER_KEYS[1:])} (index counts "
+        "from 0), and where they lie with --field answer=NAME."
+    )
+
+
+def _choices(line: _Line) -> tuple[list[str], list[str]]:
+    """(labels, texts) of the choices of a question, in any of the usual spellings."""
+    value = line.field("choices")
+    labels: list[Any] | None = None
+    texts: Any = value
+    if isinstance(value, Mapping) and {"label", "text"} <= set(value):  # as in Hugging Face's CommonsenseQA and ARC
+        labels, texts = value["label"], value["text"]
+    elif isinstance(value, Mapping):  # {"A": "...", "B": "..."}
+        labels, texts = list(value), list(value.values())
+    elif isinstance(value, list) and all(isinstance(one, Mapping) and {"label", "text"} <= set(one) for one in value):
+        labels, texts = [choice["label"] for choice in value], [choice["text"] for choice in value]
+    good = isinstance(texts, list) and 2 <= len(texts) <= len(LETTERS) and all(
+        isinstance(text, str | int | float) for text in texts
+    )  # fmt: skip
+    if not good or (labels is not None and (not isinstance(labels, list) or len(labels) != len(texts))):
+        raise DataError(
+            f"{line}: the choices are {_shown(value)}; they take a list of 2 to {len(LETTERS)} texts, a list of "
+            'objects with "label" and "text", or an object from labels to texts.'
+        )
+    names = [str(label) for label in labels] if labels is not None else list(LETTERS[: len(texts)])
+    if len(set(names)) != len(names):
+        raise DataError(f"{line}: the labels of the choices are {', '.join(names)}; they must all differ.")
+    return names, [text if isinstance(text, str) else _plain(text) for text in texts]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

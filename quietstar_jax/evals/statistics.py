@@ -1,0 +1,111 @@
+"""How sure a measured mean is, whether two are different, and what a majority of k samples would answer."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+def confidence_interval(values: Sequence[float] | np.ndarray, seed: int) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of the mean, 95 %; None for fewer than two values."""
+    sample = np.asarray(values, np.float64)
+    if sample.size < 2:
+        return None
+    if np.ptp(sample) == 0:
+        return float(sample[0]), float(sample[0])
+    found = stats.bootstrap(
+        (sample,), np.mean, n_resamples=RESAMPLES, batch=max(1, 10**7 // sample.size), confidence_level=CONFIDENCE,
+        method="percentile", rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
+
+
+def compare_paired(
+    with_thoughts: Sequence[float] | np.ndarray, without: Sequence[float] | np.ndarray, seed: int
+) -> dict[str, Any]:
+    """Whether thoughts changed the mean over the same questions.
+
+    Right or wrong (0 or 1 in both) is compared with McNemar's exact test, anything else with a sign-flip permutation
+    test of the mean difference; both two-sided.
+
+    Returns:
+      `difference` (with minus without), its `interval`, `p_value` and `test`; None in the last three where there are
+      fewer than two questions.
+    """
+    pair = np.asarray([with_thoughts, without], np.float64)
+    change = pair[0] - pair[1]
+    result: dict[str, Any] = {
+        "difference": float(change.mean()),
+        "interval": confidence_interval(change, seed),
+        "p_value": None,
+        "test": None,
+    }
+    if change.size < 2:
+        return result
+    if np.isin(pair, (0.0, 1.0)).all():
+        better, worse = int((change > 0).sum()), int((change < 0).sum())
+        p_value = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+        return {**result, "p_value": float(p_value), "test": "McNemar, exact"}
+    if not change.any():
+        return {**result, "p_value": 1.0, "test": "sign flips"}
+    found = stats.permutation_test(
+        (change,), np.mean, permutation_type="samples", vectorized=True, n_resamples=9999,
+        batch=max(1, 10**7 // change.size), rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return {**result, "p_value": float(found.pvalue), "test": "sign flips"}
+
+
+def majority_accuracy(votes: Sequence[Hashable | None], truth: Hashable, k: int) -> float:
+    """Probability that a majority vote of k of these samples is right: the exact mean over all subsets of size k.
+
+    So it is an unbiased estimate for k fresh samples, and uses all samples at every k. Ties are broken at random;
+    a sample without an answer (None) does not vote; a vote without voters is wrong.
+
+    Raises:
+      ValueError: k is not within 1 .. number of samples.
+    """
+    if not 1 <= k <= len(votes):
+        raise ValueError(f"A majority of {k} of {len(votes)} samples does not exist.")
+    counts = Counter(vote for vote in votes if vote is not None)
+    right = counts.pop(truth, 0)
+    silent = sum(vote is None for vote in votes)
+    won = 0.0
+    for most in range(1, min(right, k) + 1):
+        ways = _ways(list(counts.values()), silent, k - most, most)
+        won += math.comb(right, most) * sum(number / (ties + 1) for ties, number in enumerate(ways))
+    return won / math.comb(len(votes), k)
+
+
+def _ways(others: Sequence[int], silent: int, size: int, most: int) -> list[int]:
+    """In how many ways `size` of the other samples can be chosen so that no answer has more than `most` votes.
+
+    Args:
+      others: how many samples gave each wrong answer; silent: how many gave none.
+
+    Returns:
+      by the number of wrong answers that have exactly `most` votes.
+    """
+    ties = size // most
+    ways = [[0] * (ties + 1) for _ in range(size + 1)]  # [samples chosen so far][ties so far]
+    ways[0][0] = 1
+    for count in others:
+        after = [[0] * (ties + 1) for _ in range(size + 1)]
+        for chosen in range(size + 1):
+            for tied, number in enumerate(ways[chosen]):
+                if not number:
+                    continue
+                for more in range(min(count, most, size - chosen) + 1):
+                    after[chosen + more][tied + (more == most)] += number * math.comb(count, more)
+        ways = after
+    return [
+        sum(ways[chosen][tied] * math.comb(silent, size - chosen) for chosen in range(size + 1))
+        for tied in range(ties + 1)
+    ]

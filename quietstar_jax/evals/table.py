@@ -1,0 +1,80 @@
+"""Results for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MODES = {"without_thoughts": "without thoughts", "with_thoughts": "with thoughts"}
+PERCENT = {
+    "accuracy": "accuracy, %",
+    "exact_match": "exact match (greedy decoding), %",
+    "official_probability": "official metric (probability), %",
+}
+PLAIN = {"nats_per_token": "nats per token", "bits_per_byte": "bits per byte"}
+SHOWN = 5  # of the tokens helped and harmed
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """The table that ends an evaluation."""
+    modes = [mode for mode in MODES if mode in result]
+    what = result["model"]["checkpoint"]
+    step = "" if result["model"]["step"] is None else f", step {result['model']['step']}"
+    lines = ["", f"{result['task']} of {what}{step}", _counted(result), ""]
+    lines.append(f"{'':<36}" + "".join(f"{MODES[mode]:>26}" for mode in modes))
+    for name in (*PERCENT, *PLAIN):
+        if name in result[modes[0]]:
+            lines.append(_row(name, [result[mode] for mode in modes]))
+    lines += _comparison(result)
+    lines += _deciles(result, modes)
+    for name, title in (("helped", "helped"), ("harmed", "harmed")):
+        if result.get(name):
+            lines += ["", f"tokens that thoughts {title} most:", *map(_moment, result[name][:SHOWN])]
+    return "\n".join(lines)
+
+
+def _counted(result: Mapping[str, Any]) -> str:
+    if "tokens" in result:
+        return (
+            f"{result['tokens']} tokens of {result['texts']} texts ({result['bytes']} bytes), windows of "
+            f"{result['window']} tokens, at least {result['context']} of them context"
+        )
+    left_out = f"; {result['too_long']} left out, longer than {result['longest_tokens']} tokens"
+    return f"{result['questions']} questions" + (left_out if result["too_long"] else "")
+
+
+def _row(name: str, values: list[Mapping[str, Any]]) -> str:
+    scale, digits = (100, 2) if name in PERCENT else (1, 4)
+    cells = []
+    for value in values:
+        interval = value.get(f"{name}_interval")
+        text = f"{scale * value[name]:.{digits}f}"
+        if interval is not None:
+            text += f" ({scale * interval[0]:.{digits}f} .. {scale * interval[1]:.{digits}f})"
+        cells.append(f"{text:>26}")
+    return f"{(PERCENT | PLAIN)[name]:<36}" + "".join(cells)
+
+
+def _comparison(result: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, found in result.get("comparison", {}).items():
+        scale = 100 if name in PERCENT else 1
+        p_value = "" if found["p_value"] is None else f", p = {found['p_value']:.3g} ({found['test']})"
+        label = (PERCENT | PLAIN)[name]
+        lines.append(f"    {label}: {scale * found['difference']:+.4g} with thoughts{p_value}")
+    return ["", "the same items with and without thoughts:", *lines] if lines else []
+
+
+def _deciles(result: Mapping[str, Any], modes: list[str]) -> list[str]:
+    if "deciles" not in result:
+        return []
+    lines = ["", "nats per token by tenth of the tokens, from easiest to hardest without thoughts:"]
+    for number, row in enumerate(result["deciles"], start=1):
+        cells = [row[f"loss_{mode}"] for mode in modes]
+        lines.append(f"{'    ' + str(number):<36}" + "".join(f"{cell:>26.4f}" for cell in cells))
+    return lines
+
+
+def _moment(found: Mapping[str, Any]) -> str:
+    nats = f"{found['nats_without_thoughts']:.2f} -> {found['nats_with_thoughts']:.2f} nats"
+    return f"    {nats}: ...{found['context']!r} {found['token']!r} (thought: {found['thought']!r})"

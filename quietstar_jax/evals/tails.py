@@ -1,0 +1,233 @@
+"""Scores of the last tokens of texts, without thoughts and with greedy ones: what every measurement here is made of.
+
+Texts are padded on the left, so that those of a batch end together and only the positions that are scored think. An
+answer of three tokens after a prompt of a thousand costs three thoughts. Lengths come from a coarse grid, so that a set
+of questions compiles a handful of programs, not one per question.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from quietstar_jax.config import Architecture
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.models.linear import cross_entropy
+from quietstar_jax.models.parameters import Structure, assemble
+from quietstar_jax.thoughts import controls
+from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
+from quietstar_jax.thoughts.model import QuietStar
+from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
+from quietstar_jax.thoughts.score import talk, think
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.text import Text, here_and_ahead, read_text, tokens_ahead
+from quietstar_jax.training.trained import TrainedModel
+
+SHORTEST = 16  # of the grid of text lengths
+
+
+class Tail(NamedTuple):
+    """A text whose last tokens are scored.
+
+    Attributes:
+      tokens: ids, at least one more than are scored.
+      last: how many, at the end, are scored.
+      candidates: ids whose log-probability is wanted at every scored position.
+    """
+
+    tokens: Sequence[int]
+    last: int
+    candidates: Sequence[int] = ()
+
+
+class View(NamedTuple):
+    """Predictions of P tokens, [P] but for the candidates.
+
+    Attributes:
+      nats: cross-entropy of the true token.
+      best: likeliest token of those that may be generated.
+      candidates: [P, A] log-probabilities of the candidates.
+    """
+
+    nats: Any
+    best: Any
+    candidates: Any
+
+
+class TailScores(NamedTuple):
+    """What the last P tokens of a text were predicted as.
+
+    Attributes:
+      without: without thoughts; with_thoughts: after one greedy thought each, None where nothing thinks.
+      weight: [P] mixing weight; entropy: [P] mean nats per thought token; thoughts: [P, T] their tokens.
+    """
+
+    without: View
+    with_thoughts: View | None
+    weight: Any
+    entropy: Any
+    thoughts: Any
+
+
+def grid_length(length: int, shortest: int = SHORTEST) -> int:
+    """The next length of the grid 16, 24, 32, 48, 64, 96 ...: at most half as long again."""
+    size = shortest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def grid_count(count: int) -> int:
+    """The next power of two: how many positions are scored where `count` are wanted."""
+    return 1 << (count - 1).bit_length()
+
+
+def make_tail_scorer(
+    structure: Structure, architecture: Architecture, settings: ThoughtSettings, forbidden: tuple[int, ...],
+    devices: int = 1,
+) -> Callable[..., TailScores]:  # fmt: skip
+    """Compiled `(params, tokens [B, L], mask [B, L], candidates [B, A], count=P) -> TailScores`, each [B, P, ...].
+
+    Args:
+      forbidden: ids that are never generated; devices: over which B is split.
+    """
+
+    def view(scores: jax.Array, targets: jax.Array, candidates: jax.Array, normalized: bool) -> View:
+        """Scores [B, J, V], targets [B, J], candidates [B, A]."""
+        log_probs = scores if normalized else scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+        nats = -jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+        return View(
+            nats=nats if normalized else cross_entropy(scores, targets),
+            best=mask_meta_tokens(scores, forbidden).argmax(axis=-1),
+            candidates=jnp.take_along_axis(log_probs, candidates[:, None], axis=-1),
+        )
+
+    @functools.partial(jax.jit, static_argnames="count")
+    def score(
+        params: Mapping[str, jax.Array], tokens: jax.Array, mask: jax.Array, candidates: jax.Array, *, count: int
+    ) -> TailScores:
+        model = assemble(structure, params)
+        text = read_text(model.decoder, tokens, mask, dtype=settings.dtype)
+        rows, length = tokens.shape
+        chunk = min(count, positions_per_chunk(architecture, settings, -(-rows // devices), length))
+        positions = length - 1 - count + jnp.arange(count)  # those that predict the scored tokens
+
+        def at(positions: jax.Array, thoughts: Thoughts | None) -> TailScores:
+            hidden = here_and_ahead(text.hidden, positions, 1)[..., 0, :]
+            targets = tokens_ahead(text.tokens, positions, 1, fill=0)[..., 0]
+            without = view(model.decoder.logits(hidden), targets, candidates, normalized=False)
+            if thoughts is None:
+                nothing = jnp.zeros(targets.shape, jnp.float32)
+                return TailScores(without, None, nothing, nothing, jnp.zeros((*targets.shape, 0), jnp.int32))
+            talk_hidden = think(model, text, positions, thoughts.tokens[:, None], settings)[1]
+            scores, weight = talk(model, text, positions, talk_hidden, settings)
+            normalized = settings.config.mixing == "log_probabilities"
+            with_thoughts = view(scores[:, 0, :, 0], targets, candidates, normalized)
+            return TailScores(
+                without, with_thoughts, weight[:, 0, :, 0], thoughts.entropy.mean(axis=-1), thoughts.tokens
+            )  # fmt: skip
+
+        return map_chunks(at, positions, chunk, _greedy_thoughts(model, text, positions, settings, chunk), axis=1)
+
+    return score
+
+
+def _greedy_thoughts(
+    model: QuietStar, text: Text, positions: jax.Array, settings: ThoughtSettings, chunk: int
+) -> Thoughts | None:
+    """Thoughts [B, P, T] at P positions, or what a control puts in their place; None where nothing thinks."""
+    if not settings.length:
+        return None
+    rows, length = text.tokens.shape
+    shuffled = settings.config.control == "shuffled"  # takes a thought from anywhere in the text
+    chosen = jnp.arange(length) if shuffled else positions
+    uniforms = jax.random.uniform(jax.random.key(0), (rows, 1, chosen.size, settings.length))
+    thoughts = controls.think(model, text, chosen, uniforms, settings, chunk, greedy=True)
+    return jax.tree.map(lambda x: jnp.take(x[:, 0], positions, axis=1) if shuffled else x[:, 0], thoughts)
+
+
+class TailScorer:
+    """Scores tails of a model on all local devices.
+
+    Every row of the result depends on its own text alone, but for rounding: neither on the batch nor on the devices.
+    """
+
+    def __init__(self, model: TrainedModel, settings: ThoughtSettings, batch_size: int):
+        """Args: settings: of `model.settings`, length 0 = no thoughts; batch_size: texts at once, over all devices."""
+        if batch_size < 1:
+            raise ConfigError(f"--batch-size is {batch_size}; it takes 1 or more.")
+        self._mesh = Mesh(np.array(jax.local_devices()), ("batch",))
+        self.batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
+        self._params = jax.device_put(model.params, NamedSharding(self._mesh, PartitionSpec()))
+        forbidden = tuple(sorted({*model.vocabulary.meta_tokens, *model.suppressed_ids}))
+        self._score = make_tail_scorer(model.structure, model.architecture, settings, forbidden, self._mesh.size)
+        self._pad_id = model.vocabulary.pad_id
+        self.longest = longest_text(model.architecture, settings.length)
+
+    @property
+    def programs(self) -> int:
+        """How many programs were compiled so far."""
+        size: int = self._score._cache_size()  # type: ignore[attr-defined]
+        return size
+
+    def __call__(self, tails: Sequence[Tail], done: Callable[[int], object] = lambda count: None) -> list[TailScores]:
+        """Scores of each tail, in the order given, as numpy arrays.
+
+        Args:
+          done: called with the number of tails just finished.
+        """
+        found: list[Any] = [None] * len(tails)
+        for rows, scores in self._batches(tails):
+            for row, number in enumerate(rows):
+                last, known = tails[number].last, len(tails[number].candidates)
+
+                def own(view: View, row: int = row, last: int = last, known: int = known) -> View:
+                    return View(view.nats[row, -last:], view.best[row, -last:], view.candidates[row, -last:, :known])
+
+                after = scores.with_thoughts
+                rest = (x[row, -last:] for x in (scores.weight, scores.entropy, scores.thoughts))
+                found[number] = TailScores(own(scores.without), None if after is None else own(after), *rest)
+            done(len(rows))
+        return found
+
+    def _batches(self, tails: Sequence[Tail]) -> Iterator[tuple[list[int], TailScores]]:
+        """Numbers of the tails of a batch, and its scores; the next batch runs while one is read back."""
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for number, tail in enumerate(tails):
+            count = grid_count(tail.last)
+            shapes.setdefault((grid_length(max(len(tail.tokens), count + 1)), count), []).append(number)
+        width = max((len(tail.candidates) for tail in tails), default=0)
+        width = grid_count(width) if width else 0
+        waiting: tuple[list[int], Any] | None = None
+        for (length, count), numbers in sorted(shapes.items(), reverse=True):  # what needs most memory comes first
+            for start in range(0, len(numbers), self.batch_size):
+                rows = numbers[start : start + self.batch_size]
+                arrays = self._arrays([tails[number] for number in rows], length, width)
+                running = rows, self._score(self._params, *arrays, count=count)
+                if waiting:
+                    yield waiting[0], jax.device_get(waiting[1])
+                waiting = running
+        if waiting:
+            yield waiting[0], jax.device_get(waiting[1])
+
+    def _arrays(self, tails: Sequence[Tail], length: int, width: int) -> tuple[jax.Array, ...]:
+        tokens = np.full((self.batch_size, length), self._pad_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        candidates = np.zeros((self.batch_size, width), np.int32)
+        for row, tail in enumerate(tails):
+            tokens[row, length - len(tail.tokens) :] = tail.tokens
+            mask[row, length - len(tail.tokens) :] = True
+            candidates[row, : len(tail.candidates)] = tail.candidates
+        split = NamedSharding(self._mesh, PartitionSpec("batch"))
+        return tuple(jax.device_put(array, split) for array in (tokens, mask, candidates))
+
+
+def longest_text(architecture: Architecture, thought_length: int) -> int:
+    """Tokens of the longest text that can be scored; a thought needs positions of its own behind the text."""
+    return architecture.max_positions + 1 if not thought_length else architecture.max_positions - thought_length - 2

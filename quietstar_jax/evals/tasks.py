@@ -1,0 +1,81 @@
+"""The question sets that are known by name, and where their fields lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.evals.questions import ANSWER_KEYS, FIELDS, Layout
+
+DIRECT, TEXT = "direct", "text"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured, and on what.
+
+    Attributes:
+      kind: `direct` answers, or `text` for language modelling.
+      layouts: the usual places of its fields; none for text.
+      summary: one line of help.
+    """
+
+    kind: str
+    layouts: tuple[Layout, ...]
+    summary: str
+
+
+_NUMERIC = Layout("question", "answer")
+_GSM8K = (_NUMERIC,)
+_COMMONSENSE_QA = (
+    Layout("question", "answerKey", "choices"),  # as in Hugging Face's data set
+    Layout("question.stem", "answerKey", "question.choices"),  # as its authors publish it
+)
+
+TASKS: Mapping[str, Task] = {
+    "gsm8k": Task(DIRECT, _GSM8K, "grade-school mathematics, answered at once"),
+    "commonsense_qa": Task(DIRECT, _COMMONSENSE_QA, "five choices, answered with a letter"),
+    "numeric": Task(DIRECT, (_NUMERIC,), "your own questions with numbers as answers"),
+    "multiple_choice": Task(DIRECT, (Layout("question", "answer", "choices"),), "your own questions with choices"),
+    "language_modeling": Task(TEXT, (), "nats per token of a text file"),
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+      ConfigError: there is none; names those there are.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"There is no task {name!r}. {hint}It takes one of {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def with_fields(task: Task, fields: Sequence[str], answer_key: str) -> tuple[Layout, ...]:
+    """The layouts of a task with its fields elsewhere.
+
+    Args:
+      fields: `question=NAME` and so on; answer_key: how answers name a choice, one of `ANSWER_KEYS`.
+
+    Raises:
+      ConfigError: a field is not one that the task has, or is named twice.
+    """
+    known = FIELDS if task.layouts and task.layouts[0].choices is not None else ("question", "answer")
+    if not task.layouts and fields:
+        raise ConfigError("--field is for question sets; of a text file, --text-key names the field.")
+    if answer_key not in ANSWER_KEYS:
+        raise ConfigError(f"--answer-key is {answer_key!r}; it takes one of {', '.join(ANSWER_KEYS)}.")
+    changes: dict[str, str] = {}
+    for field in fields:
+        name, mark, place = field.partition("=")
+        if name not in known or not mark or not place or name in changes:
+            raise ConfigError(f"--field {field} is not understood; it takes {'=NAME, '.join(known)}=NAME, each once.")
+        changes[name] = place
+    layouts = tuple(dataclasses.replace(layout, answer_key=answer_key, **changes) for layout in task.layouts)
+    return tuple(dict.fromkeys(layouts))

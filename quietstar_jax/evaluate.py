@@ -1,0 +1,64 @@
+"""Command line: `python -m quietstar_jax.evaluate --checkpoint runs/mine --task gsm8k --data test.jsonl`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from quietstar_jax.errors import ConfigError, run_command
+from quietstar_jax.evals.measure import MODES, Options, measure
+from quietstar_jax.evals.questions import ANSWER_KEYS
+from quietstar_jax.evals.table import format_result
+from quietstar_jax.evals.tasks import TASKS
+from quietstar_jax.training.metrics import write_json
+
+
+def main(arguments: list[str]) -> None:
+    """Measures, then prints a table or one line of JSON."""
+    given = vars(_parser().parse_args(arguments))
+    as_json, output = given.pop("json"), given.pop("output")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: the folder {output.absolute().parent} is missing. Make it first.")
+    fields = tuple(given.pop("field"))
+    result = measure(Options(**given, fields=fields))
+    if output is not None:
+        write_json(output, result)
+    print(json.dumps(result) if as_json else format_result(result))
+
+
+def _parser() -> argparse.ArgumentParser:
+    tasks = "\n".join(f"  {name:<20}{task.summary}" for name, task in TASKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m quietstar_jax.evaluate", description=__doc__, epilog=f"tasks:\n{tasks}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run's workdir, a Hugging Face folder or hub id")
+    add("--task", required=True, help="one of those below")
+    add("--data", required=True, help="questions in JSON lines; for language_modeling any text source")
+    add("--thoughts", default="auto", help=f"{', '.join(MODES)}; auto = both where the model can think")
+    add("--step", type=int, help="of a run's checkpoint; the newest unless told otherwise")
+    add("--revision", default="", help="of a hub id")
+    add("--dtype", default="float32", help="of the computation: float32, bfloat16")
+    add("--thought-length", type=int, default=0, help="sampled tokens of a thought; 0 = as trained")
+    add("--batch-size", type=int, default=Options.batch_size, help="texts at once, over all devices")
+    add("--limit", type=int, default=0, help="questions or texts from the beginning; 0 = all")
+    add("--max-length", type=int, default=0, help="tokens of the longest question; 0 = what the model takes")
+    add("--seed", type=int, default=0, help="of all that is drawn")
+    add("--field", action="append", default=[], metavar="FIELD=NAME", help="where question, choices, answer lie")
+    add("--answer-key", default="auto", help=f"how answers name a choice: {', '.join(ANSWER_KEYS)}")
+    text = parser.add_argument_group("language_modeling")
+    text.add_argument("--text-key", default="text", help="field of a JSON line")
+    text.add_argument("--window", type=int, default=0, help="tokens read at once; 0 = 1024, or what the model takes")
+    text.add_argument("--context", type=int, default=0, help="of these, before every scored token; 0 = half")
+    text.add_argument("--top", type=int, default=Options.top, help="tokens helped and harmed most that are kept")
+    add("--json", action="store_true", help="one JSON object on the last line instead of a table")
+    add("--output", type=Path, help="file for the same JSON object")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

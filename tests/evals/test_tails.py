@@ -1,0 +1,100 @@
+import jax
+import numpy as np
+import pytest
+
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.evals.tails import Tail, TailScorer, grid_count, grid_length
+from quietstar_jax.training.evaluation import make_token_scorer
+from quietstar_jax.training.step import Batch
+from quietstar_jax.training.trained import open_model
+from tests.evals.models import write_plain, write_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tails")
+    write_plain(folder / "plain")
+    write_run(folder / "run", folder / "plain")
+    write_run(folder / "paper", folder / "plain", mixing="log_probabilities")
+    write_run(folder / "pause", folder / "plain", control="pause")
+    return folder
+
+
+def texts(count=7, seed=0):
+    draw = np.random.default_rng(seed)
+    return [draw.integers(2, 258, draw.integers(5, 40)).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", ["run", "paper", "pause"])
+def test_tails_equal_the_evaluation_of_training(folder, name):
+    """That one pads on the right, thinks everywhere, and shares no batching with this."""
+    model = open_model(folder / name)
+    settings = model.settings(3)
+    scorer = TailScorer(model, settings, batch_size=4)
+    reference = make_token_scorer(model.structure, model.architecture, settings)
+    all_tokens = texts()
+    tails = [Tail(tokens, 1 + i % 4) for i, tokens in enumerate(all_tokens)]
+    for tail, score in zip(tails, scorer(tails), strict=True):
+        row = np.zeros((1, 48), np.int32)
+        row[0, : len(tail.tokens)] = tail.tokens
+        mask = np.arange(48)[None] < len(tail.tokens)
+        expected = jax.device_get(reference(model.params, Batch(row, mask)))
+        places = np.arange(len(tail.tokens) - 1 - tail.last, len(tail.tokens) - 1)
+        np.testing.assert_allclose(score.without.nats, expected.base_nats[0, places], atol=2e-4)
+        np.testing.assert_allclose(score.with_thoughts.nats, expected.talk_nats[0, places], atol=2e-4)
+        np.testing.assert_array_equal(score.thoughts, expected.thoughts[0, places])
+        np.testing.assert_allclose(score.weight, expected.weight[0, places], atol=2e-4)
+        assert np.abs(score.with_thoughts.nats - score.without.nats).max() > 1e-2  # thoughts do change something
+
+
+def test_candidates_are_log_probabilities_of_their_tokens(folder):
+    model = open_model(folder / "run")
+    scorer = TailScorer(model, model.settings(2), batch_size=2)
+    tokens = texts(1)[0]
+    everything = tuple(range(258))
+    (score,) = scorer([Tail(tokens, 3, everything)])
+    truth = np.array(tokens[-3:])
+    for view in (score.without, score.with_thoughts):
+        np.testing.assert_allclose(np.exp(view.candidates).sum(axis=-1), 1.0, rtol=1e-5)
+        np.testing.assert_allclose(-view.candidates[np.arange(3), truth], view.nats, atol=1e-5)
+        np.testing.assert_array_equal(view.candidates.argmax(axis=-1), view.best)
+    few, many = scorer([Tail(tokens, 3, (5, 9)), Tail(tokens, 3, everything[:7])])
+    np.testing.assert_allclose(few.without.candidates, score.without.candidates[:, [5, 9]], atol=1e-5)
+    np.testing.assert_allclose(many.without.candidates, score.without.candidates[:, :7], atol=1e-5)
+
+
+def test_scores_do_not_depend_on_the_batch(folder):
+    model = open_model(folder / "run")
+    draw = np.random.default_rng(2)
+    tails = [Tail(draw.integers(2, 258, n).tolist(), 3 + n % 2) for n in (24, 17, 20, 23, 18)]
+    together = TailScorer(model, model.settings(2), batch_size=4)(tails)
+    finished = []
+    alone = TailScorer(model, model.settings(2), batch_size=1)(tails, finished.append)
+    assert sum(finished) == len(tails)
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(one.with_thoughts.nats, other.with_thoughts.nats, atol=1e-4)
+        np.testing.assert_array_equal(one.thoughts, other.thoughts)
+
+
+def test_a_question_set_compiles_few_programs(folder):
+    model = open_model(folder / "plain")
+    scorer = TailScorer(model, model.settings(0), batch_size=8)
+    draw = np.random.default_rng(1)
+    lengths = draw.integers(40, 120, 100)
+    scores = scorer([Tail(draw.integers(2, 258, n).tolist(), int(draw.integers(3, 9))) for n in lengths])
+    assert scores[0].with_thoughts is None
+    assert len(set(lengths)) > 30
+    assert scorer.programs <= 8  # lengths 48, 64, 96, 128; counts 4, 8
+
+
+def test_the_grid():
+    assert [grid_length(n) for n in (1, 16, 17, 25, 33, 49, 65, 200, 1000)] == [16, 16, 24, 32, 48, 64, 96, 256, 1024]
+    assert [grid_count(n) for n in (1, 2, 3, 5, 8, 9)] == [1, 2, 4, 8, 8, 16]
+    for n in range(1, 3000):
+        assert n <= grid_length(n) <= max(16, 1.5 * n)
+
+
+def test_no_batch_is_refused(folder):
+    model = open_model(folder / "plain")
+    with pytest.raises(ConfigError, match="--batch-size"):
+        TailScorer(model, model.settings(0), batch_size=0)

@@ -1,0 +1,137 @@
+"""The command line of evaluation: what it prints, what it writes, and how it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from quietstar_jax.errors import CheckpointError, ConfigError, DataError
+from quietstar_jax.evaluate import main
+from tests.evals.models import write_plain, write_run
+from tests.evals.test_questions import write_lines
+from tests.material import material
+
+NUMBERS = [{"question": f"{a} + {b}?", "answer": f"So.\n#### {a + b}"} for a in range(3) for b in range(4)]
+CHOICES = [
+    {"prompt": f"Next after {i}?", "options": [str(i + 1), str(i), "none"], "key": 0, "meta": {"id": i}}
+    for i in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    write_run(folder / "run", write_plain(folder / "plain"))
+    write_lines(folder / "numbers.jsonl", NUMBERS)
+    write_lines(folder / "choices.jsonl", CHOICES)
+    write_lines(folder / "text.jsonl", [{"text": "one two three. " * 9}, {"text": "four."}])
+    return folder
+
+
+def evaluate(capsys, folder, *more, checkpoint="run", task="gsm8k", data="numbers.jsonl", length=2):
+    main(
+        ["--checkpoint", str(folder / checkpoint), "--task", task, "--data", str(folder / data), "--json",
+         *(["--thought-length", str(length)] if checkpoint == "run" else []), "--batch-size", "8", "--quiet", *more]
+    )  # fmt: skip
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_numbers_with_and_without_thoughts(folder, capsys, tmp_path):
+    found = evaluate(capsys, folder, "--output", str(tmp_path / "result.json"))
+    assert found == json.loads((tmp_path / "result.json").read_text())
+    assert (found["questions"], found["too_long"]) == (12, 0)
+    for mode in ("without_thoughts", "with_thoughts"):
+        rates = found[mode]
+        assert 0 < rates["official_probability"] < 1
+        low, high = rates["official_probability_interval"]
+        assert low <= rates["official_probability"] <= high
+    assert found["official_probability"] == found["with_thoughts"]["official_probability"]
+    assert found["with_thoughts"] != found["without_thoughts"]
+    compared = found["comparison"]["official_probability"]
+    change = found["with_thoughts"]["official_probability"] - found["without_thoughts"]["official_probability"]
+    assert compared["difference"] == pytest.approx(change)
+    assert 0 < compared["p_value"] <= 1
+    assert len(found["checkpoint_hash"]) == len(found["data_hash"]) == 64
+    assert found["model"]["step"] == 0
+    assert found["config"]["thought_length"] == 2
+    assert found["versions"]["jax"]
+
+
+def test_one_mode_gives_the_same_figures(folder, capsys):
+    both = evaluate(capsys, folder)
+    on, off = (evaluate(capsys, folder, "--thoughts", mode) for mode in ("on", "off"))
+    assert on["with_thoughts"] == both["with_thoughts"]
+    assert off["without_thoughts"]["exact_match"] == both["without_thoughts"]["exact_match"]
+    assert off["official_probability"] == pytest.approx(both["without_thoughts"]["official_probability"], rel=1e-4)
+    assert "without_thoughts" not in on
+    assert "with_thoughts" not in off
+    assert "comparison" not in {**on, **off}
+
+
+def test_own_fields_and_choices(folder, capsys):
+    fields = ["--field", "question=prompt", "--field", "choices=options", "--field", "answer=key"]
+    found = evaluate(capsys, folder, *fields, task="multiple_choice", data="choices.jsonl", checkpoint="plain")
+    assert found["questions"] == 6
+    assert found["thoughts"] == "auto"
+    assert "with_thoughts" not in found
+    assert 0 <= found["accuracy"] <= 1
+
+
+def test_long_questions_are_counted_not_cropped(folder, capsys, tmp_path):
+    rows = [*NUMBERS[:3], {"question": "long " * 20, "answer": "#### 7"}]
+    write_lines(tmp_path / "mixed.jsonl", rows)
+    found = evaluate(capsys, folder, "--max-length", "40", data=tmp_path / "mixed.jsonl", checkpoint="plain")
+    assert (found["questions"], found["too_long"], found["longest_tokens"]) == (3, 1, 40)
+    short = evaluate(capsys, folder, "--limit", "3", data=tmp_path / "mixed.jsonl", checkpoint="plain")
+    assert found["official_probability"] == pytest.approx(short["official_probability"], rel=1e-5)
+    with pytest.raises(DataError, match="All 4 questions are longer than 10 tokens"):
+        evaluate(capsys, folder, "--max-length", "10", data=tmp_path / "mixed.jsonl", checkpoint="plain")
+    with pytest.raises(ConfigError, match="this model takes at most 257"):
+        evaluate(capsys, folder, "--max-length", "258", checkpoint="plain")
+
+
+def test_language_modeling(folder, capsys):
+    found = evaluate(capsys, folder, "--window", "32", task="language_modeling", data="text.jsonl")
+    assert (found["texts"], found["tokens"], found["context"]) == (2, 15 * 9 + 5, 16)
+    assert found["nats_per_token"] == found["with_thoughts"]["nats_per_token"]
+    assert found["bits_per_byte"] == pytest.approx(found["nats_per_token"] / np.log(2), rel=1e-6)
+    assert len(found["deciles"]) == 10
+
+
+def test_the_table_for_people(folder, capsys):
+    main(["--checkpoint", str(folder / "run"), "--task", "gsm8k", "--data", str(folder / "numbers.jsonl"),
+          "--thought-length", "2", "--batch-size", "8"])  # fmt: skip
+    printed = capsys.readouterr()
+    for part in ("12 questions", "without thoughts", "official metric (probability), %", "p = "):
+        assert part in printed.out
+    assert "12/12" in printed.err
+
+
+def test_refusals(folder, capsys):
+    for error, match, more in [
+        (ConfigError, "Did you mean gsm8k", {"task": "gsm8"}),
+        (CheckpointError, "cannot think", {"checkpoint": "plain", "args": ["--thoughts", "on"]}),
+        (CheckpointError, "cannot think", {"checkpoint": "plain", "args": ["--thoughts", "both"]}),
+        (ConfigError, "--thoughts is 'yes'", {"args": ["--thoughts", "yes"]}),
+        (DataError, "missing", {"data": "nothing.jsonl"}),
+        (DataError, "there is no field 'question'", {"data": "choices.jsonl"}),
+        (ConfigError, "is not understood", {"args": ["--field", "prompt=x"]}),
+        (ConfigError, "--limit is -1", {"args": ["--limit", "-1"]}),
+        (ConfigError, "--output", {"args": ["--output", "/nowhere/at/all.json"]}),
+        (ConfigError, "--window is 999", {"task": "language_modeling", "data": "text.jsonl",
+                                          "args": ["--window", "999"]}),
+    ]:  # fmt: skip
+        arguments = more.pop("args", [])
+        with pytest.raises(error, match=match):
+            evaluate(capsys, folder, *arguments, **more)
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [("gsm8k", "data/gsm8k/test.jsonl"), ("commonsense_qa", "data/commonsenseqa/dev_rand_split.jsonl")],
+)
+def test_real_questions_and_a_real_model(capsys, task, data):
+    checkpoint, file = material("models/stories260k"), material(data)
+    found = evaluate(capsys, file.parent, "--limit", "4", task=task, data=file, checkpoint=checkpoint)
+    assert found["questions"] == 4
+    assert 0 < found["official_probability"] < 0.5
