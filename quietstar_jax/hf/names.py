@@ -56,14 +56,11 @@ def to_ours(entry: Entry, tensor: np.ndarray) -> list[np.ndarray]:
 
 
 def to_theirs(entry: Entry, arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The inverse of `to_ours`. What no target holds (the unused second row of the thought embeddings) is 0."""
+    """The inverse of `to_ours`."""
     pieces = []
     for target, array in zip(entry.targets, arrays, strict=True):
         shape = _piece_shape(entry, target)
         pieces.append(array.reshape(shape[::-1]).T if entry.transpose else array.reshape(shape))
-    unused = entry.shape[entry.axis] - sum(piece.shape[entry.axis] for piece in pieces)
-    if unused:
-        pieces.append(np.zeros((unused, *entry.shape[1:]), pieces[0].dtype))
     return np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, entry.axis))
 
 
@@ -101,7 +98,7 @@ def thought_entries(hidden_size: int) -> list[Entry]:
     """The tensors that the published Quiet-STaR checkpoints add to their decoder.
 
     The first linear layer of the talk head reads [text, thought]; we keep its two halves apart. Of the thought
-    embeddings [2, D] only the first row is used.
+    embeddings [2, D] only the first row is used; the second is kept.
     """
     d = hidden_size
     halves = (Target("mixing_head.base_in", (d, d)), Target("mixing_head.thought_in", (d, d)))
@@ -111,8 +108,10 @@ def thought_entries(hidden_size: int) -> list[Entry]:
         _single("talk_head.0.2.weight", (d, d), "mixing_head.hidden", transpose=True),
         _single("talk_head.0.2.bias", (d,), "mixing_head.hidden_bias"),
         Entry("talk_head.0.4.weight", (1, d), (Target("mixing_head.out", (d, 1)),), transpose=True),
-        Entry("start_embedding", (2, d), (Target("start_embedding", (d,)),)),
-        Entry("end_embedding", (2, d), (Target("end_embedding", (d,)),)),
+        *(
+            Entry(f"{which}_embedding", (2, d), (Target(f"{which}_embedding", (d,)), Target(f"{which}_spare", (d,))))
+            for which in ("start", "end")
+        ),
     ]
 
 

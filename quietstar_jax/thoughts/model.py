@@ -10,14 +10,15 @@ from flax import nnx
 
 from quietstar_jax.config import Architecture
 from quietstar_jax.models.decoder import Decoder
-from quietstar_jax.models.parameters import parameter
+from quietstar_jax.models.parameters import parameter, zeros
 from quietstar_jax.thoughts.mixing import MixingHead
 
 
 class QuietStar(nnx.Module):
     """A decoder that thinks.
 
-    `start_embedding` and `end_embedding` [D] are stored divided by `ThoughtConfig.embedding_scale`.
+    `start_embedding` and `end_embedding` [D] are stored divided by `ThoughtConfig.embedding_scale`. Published
+    checkpoints have a second row of each, which nothing reads: `start_spare` and `end_spare` [D] keep it as it came.
     """
 
     def __init__(self, decoder: Decoder, start: jax.Array, end: jax.Array, rngs: nnx.Rngs):
@@ -26,6 +27,8 @@ class QuietStar(nnx.Module):
         self.mixing_head = MixingHead(decoder.architecture.hidden_size, rngs)
         self.start_embedding = parameter(rngs, start.shape, ("embed",), lambda key, shape: start)
         self.end_embedding = parameter(rngs, end.shape, ("embed",), lambda key, shape: end)
+        self.start_spare = parameter(rngs, start.shape, ("embed",), zeros)
+        self.end_spare = parameter(rngs, end.shape, ("embed",), zeros)
 
 
 def initialize(

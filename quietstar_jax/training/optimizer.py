@@ -49,6 +49,8 @@ def rate_scale(name: str, rates: RateScales) -> float:
         return rates.mixing_head
     if name in ("start_embedding", "end_embedding"):
         return rates.thought_embeddings
+    if name in ("start_spare", "end_spare"):
+        return 0.0  # nothing reads them
     return rates.decoder
 
 
