@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ MEASURED = {
     "reward": "mean reward (nats)",
     "tokens": "held-out tokens",
 }
+PATHS = {"model": ("checkpoint",), "data": ("train", "validation", "data_dir", "tokenizer")}  # settings
 USE = {
     "quietstar": """\
 ```python
@@ -47,8 +49,8 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 def model_card(run: SavedRun, options: ExportOptions) -> str:
     """Markdown with the front matter of the Hugging Face hub."""
     config = run.config
-    settings = {key: value for key, value in to_mapping(config).items() if key != "workdir"}
-    origin = f"`{config.model.checkpoint}`" if config.model.checkpoint else "random weights"
+    settings = _without_folders({key: value for key, value in to_mapping(config).items() if key != "workdir"})
+    origin = f"`{_last_part(config.model.checkpoint)}`" if config.model.checkpoint else "random weights"
     if run.model_commit:
         origin += f" at commit `{run.model_commit}`"
     parts = [
@@ -59,7 +61,7 @@ def model_card(run: SavedRun, options: ExportOptions) -> str:
         f"## Use\n\n{USE[options.format]}",
         f"## Training\n\nFrom {origin}; {run.step} of {config.total_steps} steps done.",
         _phase_table(config.phases, run.step),
-        f"Text: {', '.join(f'`{source}`' for source in config.data.train)}, sequences of "
+        f"Text: {_sources(config.data.train)}, sequences of "
         f"{config.data.sequence_length} tokens ({config.data.packing}).",
         _measurements(run),
         "## Configuration\n\n```json\n" + json.dumps(settings, indent=2, ensure_ascii=False) + "\n```",
@@ -80,9 +82,13 @@ def _measurements(run: SavedRun) -> str:
     if not found:
         return "## Measured\n\nNothing was measured on held-out text at this step."
     rows = [f"| {MEASURED[name]} | {value:.6g} |" for name, value in found.items()]
-    sources = ", ".join(f"`{source}`" for source in run.config.data.validation)
     return "\n".join(
-        [f"## Measured\n\nOn {sources}, with greedy thoughts:\n", "| figure | value |", "|---|---|", *rows]
+        [
+            f"## Measured\n\nOn {_sources(run.config.data.validation)}, with greedy thoughts:\n",
+            "| figure | value |",
+            "|---|---|",
+            *rows,
+        ]
     )
 
 
@@ -98,6 +104,25 @@ def _phase_table(phases: tuple[Phase, ...], step: int) -> str:
         rows.append("| " + " | ".join(map(str, cells)) + " |")
         start += phase.steps
     return "\n".join(rows)
+
+
+def _sources(names: Sequence[str]) -> str:
+    return ", ".join(f"`{_last_part(name)}`" for name in names)
+
+
+def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which folders of this machine are left out, which are nobody's business."""
+    found = dict(settings)
+    for group, names in PATHS.items():
+        shown = {name: settings[group][name] for name in names}
+        shown = {k: _last_part(v) if isinstance(v, str) else [_last_part(item) for item in v] for k, v in shown.items()}
+        found[group] = {**settings[group], **shown}
+    return found
+
+
+def _last_part(name: str) -> str:
+    """The last part of a path that begins at a root, a home or a parent; a hub id or `tfds:...` stays as it is."""
+    return Path(name).name if name.startswith(("/", "~", ".")) else name
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
