@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -28,6 +28,7 @@ class CheckpointFiles:
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     commit: str = ""  # of a hub id: what `revision` stood for
+    generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json, where there is one
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in the dtype of its file (float16, bfloat16, float32 or float64).
@@ -78,7 +79,14 @@ def open_checkpoint(name: str, revision: str = "") -> CheckpointFiles:
             + "\n".join(f"  - {line}" for line in strayed)
             + "\nFetch the checkpoint again."
         )
-    return CheckpointFiles(folder, config, tensors, commit="" if local else folder.name)
+    generation = folder / "generation_config.json"
+    return CheckpointFiles(
+        folder,
+        config,
+        tensors,
+        commit="" if local else folder.name,
+        generation=read_json(generation) if generation.exists() else {},
+    )
 
 
 def download(name: str, revision: str = "") -> Path:

@@ -31,7 +31,7 @@ from quietstar_jax.hf.files import INDEX
 from quietstar_jax.hf.load import EMBEDDING, LM_HEAD
 from quietstar_jax.hf.names import Entry, Shape, Target, decoder_entries, parameter_shapes, quietstar_entries, to_theirs
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, write_file
-from quietstar_jax.hf.vocabulary import add_tokens
+from quietstar_jax.hf.vocabulary import add_tokens, pad_as_trained
 from quietstar_jax.models.families import architecture_to_hf
 
 FORMATS = ("quietstar", "base")
@@ -43,6 +43,7 @@ CLASSES = {
     "qwen2": "QuietStarQwen2ForCausalLM",
     "qwen3": "QuietStarQwen3ForCausalLM",
 }
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 MODULE = Path(__file__).with_name("torch_module.py")
 SHIPPED_MODULE = "modeling_quietstar"
 
@@ -82,7 +83,7 @@ class ExportOptions:
 
 def save(
     output: Path, parameters: Parameters, architecture: Architecture, tokenizer: Tokenizer, thoughts: Thoughts,
-    options: ExportOptions, card: str,
+    options: ExportOptions, card: str, generation: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Writes a checkpoint folder that transformers loads.
 
@@ -92,6 +93,7 @@ def save(
     Args:
       tokenizer: of the model; gets the start and end tokens that it lacks.
       card: text of README.md.
+      generation: generation_config.json of the model that training began from.
 
     Raises:
       CheckpointError: the output exists, cannot be written, the parameters are not those of the architecture, or a
@@ -104,12 +106,13 @@ def save(
     if "" in tokens or tokens[0] == tokens[1]:
         raise ConfigError(f"The tokens that start and end a thought are {tokens!r}; they must be two different texts.")
     ids = add_tokens(tokenizer, architecture.vocab_size, tokens)
+    pad_as_trained(tokenizer)
     writer = _Writer(parameters, architecture, thoughts, ids, options)
     shards = _split(writer.tensor_shapes(), options)
     with complete_folder(output) as folder:
         (folder / "README.md").write_text(card, "utf-8")
         tokenizer.save(folder)
-        _write_json(folder / "generation_config.json", _generation_config(tokenizer, ids))
+        _write_json(folder / "generation_config.json", _generation_config(tokenizer, ids, generation or {}))
         if options.format == "quietstar":
             shutil.copyfile(MODULE, folder / f"{SHIPPED_MODULE}.py")
         for file, names in shards.filename_to_tensors.items():
@@ -247,11 +250,15 @@ def _old_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return old if parameters["rope_type"] == "default" else {**old, "rope_scaling": scaling}
 
 
-def _generation_config(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, Any]:
-    """Greedy, padded as in training; start and end are never emitted."""
+def _generation_config(tokenizer: Tokenizer, ids: Sequence[int], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Samples and stops as the model did before training, greedy unless it said; start and end are never emitted."""
+    sampling = SAMPLING if before.get("do_sample") else ()  # transformers warns of settings without effect
+    stops = before.get("eos_token_id")
+    stops = [i for i in (stops if isinstance(stops, list) else [stops]) if isinstance(i, int) and i != tokenizer.eos_id]
     return {
+        **{name: before[name] for name in sampling if before.get(name) is not None},
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": [tokenizer.eos_id, *stops] if stops else tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
         "suppress_tokens": list(ids),
     }

@@ -63,6 +63,7 @@ class Thinking:
     loss_function: Any
     get_input_embeddings: Any
     post_init: Any
+    training: bool
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]
@@ -70,7 +71,7 @@ class Thinking:
         self.talk_head = nn.ModuleList(
             [nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU(), nn.Linear(d, 1, bias=False))]
         )
-        self.start_embedding = nn.Parameter(torch.zeros(2, d))  # the second rows are unused, as in the published code
+        self.start_embedding = nn.Parameter(torch.zeros(2, d))  # the second rows are unused and kept
         self.end_embedding = nn.Parameter(torch.zeros(2, d))
         self.post_init()
 
@@ -103,6 +104,8 @@ class Thinking:
         cache = past_key_values
         if cache is None and (length or use_cache):
             cache = DynamicCache()  # not DynamicCache(config): sliding layers would forget what thoughts still see
+        if length:
+            self._check_cache(cache)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise ValueError("Give input_ids or inputs_embeds.")
@@ -142,9 +145,19 @@ class Thinking:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with thoughts of `thought_length` tokens (default: the configuration's; 0 = none)."""
-        if kwargs.get("use_cache") is not False and kwargs.get("past_key_values") is None:
+        own = any(kwargs.get(key) is not None for key in ("past_key_values", "cache_implementation"))
+        if kwargs.get("use_cache") is not False and not own:
             kwargs["past_key_values"] = DynamicCache()
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_cache(self, cache: Any) -> None:
+        if self.training and self.model.gradient_checkpointing:
+            raise ValueError("Gradient checkpointing drops the cache that thoughts need: pass thought_length=0.")
+        if not isinstance(cache, DynamicCache) or any(cache.is_sliding):
+            raise ValueError(
+                "To think, past_key_values must keep every token: pass DynamicCache() without a configuration, or "
+                "nothing; leave cache_implementation unset. Pass thought_length=0 for a model that does not think."
+            )
 
     def _real(self, mask: Any, batch: int, total: int, device: torch.device, length: int) -> torch.Tensor | None:
         """[B, L] bool; None where a plain model got a mask that only the decoder understands."""
@@ -168,11 +181,6 @@ class Thinking:
         Returns:
           (thoughts [B, P, T], hidden states at `end` [B, P, D]); the cache is left as it was.
         """
-        if not isinstance(cache, DynamicCache) or any(cache.is_sliding):
-            raise ValueError(
-                "To think, past_key_values must keep every token: pass DynamicCache() without a configuration, or "
-                "nothing; leave cache_implementation unset. Pass thought_length=0 for a model that does not think."
-            )
         positions = positions.expand(real.shape[0], -1)
         parts = [
             self._think_at_once(

@@ -40,3 +40,9 @@ def add_tokens(tokenizer: Tokenizer, vocab_size: int, names: Sequence[str]) -> t
             "they do not follow one another without a gap. Add these tokens to it before training."
         )
     return tuple(i for i in ids if i is not None)
+
+
+def pad_as_trained(tokenizer: Tokenizer) -> None:
+    """Lets a tokenizer without a padding token pad batches: with the end of text as training does, on the left."""
+    if tokenizer.fast.pad_token is None:
+        tokenizer.fast.pad_token, tokenizer.fast.padding_side = tokenizer.fast.eos_token, "left"

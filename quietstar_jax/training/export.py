@@ -33,5 +33,6 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
         start_token=thought.start_token,
         end_token=thought.end_token,
     )
-    save(output, run.parameters, run.architecture, tokenizer, thoughts, options, model_card(run, options))
+    card = model_card(run, options)
+    save(output, run.parameters, run.architecture, tokenizer, thoughts, options, card, run.generation)
     return run

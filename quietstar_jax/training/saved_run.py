@@ -33,6 +33,7 @@ class SavedRun:
     architecture: Architecture
     vocabulary: Vocabulary
     model_commit: str  # of the hub id that training began from, or empty
+    generation: Mapping[str, Any]  # generation_config.json of the checkpoint that training began from
     parameters: StoredParameters
 
 
@@ -112,6 +113,7 @@ def open_run(checkpoint: Path, step: int | None = None) -> SavedRun:
             architecture=from_mapping(Architecture, record["architecture"], root="architecture"),
             vocabulary=_vocabulary(record["vocabulary"]),
             model_commit=record["model_commit"],
+            generation=record.get("generation", {}),
             parameters=StoredParameters(folder / str(step) / "params"),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:

@@ -43,6 +43,7 @@ class Run:
             "config": to_mapping(self.config),
             "architecture": to_mapping(self.architecture),
             "model_commit": self.files.commit if self.files else "",
+            "generation": dict(self.files.generation) if self.files else {},
             "vocabulary": self.vocabulary._asdict(),
         }
 

@@ -222,10 +222,51 @@ def test_the_model_card_says_how_it_was_trained(run, tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"kind": "eva')
     export(run, tmp_path / "out", ExportOptions())
     card = (tmp_path / "out/README.md").read_text()
-    for part in ("library_name: transformers", "trust_remote_code=True", "0 of 0 steps", str(tmp_path / "hf"),
+    for part in ("library_name: transformers", "trust_remote_code=True", "0 of 0 steps", "From `hf`",
                  "| loss with thoughts (nats per token) | 1.25 |", '"embedding_scale": 100.0'):  # fmt: skip
         assert part in card
     assert "workdir" not in card
+
+
+def test_the_model_card_names_no_folder_of_this_machine(run, tmp_path):
+    record = run / "checkpoints/0/config/metadata"
+    saved = json.loads(record.read_text())
+    saved["config"]["data"] |= {"train": ["/home/me/text/*.jsonl", "tfds:c4/en:train"], "validation": ["../held_out"],
+                                "data_dir": "~/tensorflow", "tokenizer": "someone/model"}  # fmt: skip
+    record.write_text(json.dumps(saved))
+    export(run, tmp_path / "out", ExportOptions())
+    card = (tmp_path / "out/README.md").read_text()
+    assert not [part for part in (str(tmp_path), "/home", "../", "~") if part in card]
+    for part in ("Text: `*.jsonl`, `tfds:c4/en:train`", '"held_out"', '"tensorflow"', '"tokenizer": "someone/model"'):
+        assert part in card
+
+
+def test_it_samples_and_stops_as_before_training(tmp_path):
+    source = write_checkpoint(tmp_path / "hf")
+    before = {"do_sample": True, "temperature": 0.5, "eos_token_id": [7, 1], "pad_token_id": 9, "max_length": 2048}
+    (source / "generation_config.json").write_text(json.dumps(before | {"cache_implementation": "static"}))
+    start_run(tmp_path / "run", source)
+    export(tmp_path / "run", tmp_path / "out", ExportOptions("base"))
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert written == {"do_sample": True, "temperature": 0.5, "eos_token_id": [1, 7], "pad_token_id": 1,
+                       "bos_token_id": 0, "suppress_tokens": [VOCAB, VOCAB + 1]}  # fmt: skip
+    (source / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not valid JSON"):
+        open_checkpoint(str(source))
+
+
+def test_a_tokenizer_that_never_padded_pads_as_training_did(run, tmp_path):
+    export(run, tmp_path / "out", ExportOptions("base"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer(["w5", "w5 w6"], padding=True).input_ids == [[1, 5], [5, 6]]
+    start_run(tmp_path / "again", tmp_path / "out", keep_thoughts=False)
+    configured = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    configured.pad_token = "w9"
+    configured.save_pretrained(tmp_path / "hf")
+    start_run(tmp_path / "padded", tmp_path / "hf")
+    export(tmp_path / "padded", tmp_path / "out2", ExportOptions("base"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out2")
+    assert tokenizer(["w5", "w5 w6"], padding=True).input_ids == [[5, 9], [5, 6]]
 
 
 def test_an_output_that_exists_is_refused(run, tmp_path):
@@ -283,7 +324,14 @@ def test_killed_at_any_moment_it_leaves_nothing_that_looks_complete(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, env=environment)
     deadline = time.monotonic() + 120
-    while not (list(tmp_path.glob("*.incomplete-*/model-*")) and list(tmp_path.glob("out0"))):
+
+    def under_way() -> bool:
+        try:
+            return bool(list(tmp_path.glob("*.incomplete-*/model-*")) and list(tmp_path.glob("out0")))
+        except FileNotFoundError:  # it was renamed in this moment
+            return False
+
+    while not under_way():
         assert process.poll() is None, "the exports ended before they could be killed"
         assert time.monotonic() < deadline, "no export was seen"
     process.send_signal(signal.SIGKILL)

@@ -184,10 +184,24 @@ def test_other_ways_of_mixing(known, mixing, tmp_path):
     assert not np.isin(found.logits.argmax(-1), ids or META).any()
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_what_it_cannot_think_with_is_refused(case):
     tokens = torch.tensor(text())
     with pytest.raises(ValueError, match=r"must be \[3, 24\]"):
         case["model"](tokens, attention_mask=torch.ones(3, 5))
+    with pytest.raises(ValueError, match="DynamicCache"):
+        case["model"].generate(tokens, max_new_tokens=2, cache_implementation="static")
+    try:
+        case["model"].train().gradient_checkpointing_enable()
+        with pytest.raises(ValueError, match="Gradient checkpointing"):
+            case["model"](tokens)
+        assert case["model"](tokens, labels=tokens, thought_length=0).loss > 0
+    finally:
+        case["model"].gradient_checkpointing_disable()
+        case["model"].eval()
+    plain = dict(max_new_tokens=2, do_sample=False, eos_token_id=None, thought_length=0)
+    fixed = case["model"].generate(tokens, cache_implementation="static", **plain)
+    assert (fixed == case["model"].generate(tokens, **plain)).all()
     static = transformers.StaticCache(config=case["model"].config, max_cache_len=40)
     with pytest.raises(ValueError, match="DynamicCache"):
         case["model"](tokens, past_key_values=static)
