@@ -275,13 +275,17 @@ class SyntheticConfig:
 class DataConfig:
     """Text in: sources, tokenizer, and how documents become sequences of L tokens."""
 
-    train: tuple[str, ...] = ("synthetic",)  # files, folders, globs, `tfds:NAME[/CONFIG]:SPLIT`, or `synthetic`
+    train: tuple[str, ...] = ("synthetic",)  # files, folders, globs, URLs, `prepared:FOLDER`,
+    # `tfds:NAME[/CONFIG]:SPLIT`, `hf:NAME[/CONFIG]:SPLIT`, or `synthetic`
+    weights: tuple[float, ...] = ()  # of the train sources: their shares of the sequences; () = one corpus
     validation: tuple[str, ...] = ("synthetic",)
     data_dir: str = ""  # where tensorflow-datasets keeps what it prepared; empty = its default
+    cache_dir: str = ""  # for indices and token counts of sources; empty = ~/.cache/quietstar_jax
     text_key: str = "text"  # field of a JSON line, a parquet row or a tfds example
     tokenizer: str = ""  # folder or hub id; empty = the model's own checkpoint; `synthetic` = the embedded one
     sequence_length: int = 256  # L
-    packing: str = "random_span"  # random_span (paper: one document a sequence, padded) | packed
+    packing: str = "random_span"  # random_span (paper: a span of each document, padded) | consecutive_spans (all of
+    # its spans) | packed (documents end to end)
     prepend_bos: str = "auto"  # begin documents and spans with the begin-of-text token: auto (where the tokenizer
     # itself does) | always | never
     append_eos: bool = True  # end every document with the end-of-text token
@@ -291,11 +295,15 @@ class DataConfig:
     def problems(self) -> list[str]:
         return [
             *require(bool(self.train), "train", self.train, "at least one source"),
+            *require(
+                not self.weights or (len(self.weights) == len(self.train) and min(self.weights) > 0),
+                "weights", self.weights, f"() or a positive number for each of the {len(self.train)} train sources",
+            ),
             *require(self.sequence_length >= 3, "sequence_length", self.sequence_length, "at least 3"),
-            *one_of("packing", self.packing, ("random_span", "packed")),
+            *one_of("packing", self.packing, ("random_span", "consecutive_spans", "packed")),
             *one_of("prepend_bos", self.prepend_bos, ("auto", "always", "never")),
             *require(self.workers >= 0, "workers", self.workers, "0 or more"),
-        ]
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)

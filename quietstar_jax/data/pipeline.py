@@ -1,58 +1,56 @@
 """Documents to batches of token sequences: shuffled, sharded over processes, and resumable to the sequence.
 
-There is one global order of training sequences, fixed by the sources, the seed and the packing. Process p of P takes
-sequences p, p + P, p + 2P, ... of it. A position in that order is all there is to save, so a run may be resumed on
-another number of processes or workers and goes on where it stopped.
+There is one global order of training sequences, fixed by the sources, their weights, the seed and the packing. Process
+p of P takes sequences p, p + P, p + 2P, ... of it. A position in that order is all there is to save, so a run may be
+resumed on another number of processes or workers and goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from quietstar_jax.config import DataConfig
-from quietstar_jax.data.sources import RandomAccessSource, open_sources
+from quietstar_jax.data.documents import Documents, Framed, joined, open_documents, require_some
+from quietstar_jax.data.fingerprint import changes, fingerprint
+from quietstar_jax.data.packing import (
+    ConsecutiveSpans,
+    Indexed,
+    Mixture,
+    PackedByCounts,
+    PackedByReading,
+    PackedSequences,
+    Packing,
+    Position,
+    RandomSpan,
+    Row,
+    Share,
+    span_bounds,
+    spanned,
+)
+from quietstar_jax.data.sources import Split
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 
 Batch = dict[str, np.ndarray]  # tokens: int32 [B, L]; mask: bool [B, L], False where padded
-Row = tuple[np.ndarray, np.ndarray]  # tokens: int32 [L]; mask: bool [L]
 
-PREFETCHED = 64  # sequences or documents that each worker process prepares ahead
-KEPT_TOKENS = 1 << 25  # tokenized documents remembered in this process: 128 MiB
 VALIDATION_SEED = 0  # of the embedded corpus: the same held-out documents in every run
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place in the global order of sequences."""
-
-    sequences: int = 0  # handed out so far, over all processes
-    document: int = 0  # packed only: the document (counted over epochs) that the next sequence begins in ...
-    offset: int = 0  # ... and how many of its tokens are used up
-
-
-class Packing(Protocol):
-    """How documents become sequences."""
-
-    def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
-        """This process's sequences from `start` on, each with the position after every process took its own."""
-        ...
 
 
 class SequenceIterator:
     """Endless training batches of one process. Close it to stop its workers at once."""
 
-    def __init__(self, name: str, packing: Packing):
+    def __init__(self, name: str, packing: Packing, sources: Sequence[tuple[str, Documents]] = ()):
+        """Takes the packing's name, the packing, and what it reads, to notice when that has changed."""
         self._name = name
         self._packing = packing
+        self._sources = sources
         self._position = Position()
         self._rows: Iterator[tuple[Row, Position]] | None = None
 
@@ -75,15 +73,20 @@ class SequenceIterator:
         self._position = position
         return _stack(taken)
 
+    @functools.cached_property
+    def fingerprints(self) -> list[dict[str, Any]]:
+        """What is known of each source's content, JSON-able."""
+        return [fingerprint(spec, documents.pieces(), len(documents)) for spec, documents in self._sources]
+
     def get_state(self) -> dict[str, Any]:
         """Where the batches handed out so far end, ready for JSON. The same on every process of a run."""
-        return {"packing": self._name, **asdict(self._position)}
+        return {"packing": self._name, **asdict(self._position), "sources": self.fingerprints}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from `get_state()` of any run with the same sources, seed, tokenizer and packing.
 
         Raises:
-          CheckpointError: the state is of another packing or is not a state.
+          CheckpointError: the state is of another packing or of other data, or is not a state.
         """
         names = [field.name for field in fields(Position)]
         values = {name: state.get(name) for name in names}
@@ -97,8 +100,23 @@ class SequenceIterator:
                 f"The saved data position is of packing {state.get('packing')!r}, the run uses {self._name!r}. "
                 "Set data.packing back, or start in a new workdir."
             )
+        self._check_sources(state.get("sources"))
         self.close()
         self._position = Position(**values)  # type: ignore[arg-type]  # checked above
+
+    def _check_sources(self, saved: Any) -> None:
+        """Refuses to go on with data that has changed. States of earlier versions do not say what it was."""
+        if saved is None:
+            return
+        found = [f"{len(saved)} sources -> {len(self._sources)} sources"] if len(saved) != len(self._sources) else []
+        for before, now, (_, documents) in zip(saved, self.fingerprints, self._sources, strict=False):
+            found += changes(before, now, documents.pieces())
+        if found:
+            raise CheckpointError(
+                "The training data has changed since the checkpoint was written (saved -> now):\n"
+                + "\n".join(f"  - {line}" for line in found)
+                + "\nThe saved position means nothing in it. Bring the data back, or start in a new workdir."
+            )
 
     def close(self) -> None:
         """Stops prefetching. The next batch starts it again."""
@@ -113,32 +131,31 @@ def training_sequences(
     """Endless training sequences, reshuffled every epoch.
 
     With packing `random_span` (paper) a sequence is a random span of one document, padded where the document is
-    shorter; with `packed`, documents follow each other without gaps and are cut every L tokens. The begin-of-text
-    token, where wanted, begins every span or every document.
+    shorter; with `consecutive_spans` every document is cut into spans, all of which are shuffled; with `packed`,
+    documents follow each other without gaps and are cut every L tokens. The begin-of-text token, where wanted, begins
+    every span or every packed document.
+
+    Without `weights` the sources are one corpus, of which an epoch has every document, span or token exactly once. With
+    them, sequences are drawn from each source in the proportion of its weight, and each has its own epochs.
 
     Raises:
       DataError: a source is missing or empty (here), or a document is broken (from `next_batch`).
     """
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} is not within 0 .. process_count - 1 = {process_count - 1}")
-    source = open_sources(config.train, config, split="train", seed=seed)
-    packed, bos = config.packing == "packed", bos_tokens(config, tokenizer)
-    tokenized = _Documents(
-        source, tokenizer, bos if packed else (), config.append_eos, shortest=1 if packed else 2 - len(bos)
+    share = Share(process_index, process_count, config.workers)
+    sources = _open_all(config.train, config, tokenizer, split="train", seed=seed)
+    seed %= 2**32  # all that grain takes
+    if not config.weights:
+        packing = _packing(config, joined([documents for _, documents in sources]), tokenizer, seed, share)
+        return SequenceIterator(config.packing, packing, sources)
+    seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(len(sources))]
+    orders, checks = zip(
+        *(_endless(config, documents, tokenizer, s) for (_, documents), s in zip(sources, seeds, strict=True)),
+        strict=True,
     )
-    documents = (
-        grain.MapDataset.source(tokenized)
-        .seed(seed % 2**32)  # all that grain takes
-        .shuffle()
-        .repeat()
-    )
-    packing: Packing
-    if packed:
-        packing = _Packed(documents, config.sequence_length, process_index, process_count, config.workers)
-    else:
-        spans = documents.random_map(_RandomSpan(config.sequence_length, tokenizer.pad_id, bos))
-        packing = _RandomSpans(spans, process_index, process_count, config.workers)
-    return SequenceIterator(config.packing, packing)
+    mixed = grain.MapDataset.select_from_datasets(orders, Mixture(config.weights))
+    return SequenceIterator(config.packing, Indexed(mixed, lambda: [check() for check in checks], share), sources)
 
 
 def validation_batches(
@@ -151,8 +168,9 @@ def validation_batches(
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """The validation sources in order, once: for `random_span` the first L tokens of every document with at least
-    two, for `packed` all tokens in a row. Every process gets equally many batches of `batch_size` sequences (its own
-    of a global order, as in training); the last ones are filled up with rows whose mask is all False.
+    two, for `consecutive_spans` all spans, for `packed` all tokens in a row. Every process gets equally many batches
+    of `batch_size` sequences (its own of a global order, as in training); the last ones are filled up with rows whose
+    mask is all False.
 
     Args:
       batch_size: sequences per process.
@@ -161,21 +179,25 @@ def validation_batches(
     Raises:
       DataError: a source is missing or empty (here), or a document is broken (from the iterator).
     """
-    source = open_sources(config.validation, config, split="validation", seed=VALIDATION_SEED)
-    documents = _Documents(source, tokenizer, bos_tokens(config, tokenizer), config.append_eos, shortest=0)
+    sources = _open_all(config.validation, config, tokenizer, split="validation", seed=VALIDATION_SEED)
+    documents = joined([documents for _, documents in sources])
+    bos, eos = bos_tokens(config, tokenizer), _eos_tokens(config, tokenizer)
+    length, pad_id = config.sequence_length, tokenizer.pad_id
 
     def generate() -> Iterator[Batch]:
-        length, pad_id = config.sequence_length, tokenizer.pad_id
         # Every process walks all sequences: only so do all know how many there are, and stop at the same batch.
-        sequences = _consecutive if config.packing == "packed" else _firsts
-        rows = sequences(documents, length, pad_id)
+        if config.packing == "consecutive_spans":
+            rows = _all_spans(Framed(documents, (), eos), length, pad_id, bos)
+        else:
+            walk = _end_to_end if config.packing == "packed" else _firsts
+            rows = walk(Framed(documents, bos, eos), length, pad_id)
         given = 0
         while not batches or given < batches:
             taken = list(itertools.islice(rows, process_count * batch_size))
             if not taken:
                 return
             own = taken[process_index::process_count]
-            yield _stack(own + [_row(np.zeros(0, np.int32), length, pad_id)] * (batch_size - len(own)))
+            yield _stack(own + [spanned(np.zeros(0, np.int32), length, pad_id)] * (batch_size - len(own)))
             given += 1
 
     return generate()
@@ -211,159 +233,83 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-class _Documents:
-    """Tokenized documents by number, int32 [tokens].
+def _eos_tokens(config: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends a document."""
+    return (tokenizer.eos_id,) if config.append_eos else ()
 
-    One that is shorter than `shortest` gives way to the next long enough one of the source. So every number has a
-    document, and which one depends on nothing but the source: skipping would make the order depend on how far
-    each process has read.
+
+def _open_all(
+    specs: Sequence[str], config: DataConfig, tokenizer: Tokenizer, *, split: Split, seed: int
+) -> list[tuple[str, Documents]]:
+    if not specs:
+        raise DataError(f"No {split} sources are given. Set data.{split} to files, folders, tfds names or `synthetic`.")
+    return [(spec, open_documents(spec, config, tokenizer, split=split, seed=seed)) for spec in specs]
+
+
+def _packing(config: DataConfig, documents: Documents, tokenizer: Tokenizer, seed: int, share: Share) -> Packing:
+    """One corpus to sequences."""
+    if config.packing != "packed":
+        return Indexed(*_endless(config, documents, tokenizer, seed), share)
+    framed = Framed(documents, bos_tokens(config, tokenizer), _eos_tokens(config, tokenizer))
+    if documents.counts_known:
+        return PackedByCounts(framed, _order(grain.MapDataset.range(len(framed)), seed), config.sequence_length, share)
+    stream = _order(grain.MapDataset.source(framed), seed)
+    return PackedByReading(stream, config.sequence_length, share, functools.partial(require_some, framed, 1))
+
+
+def _endless(
+    config: DataConfig, documents: Documents, tokenizer: Tokenizer, seed: int
+) -> tuple[grain.MapDataset, Callable[[], None]]:
+    """The endless sequences of one corpus by number, and a check that raises where there is nothing to train on.
+
+    For `packed` and `consecutive_spans` this takes the token counts of all documents.
     """
-
-    def __init__(
-        self, source: RandomAccessSource, tokenizer: Tokenizer, bos: tuple[int, ...], append_eos: bool, shortest: int
-    ):
-        self._source = source
-        self._tokenizer = tokenizer
-        self._bos = bos
-        self._eos = (tokenizer.eos_id,) if append_eos else ()
-        self._shortest = shortest
-        # A span needs its whole document tokenized, most of which is then thrown away; a small corpus is worth
-        # keeping. Nothing is ever dropped: in shuffled epochs the oldest document is as likely to be next as any.
-        self._kept: dict[int, np.ndarray] = {}
-        self._room = KEPT_TOKENS
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        for number in range(index, index + len(self)):
-            tokens = self._tokens(number % len(self))
-            if len(tokens) >= self._shortest:
-                return tokens
-        raise DataError(
-            f"None of the {len(self)} documents has {self._shortest} tokens or more. Check data.text_key and the files."
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}, "_room": KEPT_TOKENS}
-
-    def _tokens(self, index: int) -> np.ndarray:
-        kept = self._kept.get(index)
-        if kept is not None:
-            return kept
-        ids = self._tokenizer.encode(self._source[index])
-        tokens = np.asarray([*self._bos, *ids, *self._eos], np.int32)
-        if len(tokens) <= self._room:
-            self._room -= len(tokens)
-            self._kept[index] = tokens
-        return tokens
+    length, pad_id = config.sequence_length, tokenizer.pad_id
+    bos, eos = bos_tokens(config, tokenizer), _eos_tokens(config, tokenizer)
+    if config.packing == "packed":
+        framed = Framed(documents, bos, eos)
+        packed = PackedSequences(framed, _order(grain.MapDataset.range(len(framed)), seed), length, Position())
+        return grain.MapDataset.source(packed), packed.require_tokens
+    framed = Framed(documents, (), eos)
+    if config.packing == "consecutive_spans":
+        spans = ConsecutiveSpans(framed, length, pad_id, bos)
+        return _order(grain.MapDataset.source(spans), seed), lambda: None
+    shuffled = _order(grain.MapDataset.source(framed), seed)
+    return shuffled.random_map(RandomSpan(length, pad_id, bos)), functools.partial(require_some, framed, 2 - len(bos))
 
 
-@dataclass(frozen=True)
-class _RandomSpan:
-    """Cuts a document to a span of L tokens, every span equally likely; pads a shorter one."""
-
-    length: int
-    pad_id: int
-    bos: tuple[int, ...]  # begins every span
-
-    def __call__(self, tokens: np.ndarray, generator: np.random.Generator) -> Row:
-        room = self.length - len(self.bos)
-        start = int(generator.integers(max(len(tokens) - room, 0) + 1))
-        span = np.concatenate([np.asarray(self.bos, np.int32), tokens[start : start + room]])
-        return _row(span, self.length, self.pad_id)
+def _order(elements: grain.MapDataset, seed: int) -> grain.MapDataset:
+    """Endless epochs, each shuffled in its own way. grain draws what stands at place n from the seed and n alone."""
+    return elements.seed(seed).shuffle().repeat()
 
 
-@dataclass(frozen=True)
-class _RandomSpans:
-    """One span per document. grain draws span n from the seed and n alone, so any n can be had directly."""
-
-    spans: grain.MapDataset
-    process_index: int
-    process_count: int
-    workers: int
-
-    def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
-        own = self.spans[start.sequences + self.process_index :: self.process_count]
-        with _ahead(own, self.workers) as rows:
-            for taken, row in enumerate(rows, start=1):
-                yield row, Position(start.sequences + taken * self.process_count)
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """Documents end to end. Where sequence n begins is known only by reading up to it, so every process reads all
-    documents and keeps its share: tokenizing is far faster than a training step, and the position stays global."""
-
-    documents: grain.MapDataset
-    length: int
-    process_index: int
-    process_count: int
-    workers: int
-
-    def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
-        sequences, document, offset = start.sequences, start.document, start.offset
-        mask = np.ones(self.length, np.bool_)
-        with _ahead(self.documents[document:], self.workers) as stream:
-            tokens = next(stream)
-            while True:
-                pieces, missing = [], self.process_count * self.length
-                while missing:
-                    if offset >= len(tokens):
-                        tokens, document, offset = next(stream), document + 1, 0
-                    pieces.append(tokens[offset : offset + missing])
-                    offset += len(pieces[-1])
-                    missing -= len(pieces[-1])
-                everyones = np.concatenate(pieces).reshape(self.process_count, self.length)
-                sequences += self.process_count
-                yield (everyones[self.process_index], mask), Position(sequences, document, offset)
-
-
-@contextlib.contextmanager
-def _ahead(elements: grain.MapDataset, workers: int) -> Iterator[Iterator[Any]]:
-    """Elements in order: worker processes prepare them ahead, or this thread does while the device computes a step.
-
-    A prefetching thread of this process would cost twice the work in bookkeeping and nothing would be sooner ready.
-    """
-    inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    if workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain asks absl flags for debugging options, which not every main parses
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=PREFETCHED)
-        iterator = iter(elements.to_iter_dataset(inline).mp_prefetch(options))
-    else:
-        iterator = iter(elements.to_iter_dataset(inline))
-    try:
-        yield iterator
-    finally:
-        iterator.close()
-
-
-def _firsts(documents: _Documents, length: int, pad_id: int) -> Iterator[Row]:
+def _firsts(documents: Framed, length: int, pad_id: int) -> Iterator[Row]:
     for index in range(len(documents)):
         tokens = documents[index]
         if len(tokens) >= 2:  # fewer predict nothing
-            yield _row(tokens, length, pad_id)
+            yield spanned(tokens, length, pad_id)
 
 
-def _consecutive(documents: _Documents, length: int, pad_id: int) -> Iterator[Row]:
+def _all_spans(documents: Framed, length: int, pad_id: int, bos: tuple[int, ...]) -> Iterator[Row]:
+    room = length - len(bos)
+    for index in range(len(documents)):
+        tokens = documents[index]
+        if len(tokens) + len(bos) >= 2:
+            for number in range(-(-len(tokens) // room)):
+                start, stop = span_bounds(number, len(tokens), room, bool(bos))
+                yield spanned(tokens[start:stop], length, pad_id, bos)
+
+
+def _end_to_end(documents: Framed, length: int, pad_id: int) -> Iterator[Row]:
     left = np.zeros(0, np.int32)
     for index in range(len(documents)):
         left = np.concatenate([left, documents[index]])
         whole = len(left) // length * length
         for start in range(0, whole, length):
-            yield _row(left[start:], length, pad_id)
+            yield spanned(left[start:], length, pad_id)
         left = left[whole:]
     if len(left) >= 2:
-        yield _row(left, length, pad_id)
-
-
-def _row(tokens: np.ndarray, length: int, pad_id: int) -> Row:
-    """The first `length` tokens, padded where there are fewer."""
-    used = min(len(tokens), length)
-    row = np.full(length, pad_id, np.int32)
-    row[:used] = tokens[:used]
-    return row, np.arange(length) < used
+        yield spanned(left, length, pad_id)
 
 
 def _stack(rows: list[Row]) -> Batch:

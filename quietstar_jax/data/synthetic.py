@@ -48,6 +48,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from quietstar_jax.config import SyntheticConfig
+from quietstar_jax.data.sources.common import Label, Piece
 from quietstar_jax.errors import DataError
 
 STEPS = 6  # states of a chain, so words between marks
@@ -221,6 +222,10 @@ class SyntheticSource:
 
     def __getitem__(self, index: int) -> str:
         return self.document(index).text
+
+    def pieces(self) -> list[Piece]:
+        sample = "".join(self[i] for i in range(min(len(self), 16)))
+        return [Label("the embedded corpus", f"{self._config} {self._split} {self._seed} {sample}")]
 
     def document(self, index: int) -> Document:
         """Raises IndexError outside 0 .. len - 1 (so that iteration ends)."""

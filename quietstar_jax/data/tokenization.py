@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ from quietstar_jax.errors import DataError
 
 SYNTHETIC = "synthetic"
 _FILE = "tokenizer.json"
+# Where tokenizers of one vocabulary may differ: spaces, numbers, scripts, case, accents, code.
+_PROBE = (
+    "The quick brown fox's 12,345.678 + 9e-7 = x²; isn't it?  Two  spaces,\ttab\n\n  def f(a_b): return {'k': [1]}\r\n"
+    "Größe, naïve café, e\u0301; Ελληνικά Русский العربية हिन्दी 中文字符 日本語 한국어 🙂 \u200b\ufeff unBELIEVABLE"
+)
 _HUB_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "config.json")
 
 
@@ -64,6 +70,15 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Highest token id + 1, added tokens included: the rows that an embedding needs at least."""
         return max(self.fast.get_vocab().values()) + 1
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the vocabulary and of how a text of many kinds is split: equal where text becomes the same ids.
+
+        Added tokens are left out: only text that spells them out is affected.
+        """
+        vocabulary = sorted(self.fast.backend_tokenizer.get_vocab(with_added_tokens=False).items())
+        return hashlib.sha256(json.dumps([vocabulary, self.encode(_PROBE)]).encode()).hexdigest()
 
     @property
     def bos_id(self) -> int | None:

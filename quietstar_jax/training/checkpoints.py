@@ -10,14 +10,15 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as preserve
 
-from quietstar_jax.config import CheckpointConfig
+from quietstar_jax.config import CheckpointConfig, Config, Phase
 from quietstar_jax.errors import CheckpointError
-from quietstar_jax.settings import differences
+from quietstar_jax.settings import differences, to_mapping
 from quietstar_jax.training.step import TrainState
 
 # What changes nothing that a run computes, chunk sizes only through rounding.
 UNRELATED = ("config.workdir", "config.logging", "config.checkpoint", "config.data.workers", "config.data.data_dir",
-             "config.thought.chunk_megabytes", "config.thought.positions_per_chunk")  # fmt: skip
+             "config.data.cache_dir", "config.thought.chunk_megabytes",
+             "config.thought.positions_per_chunk")  # fmt: skip
 MEASUREMENT = ("config.evaluation", "config.data.validation")  # touches figures, not the course of training
 FREE = UNRELATED + MEASUREMENT  # may change between the runs that share a work directory
 THINKING = tuple(
@@ -148,11 +149,24 @@ def course_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: in
     Settings in `FREE` may change, and so may phases that had not begun, and those in `THINKING` where none that thinks
     had; the last phase that had begun may get more steps.
     """
+    saved, wanted = _completed(saved), _completed(wanted)
     before, after = _begun(saved["phases"], step), _begun(wanted["phases"], step)
     thinks = any(phase["thought_length"] for phase in (*before, *after))
     free = FREE if thinks else FREE + THINKING
     found = differences({**saved, "phases": before}, {**wanted, "phases": after})
     return [line for line in found if not line.startswith(free)]
+
+
+def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the settings that came after it was saved: until then their defaults were all there was."""
+
+    def complete(known: Any, found: Any) -> Any:
+        if isinstance(known, Mapping) and isinstance(found, Mapping):
+            return {**known, **{name: complete(known.get(name), value) for name, value in found.items()}}
+        return found
+
+    phases = [complete(to_mapping(Phase()), phase) for phase in saved["phases"]]
+    return complete(to_mapping(Config()), saved) | {"phases": phases}
 
 
 def _begun(phases: Any, step: int) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Sequences: exactly once an epoch, the same on any number of processes and workers, resumable anywhere."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -13,59 +14,34 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from quietstar_jax.config import DataConfig
+from quietstar_jax.data import documents as documents_module
 from quietstar_jax.data import pipeline
 from quietstar_jax.data.pipeline import (
     Batch,
-    SequenceIterator,
     check_vocabulary,
     training_sequences,
     validation_batches,
 )
-from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
-
-LENGTH = 5
-EOS, PAD = 0, 1
-LENGTHS = [30, 4, 5, 2, 17, 9, 3, 1, 40, 6, 12]  # of the documents: longer than a sequence, fitting, shorter
-
-
-def words_tokenizer(count: int = 1000) -> Tokenizer:
-    """The word `i` is token i; 0 ends a text and 1 pads."""
-    backend = Backend(WordLevel({"<eos>": EOS, "<pad>": PAD} | {str(i): i for i in range(2, count)}, unk_token="<eos>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-    return Tokenizer("words", fast)
-
-
-TOKENIZER = words_tokenizer()
-
-
-def words_with_bos(*, by_itself: bool) -> Tokenizer:
-    """The words, and token 999 to begin a text with."""
-    fast = words_tokenizer(999).fast.backend_tokenizer
-    fast.add_special_tokens(["<bos>"])
-    if by_itself:
-        fast.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 999)])
-    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    return Tokenizer("words", PreTrainedTokenizerFast(tokenizer_object=fast, **special))
-
-
-def documents(lengths: Sequence[int]) -> list[list[int]]:
-    """Documents of these many tokens, all of whose tokens differ."""
-    starts = np.cumsum([2, *lengths])
-    return [list(range(start, start + length)) for start, length in zip(starts, lengths, strict=False)]
-
-
-def write(path: Path, texts: Sequence[Sequence[int]]) -> str:
-    path.write_text("".join(json.dumps({"text": " ".join(map(str, text))}) + "\n" for text in texts))
-    return str(path)
+from tests.data.words import (
+    EOS,
+    LENGTH,
+    LENGTHS,
+    PAD,
+    TOKENIZER,
+    config,
+    documents,
+    interleaved,
+    joined,
+    same,
+    sequences,
+    take,
+    words_with_bos,
+    write,
+)
 
 
 @pytest.fixture
@@ -73,39 +49,7 @@ def corpus(tmp_path: Path) -> str:
     return write(tmp_path / "train.jsonl", documents(LENGTHS))
 
 
-def config(source: str, **changes: Any) -> DataConfig:
-    return DataConfig(**{"train": (source,), "validation": (source,), "sequence_length": LENGTH, **changes})
-
-
-def sequences(source: str, seed: int = 0, process: tuple[int, int] = (0, 1), **changes: Any) -> SequenceIterator:
-    settings_ = config(source, **changes)
-    return training_sequences(settings_, TOKENIZER, seed=seed, process_index=process[0], process_count=process[1])
-
-
-def take(source: str, count: int, seed: int = 0, **changes: Any) -> Batch:
-    iterator = sequences(source, seed, **changes)
-    batch = iterator.next_batch(count)
-    iterator.close()
-    return batch
-
-
-def same(left: Batch, right: Batch) -> None:
-    assert left.keys() == right.keys() == {"tokens", "mask"}
-    for key in left:
-        assert left[key].dtype == right[key].dtype
-        np.testing.assert_array_equal(left[key], right[key])
-
-
-def interleaved(parts: Sequence[Batch]) -> Batch:
-    """The global order of what several processes took."""
-    return {key: np.stack([part[key] for part in parts], axis=1).reshape(-1, LENGTH) for key in ("tokens", "mask")}
-
-
-def joined(batches: Sequence[Batch]) -> Batch:
-    return {key: np.concatenate([batch[key] for batch in batches]) for key in ("tokens", "mask")}
-
-
-PACKINGS = pytest.mark.parametrize("packing", ["random_span", "packed"])
+PACKINGS = pytest.mark.parametrize("packing", ["random_span", "consecutive_spans", "packed"])
 
 
 def test_random_spans(corpus: str) -> None:
@@ -187,9 +131,18 @@ def test_packed_is_the_stream_of_documents(corpus: str) -> None:
 
 @PACKINGS
 def test_documents_without_tokens_do_no_harm(tmp_path: Path, packing: str) -> None:
+    """Nothing is lost or repeated for them; what has nothing to predict is no span."""
     source = write(tmp_path / "gaps.jsonl", [[], [2, 3, 4], [], [], [5], [6, 7]])
     batch = take(source, 12, packing=packing, append_eos=False)
-    assert batch["mask"].sum(axis=1).min() >= 2
+    found = collections.Counter(batch["tokens"][batch["mask"]].tolist())
+    assert (
+        found
+        == {
+            "random_span": dict.fromkeys(range(2, 8), 2),  # 12 rows are 2 epochs of 6 documents
+            "consecutive_spans": dict.fromkeys((2, 3, 4, 6, 7), 6),  # 6 epochs of 2 spans
+            "packed": dict.fromkeys(range(2, 8), 10),  # 60 tokens of 6
+        }[packing]
+    )
     same(batch, take(source, 12, packing=packing, append_eos=False))
 
 
@@ -278,7 +231,7 @@ def test_states_that_do_not_fit(corpus: str) -> None:
 def test_memory_of_documents_changes_nothing(corpus: str, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = take(corpus, 40, packing=packing)
     for room in (0, 12):
-        monkeypatch.setattr(pipeline, "KEPT_TOKENS", room)
+        monkeypatch.setattr(documents_module, "KEPT_TOKENS", room)
         same(take(corpus, 40, packing=packing), expected)
 
 
@@ -295,7 +248,14 @@ def test_every_document_is_tokenized_once_while_there_is_room(corpus: str) -> No
     assert counting.calls == 11
 
 
-@PACKINGS
+def test_a_broken_document_is_met_when_tokens_are_counted(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "a.jsonl", documents([4] * 12)))
+    path.write_text(path.read_text().replace('49"}', '49"!'))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 12: broken JSON"):
+        sequences(str(path), packing="consecutive_spans")
+
+
+@pytest.mark.parametrize("packing", ["random_span", "packed"])
 def test_a_broken_document_is_named_and_the_position_kept(tmp_path: Path, packing: str) -> None:
     path = Path(write(tmp_path / "a.jsonl", documents([4] * 12)))
     content = path.read_bytes()
@@ -398,10 +358,20 @@ def rows_of(batches: Iterator[Batch]) -> list[list[int]]:
     return found
 
 
+def spans_of(text: list[int]) -> list[list[int]]:
+    """Pieces of LENGTH tokens; a last one of a single token gets one from the piece before it."""
+    spans = [text[i : i + LENGTH] for i in range(0, len(text), LENGTH)]
+    if len(spans) > 1 and len(spans[-1]) == 1:
+        spans[-2:] = [spans[-2][:-1], spans[-2][-1:] + spans[-1]]
+    return spans
+
+
 def expected_rows(texts: Sequence[Sequence[int]], packing: str) -> list[list[int]]:
     ended = [[*text, EOS] for text in texts]
     if packing == "random_span":
         return [text[:LENGTH] for text in ended if len(text) >= 2]
+    if packing == "consecutive_spans":
+        return [span for text in ended if len(text) >= 2 for span in spans_of(text)]
     stream = [token for text in ended for token in text]
     return [stream[i : i + LENGTH] for i in range(0, len(stream), LENGTH) if len(stream) - i >= 2]
 

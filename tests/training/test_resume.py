@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from quietstar_jax.config import Config
 from quietstar_jax.errors import CheckpointError, DivergedError
-from quietstar_jax.training.checkpoints import check_same_run
+from quietstar_jax.settings import to_mapping
+from quietstar_jax.training.checkpoints import check_same_run, course_changes
 from quietstar_jax.training.loop import train
 from tests.training.tiny import tiny_config
 
@@ -119,6 +121,15 @@ def test_what_may_change_between_runs():
                        record([phase()], thought={"embedding_scale": 2}), step=2)  # fmt: skip
     with pytest.raises(CheckpointError, match=r"architecture\.num_layers: 4 -> 5"):
         check_same_run(saved, record(saved["config"]["phases"], architecture=5), step=2)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_resumed():
+    """It was written as if the setting had its default; another value is a change."""
+    config = to_mapping(Config())
+    old = {**config, "data": {name: value for name, value in config["data"].items() if name != "weights"}}
+    assert course_changes(old, config, step=2) == []
+    weighted = {**config, "data": {**config["data"], "weights": (1.0,)}}
+    assert course_changes(old, weighted, step=2) == ["config.data.weights: 0 entries -> 1 entries"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

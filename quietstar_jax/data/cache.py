@@ -1,0 +1,49 @@
+"""What was counted or indexed once, kept on disk: a cache that may be deleted at any time."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+
+def cached_array(directory: str, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array of that name, mapped from disk; made and written first where it is absent or damaged.
+
+    Args:
+      directory: of the cache; empty = `$XDG_CACHE_HOME/quietstar_jax`, or `~/.cache/quietstar_jax`.
+      name: says all that the array depends on.
+
+    Where nothing can be written the array is made every time.
+    """
+    path = (Path(directory) if directory else _default_directory()).expanduser() / f"{name}.npy"
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        made = make()
+    try:
+        write_array(path, made)
+    except OSError as error:
+        logging.warning("%s cannot be written (%s): this is made again in every run. Set data.cache_dir.", path, error)
+    return made
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes an .npy file that is complete as soon as it has its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".incomplete")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            np.save(stream, array)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _default_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quietstar_jax"

@@ -1,0 +1,277 @@
+"""Tokenized documents to sequences of L tokens: one global order, in which any process finds its own.
+
+Where the tokens of every document are known beforehand, sequence n is found from counts alone and only the documents
+it is made of are read. Otherwise packing has to read documents up to it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from quietstar_jax.data.documents import Framed
+from quietstar_jax.data.workers import ahead
+from quietstar_jax.errors import DataError
+
+Row = tuple[np.ndarray, np.ndarray]  # tokens: int32 [L]; mask: bool [L], False where padded
+
+BLOCK = 1024  # documents between two sums of spans that are kept
+WALK = 32  # documents looked ahead at a time when packing
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the global order of sequences."""
+
+    sequences: int = 0  # handed out so far, over all processes
+    document: int = 0  # packed only: the document (counted over epochs) that the next sequence begins in ...
+    offset: int = 0  # ... and how many of its tokens are used up
+
+
+class Packing(Protocol):
+    """How documents become sequences."""
+
+    def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
+        """This process's sequences from `start` on, each with the position after every process took its own."""
+        ...
+
+
+class Share(NamedTuple):
+    """Which sequences are this process's, and how many worker processes prepare them."""
+
+    process_index: int
+    process_count: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """Sequences that can be had by their number in the global order."""
+
+    sequences: grain.MapDataset  # endless, of rows
+    check: Callable[[], object]  # raises where there is nothing to train on
+    share: Share
+
+    def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
+        self.check()
+        own = self.sequences[start.sequences + self.share.process_index :: self.share.process_count]
+        with ahead(own, self.share.workers) as rows:
+            for taken, row in enumerate(rows, start=1):
+                yield row, Position(start.sequences + taken * self.share.process_count)
+
+
+@dataclass(frozen=True)
+class RandomSpan:
+    """Cuts a document to a span of L tokens, every span equally likely; pads a shorter one."""
+
+    length: int
+    pad_id: int
+    bos: tuple[int, ...]  # begins every span
+
+    def __call__(self, tokens: np.ndarray, generator: np.random.Generator) -> Row:
+        room = self.length - len(self.bos)
+        start = int(generator.integers(max(len(tokens) - room, 0) + 1))
+        return spanned(tokens[start : start + room], self.length, self.pad_id, self.bos)
+
+
+class ConsecutiveSpans:
+    """Every document cut into successive spans, each token once; the last span of a document is padded.
+
+    Documents that have nothing to predict are left out.
+    """
+
+    def __init__(self, documents: Framed, length: int, pad_id: int, bos: tuple[int, ...]):
+        self._documents = documents
+        self._length, self._pad_id, self._bos = length, pad_id, bos
+        self._counts = documents.counts()
+        blocks = range(0, len(self._counts), BLOCK)
+        self._sums = np.cumsum([0, *(int(self._spans(start).sum()) for start in blocks)])
+        if not len(self):
+            raise DataError(
+                f"None of the {len(documents)} documents has {2 - len(bos)} tokens or more. "
+                "Check data.text_key and the files."
+            )
+
+    def __len__(self) -> int:
+        return int(self._sums[-1])
+
+    def __getitem__(self, index: int) -> Row:
+        index = range(len(self))[index]
+        block = int(np.searchsorted(self._sums, index, side="right")) - 1
+        ends = self._sums[block] + np.cumsum(self._spans(block * BLOCK))
+        within = int(np.searchsorted(ends, index, side="right"))
+        tokens = self._documents[block * BLOCK + within]
+        number = index - int(ends[within - 1] if within else self._sums[block])
+        start, stop = span_bounds(number, len(tokens), self._length - len(self._bos), bool(self._bos))
+        return spanned(tokens[start:stop], self._length, self._pad_id, self._bos)
+
+    def _spans(self, start: int) -> np.ndarray:
+        """Spans of each document of a block: int64 [documents]."""
+        tokens = self._counts[start : start + BLOCK].astype(np.int64) + self._documents.added
+        room = self._length - len(self._bos)
+        return np.where(tokens + len(self._bos) < 2, 0, -(-tokens // room))
+
+
+def span_bounds(number: int, tokens: int, room: int, begun: bool) -> tuple[int, int]:
+    """First and one past the last token of a span of a document cut into pieces of `room` tokens.
+
+    A single token left over would predict nothing without a begin-of-text token before it (`begun`): the span before
+    then gives it one of its own.
+    """
+    start, stop = number * room, min((number + 1) * room, tokens)
+    if not begun and tokens > room and tokens % room == 1:
+        start -= stop == tokens
+        stop -= stop == tokens - 1
+    return start, stop
+
+
+class PackedSequences:
+    """Sequence n of the documents end to end, in an endless order of them, by token counts."""
+
+    def __init__(self, documents: Framed, order: grain.MapDataset, length: int, start: Position):
+        """`order` gives the document at each place; positions before `start` cannot be had."""
+        self._documents = documents
+        self._counts = documents.counts()
+        self._order = order
+        self._length = length
+        self._start = start
+        # Places are counted from the start of the document in which `start` lies.
+        self._blocks: deque[tuple[int, np.ndarray, np.ndarray]] = deque(maxlen=64)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Row:
+        place, offset = self._find(index)
+        pieces, missing = [], self._length
+        while missing:
+            tokens = self._documents[self._order[place]]
+            pieces.append(tokens[offset : offset + missing])
+            missing -= len(pieces[-1])
+            place, offset = place + 1, 0
+        return np.concatenate(pieces), np.ones(self._length, np.bool_)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_blocks": deque(maxlen=64)}
+
+    def position(self, index: int) -> Position:
+        """Where sequence `index` begins."""
+        return Position(index, *self._find(index))
+
+    def require_tokens(self) -> None:
+        """Raises DataError where there is no token in any document."""
+        if not int(self._counts.sum(dtype=np.int64)) + self._documents.added:
+            raise DataError(
+                f"None of the {len(self._documents)} documents has 1 tokens or more. Check data.text_key and the files."
+            )
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Where a sequence begins: the place of its first document in the order, and the token of that."""
+        token = (index - self._start.sequences) * self._length + self._start.offset
+        if self._blocks and token < self._blocks[0][1][0]:
+            self._blocks.clear()
+        while not self._blocks or token >= self._blocks[-1][1][-1]:
+            self._walk()
+        first, sums, _ = next(block for block in self._blocks if block[1][0] <= token < block[1][-1])
+        within = int(np.searchsorted(sums, token, side="right")) - 1
+        return first + within, token - int(sums[within])
+
+    def _walk(self) -> None:
+        """Sums of tokens over the next documents in the order."""
+        first, before = self._start.document, 0
+        if self._blocks:
+            first, sums, numbers = self._blocks[-1]
+            first, before = first + len(numbers), int(sums[-1])
+        numbers = np.asarray([self._order[place] for place in range(first, first + WALK)])
+        tokens = self._counts[numbers].astype(np.int64) + self._documents.added
+        self._blocks.append((first, before + np.concatenate([[0], np.cumsum(tokens)]), numbers))
+
+
+@dataclass(frozen=True)
+class PackedByCounts:
+    """Documents end to end, where the tokens of each are known: a process reads only what its sequences are made of."""
+
+    documents: Framed
+    order: grain.MapDataset
+    length: int
+    share: Share
+
+    def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
+        sequences = PackedSequences(self.documents, self.order, self.length, start)
+        sequences.require_tokens()
+        own = grain.MapDataset.source(sequences)[start.sequences + self.share.process_index :: self.share.process_count]
+        with ahead(own, self.share.workers) as rows:
+            for taken, row in enumerate(rows, start=1):
+                yield row, sequences.position(start.sequences + taken * self.share.process_count)
+
+
+@dataclass(frozen=True)
+class PackedByReading:
+    """Documents end to end. Where sequence n begins is known only by reading up to it, so every process reads all
+    documents and keeps its share: tokenizing is far faster than a training step, and the position stays global."""
+
+    documents: grain.MapDataset  # endless
+    length: int
+    share: Share
+    check: Callable[[], object]  # raises where there is nothing to train on
+
+    def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
+        self.check()
+        count, index = self.share.process_count, self.share.process_index
+        sequences, document, offset = start.sequences, start.document, start.offset
+        mask = np.ones(self.length, np.bool_)
+        with ahead(self.documents[document:], self.share.workers) as stream:
+            tokens = next(stream)
+            while True:
+                pieces, missing = [], count * self.length
+                while missing:
+                    if offset >= len(tokens):
+                        tokens, document, offset = next(stream), document + 1, 0
+                    pieces.append(tokens[offset : offset + missing])
+                    offset += len(pieces[-1])
+                    missing -= len(pieces[-1])
+                everyones = np.concatenate(pieces).reshape(count, self.length)
+                sequences += count
+                yield (everyones[index], mask), Position(sequences, document, offset)
+
+
+class Mixture:
+    """Which of several endless orders sequence n comes from, and its number there: `[n] -> (order, number)`.
+
+    Up to any n every order has given its share, to less than one sequence per order; within itself each is gone through
+    without a gap, so each source is seen exactly once in each of its own epochs.
+    """
+
+    PARTS = 10**6  # shares are kept to this precision
+
+    def __init__(self, weights: tuple[float, ...]):
+        total = sum(weights)
+        self._shares = [max(1, round(self.PARTS * weight / total)) for weight in weights]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        # Of the first n sequences, floor(n · rest / all) go to the orders behind the first, and so on among those.
+        before, after, left = index, index + 1, sum(self._shares)
+        for order, share in enumerate(self._shares[:-1]):
+            rest_before, rest_after = before * (left - share) // left, after * (left - share) // left
+            if rest_after == rest_before:
+                return order, before - rest_before
+            before, after, left = rest_before, rest_after, left - share
+        return len(self._shares) - 1, before
+
+
+def spanned(tokens: np.ndarray, length: int, pad_id: int, bos: tuple[int, ...] = ()) -> Row:
+    """The begin-of-text tokens and the first of `tokens` that fit, padded where there are fewer than `length`."""
+    used = min(len(bos) + len(tokens), length)
+    row = np.full(length, pad_id, np.int32)
+    row[: len(bos)] = bos
+    row[len(bos) : used] = tokens[: used - len(bos)]
+    return row, np.arange(length) < used

@@ -1,0 +1,172 @@
+"""Documents tokenized ahead by `python -m quietstar_jax.data.prepare`: the folder, its manifest, reading it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quietstar_jax.data.sources.array_record import ArrayRecords
+from quietstar_jax.data.sources.common import Label, Piece
+from quietstar_jax.data.sources.files import is_url, local_file
+from quietstar_jax.data.sources.tfrecord import Stretch
+from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.errors import DataError
+
+PREPARED = "prepared:"
+MANIFEST, PLAN, COUNTS = "manifest.json", "plan.json", "token_counts.npy"
+FORMAT = "quietstar_jax tokens 1"
+
+_AGAIN = "Remove the folder and prepare it again with `python -m quietstar_jax.data.prepare`."
+
+
+class PreparedDocuments:
+    """Token ids of documents by number: int32 [tokens], without begin or end token."""
+
+    counts_known = True
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        """Opens a complete folder.
+
+        Raises:
+          DataError: it is incomplete, damaged, or of another tokenizer.
+        """
+        manifest = read_manifest(folder)
+        check_tokenizer(folder, manifest["tokenizer"], tokenizer)
+        self._folder = folder
+        self._dtype = np.dtype(manifest["dtype"])
+        self._tokens = manifest["tokens"]
+        stretches = []
+        for shard in manifest["shards"]:
+            file, count = local_file(folder / shard["file"]), shard["documents"]
+            if file.size != shard["bytes"]:
+                raise DataError(f"{file.name} has {file.size} bytes, {MANIFEST} says {shard['bytes']}. {_AGAIN}")
+            stretches.append(Stretch(file, 0, count, count))
+        self._records = ArrayRecords(stretches)
+        self._marks = json.dumps([shard["sha256"] for shard in manifest["shards"]])
+        self._last: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int32))  # long documents are cut into many sequences
+        self.counts()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        index = range(len(self))[index]
+        number, tokens = self._last
+        if number != index:
+            tokens = np.frombuffer(self._records[index], self._dtype).astype(np.int32)
+            self._last = (index, tokens)
+        return tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": (-1, np.zeros(0, np.int32))}
+
+    def pieces(self) -> list[Piece]:
+        return [Label(str(self._folder), self._marks)]
+
+    def counts(self) -> np.ndarray:
+        path = self._folder / COUNTS
+        try:
+            counts: np.ndarray = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path} cannot be read: {error}. {_AGAIN}") from error
+        if counts.shape != (len(self),) or int(counts.sum(dtype=np.int64)) != self._tokens:
+            raise DataError(f"{path} does not fit {MANIFEST}. {_AGAIN}")
+        return counts
+
+
+def is_prepared(spec: str) -> bool:
+    """Whether a source is a folder of prepared documents, complete or not."""
+    if spec.startswith(PREPARED):
+        return True
+    if is_url(spec):
+        return False
+    folder = Path(spec).expanduser()
+    return (folder / PLAN).is_file() or _is_manifest(folder / MANIFEST)
+
+
+def prepared_folder(spec: str) -> Path:
+    """The folder that `prepared:FOLDER`, or a plain path, names.
+
+    Raises:
+      DataError: it is behind a URL or absent.
+    """
+    name = spec.removeprefix(PREPARED)
+    if is_url(name):
+        raise DataError(f"{spec}: prepared documents are read from a disk. Copy or mount the folder.")
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {name!r}. Check the path (sources are relative to where you run).")
+    return folder
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete folder, its fields checked.
+
+    Raises:
+      DataError: the folder is incomplete or the manifest damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        if (folder / PLAN).is_file():
+            raise DataError(
+                f"The preparation of {folder} has not finished. Run the same command again: it goes on from there."
+            )
+        raise DataError(f"{folder} has no {MANIFEST}: it was not made by `python -m quietstar_jax.data.prepare`.")
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']!r}, this version reads {FORMAT!r}")
+        shards = manifest["shards"]
+        if manifest["dtype"] not in ("uint16", "uint32") or not all(
+            isinstance(shard["file"], str) and isinstance(shard["sha256"], str) and "/" not in shard["file"]
+            for shard in shards
+        ):
+            raise ValueError("a field has an impossible value")
+        for name in ("documents", "tokens"):
+            if sum(shard[name] for shard in shards) != manifest[name] or manifest[name] < 1:
+                raise ValueError(f"{name} is not the sum over the shards")
+        _ = manifest["tokenizer"]["fingerprint"], manifest["tokenizer"]["added_tokens"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"field {error} is missing" if isinstance(error, KeyError) else error
+        raise DataError(f"{path} cannot be used: {reason}. {_AGAIN}") from error
+    return manifest
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a manifest says of the tokenizer, JSON-able."""
+    return {
+        "name": tokenizer.name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "added_tokens": dict(sorted(tokenizer.fast.get_added_vocab().items())),
+    }
+
+
+def check_tokenizer(folder: Path, prepared: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Makes sure that text becomes the same tokens. The run's tokenizer may have more added tokens, as one that has
+    learned to think does.
+
+    Raises:
+      DataError: it is another one.
+    """
+    mine = describe_tokenizer(tokenizer)
+    lacking = sorted(set(prepared["added_tokens"].items()) - set(mine["added_tokens"].items()))
+    if prepared["fingerprint"] != mine["fingerprint"] or lacking:
+        reason = f"; it lacks {', '.join(token for token, _ in lacking[:5])}" if lacking else ""
+        raise DataError(
+            f"{folder} was prepared with the tokenizer {prepared.get('name')!r} ({prepared.get('vocab_size')} tokens, "
+            f"fingerprint {prepared['fingerprint'][:12]}); the run uses {tokenizer.name!r} ({tokenizer.vocab_size} "
+            f"tokens, fingerprint {mine['fingerprint'][:12]}){reason}. Set data.tokenizer to the one it was prepared "
+            "with, or prepare the text again."
+        )
+
+
+def _is_manifest(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return FORMAT.rpartition(" ")[0].encode() in stream.read(200)

@@ -1,0 +1,48 @@
+"""Records of array_record files by number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from quietstar_jax.data.sources.common import Piece
+from quietstar_jax.data.sources.tfrecord import COPY, Stretch
+from quietstar_jax.errors import DataError
+
+
+class ArrayRecords:
+    """The records of stretches of files, one after another; none of them is empty."""
+
+    def __init__(self, stretches: Sequence[Stretch]):
+        self._files = [stretch.file for stretch in stretches]
+        for file in self._files:
+            if not file.size:
+                raise DataError(f"{file.name} is empty. {COPY}")
+        # The range in brackets saves the package from opening every file to count.
+        self._records = ArrayRecordDataSource([f"{s.file.name}[{s.skip}:{s.skip + s.take}]" for s in stretches])
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> bytes:
+        """The data of a record.
+
+        Raises:
+          DataError: the file is damaged.
+        """
+        index = range(len(self))[index]
+        try:
+            data: bytes = self._records[index]
+        except RuntimeError as error:
+            raise DataError(f"Record {index} of {self._range()} cannot be read: {error}. {COPY}") from error
+        if not data:  # what the package makes of some files that are cut off
+            raise DataError(f"Record {index} of {self._range()} cannot be read: a file is cut off. {COPY}")
+        return data
+
+    def pieces(self) -> list[Piece]:
+        return list(self._files)
+
+    def _range(self) -> str:
+        first, last = self._files[0].name, self._files[-1].name
+        return first if first == last else f"{first} .. {last}"

@@ -1,0 +1,212 @@
+"""Files here or behind a URL (`gs://`, `s3://`, whatever fsspec knows): found, read, and told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import fsspec
+from fsspec.registry import known_implementations
+
+from quietstar_jax.errors import DataError
+
+KINDS = {".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".zst")  # of JSON lines
+READABLE = "Readable are .jsonl and .json lines (also with .gz or .zst), .txt, .md and .parquet."
+SAMPLE_BYTES = 1 << 12  # read at a time to tell a file from another
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|[a-z]+::")  # two letters at least: `c:` is a drive
+_CHECKSUMS = ("md5Hash", "md5", "ETag", "etag", "crc32c", "sha256", "checksum")  # as file systems name them
+
+
+@dataclass(frozen=True)
+class File:
+    """A file by its path or URL."""
+
+    name: str  # path or URL
+    size: int  # bytes
+
+    @property
+    def is_local(self) -> bool:
+        return not is_url(self.name)
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix.lower()
+
+    def open(self) -> IO[bytes]:
+        """For reading from the start."""
+        if self.is_local:
+            return Path(self.name).open("rb")
+        system, path = file_system(self.name)
+        stream: IO[bytes] = system.open(path, "rb")
+        return stream
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes `start` .. `end` - 1; fewer where the file has become shorter."""
+        if self.is_local:
+            with Path(self.name).open("rb") as stream:
+                stream.seek(start)
+                return stream.read(end - start)
+        system, path = file_system(self.name)
+        found: bytes = system.cat_file(path, start=start, end=end)
+        return found
+
+    def identity(self, samples: int) -> bytes:
+        """Size and checksum, where the file system keeps one, or else size and a hash of samples of the content.
+
+        The modification time is left out: a copy elsewhere is the same data. A change of the same length between
+        the samples is not seen.
+        """
+        if not self.is_local:
+            system, path = file_system(self.name)
+            known = system.info(path)
+            checksum = next((str(known[key]) for key in _CHECKSUMS if known.get(key)), None)
+            if checksum is not None:
+                return f"{self.size} {checksum}".encode()
+        whole = self.size <= samples * SAMPLE_BYTES
+        last = max(self.size - SAMPLE_BYTES, 0)
+        starts = [0] if whole else sorted({last * i // max(samples - 1, 1) for i in range(samples)})
+        digest = hashlib.sha256(str(self.size).encode())
+        for start in starts:
+            digest.update(self.read(start, self.size if whole else start + SAMPLE_BYTES))
+        return digest.digest()
+
+    def stamp(self) -> str:
+        """Changes whenever the file is written anew; to name what was derived from it."""
+        if self.is_local:
+            return str(Path(self.name).stat().st_mtime_ns)
+        return self.identity(2).hex()
+
+
+def is_url(name: str) -> bool:
+    """Whether it is a URL rather than a path."""
+    return _URL.match(name) is not None
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Raises:
+      DataError: the protocol is unknown, or its package is missing.
+    """
+    protocol = url.partition("::")[0].partition("://")[0]
+    try:
+        system, path = fsspec.url_to_fs(url)
+    except ImportError as error:
+        advice = known_implementations.get(protocol, {}).get("err", str(error))
+        raise DataError(f"Reading {url} needs another package. {advice}.") from error
+    except ValueError as error:
+        raise DataError(
+            f"{url}: {error}. Common ones are gs:// (`pip install gcsfs`), s3:// (`pip install s3fs`), hf://, https:// "
+            "(`pip install aiohttp`) and file://."
+        ) from error
+    return system, path
+
+
+def kind_of(name: str) -> str | None:
+    """json, text or parquet by the file's name; None where it is neither."""
+    path = PurePosixPath(name)
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSIONS:
+        inner = KINDS.get(PurePosixPath(path.stem).suffix.lower())
+        return inner if inner == "json" else None
+    return KINDS.get(suffix)
+
+
+def find_files(spec: str) -> list[File]:
+    """The files that a file, folder, glob or URL of these stands for, sorted: the order must not depend on the system.
+
+    Raises:
+      DataError: there is none, one cannot be read or is empty, or a folder holds several kinds of text.
+    """
+    found = _find_remote(spec) if is_url(spec) else _find_local(spec)
+    for item in found:
+        if kind_of(item.name) is None:
+            raise DataError(f"{item.name} is of a kind that cannot be read. {READABLE}")
+        if not item.size:
+            raise DataError(f"{item.name} is empty. Remove it, or write it anew.")
+    return found
+
+
+def local_file(path: Path) -> File:
+    """The file of a path that exists.
+
+    Raises:
+      DataError: it is absent or cannot be read.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is missing. Copy it again, or make it anew.")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path} cannot be read: permission denied. Change its permissions, or copy it.")
+    return File(str(path), path.stat().st_size)
+
+
+def _find_local(spec: str) -> list[File]:
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _of_one_kind(spec, [(item, item.relative_to(path).parts) for item in path.rglob("*") if item.is_file()])
+    if path.is_file():
+        return [local_file(path)]
+    if not has_magic(spec):
+        raise DataError(f"There is no file or folder {spec!r}. Check the path (sources are relative to where you run).")
+    found = sorted(item for item in map(Path, glob(str(path), recursive=True)) if item.is_file())
+    if not found:
+        raise DataError(f"No file matches {spec!r}. Check the pattern; `**` stands for any depth of folders.")
+    return [local_file(item) for item in found]
+
+
+def _of_one_kind(folder: str, items: Sequence[tuple[Path, tuple[str, ...]]]) -> list[File]:
+    found = sorted(item for item, parts in items if kind_of(item.name) and not _hidden(parts))
+    _require_one_kind(folder, [str(item) for item in found])
+    return [local_file(item) for item in found]
+
+
+def _find_remote(spec: str) -> list[File]:
+    system, path = file_system(spec)
+    try:
+        if has_magic(path) and not system.exists(path):
+            listed = system.glob(path, detail=True)
+            if not any(entry["type"] == "file" for entry in listed.values()):
+                raise DataError(f"No file matches {spec!r}. Check the pattern; `**` stands for any depth of folders.")
+        elif system.isfile(path):
+            listed = {path: system.info(path)}
+        elif system.isdir(path):
+            listed = system.find(path, detail=True)
+            inside = {name: name.removeprefix(path).strip("/").split("/") for name in listed}
+            listed = {name: listed[name] for name in listed if kind_of(name) and not _hidden(inside[name])}
+            _require_one_kind(spec, sorted(listed))
+        else:
+            raise DataError(f"There is no file or folder {spec!r}. Check the URL, and that you may read it.")
+    except DataError:
+        raise
+    except Exception as error:  # every file system has its own
+        raise DataError(f"{spec} cannot be listed: {error}. Check the URL, the network, your credentials.") from error
+    return [
+        File(system.unstrip_protocol(name), int(entry["size"] or 0))
+        for name, entry in sorted(listed.items())
+        if entry["type"] == "file"
+    ]
+
+
+def _hidden(parts: Sequence[str]) -> bool:
+    return any(part.startswith(".") for part in parts)
+
+
+def _require_one_kind(folder: str, found: Sequence[str]) -> None:
+    """A README.txt beside the corpus would quietly become a training document."""
+    if not found:
+        raise DataError(f"The folder {folder} holds no text. {READABLE}")
+    kinds = sorted({str(kind_of(name)) for name in found})
+    if len(kinds) > 1:
+        examples = ", ".join(next(PurePosixPath(n).name for n in found if kind_of(n) == kind) for kind in kinds)
+        raise DataError(
+            f"The folder {folder} holds several kinds of text ({examples}). Say which is meant with a glob, "
+            f"for example {folder.rstrip('/') + '/*.jsonl'!r}."
+        )

@@ -1,0 +1,125 @@
+"""Datasets of the Hugging Face hub, or of a local folder, through the package `datasets`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from quietstar_jax.data.sources.common import SET_KEY, Label, Piece, names, optional_module, text_of
+from quietstar_jax.errors import DataError
+
+HUB = "hf:"
+SAMPLES = 16  # rows hashed to tell a dataset from another
+
+
+class Name(NamedTuple):
+    """What `hf:NAME[@REVISION][/CONFIG]:SPLIT` names."""
+
+    path: str
+    config: str | None
+    revision: str | None
+    split: str
+
+
+class HubRows:
+    """The rows of a split, downloaded (or found in the cache of `datasets`) and mapped from disk."""
+
+    def __init__(self, spec: str, text_key: str):
+        self._spec = spec
+        self._text_key = text_key
+        found = _load(spec, streaming=False)
+        _check_columns(spec, found.column_names, text_key)
+        if not len(found):
+            raise DataError(f"{spec} has no rows. Choose another split.")
+        self._rows = found.select_columns([text_key])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        return text_of(self._rows[index], self._text_key, f"{self._spec}, row {index}")
+
+    def pieces(self) -> list[Piece]:
+        last, digest = len(self) - 1, hashlib.sha256()
+        for i in range(SAMPLES):
+            digest.update(repr(self._rows[last * i // (SAMPLES - 1)]).encode("utf-8", "backslashreplace"))
+        return [Label(self._spec, f"{len(self)} rows {digest.hexdigest()}")]
+
+
+def stream_parts(spec: str, text_key: str) -> int:
+    """How many parts of a split can be streamed apart from each other: its files.
+
+    Raises:
+      DataError: it cannot be had, or lacks the column.
+    """
+    found = _load(spec, streaming=True)
+    columns = found.column_names or list(next(iter(found), {}))
+    _check_columns(spec, columns, text_key)
+    return int(found.num_shards)
+
+
+def stream(spec: str, text_key: str, part: int, parts: int) -> Iterator[str]:
+    """The documents of one of `parts` parts, fetched as they are read."""
+    found = _load(spec, streaming=True).select_columns([text_key])
+    for number, row in enumerate(found.shard(num_shards=parts, index=part)):
+        yield text_of(row, text_key, f"{spec}, row {number} of part {part}")
+
+
+def parse(spec: str) -> Name:
+    """Takes `hf:OWNER/NAME[@REVISION][/CONFIG]:SPLIT` or `hf:FOLDER[/CONFIG]:SPLIT` apart.
+
+    Raises:
+      DataError: it has another form.
+    """
+    text = spec.removeprefix(HUB)
+    match = re.fullmatch(r"(?P<path>.+):(?P<split>[A-Za-z_]\w*(\[[^\]]*\])?)", text)
+    if match is None:
+        raise DataError(f"{spec!r} is not `hf:NAME[/CONFIG]:SPLIT`. An example: `hf:openai/gsm8k/main:train`.")
+    path, split = match["path"], match["split"]
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return Name(str(folder), None, None, split)
+    if folder.parent.is_dir() and len(folder.parts) > 1 and path[:1] in "/.~":
+        return Name(str(folder.parent), folder.name, None, split)
+    path, _, revision = path.partition("@")
+    revision, _, config = revision.partition("/")
+    owner, *rest = path.split("/")
+    if not revision and len(rest) > 1:
+        rest, config = rest[:1], "/".join(rest[1:])
+    return Name("/".join([owner, *rest]), config or None, revision or None, split)
+
+
+def _load(spec: str, *, streaming: bool) -> Any:
+    name = parse(spec)
+    datasets = optional_module("datasets", spec)
+    try:
+        if any((Path(name.path) / file).is_file() for file in ("dataset_dict.json", "state.json")):
+            return _saved(datasets, name, streaming)
+        return datasets.load_dataset(
+            name.path, name.config, split=name.split, revision=name.revision, streaming=streaming
+        )
+    except Exception as error:  # the package passes on what its file systems and parsers raise
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{spec} cannot be loaded: {reason}. Check name, configuration and split (`hf:OWNER/NAME/CONFIG:SPLIT`), "
+            "the network, and whether you have to log in (`hf auth login`)."
+        ) from error
+
+
+def _saved(datasets: Any, name: Name, streaming: bool) -> Any:
+    """A folder written by `save_to_disk`."""
+    found = datasets.load_from_disk(name.path)
+    if isinstance(found, datasets.DatasetDict):
+        if name.split not in found:
+            raise ValueError(f"no split {name.split!r}; it has {names(found)}")
+        found = found[name.split]
+    return found.to_iterable_dataset() if streaming else found
+
+
+def _check_columns(spec: str, columns: list[str], text_key: str) -> None:
+    if text_key not in columns:
+        raise DataError(f"{spec}: no column {text_key!r}; it has {names(columns)}. {SET_KEY}")
