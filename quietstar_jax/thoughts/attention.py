@@ -11,6 +11,7 @@ query rows of a chain and head, P prefix keys, E chain keys, H head width. Score
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -65,14 +66,49 @@ def attend_chains(
     Returns:
       [B, R, J, C, G * M, H] in the dtype of the values.
     """
-    batch, count, chunk, tokens, heads, width = queries.shape
-    groups = prefix_keys.shape[-2]
-    rows = split_heads(queries * width**-0.5, groups).transpose(0, 4, 1, 2, 5, 3, 6)  # [B, G, R, J, M, C, H]
-    rows = rows.reshape(*rows.shape[:4], -1, width)
-    seen = seen._replace(offsets=jnp.tile(seen.offsets, heads // groups))
+    rows, seen = _query_rows(queries, prefix_keys.shape[-2], seen)
     prefix = (prefix_keys.swapaxes(1, 2), prefix_values.swapaxes(1, 2))
-    context = _attention(rows, *prefix, own_keys, own_values, seen)
-    context = context.reshape(batch, groups, count, chunk, heads // groups, tokens, width)
+    return _from_query_rows(_attention(rows, *prefix, own_keys, own_values, seen), queries)
+
+
+def attend_cache(
+    queries: jax.Array, cache_keys: jax.Array, cache_values: jax.Array, layer: jax.Array, own_keys: jax.Array,
+    own_values: jax.Array, seen: Seen, key_block: int,
+) -> jax.Array:  # fmt: skip
+    """`attend_chains` against one layer of a cache that is read in place: only the blocks that are seen are touched.
+
+    Args:
+      cache_keys, cache_values: [layers, B, G, P, H], P a multiple of `key_block`; layer: scalar, which of them.
+      key_block: prefix keys at once.
+
+    Returns:
+      as `attend_chains`; there is no gradient.
+    """
+    rows, seen = _query_rows(queries, cache_keys.shape[2], seen)
+
+    def cut(start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        _, batch, groups, _, width = cache_keys.shape
+        corner, size = (layer, 0, 0, start, 0), (1, batch, groups, key_block, width)
+        return (
+            jax.lax.dynamic_slice(cache_keys, corner, size)[0],
+            jax.lax.dynamic_slice(cache_values, corner, size)[0],
+        )
+
+    context, _ = _attend_blocks(rows, own_keys, own_values, seen, key_block, cut)
+    return _from_query_rows(context, queries)
+
+
+def _query_rows(queries: jax.Array, groups: int, seen: Seen) -> tuple[jax.Array, Seen]:
+    """Queries [B, R, J, C, G * M, H] -> scaled rows [B, G, R, J, X, H], and what each of them sees."""
+    heads, width = queries.shape[-2:]
+    rows = split_heads(queries * width**-0.5, groups).transpose(0, 4, 1, 2, 5, 3, 6)  # [B, G, R, J, M, C, H]
+    return rows.reshape(*rows.shape[:4], -1, width), seen._replace(offsets=jnp.tile(seen.offsets, heads // groups))
+
+
+def _from_query_rows(context: jax.Array, queries: jax.Array) -> jax.Array:
+    """The context of rows [B, G, R, J, X, H] in the shape of the queries."""
+    batch, count, chunk, tokens, _, width = queries.shape
+    context = context.reshape(batch, context.shape[1], count, chunk, -1, tokens, width)
     return context.transpose(0, 2, 3, 5, 1, 4, 6).reshape(queries.shape)
 
 
@@ -92,25 +128,44 @@ def _attention(
 def _forward(
     q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: Seen
 ) -> tuple[jax.Array, tuple]:
+    width = min(KEY_BLOCK, keys.shape[2])
+
+    def cut(start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _cut(keys, start, width), _cut(values, start, width)
+
+    context, log_total = _attend_blocks(q, own_keys, own_values, seen, width, cut)
+    context = checkpoint_name(context, ATTENTION)
+    log_total = checkpoint_name(log_total, ATTENTION)
+    return context, (q, keys, values, own_keys, own_values, seen, context, log_total)
+
+
+def _attend_blocks(
+    q: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: Seen, width: int,
+    cut: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """(context like q in the dtype of the values, log-sum-exp of the scores [..., X, 1]).
+
+    Args:
+      width: prefix keys at once; cut: from the first of them to their keys and values [B, G, width, H].
+    """
     scores = _own_scores(q, own_keys, seen)
     peak = scores.max(axis=-1, keepdims=True)  # finite: every token sees itself
     weights = jnp.exp(scores - peak)
     total = weights.sum(axis=-1, keepdims=True)
-    context = _dot("bgrjxe,bgrjeh->bgrjxh", weights.astype(values.dtype), own_values)
+    context = _dot("bgrjxe,bgrjeh->bgrjxh", weights.astype(own_values.dtype), own_values)
 
     def block(i: jax.Array, carry: tuple) -> tuple:
         peak, total, context = carry
-        block_keys, block_values, visible = _block(i, keys, values, seen)
+        start, visible = _block(i, width, seen)
+        block_keys, block_values = cut(start)
         scores = jnp.where(visible, _dot("bgrjxh,bgph->bgrjxp", q, block_keys), MASKED)
         higher = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
         weights, shrink = jnp.exp(scores - higher), jnp.exp(peak - higher)
-        added = _dot("bgrjxp,bgph->bgrjxh", weights.astype(values.dtype), block_values)
+        added = _dot("bgrjxp,bgph->bgrjxh", weights.astype(block_values.dtype), block_values)
         return higher, total * shrink + weights.sum(axis=-1, keepdims=True), context * shrink + added
 
-    peak, total, context = jax.lax.fori_loop(*_blocks(seen), block, (peak, total, context))
-    context = checkpoint_name((context / total).astype(values.dtype), ATTENTION)
-    log_total = checkpoint_name(peak + jnp.log(total), ATTENTION)
-    return context, (q, keys, values, own_keys, own_values, seen, context, log_total)
+    peak, total, context = jax.lax.fori_loop(*_blocks(seen, width), block, (peak, total, context))
+    return (context / total).astype(own_values.dtype), peak + jnp.log(total)
 
 
 def _backward(saved: tuple, gradient: jax.Array) -> tuple:
@@ -130,16 +185,18 @@ def _backward(saved: tuple, gradient: jax.Array) -> tuple:
 
     def block(i: jax.Array, carry: tuple) -> tuple:
         to_q, to_keys, to_values = carry
-        block_keys, block_values, visible = _block(i, keys, values, seen)
+        start, visible = _block(i, width, seen)
+        block_keys, block_values = _cut(keys, start, width), _cut(values, start, width)
         scores = jnp.where(visible, _dot("bgrjxh,bgph->bgrjxp", q, block_keys), MASKED)
         weights, to_scores = through_softmax(scores, _dot("bgrjxh,bgph->bgrjxp", gradient, block_values))
         to_q += _dot("bgrjxp,bgph->bgrjxh", to_scores, block_keys)
-        to_keys = _add_block(i, to_keys, _dot("bgrjxp,bgrjxh->bgph", to_scores, q))
-        to_values = _add_block(i, to_values, _dot("bgrjxp,bgrjxh->bgph", weights, gradient))
+        to_keys = _add_block(start, to_keys, _dot("bgrjxp,bgrjxh->bgph", to_scores, q))
+        to_values = _add_block(start, to_values, _dot("bgrjxp,bgrjxh->bgph", weights, gradient))
         return to_q, to_keys, to_values
 
+    width = min(KEY_BLOCK, keys.shape[2])
     zeros = jnp.zeros(keys.shape, jnp.float32)
-    gradients = jax.lax.fori_loop(*_blocks(seen), block, (to_q, zeros, zeros))
+    gradients = jax.lax.fori_loop(*_blocks(seen, width), block, (to_q, zeros, zeros))
     return *(x.astype(q.dtype) for x in (*gradients, to_own_keys, to_own_values)), None
 
 
@@ -151,33 +208,30 @@ def _own_scores(q: jax.Array, own_keys: jax.Array, seen: Seen) -> jax.Array:
     return jnp.where(own_visible(seen, own_keys.shape[4]), scores, MASKED)
 
 
-def _blocks(seen: Seen) -> tuple[jax.Array, jax.Array]:
-    """Numbers of the first block of prefix keys that a chain sees, and of one past the last."""
-    length = seen.mask.shape[1]
-    width = min(KEY_BLOCK, length)
+def _blocks(seen: Seen, width: int) -> tuple[jax.Array, jax.Array]:
+    """Numbers of the first block of `width` prefix keys that a chain sees, and of one past the last."""
     first = jnp.maximum(seen.positions.min() + seen.offsets.min() + 2 - seen.window, 0)
-    end = jnp.minimum(seen.positions.max() + 1, length)
+    end = jnp.minimum(seen.positions.max() + 1, seen.mask.shape[1])
     return first // width, (end + width - 1) // width
 
 
-def _block_start(i: jax.Array, length: int) -> tuple[jax.Array, int]:
-    """Where block i begins and how wide it is; the last one begins earlier where the text is no multiple of it."""
-    width = min(KEY_BLOCK, length)
-    return jnp.minimum(i * width, length - width), width
+def _block(i: jax.Array, width: int, seen: Seen) -> tuple[jax.Array, jax.Array]:
+    """The first key of block i, and which of its keys a query row sees, [B, 1, 1, J, X, width].
 
-
-def _block(i: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys and values [B, G, N, H] of block i, and which of them a query row sees, [B, 1, 1, J, X, N]."""
-    start, width = _block_start(i, keys.shape[2])
-    cut = [jax.lax.dynamic_slice_in_dim(x, start, width, axis=2) for x in (keys, values)]
+    The last block begins earlier where the text is no multiple of the width.
+    """
+    start = jnp.minimum(i * width, seen.mask.shape[1] - width)
     numbers = start + jnp.arange(width)
     visible = prefix_visible(seen, numbers) & (numbers >= i * width)
-    return cut[0], cut[1], visible[:, None, None]
+    return start, visible[:, None, None]
 
 
-def _add_block(i: jax.Array, total: jax.Array, block: jax.Array) -> jax.Array:
-    start, width = _block_start(i, total.shape[2])
-    block += jax.lax.dynamic_slice_in_dim(total, start, width, axis=2)
+def _cut(x: jax.Array, start: jax.Array, width: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, width, axis=2)
+
+
+def _add_block(start: jax.Array, total: jax.Array, block: jax.Array) -> jax.Array:
+    block += _cut(total, start, block.shape[2])
     return jax.lax.dynamic_update_slice_in_dim(total, block, start, axis=2)
 
 

@@ -63,11 +63,20 @@ def talk(
       ([B, R, J, K, V] float32: logits, or the paper's log-probabilities, which do not sum to one;
        mixing weights [B, R, J, K]).
     """
-    if settings.config.mixing == "none":
-        return model.decoder.logits(talk_hidden), jnp.ones(talk_hidden.shape[:-1], jnp.float32)
     base_hidden = here_and_ahead(text.hidden, positions, settings.tokens_ahead)
+    return mix(model, base_hidden, talk_hidden, settings.config.mixing)
+
+
+def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing: str) -> tuple[jax.Array, jax.Array]:
+    """What `talk` returns, from hidden states without thoughts [B, J, K, D] and with them [B, R, J, K, D].
+
+    Args:
+      mixing: `hidden_states`, `log_probabilities` or `none`; see `ThoughtConfig.mixing`.
+    """
+    if mixing == "none":
+        return model.decoder.logits(talk_hidden), jnp.ones(talk_hidden.shape[:-1], jnp.float32)
     weight = mixing_weight(model.mixing_head, base_hidden, talk_hidden)
-    if settings.config.mixing == "log_probabilities":
+    if mixing == "log_probabilities":
         weight = jax.nn.sigmoid(weight)
         base = jax.nn.log_softmax(model.decoder.logits(base_hidden))[:, None]
         after_thought = jax.nn.log_softmax(model.decoder.logits(talk_hidden))

@@ -1,0 +1,1 @@
+"""Text out: one token after another, with a thought before each."""

@@ -1,0 +1,117 @@
+"""One batch of requests on its way from token ids to text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.generation.engine import Engine, Request
+from quietstar_jax.generation.sampling import Sampling
+from quietstar_jax.generation.steps import Plan
+from quietstar_jax.generation.text import TextStream
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+      id: of the token.
+      text: what became certain with it, whole characters only. Often its own text; but none while a character is
+        unfinished or a stop string may have begun, and none for a token that ends the text.
+      thought, thought_ids: what the model thought before it; empty without thoughts.
+      mixing_weight: how much the thought counted; 0 without thoughts.
+    """
+
+    id: int
+    text: str
+    thought: str = ""
+    thought_ids: tuple[int, ...] = ()
+    mixing_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What followed a prompt.
+
+    Attributes:
+      text: without the stop string or the token that ended it.
+      tokens: all that were generated, those that ended it too.
+      finish_reason: `eos`, `stop` (a stop string came) or `length`.
+    """
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: str
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of all tokens."""
+        return tuple(token.id for token in self.tokens)
+
+    @property
+    def thoughts(self) -> tuple[str, ...]:
+        """The thought before each token."""
+        return tuple(token.thought for token in self.tokens)
+
+    @property
+    def mixing_weights(self) -> tuple[float, ...]:
+        """Of each token."""
+        return tuple(token.mixing_weight for token in self.tokens)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The settings of one call; max_tokens, stop: see `Generator.generate`."""
+
+    plan: Plan
+    sampling: Sampling
+    max_tokens: int
+    stop: tuple[str, ...]
+
+
+class Batch:
+    """Up to a batch of requests. Iterating generates, and gives (number of the request, token) as tokens come."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], job: Job, cache_length: int):
+        self._engine, self._tokenizer, self._requests, self._job = engine, tokenizer, requests, job
+        self._cache_length = cache_length
+        self._wanted = np.arange(engine.batch_size) < len(requests)
+        self._texts = [TextStream(tokenizer, request.tokens, job.stop) for request in requests]
+        self._tokens: list[list[Token]] = [[] for _ in requests]
+        self._reasons = [""] * len(requests)
+
+    def __iter__(self) -> Iterator[tuple[int, Token]]:
+        job = self._job
+        for emitted in self._engine.run(self._requests, job.plan, job.sampling, self._wanted, self._cache_length):
+            for ids, thoughts, weights in zip(*emitted, strict=True):
+                for row in np.flatnonzero(self._wanted).tolist():
+                    yield row, self._take(row, int(ids[row]), thoughts[row].tolist(), float(weights[row]))
+
+    def finish(self) -> list[Generation]:
+        """Everything, in the order of the requests."""
+        for _ in self:
+            pass
+        return [
+            Generation("".join(token.text for token in tokens), tuple(tokens), reason)
+            for tokens, reason in zip(self._tokens, self._reasons, strict=True)
+        ]
+
+    def _take(self, row: int, token_id: int, thought_ids: list[int], weight: float) -> Token:
+        """One more token of a text that has not ended; ends it where it must."""
+        text = self._texts[row]
+        if token_id in self._job.plan.eos_ids:
+            piece, reason = text.finish(), "eos"
+        else:
+            piece, reason = text.add(token_id), ""
+            if len(self._tokens[row]) + 1 == self._requests[row].limit:
+                piece, reason = piece + text.finish(), "length"
+        reason = "stop" if text.stopped else reason
+        self._reasons[row], self._wanted[row] = reason, not reason
+        thought = self._tokenizer.decode(thought_ids) if thought_ids else ""
+        token = Token(token_id, piece, thought, tuple(thought_ids), weight)
+        self._tokens[row].append(token)
+        return token

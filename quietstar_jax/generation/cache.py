@@ -1,0 +1,73 @@
+"""Keys and values of the text so far, and the decoder over a few new tokens of every sequence.
+
+The tokens of a pass are a chain (see `thoughts/chains.py`) rooted in the last token of the cache: the newest token of
+the text, then the thought after it. What a token sees is therefore decided in one place for training and generation.
+Sequences have lengths of their own; the work of attention follows the longest, not the room in the cache.
+
+Axis letters as in `thoughts/attention.py`; here R = J = 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from quietstar_jax.config import Architecture
+from quietstar_jax.models.decoder import Decoder, KeyValues, run_layers
+from quietstar_jax.thoughts.attention import Seen, attend_cache, to_chain_layout
+
+
+def key_block() -> int:
+    """Keys of the cache that attention reads at once: on accelerators, starting a block costs more than its keys."""
+    return 64 if jax.default_backend() == "cpu" else 512
+
+
+def empty_cache(architecture: Architecture, batch: int, length: int, dtype: jnp.dtype) -> KeyValues:
+    """Room for `length` tokens of each sequence, a multiple of `key_block()`: [layers, B, G, length, H] twice."""
+    a = architecture
+    shape = (a.num_layers, batch, a.num_kv_heads, length, a.head_dim)
+    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def cached_pass(
+    decoder: Decoder, embeddings: jax.Array, offset: jax.Array, positions: jax.Array, cache: KeyValues, own: KeyValues
+) -> tuple[jax.Array, KeyValues]:
+    """The next C tokens of the chain that follows the cache.
+
+    Args:
+      embeddings: [B, C, D]; offset: scalar, how many tokens of the chain came before; positions: [B], of the last token
+        of the cache that each sequence sees, -1 = none; own: keys and values of the chain (`empty_chains`).
+
+    Returns:
+      (final-norm hidden states [B, C, D], own with these tokens written).
+    """
+    tokens = embeddings.shape[1]
+    offsets = offset + jnp.arange(tokens)
+    mask = jnp.ones((embeddings.shape[0], cache.keys.shape[3]), bool)  # every key up to the position is real text
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, state: Any) -> Any:
+        layer, written = state
+        written = KeyValues(
+            jax.lax.dynamic_update_slice_in_dim(written.keys, to_chain_layout(k), offset, axis=4),
+            jax.lax.dynamic_update_slice_in_dim(written.values, to_chain_layout(v), offset, axis=4),
+        )
+        seen = Seen(mask, positions[:, None], offsets, window)
+        return attend_cache(q, *cache, layer, *written, seen, key_block()), written
+
+    rotary = positions[:, None, None, None] + 1 + offsets
+    layers = jnp.arange(decoder.architecture.num_layers)
+    hidden, own = run_layers(decoder, embeddings[:, None, None], rotary, attend, (layers, own))
+    return hidden[:, 0, 0], own
+
+
+def append(cache: KeyValues, own: KeyValues, positions: jax.Array) -> KeyValues:
+    """The cache with the first token of each chain written behind position [B]."""
+    rows = jnp.arange(positions.size)
+
+    def write(cached: jax.Array, chain: jax.Array) -> jax.Array:
+        token = chain[:, :, :, 0, 0, 0].swapaxes(0, 1)  # [B, layers, G, H]
+        return cached.at[:, rows, :, positions + 1].set(token)
+
+    return KeyValues(write(cache.keys, own.keys), write(cache.values, own.values))

@@ -1,0 +1,138 @@
+"""Runs batches of token sequences: compiled once, the device kept busy, tokens handed over one call late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quietstar_jax.config import Architecture
+from quietstar_jax.generation.cache import empty_cache, key_block
+from quietstar_jax.generation.sampling import Sampling
+from quietstar_jax.generation.steps import Emitted, Knobs, Plan, State, generate_tokens, read_prompt
+from quietstar_jax.models.decoder import KeyValues
+from quietstar_jax.models.parameters import Structure, assemble
+
+PROMPT_CHUNK = 64  # tokens of each prompt in one pass; divides every block of keys
+SHORTEST_CACHE = 512  # tokens; a longer one has twice the room, and so on: few lengths to compile for
+
+Step = Callable[..., tuple[State, Emitted]]  # (params, state, wanted, knobs)
+
+
+@dataclass(frozen=True)
+class Request:
+    """tokens: a prompt, one token or more; limit: tokens to generate at most; key: [2] uint32, key data."""
+
+    tokens: tuple[int, ...]
+    limit: int
+    key: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """Tokens that the cache must hold: the last one generated never enters it."""
+        return len(self.tokens) + self.limit - 1
+
+
+class Engine:
+    """A model ready to generate, in batches of one size.
+
+    A batch of fewer requests is filled up with sequences that have ended. So what comes of a prompt depends neither on
+    its neighbours nor on their number.
+    """
+
+    def __init__(
+        self, params: dict[str, jax.Array], structure: Structure, architecture: Architecture, dtype: str,
+        batch_size: int,
+    ):  # fmt: skip
+        self.batch_size = batch_size
+        self._params, self._structure, self._architecture = params, structure, architecture
+        self._dtype = jnp.dtype(dtype)
+        self._steps: dict[Plan, Step] = {}
+
+        def read(params: Any, cache: KeyValues, tokens: jax.Array, start: jax.Array) -> KeyValues:
+            return read_prompt(assemble(structure, params).decoder, cache, tokens, start, self._dtype)
+
+        self._read = jax.jit(read, donate_argnums=1)
+
+    def cache_length(self, needed: int) -> int:
+        """Room in a cache that shall hold `needed` tokens."""
+        length = max(SHORTEST_CACHE, key_block())
+        while length < needed:
+            length *= 2
+        return length
+
+    def run(
+        self, requests: Sequence[Request], plan: Plan, sampling: Sampling, wanted: np.ndarray, cache_length: int
+    ) -> Iterator[Emitted]:
+        """Generates until every text has ended; yields numpy arrays while the device is at the next tokens.
+
+        Args:
+          requests: up to `batch_size`; row b of what is yielded belongs to request b.
+          wanted: [batch_size] bool, of the caller: a row that it sets to False gets no more tokens.
+          cache_length: of `cache_length()`, for the longest of the requests.
+        """
+        step, knobs = self.step(plan), self.knobs(requests, sampling)
+        state = self.start(requests, cache_length)
+        left = self._rows([request.limit for request in requests], np.int32)
+        pending: Emitted | None = None
+        while (wanted & (left > 0)).any():
+            state, emitted = step(self._params, state, wanted.copy(), knobs)
+            if pending is not None:
+                tokens = jax.device_get(pending)
+                left = self._left_after(left, tokens.tokens, plan)
+                yield tokens
+            pending = emitted
+
+    def start(self, requests: Sequence[Request], cache_length: int) -> State:
+        """Every prompt read into the cache, but for its last token."""
+        longest = max(len(request.tokens) for request in requests)
+        chunks = -(-(longest - 1) // PROMPT_CHUNK)
+        prompts = np.zeros((self.batch_size, chunks * PROMPT_CHUNK), np.int32)
+        for row, request in enumerate(requests):
+            prompts[row, : len(request.tokens) - 1] = request.tokens[:-1]
+        cache = empty_cache(self._architecture, self.batch_size, cache_length, self._dtype)
+        for start in range(0, chunks * PROMPT_CHUNK, PROMPT_CHUNK):
+            cache = self._read(self._params, cache, prompts[:, start : start + PROMPT_CHUNK], np.int32(start))
+        return State(
+            cache,
+            token=jnp.asarray(self._rows([request.tokens[-1] for request in requests], np.int32)),
+            position=jnp.asarray(self._rows([len(request.tokens) - 1 for request in requests], np.int32)),
+            left=jnp.asarray(self._rows([request.limit for request in requests], np.int32)),
+        )
+
+    def knobs(self, requests: Sequence[Request], sampling: Sampling) -> Knobs:
+        """What a call needs beside weights and state."""
+        keys = np.zeros((self.batch_size, 2), np.uint32)
+        for row, request in enumerate(requests):
+            keys[row] = request.key
+        return Knobs(
+            jnp.float32(sampling.temperature),
+            jnp.float32(sampling.top_p),
+            jnp.float32(sampling.thought_temperature),
+            jax.random.wrap_key_data(jnp.asarray(keys), impl="threefry2x32"),
+        )
+
+    def step(self, plan: Plan) -> Step:
+        """The compiled `generate_tokens` of a plan; the state is donated."""
+        if plan not in self._steps:
+
+            def step(params: Any, state: State, wanted: jax.Array, knobs: Knobs) -> tuple[State, Emitted]:
+                return generate_tokens(assemble(self._structure, params), state, wanted, knobs, plan)
+
+            self._steps[plan] = jax.jit(step, donate_argnums=1)
+        return self._steps[plan]
+
+    def _rows(self, values: Sequence[int], dtype: Any) -> np.ndarray:
+        """[batch_size], zero where there is no request."""
+        rows = np.zeros(self.batch_size, dtype)
+        rows[: len(values)] = values
+        return rows
+
+    def _left_after(self, left: np.ndarray, tokens: np.ndarray, plan: Plan) -> np.ndarray:
+        """How many tokens each row may still get, after tokens [N, B]."""
+        ended = (tokens < 0).any(axis=0) | np.isin(tokens, plan.eos_ids).any(axis=0)
+        return np.where(ended, 0, left - len(tokens))

@@ -1,0 +1,212 @@
+"""The Python API of generation: text in, text out, with a thought before every token where the model can think."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from quietstar_jax.errors import ConfigError, DataError, UserError
+from quietstar_jax.generation.batch import Batch, Generation, Job, Token
+from quietstar_jax.generation.engine import Engine, Request
+from quietstar_jax.generation.sampling import Sampling
+from quietstar_jax.generation.steps import Plan
+from quietstar_jax.training.trained import TrainedModel, open_model
+
+Prompt = str | Sequence[int]
+TOKENS_PER_CALL = 8  # between two looks at what came out; one where somebody is reading along
+
+
+class Generator:
+    """Generates text.
+
+    What follows a prompt depends on the prompt, the settings and the seed alone: not on the other prompts of the call,
+    their order or their number.
+    """
+
+    def __init__(self, model: TrainedModel, *, batch_size: int = 8, max_length: int | None = None):
+        """Compiles nothing yet.
+
+        Args:
+          batch_size: prompts that are in work at once. Fewer cost as much as this many.
+          max_length: room for prompt and text in tokens; memory is taken and one program compiled for this length.
+            None = as the prompts need, in doublings.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; it takes 1 or more.")
+        if max_length is not None and max_length < 2:
+            raise ConfigError(f"max_length is {max_length}; it takes 2 tokens or more.")
+        self.model, self.max_length = model, max_length
+        self._engine = Engine(model.params, model.structure, model.architecture, model.dtype, batch_size)
+        self._forbidden = _forbidden(model)
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, step: int | None = None, revision: str = "", dtype: str = "float32",
+        batch_size: int = 8, max_length: int | None = None,
+    ) -> Generator:  # fmt: skip
+        """A generator of a run, an exported or published Quiet-STaR, or a plain Hugging Face model; see `open_model`.
+
+        Raises:
+          UserError: it cannot be opened.
+        """
+        model = open_model(path, step=step, revision=revision, dtype=dtype)
+        return cls(model, batch_size=batch_size, max_length=max_length)
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, max_tokens: int = 128, thoughts: bool | None = None,
+        thought_length: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
+        thought_temperature: float = 0.0, seed: int | Sequence[int] = 0, stop: Sequence[str] = (),
+    ) -> list[Generation]:  # fmt: skip
+        """What follows each of the prompts.
+
+        Args:
+          prompts: texts, which begin as training texts did (with the begin-of-text token where there is one), or token
+            ids, which are taken as they are.
+          max_tokens: of each text; fewer where the model knows no further positions.
+          thoughts: whether to think; None = if the model can.
+          thought_length: T; None = as trained.
+          temperature, top_p, thought_temperature: see `Sampling`; 0 is greedy.
+          seed: of sampling, one for all prompts or one for each. The same prompt given several times gets as many
+            different draws.
+          stop: texts that end a text where they appear.
+
+        Raises:
+          UserError: a prompt is empty, too long or holds unknown tokens, a setting is impossible, or thoughts are asked
+            of a model that cannot think.
+        """
+        job = self.job(
+            TOKENS_PER_CALL, max_tokens, thoughts, thought_length, temperature, top_p, thought_temperature, stop
+        )
+        requests = self.requests(prompts, job, seed)
+        results: list[Generation] = []
+        for first in range(0, len(requests), self.batch_size):
+            results += self.run(requests[first : first + self.batch_size], job).finish()
+        return results
+
+    def stream(
+        self, prompt: Prompt, *, max_tokens: int = 128, thoughts: bool | None = None,
+        thought_length: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
+        thought_temperature: float = 0.0, seed: int = 0, stop: Sequence[str] = (),
+    ) -> Iterator[Token]:  # fmt: skip
+        """The tokens that follow a prompt, each as soon as it is known; arguments and errors as in `generate`."""
+        job = self.job(1, max_tokens, thoughts, thought_length, temperature, top_p, thought_temperature, stop)
+        batch = self.run(self.requests([prompt], job, seed), job)
+        return (token for _, token in batch)
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts that are in work at once."""
+        return self._engine.batch_size
+
+    def requests(self, prompts: Sequence[Prompt], job: Job, seed: int | Sequence[int] = 0) -> list[Request]:
+        """Prompts as token ids, with keys and limits of their own.
+
+        Raises:
+          UserError: see `generate`; names the prompt by its number, from 1.
+        """
+        if isinstance(prompts, str):
+            raise ConfigError("prompts is one text; it takes a list of them.")
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts) or not all(0 <= s < 2**63 for s in seeds):
+            raise ConfigError(f"seed is {seed!r}; it takes a number of 0 or more, or one for each prompt.")
+        requests, seen = [], Counter[tuple[int, tuple[int, ...]]]()
+        for number, (prompt, own) in enumerate(zip(prompts, seeds, strict=True), start=1):
+            try:
+                tokens = self.encode(prompt)
+                limit = self.limit(len(tokens), job)
+            except UserError as error:
+                raise DataError(f"Prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
+            requests.append(Request(tokens, limit, _key(own, tokens, seen[own, tokens])))
+            seen[own, tokens] += 1
+        return requests
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """A prompt as token ids, which begin as training texts did.
+
+        Raises:
+          DataError: it is empty, or the model has no embedding for one of its tokens.
+        """
+        model = self.model
+        tokens = (*model.bos, *model.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(map(int, prompt))
+        if not prompt or not tokens:
+            raise DataError("The prompt is empty. Give some text to go on from.")
+        rows = model.architecture.vocab_size
+        unknown = [token for token in tokens if not 0 <= token < rows]
+        if unknown:
+            names = ", ".join(f"{token} ({model.tokenizer.decode([max(token, 0)])!r})" for token in unknown[:3])
+            raise DataError(f"The prompt holds tokens that the model has no embedding for: {names}. Leave them out.")
+        return tokens
+
+    def limit(self, tokens: int, job: Job) -> int:
+        """How many tokens may follow a prompt of so many.
+
+        Raises:
+          DataError: none.
+        """
+        thought = job.plan.thought.length
+        positions = self.model.architecture.max_positions - tokens - (thought + 1 if thought else -1)
+        room = positions if self.max_length is None else min(positions, self.max_length - tokens)
+        if room < 1:
+            given = "the model's positions" if room == positions else "max_length"
+            raise DataError(
+                f"The prompt is too long: it has {tokens} tokens, {1 - room} more than {given} allow"
+                f"{' with thoughts' if thought else ''}. Shorten it."
+            )
+        return min(job.max_tokens, room)
+
+    def job(
+        self, tokens_per_call: int, max_tokens: int, thoughts: bool | None, thought_length: int | None,
+        temperature: float, top_p: float, thought_temperature: float, stop: Sequence[str],
+    ) -> Job:  # fmt: skip
+        """Checked settings; see `generate`."""
+        if max_tokens < 1:
+            raise ConfigError(f"max_tokens is {max_tokens}; it takes 1 or more.")
+        if isinstance(stop, str) or not all(stop):
+            raise ConfigError(f"stop is {stop!r}; it takes a list of texts that are not empty.")
+        if thought_length is not None and thought_length < 1:
+            raise ConfigError(f"thought_length is {thought_length}; it takes 1 or more. thoughts=False turns them off.")
+        sampling = Sampling(temperature, top_p, thought_temperature)
+        return Job(self._plan(sampling, thoughts, thought_length, tokens_per_call), sampling, max_tokens, tuple(stop))
+
+    def run(self, requests: Sequence[Request], job: Job) -> Batch:
+        """A batch of up to `batch_size` requests, ready to be iterated."""
+        needed = max(request.length for request in requests) if self.max_length is None else self.max_length
+        return Batch(self._engine, self.model.tokenizer, requests, job, self._engine.cache_length(needed))
+
+    def _plan(
+        self, sampling: Sampling, thoughts: bool | None, thought_length: int | None, tokens_per_call: int
+    ) -> Plan:
+        model = self.model
+        thinks = model.can_think or bool(thought_length) if thoughts is None else thoughts
+        length = (thought_length or model.thought_length or 1) if thinks else 0  # 1: refused, the model cannot think
+        settings = model.settings(length)
+        if length and model.thought.control != "none":
+            raise ConfigError(
+                f"{model.path} was trained with {model.thought.control!r} in the place of its thoughts, so it has none "
+                "to generate with. Turn thoughts off."
+            )
+        return Plan(
+            thought=settings,
+            sampled=sampling.temperature > 0,
+            nucleus=sampling.temperature > 0 and sampling.top_p < 1,
+            thoughts_sampled=bool(length) and sampling.thought_temperature > 0,
+            forbidden=self._forbidden,
+            eos_ids=model.eos_ids,
+            tokens_per_call=tokens_per_call,
+        )
+
+
+def _forbidden(model: TrainedModel) -> tuple[int, ...]:
+    """Ids of the model that are never generated: those of thoughts, and those that are no token of the tokenizer."""
+    known = set(model.tokenizer.fast.get_vocab().values()) - {*model.vocabulary.meta_tokens, *model.suppressed_ids}
+    return tuple(token for token in range(model.architecture.vocab_size) if token not in known)
+
+
+def _key(seed: int, tokens: tuple[int, ...], occurrence: int) -> np.ndarray:
+    """[2] uint32 that depend on nothing but the arguments."""
+    words = [seed, zlib.crc32(np.asarray(tokens, np.int64).tobytes()), occurrence]
+    return np.random.SeedSequence(words).generate_state(2)

@@ -1,0 +1,79 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.models.attention import MASKED
+from quietstar_jax.settings import require
+from quietstar_jax.thoughts.sample import draw_tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of one call.
+
+    Attributes:
+      temperature: 0 = always the likeliest token; top_p: only the likeliest tokens that have this much probability
+        together; thought_temperature: the same for the tokens of thoughts.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    thought_temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = [
+            *require(0 <= self.temperature < 1e6, "temperature", self.temperature, "0 (greedy) or more"),
+            *require(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, up to 1"),
+            *require(
+                0 <= self.thought_temperature < 1e6, "thought_temperature", self.thought_temperature,
+                "0 (greedy) or more",
+            ),
+        ]  # fmt: skip
+        if problems:
+            raise ConfigError("; ".join(problems) + ".")
+
+
+def choose(
+    logits: jax.Array, uniforms: jax.Array | None, temperature: jax.Array, top_p: jax.Array | None = None
+) -> jax.Array:
+    """Token ids [B] int32 under logits [B, V].
+
+    Args:
+      uniforms: [B] in [0, 1), one for each draw; None = the likeliest.
+      top_p: scalar; None = 1.
+    """
+    if uniforms is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    return draw_tokens(logits if top_p is None else nucleus(logits, top_p), uniforms)
+
+
+def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits [B, V] in which all but the likeliest tokens that have probability `top_p` together are masked.
+
+    Tokens as likely as the least likely of them stay too. The probability of that one is found by bisection over the
+    bits of a float, which is much cheaper than sorting the vocabulary.
+    """
+    probabilities = jax.nn.softmax(logits, axis=-1)
+
+    def enough(bits: jax.Array) -> jax.Array:
+        lowest = jax.lax.bitcast_convert_type(bits, jnp.float32)[:, None]
+        return jnp.where(probabilities >= lowest, probabilities, 0.0).sum(axis=-1) >= top_p
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # `low` is enough, or 0; `high` is not, or more than the likeliest has
+        middle = low + (high - low) // 2
+        reached = enough(middle)
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    # Positive floats are ordered as their bits are. The likeliest token always stays, whatever rounding does.
+    high = jax.lax.bitcast_convert_type(probabilities.max(axis=-1), jnp.int32) + 1
+    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(high), high))
+    lowest = jax.lax.bitcast_convert_type(low, jnp.float32)[:, None]
+    return jnp.where(probabilities >= lowest, logits, MASKED)

@@ -1,0 +1,214 @@
+"""The compiled functions of generation: reading prompts into the cache, and thinking and talking token by token.
+
+A new token x_j takes T + 1 passes: `x_j, start` together, t_1 .. t_{T-1} one each, `t_T, end` together. Without
+thoughts it takes one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from quietstar_jax.generation.cache import append, cached_pass
+from quietstar_jax.generation.sampling import choose
+from quietstar_jax.models.attention import MASKED
+from quietstar_jax.models.decoder import Decoder, KeyValues
+from quietstar_jax.thoughts.chains import empty_chains
+from quietstar_jax.thoughts.model import QuietStar
+from quietstar_jax.thoughts.sample import mask_meta_tokens
+from quietstar_jax.thoughts.score import mix
+from quietstar_jax.thoughts.settings import ThoughtSettings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compiled in.
+
+    Attributes:
+      thought: length (0 = none), meta tokens, mixing, compute dtype.
+      sampled, nucleus, thoughts_sampled: whether tokens are drawn, from the likeliest only, and those of thoughts too.
+      forbidden: ids that are never generated; eos_ids: ids that end a text.
+      tokens_per_call: how many tokens each sequence gets before the host sees them.
+    """
+
+    thought: ThoughtSettings
+    sampled: bool = False
+    nucleus: bool = False
+    thoughts_sampled: bool = False
+    forbidden: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] = ()
+    tokens_per_call: int = 1
+
+
+class Knobs(NamedTuple):
+    """What may change from call to call without compiling again: scalars of `Sampling`, and a key [B] per sequence."""
+
+    temperature: jax.Array
+    top_p: jax.Array
+    thought_temperature: jax.Array
+    keys: jax.Array
+
+
+class State(NamedTuple):
+    """B sequences between two tokens.
+
+    Attributes:
+      cache: of all tokens but the newest.
+      token, position: [B] int32, the newest token and its number in the text; left: [B] int32, how many tokens may
+        still be generated, 0 = the text has ended.
+    """
+
+    cache: KeyValues
+    token: jax.Array
+    position: jax.Array
+    left: jax.Array
+
+
+class Emitted(NamedTuple):
+    """N tokens of B sequences.
+
+    Attributes:
+      tokens: [N, B] int32, -1 where the text has ended before.
+      thoughts: [N, B, T] int32, the thought before each token; weight: [N, B] float32, its mixing weight.
+    """
+
+    tokens: jax.Array
+    thoughts: jax.Array
+    weight: jax.Array
+
+
+def read_prompt(decoder: Decoder, cache: KeyValues, tokens: jax.Array, start: jax.Array, dtype: jnp.dtype) -> KeyValues:
+    """Writes C tokens [B, C] of every sequence into the cache, from position `start` on.
+
+    What a short sequence has there is never seen before it is overwritten.
+    """
+    batch, count = tokens.shape
+    own = empty_chains(decoder, batch, 1, 1, count, dtype)
+    positions = jnp.full(batch, start - 1, jnp.int32)
+    _, own = cached_pass(decoder, decoder.embed(tokens, dtype), jnp.int32(0), positions, cache, own)
+
+    def write(cached: jax.Array, chain: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(cached, chain[:, :, :, 0, 0], start, axis=3)
+
+    return KeyValues(write(cache.keys, own.keys), write(cache.values, own.values))
+
+
+def generate_tokens(
+    model: QuietStar, state: State, wanted: jax.Array, knobs: Knobs, plan: Plan
+) -> tuple[State, Emitted]:
+    """Up to `plan.tokens_per_call` more tokens of every sequence that has not ended; stops when all have.
+
+    Args:
+      wanted: [B] bool, False ends a sequence here.
+    """
+    batch, count = state.token.size, plan.tokens_per_call
+    emitted = Emitted(
+        jnp.full((count, batch), -1, jnp.int32),
+        jnp.zeros((count, batch, plan.thought.length), jnp.int32),
+        jnp.zeros((count, batch), jnp.float32),
+    )
+
+    def more(carry: tuple[jax.Array, State, Emitted]) -> jax.Array:
+        return (carry[0] < count) & (carry[1].left > 0).any()
+
+    def step(carry: tuple[jax.Array, State, Emitted]) -> tuple[jax.Array, State, Emitted]:
+        n, state, emitted = carry
+        state, new = next_token(model, state, knobs, plan)
+        return n + 1, state, jax.tree.map(lambda all, one: all.at[n].set(one), emitted, new)
+
+    state = state._replace(left=jnp.where(wanted, state.left, 0))
+    _, state, emitted = jax.lax.while_loop(more, step, (jnp.int32(0), state, emitted))
+    return state, emitted
+
+
+def next_token(model: QuietStar, state: State, knobs: Knobs, plan: Plan) -> tuple[State, Emitted]:
+    """One more token of every sequence; `Emitted` has no axis N."""
+    length = plan.thought.length
+    own = empty_chains(model.decoder, state.token.size, 1, 1, length + 3 if length else 1, plan.thought.dtype)
+    drawn = plan.sampled or plan.thoughts_sampled
+    uniforms = _uniforms(knobs.keys if drawn else None, state.position, length + 1)
+    if length:
+        scores, weight, thoughts, own = think_and_talk(model, state, own, uniforms[:, :length], knobs, plan)
+    else:
+        hidden, own = _pass(model, _embed(model, state.token, plan), 0, state, own)
+        scores = model.decoder.logits(hidden[:, 0])
+        weight, thoughts = jnp.zeros(state.token.shape), jnp.zeros((state.token.size, 0), jnp.int32)
+    if plan.forbidden:
+        scores = scores.at[:, jnp.array(plan.forbidden)].set(MASKED)
+    token = choose(
+        scores, uniforms[:, length] if plan.sampled else None, knobs.temperature, knobs.top_p if plan.nucleus else None
+    )
+    alive = state.left > 0
+    ended = jnp.isin(token, jnp.array(plan.eos_ids, jnp.int32))
+    after = State(
+        cache=append(state.cache, own, state.position - 1),
+        token=jnp.where(alive, token, state.token),
+        position=jnp.where(alive, state.position + 1, state.position),
+        left=jnp.where(alive & ~ended, state.left - 1, 0),
+    )
+    return after, Emitted(jnp.where(alive, token, -1), thoughts, weight)
+
+
+def think_and_talk(
+    model: QuietStar, state: State, own: KeyValues, uniforms: jax.Array, knobs: Knobs, plan: Plan
+) -> tuple[jax.Array, jax.Array, jax.Array, KeyValues]:
+    """The chain after the newest token of every sequence.
+
+    Args:
+      own: room for its T + 3 tokens, the newest one among them; uniforms: [B, T].
+
+    Returns:
+      (mixed scores [B, V] as of `thoughts.score.talk`, mixing weights [B], thoughts [B, T], own).
+    """
+    settings = plan.thought
+
+    def meta(embedding: jax.Array) -> jax.Array:
+        scaled = (embedding * settings.config.embedding_scale).astype(settings.dtype)
+        return jnp.broadcast_to(scaled, (state.token.size, 1, scaled.size))
+
+    def think(hidden: jax.Array, uniforms: jax.Array) -> jax.Array:
+        logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
+        return choose(logits, uniforms if plan.thoughts_sampled else None, knobs.thought_temperature)
+
+    def step(carry: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
+        token, own = carry
+        offset, uniforms = inputs
+        hidden, own = _pass(model, _embed(model, token, plan), offset, state, own)
+        following = think(hidden[:, 0], uniforms)
+        return (following, own), following
+
+    newest = [_embed(model, state.token, plan), meta(model.start_embedding[...])]
+    hidden, own = _pass(model, jnp.concatenate(newest, axis=1), 0, state, own)
+    base, first = hidden[:, 0], think(hidden[:, 1], uniforms[:, 0])
+    offsets = jnp.arange(2, settings.length + 1)
+    (last, own), others = jax.lax.scan(step, (first, own), (offsets, uniforms[:, 1:].T))
+    ending = [_embed(model, last, plan), meta(model.end_embedding[...])]
+    hidden, own = _pass(model, jnp.concatenate(ending, axis=1), settings.length + 1, state, own)
+
+    base, talk = base[:, None, None], hidden[:, None, None, 1:]  # [B, J, K, D] and [B, R, J, K, D]
+    scores, weight = mix(model, base, talk, settings.config.mixing)
+    return scores[:, 0, 0, 0], weight[:, 0, 0, 0], jnp.concatenate([first[None], others]).T, own
+
+
+def _embed(model: QuietStar, tokens: jax.Array, plan: Plan) -> jax.Array:
+    return model.decoder.embed(tokens, plan.thought.dtype)[:, None]
+
+
+def _pass(
+    model: QuietStar, embeddings: jax.Array, offset: jax.Array | int, state: State, own: KeyValues
+) -> tuple[jax.Array, KeyValues]:
+    return cached_pass(model.decoder, embeddings, jnp.asarray(offset, jnp.int32), state.position - 1, state.cache, own)
+
+
+def _uniforms(keys: jax.Array | None, positions: jax.Array, count: int) -> jax.Array:
+    """[B, count] in [0, 1): the draws of a sequence depend on its own key and position only. Zeros without keys."""
+    if keys is None:
+        return jnp.zeros((positions.size, count))
+
+    def draw(key: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), (count,))
+
+    return jax.vmap(draw)(keys, positions)

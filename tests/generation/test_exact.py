@@ -1,0 +1,95 @@
+"""Token by token with caches, in ragged batches: the same numbers as the parallel pass over the whole text."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quietstar_jax.generation.engine import Engine
+from quietstar_jax.generation.generator import Generator
+from quietstar_jax.generation.steps import generate_tokens, think_and_talk
+from quietstar_jax.models.parameters import assemble
+from quietstar_jax.thoughts.chains import empty_chains
+from tests.generation.models import PROMPT_LENGTHS, Thinker, prompts, thinker
+from tests.hf.runs import our_predictions
+
+torch = pytest.importorskip("torch")
+torch.set_num_threads(1)
+
+NEW, T = 5, 6
+VARIANTS = ["llama tied", "mistral", "qwen2 mixed windows", "qwen3 windows yarn"]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def case(request, tmp_path_factory) -> dict:
+    made = thinker(tmp_path_factory.mktemp("model"), request.param)
+    generator = Generator(made.model, batch_size=len(PROMPT_LENGTHS))
+    found = generator.generate(prompts(), max_tokens=NEW)
+    parallel = our_predictions(made.run, made.state, whole_texts(found))
+    return {"made": made, "generator": generator, "found": found, "parallel": parallel}
+
+
+def whole_texts(found) -> np.ndarray:
+    """Prompts with what followed, right-padded: [B, L]."""
+    rows = [[*prompt, *one.token_ids] for prompt, one in zip(prompts(), found, strict=True)]
+    return np.array([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+
+
+def test_greedy_thoughts_weights_and_tokens_are_those_of_the_parallel_pass(case):
+    thoughts, mixed, _ = case["parallel"]
+    for row, (length, one) in enumerate(zip(PROMPT_LENGTHS, case["found"], strict=True)):
+        at = slice(length - 1, length - 1 + NEW)
+        assert [token.thought_ids for token in one.tokens] == [tuple(t) for t in thoughts[row, at].tolist()]
+        assert list(one.token_ids) == mixed[row, at].argmax(-1).tolist()
+    assert len({weight for one in case["found"] for weight in one.mixing_weights}) > NEW
+
+
+def mixed_scores(made: Thinker) -> np.ndarray:
+    """Mixed logits [B, NEW, V] of cached generation, step by step."""
+    model = made.model
+    generator = Generator(model, batch_size=len(PROMPT_LENGTHS))
+    job = generator.job(1, NEW, True, None, 0.0, 1.0, 0.0, ())
+    engine = Engine(model.params, model.structure, model.architecture, model.dtype, len(PROMPT_LENGTHS))
+    requests = generator.requests(prompts(), job)
+    state, knobs = engine.start(requests, 64), engine.knobs(requests, job.sampling)
+
+    @jax.jit
+    def look(params, state):
+        decoded = assemble(model.structure, params)
+        own = empty_chains(decoded.decoder, len(requests), 1, 1, T + 3, job.plan.thought.dtype)
+        scores, *_ = think_and_talk(decoded, state, own, jnp.zeros((len(requests), T)), knobs, job.plan)
+        wanted = jnp.ones(len(requests), bool)
+        return scores, generate_tokens(decoded, state, wanted, knobs, job.plan)[0]
+
+    scores = []
+    for _ in range(NEW):
+        now, state = look(model.params, state)
+        scores.append(np.asarray(now))
+    return np.stack(scores, axis=1)
+
+
+def test_mixed_logits_are_those_of_the_parallel_pass(case):
+    scores = mixed_scores(case["made"])
+    _, mixed, base = case["parallel"]
+    for row, length in enumerate(PROMPT_LENGTHS):
+        at = slice(length - 1, length - 1 + NEW)
+        assert np.abs(scores[row] - mixed[row, at]).max() < 1e-4
+        assert np.abs(scores[row] - base[row, at]).max() > 0.3, "thoughts that change nothing prove nothing"
+
+
+def test_each_prompt_alone_gives_what_the_batch_gave(case):
+    for prompt, together in zip(prompts(), case["found"], strict=True):
+        (alone,) = case["generator"].generate([prompt], max_tokens=NEW)
+        assert alone == together
+
+
+def test_without_thoughts_it_is_the_greedy_text_of_transformers(case):
+    found = case["generator"].generate(prompts(), max_tokens=NEW, thoughts=False)
+    for prompt, one in zip(prompts(), found, strict=True):
+        theirs = case["made"].original.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, use_cache=False
+        )
+        assert list(one.token_ids) == theirs[0, len(prompt) :].tolist()
+        assert not any(one.thoughts)
