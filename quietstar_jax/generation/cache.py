@@ -24,11 +24,13 @@ def key_block() -> int:
     return 64 if jax.default_backend() == "cpu" else 512
 
 
-def empty_cache(architecture: Architecture, batch: int, length: int, dtype: jnp.dtype) -> KeyValues:
+def empty_cache(
+    architecture: Architecture, batch: int, length: int, dtype: jnp.dtype, place: jax.sharding.Sharding
+) -> KeyValues:
     """Room for `length` tokens of each sequence, a multiple of `key_block()`: [layers, B, G, length, H] twice."""
     a = architecture
     shape = (a.num_layers, batch, a.num_kv_heads, length, a.head_dim)
-    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return KeyValues(jnp.zeros(shape, dtype, device=place), jnp.zeros(shape, dtype, device=place))
 
 
 def cached_pass(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from quietstar_jax.models.parameters import Structure, assemble
 PROMPT_CHUNK = 64  # tokens of each prompt in one pass; divides every block of keys
 SHORTEST_CACHE = 512  # tokens; a longer one has twice the room, and so on: few lengths to compile for
 
-Step = Callable[..., tuple[State, Emitted]]  # (params, state, wanted, knobs)
+# A compiled function: (params, state, wanted, knobs) -> (state, emitted).
+Step = Any
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,18 @@ class Engine:
         self.batch_size = batch_size
         self._params, self._structure, self._architecture = params, structure, architecture
         self._dtype = jnp.dtype(dtype)
+        self._place = _beside(params["decoder.embedding"].sharding)
         self._steps: dict[Plan, Step] = {}
 
         def read(params: Any, cache: KeyValues, tokens: jax.Array, start: jax.Array) -> KeyValues:
             return read_prompt(assemble(structure, params).decoder, cache, tokens, start, self._dtype)
 
-        self._read = jax.jit(read, donate_argnums=1)
+        self._read = jax.jit(read, donate_argnums=1, out_shardings=self._place)
+
+    @property
+    def compilations(self) -> int:
+        """How many programs have been compiled so far."""
+        return sum(compiled._cache_size() for compiled in (self._read, *self._steps.values()))
 
     def cache_length(self, needed: int) -> int:
         """Room in a cache that shall hold `needed` tokens."""
@@ -94,15 +101,13 @@ class Engine:
         prompts = np.zeros((self.batch_size, chunks * PROMPT_CHUNK), np.int32)
         for row, request in enumerate(requests):
             prompts[row, : len(request.tokens) - 1] = request.tokens[:-1]
-        cache = empty_cache(self._architecture, self.batch_size, cache_length, self._dtype)
+        cache = empty_cache(self._architecture, self.batch_size, cache_length, self._dtype, self._place)
         for start in range(0, chunks * PROMPT_CHUNK, PROMPT_CHUNK):
             cache = self._read(self._params, cache, prompts[:, start : start + PROMPT_CHUNK], np.int32(start))
-        return State(
-            cache,
-            token=jnp.asarray(self._rows([request.tokens[-1] for request in requests], np.int32)),
-            position=jnp.asarray(self._rows([len(request.tokens) - 1 for request in requests], np.int32)),
-            left=jnp.asarray(self._rows([request.limit for request in requests], np.int32)),
-        )
+        token = self._rows([request.tokens[-1] for request in requests], np.int32)
+        position = self._rows([len(request.tokens) - 1 for request in requests], np.int32)
+        left = self._rows([request.limit for request in requests], np.int32)
+        return State(cache, *jax.device_put((token, position, left), self._place))
 
     def knobs(self, requests: Sequence[Request], sampling: Sampling) -> Knobs:
         """What a call needs beside weights and state."""
@@ -123,7 +128,7 @@ class Engine:
             def step(params: Any, state: State, wanted: jax.Array, knobs: Knobs) -> tuple[State, Emitted]:
                 return generate_tokens(assemble(self._structure, params), state, wanted, knobs, plan)
 
-            self._steps[plan] = jax.jit(step, donate_argnums=1)
+            self._steps[plan] = jax.jit(step, donate_argnums=1, out_shardings=self._place)
         return self._steps[plan]
 
     def _rows(self, values: Sequence[int], dtype: Any) -> np.ndarray:
@@ -136,3 +141,10 @@ class Engine:
         """How many tokens each row may still get, after tokens [N, B]."""
         ended = (tokens < 0).any(axis=0) | np.isin(tokens, plan.eos_ids).any(axis=0)
         return np.where(ended, 0, left - len(tokens))
+
+
+def _beside(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """Where caches lie: on the device of the parameters, or whole on each of their mesh."""
+    if isinstance(sharding, jax.NamedSharding):
+        return jax.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding

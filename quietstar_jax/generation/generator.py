@@ -102,6 +102,11 @@ class Generator:
         """Prompts that are in work at once."""
         return self._engine.batch_size
 
+    @property
+    def compilations(self) -> int:
+        """How many programs have been compiled so far."""
+        return self._engine.compilations
+
     def requests(self, prompts: Sequence[Prompt], job: Job, seed: int | Sequence[int] = 0) -> list[Request]:
         """Prompts as token ids, with keys and limits of their own.
 

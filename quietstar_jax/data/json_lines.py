@@ -1,0 +1,41 @@
+"""Small files of JSON lines, read whole and checked line by line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quietstar_jax.errors import DataError
+
+
+def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not blank.
+
+    Raises:
+      DataError: names the file, and the line that holds no JSON object.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is {'a folder' if path.is_dir() else 'missing'}. Give a file of JSON lines.")
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    rows = [
+        (number, _object(line, f"{path}, line {number}")) for number, line in enumerate(lines, start=1) if line.strip()
+    ]
+    if not rows:
+        raise DataError(f"{path} is empty. Every line holds one JSON object.")
+    return rows
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: broken JSON ({error}). Every line holds one JSON object.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a JSON {type(row).__name__}, not an object.")
+    return row

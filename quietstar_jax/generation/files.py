@@ -1,0 +1,148 @@
+"""Prompts from a file of JSON lines to texts in another, in batches; what is done survives a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from quietstar_jax.data.json_lines import read_objects
+from quietstar_jax.errors import DataError, UserError
+from quietstar_jax.generation.batch import Generation, Job
+from quietstar_jax.generation.engine import Request
+from quietstar_jax.generation.generator import Generator
+from quietstar_jax.settings import differences
+
+PROMPT = "prompt"
+ADDED = ("completion", "finish_reason", "thoughts", "mixing_weights")
+
+
+def generate_file(
+    generator: Generator, source: Path, output: Path, job: Job, *, seed: int = 0, show_thoughts: bool = False,
+    quiet: bool = False,
+) -> int:  # fmt: skip
+    """Writes the rows of `source` with what follows their prompts; the output appears when all are done.
+
+    Until then they are in `OUTPUT.partial`, and what they were made with in `OUTPUT.partial.json`: the same command
+    goes on from there.
+
+    Args:
+      source: JSON lines, each with a `prompt`; other fields are carried over.
+      show_thoughts: also write thoughts and mixing weights.
+      quiet: no progress bar.
+
+    Returns:
+      the number of rows.
+
+    Raises:
+      UserError: the source or output cannot be used, or another command left a partial output.
+    """
+    if output.exists():
+        raise DataError(f"{output} exists already. Remove it, or choose another file.")
+    if not output.absolute().parent.is_dir():
+        raise DataError(f"{output}: the folder {output.absolute().parent} is missing. Make it first.")
+    rows = read_objects(source)
+    requests = _requests(generator, rows, source, job, seed)
+    record = {
+        "model": generator.model.record,
+        "prompts": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "thought_length": job.plan.thought.length,
+        "max_tokens": job.max_tokens,
+        "stop": job.stop,
+        **dataclasses.asdict(job.sampling),
+        "seed": seed,
+        "show_thoughts": show_thoughts,
+        "batch_size": generator.batch_size,
+        "max_length": generator.max_length,
+    }
+    partial = Path(f"{output}.partial")
+    done = _resume(partial, json.loads(json.dumps(record)))
+    size = generator.batch_size
+    with partial.open("a", encoding="utf-8") as file, _bar(len(rows), done, quiet) as bar:
+        for first in range(done, len(rows), size):
+            found = generator.run(requests[first : first + size], job).finish()
+            for (_, row), one in zip(rows[first : first + size], found, strict=True):
+                file.write(json.dumps(row | _fields(one, show_thoughts), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(found))
+    os.replace(partial, output)
+    _record_file(partial).unlink()
+    return len(rows)
+
+
+def _requests(
+    generator: Generator, rows: list[tuple[int, dict[str, Any]]], source: Path, job: Job, seed: int
+) -> list[Request]:
+    """All prompts, checked before the first is worked on."""
+    for number, row in rows:
+        where = f"{source}, line {number}"
+        prompt = row.get(PROMPT)
+        if not isinstance(prompt, str):
+            held = f"it holds {prompt!r}" if PROMPT in row else f"it has {', '.join(map(repr, row)) or 'nothing'}"
+            raise DataError(f"{where}: every line takes a text under {PROMPT!r}; {held}.")
+        taken = [name for name in ADDED if name in row]
+        if taken:
+            raise DataError(f"{where} has a field {taken[0]!r} already. Rename it, or give another file.")
+        try:
+            generator.limit(len(generator.encode(prompt)), job)
+        except UserError as error:
+            raise DataError(f"{where}: {error}") from error
+    return generator.requests([row[PROMPT] for _, row in rows], job, seed)
+
+
+def _resume(partial: Path, record: Mapping[str, Any]) -> int:
+    """How many rows are done; drops a line that was being written.
+
+    Raises:
+      DataError: they were made with other settings.
+    """
+    record_file = _record_file(partial)
+    if not record_file.exists():
+        partial.unlink(missing_ok=True)
+        _write_record(record_file, record)
+        return 0
+    try:
+        made_with = json.loads(record_file.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{record_file} cannot be read: {error}. Remove it to start afresh.") from error
+    changed = differences(made_with, record, "")
+    if changed:
+        raise DataError(
+            f"{partial} was begun with other settings (then -> now):\n"
+            + "\n".join(f"  - {line.removeprefix('.')}" for line in changed)
+            + f"\nSet these back to go on, or remove {partial} and {record_file} to start afresh."
+        )
+    kept = partial.read_bytes() if partial.exists() else b""
+    whole = kept[: kept.rfind(b"\n") + 1]
+    with partial.open("wb") as file:
+        file.write(whole)
+    return whole.count(b"\n")
+
+
+def _record_file(partial: Path) -> Path:
+    return Path(f"{partial}.json")
+
+
+def _write_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Complete, or not there."""
+    written = Path(f"{file}.writing")
+    written.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    os.replace(written, file)
+
+
+def _fields(one: Generation, show_thoughts: bool) -> dict[str, Any]:
+    fields: dict[str, Any] = {"completion": one.text, "finish_reason": one.finish_reason}
+    if show_thoughts:
+        fields |= {"thoughts": one.thoughts, "mixing_weights": [round(w, 6) for w in one.mixing_weights]}
+    return fields
+
+
+def _bar(total: int, done: int, quiet: bool) -> tqdm:
+    return tqdm(total=total, initial=done, disable=quiet, unit="prompt", dynamic_ncols=True)

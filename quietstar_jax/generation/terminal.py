@@ -1,0 +1,29 @@
+"""Generated tokens on a terminal: text as it comes, thoughts dimmed before each token where they are to be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TextIO
+
+from quietstar_jax.generation.batch import Token
+
+DIM, RESET = "\x1b[2m", "\x1b[0m"
+
+
+def print_tokens(tokens: Iterable[Token], out: TextIO, *, show_thoughts: bool, colour: bool) -> None:
+    """Writes each token as soon as it is there.
+
+    Args:
+      colour: whether `out` understands escape sequences; without them thoughts only stand in brackets.
+    """
+    dim, reset = (DIM, RESET) if colour else ("", "")
+    for token in tokens:
+        if show_thoughts and token.thought_ids:
+            out.write(f"{dim}[{_one_line(token.thought)} | {token.mixing_weight:.3f}]{reset}")
+        out.write(token.text)
+        out.flush()
+
+
+def _one_line(thought: str) -> str:
+    """Nothing in a thought may break the line or steer the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in thought).strip()
