@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -154,6 +155,46 @@ def test_hub_ids(tmp_path, monkeypatch):
     assert list(filter_repo_objects(listed, **patterns)) == listed[:5]
     with pytest.raises(CheckpointError, match="revision"):
         open_checkpoint(str(tmp_path / "0123abc"), "main")
+
+
+def cached(root: Path, commit: str = "0" * 39 + "1") -> Path:
+    """A hub cache as `huggingface_hub` leaves it, with one complete snapshot; returns the snapshot."""
+    repository = root / "models--someone--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    write_sharded(snapshot, random_tensors(TINY))
+    return snapshot
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """The hub's client reads the cache in `tmp_path` and has no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("revision", ["", "main", "0" * 39 + "1"])
+def test_a_cached_hub_id_opens_offline_at_its_commit(offline, revision):
+    snapshot = cached(offline)
+    opened = open_checkpoint("someone/model", revision)
+    assert (opened.folder, opened.commit) == (snapshot, "0" * 39 + "1")
+    np.testing.assert_array_equal(opened.read("model.norm.weight"), random_tensors(TINY)["model.norm.weight"])
+
+
+def test_what_the_cache_lacks_is_said_offline(offline):
+    snapshot = cached(offline)
+    with pytest.raises(CheckpointError, match=r"someone/model.*revision 'v2'"):
+        open_checkpoint("someone/model", "v2")
+    with pytest.raises(CheckpointError, match=r"someone/other.*could not be fetched"):
+        open_checkpoint("someone/other")
+    (snapshot / "model-00002-of-00002.safetensors").unlink()  # a download that was cut off
+    with pytest.raises(CheckpointError, match=r"lacks shards.*model-00002-of-00002\.safetensors"):
+        open_checkpoint("someone/model")
 
 
 @pytest.mark.parametrize("error", [OSError("no network"), ValueError("bad id")])
