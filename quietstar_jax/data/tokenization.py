@@ -114,6 +114,7 @@ class Tokenizer:
         settings = json.loads(path.read_text("utf-8"))
         # transformers 5 writes a class name that transformers 4 does not know, and how this process loaded it.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 would add token_type_ids
         settings["padding_side"] = self.fast.padding_side  # left out by transformers where it was changed
         for key in ("is_local", "local_files_only"):
             settings.pop(key, None)

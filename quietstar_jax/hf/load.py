@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import jax
@@ -34,6 +35,8 @@ class Info(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> str: ...  # F32, BF16, ...
+    @property
+    def file(self) -> Path: ...  # for messages
 
 
 class TensorSource(Protocol):
@@ -93,7 +96,7 @@ def load_parameters(
     broken: list[str] = []
     for entry in entries:
         if not _fill(entry, source.read(entry.name), filling, shapes):
-            broken.append(entry.name)
+            broken.append(f"{entry.name} ({source.tensors[entry.name].file})")
         for target in entry.targets:
             remaining[target.path] -= 1
             if not remaining[target.path]:
@@ -160,12 +163,12 @@ def _check_names(source: TensorSource, entries: Sequence[Entry]) -> None:
         if name not in wanted:
             redundant = name == LM_HEAD and EMBEDDING in wanted  # tied: `_check_tied` compares them
             if not redundant and not HARMLESS.fullmatch(name):
-                problems.append(f"{name}: unexpected, shape {list(info.shape)}")
+                problems.append(f"{name}: unexpected, shape {list(info.shape)} ({info.file})")
             continue
         if tuple(info.shape) != wanted[name].shape:
-            problems.append(f"{name}: shape {list(info.shape)}, expected {list(wanted[name].shape)}")
+            problems.append(f"{name}: shape {list(info.shape)}, expected {list(wanted[name].shape)} ({info.file})")
         if info.dtype not in FLOAT_DTYPES:
-            problems.append(f"{name}: dtype {info.dtype}, supported are {', '.join(FLOAT_DTYPES)}")
+            problems.append(f"{name}: dtype {info.dtype}, supported are {', '.join(FLOAT_DTYPES)} ({info.file})")
     if problems:
         raise CheckpointError(
             _listing("The tensors do not fit what config.json describes:", problems)
@@ -180,8 +183,9 @@ def _check_tied(source: TensorSource, entries: Sequence[Entry]) -> None:
         return
     if not np.array_equal(source.read(EMBEDDING), source.read(LM_HEAD), equal_nan=True):
         raise CheckpointError(
-            f"config.json ties the embeddings (tie_word_embeddings), but {LM_HEAD} differs from {EMBEDDING}. "
-            "Set tie_word_embeddings to false in config.json to use both, or remove the one that is wrong."
+            f"config.json ties the embeddings (tie_word_embeddings), but {LM_HEAD} differs from {EMBEDDING} "
+            f"({source.tensors[LM_HEAD].file}). Set tie_word_embeddings to false in config.json to use both, or remove "
+            "the one that is wrong."
         )
 
 

@@ -75,7 +75,7 @@ def test_published_names_of_a_thinking_checkpoint(file):
     theirs = {name.removeprefix("param/"): golden[name] for name in golden.files if name.startswith("param/")}
     meta = json.loads(str(golden["meta_json"]))
     architecture = architecture_from_hf({"model_type": "mistral", **meta})
-    infos = {name: SimpleNamespace(shape=value.shape, dtype="F32") for name, value in theirs.items()}
+    infos = {name: SimpleNamespace(shape=value.shape, dtype="F32", file=file) for name, value in theirs.items()}
     source = SimpleNamespace(tensors=infos, read=theirs.__getitem__)
     ours = {path: np.asarray(value) for path, value in load_parameters(source, quietstar_entries(architecture)).items()}
     width = architecture.hidden_size
@@ -128,6 +128,9 @@ def test_every_tensor_that_does_not_fit_is_listed_at_once(tmp_path):
     ):
         assert line in message
     assert "inv_freq" not in message
+    # Of what is there, the file; of what is not, none.
+    problems = [line for line in message.splitlines() if line.startswith("  - ")]
+    assert all(f"({tmp_path / 'model.safetensors'})" in line or "missing" in line for line in problems)
 
 
 def test_values_that_are_not_finite_are_named(tmp_path):
@@ -136,7 +139,7 @@ def test_values_that_are_not_finite_are_named(tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = np.inf
     tensors["model.norm.weight"][2] = 1e300  # beyond float32
     message = refusal(write(tmp_path, tensors))
-    named = set(re.findall(r"  - (\S+)", message))
+    named = set(re.findall(rf"  - (\S+) \({re.escape(str(tmp_path))}/model\.safetensors\)", message))
     assert named == {f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)} | {"model.norm.weight"}
 
 
