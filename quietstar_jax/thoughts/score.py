@@ -24,12 +24,14 @@ class Scores(NamedTuple):
       log_probs: [B, R, J, T] log-probability of each thought token at the score temperature.
       weight: [B, R, J, K] mixing weight.
       correct: [B, R, J, K] bool, x[j+1+k] is the most likely token; False where it is not real text.
+      log_scores: [B, R, J, K, V] of every token at x[j+1+k], as from `talk`.
     """
 
     nats: jax.Array
     log_probs: jax.Array
     weight: jax.Array
     correct: jax.Array
+    log_scores: jax.Array
 
 
 def score_thoughts(
@@ -48,7 +50,8 @@ def score_thoughts(
     else:
         nats = cross_entropy(log_scores, targets)
     real = real_ahead(text.mask, positions, ahead)[:, None]
-    return Scores(jnp.where(real, nats, 0.0), log_probs, weight, (log_scores.argmax(axis=-1) == targets) & real)
+    correct = (log_scores.argmax(axis=-1) == targets) & real
+    return Scores(jnp.where(real, nats, 0.0), log_probs, weight, correct, log_scores)
 
 
 def talk(

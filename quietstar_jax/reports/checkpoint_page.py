@@ -1,0 +1,234 @@
+"""The page of a checkpoint: text coloured by what thoughts changed, the thoughts behind it, and the figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from quietstar_jax.reports.figures import gain_by_decile, reward_histogram, training_curves, weight_histogram
+from quietstar_jax.reports.observe import Observation, Window
+from quietstar_jax.reports.page import render, tiles
+from quietstar_jax.reports.pieces import Pieces, visible
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.training.trained import TrainedModel
+
+LEVELS = (0.02, 0.1, 0.5, 1.5)  # nats from which on a token is coloured, in four strengths
+CLEAR = 0.1  # nats: a change worth counting
+EXAMPLES = 6  # of the tokens most helped, and most harmed
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the page is about: windows in the order of the text, with what the model thought there."""
+
+    model: TrainedModel
+    settings: ThoughtSettings
+    windows: Sequence[Window]
+    observations: Sequence[Observation]
+    about: str  # what kind of text it is, where the reader may not know
+    notes: Sequence[str]  # how it was made, and what was left out
+
+
+def checkpoint_page(observed: Observed, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The page as HTML.
+
+    Args:
+      metrics: records of the run's `metrics.jsonl`; none where there is no run.
+    """
+    joined = Observation(*(np.concatenate(parts) for parts in zip(*observed.observations, strict=True)))
+    gain = joined.base_nats - joined.nats[:, 0]
+    pieces = Pieces(observed.model.tokenizer)
+    data = page_data(observed, pieces, start=int(gain.argmax()))
+    step = "" if observed.model.step is None else f", step {observed.model.step:,}"
+    body = [
+        "<h1>What the thoughts changed</h1>",
+        f'<p class="where">{escape(observed.model.path)}{step}</p>',
+        _introduction(observed.settings, joined.nats.shape[1]),
+        _key_figures(joined, gain),
+        _reading(observed, pieces, joined.nats.shape[1] > 1),
+        _examples(observed, pieces, gain),
+        "<h2>The same in figures</h2>",
+        '<div class="charts">',
+        gain_by_decile(joined.base_nats, gain),
+        reward_histogram(joined.reward.reshape(-1), observed.settings.tokens_ahead),
+        weight_histogram(joined.weight.reshape(-1)),
+        "</div>",
+        _training(metrics),
+        "<footer>" + "".join(f'<p class="note">{escape(note)}</p>' for note in observed.notes) + "</footer>",
+    ]
+    return render("What the thoughts changed", "\n".join(body), data)
+
+
+def page_data(observed: Observed, pieces: Pieces, start: int) -> dict[str, Any]:
+    """What the page's script shows of every predicted token.
+
+    Keys: `pieces` (texts), `levels`, `start` (the token shown first) and `tokens`, with `i` (its piece), `b` (loss
+    without thoughts), `k` (per thought: loss, reward, mixing weight, pieces), `p` and `q` (likeliest next tokens
+    without and with the greedy thought: piece, probability, 1 where it is the true one).
+    """
+    numbers: dict[str, int] = {}
+    words = pieces.words
+
+    def piece(text: str) -> int:
+        shown = visible(text.removeprefix(" ") if words else text)
+        return numbers.setdefault(shown.replace(" ", "·") or "∅", len(numbers))
+
+    def likeliest(ids: np.ndarray, probabilities: np.ndarray, true: int) -> list[list[Any]]:
+        pairs = zip(ids.tolist(), probabilities.tolist(), strict=True)
+        return [[piece(pieces.alone(token)), round(p, 5), int(token == true)] for token, p in pairs]
+
+    tokens = []
+    for window, seen in zip(observed.windows, observed.observations, strict=True):
+        for j, token in enumerate(window.tokens[1:].tolist()):
+            thoughts = [
+                [round(float(nats), 4), round(float(reward), 4), round(float(weight), 4), list(map(piece, pieces(ids)))]
+                for nats, reward, weight, ids in zip(
+                    seen.nats[j], seen.reward[j], seen.weight[j], seen.thoughts[j].tolist(), strict=True
+                )
+            ]
+            tokens.append(
+                {
+                    "i": piece(pieces.alone(token)),
+                    "b": round(float(seen.base_nats[j]), 4),
+                    "k": thoughts,
+                    "p": likeliest(seen.base_ids[j], seen.base_probabilities[j], token),
+                    "q": likeliest(seen.ids[j], seen.probabilities[j], token),
+                }
+            )
+    return {"pieces": list(numbers), "levels": LEVELS, "start": start, "tokens": tokens}
+
+
+def shade(gain: float) -> str:
+    """The colour class of a gain in nats; empty for almost none."""
+    level = sum(abs(gain) >= edge for edge in LEVELS)
+    return f"{'g' if gain > 0 else 'l'}{level}" if level else ""
+
+
+def _introduction(settings: ThoughtSettings, thoughts: int) -> str:
+    several = "once by always taking the likeliest word (<em>greedy</em>)"
+    several += f", and {thoughts - 1} times at random" if thoughts > 1 else ""
+    return (
+        "<p>A language model reads text and predicts it token by token (a token is a word, or a piece of one). This "
+        f"model may think before every single token: it writes {settings.length} hidden tokens, then predicts. Here "
+        f"it did so at every place of the text below: {several}. The colours say whether that helped.</p><p>The "
+        "measure is the <em>nat</em>: a gain of 0.7 nats means that the true next token became twice as likely, 2.3 "
+        "nats ten times; a negative number, that it became less likely.</p>"
+    )
+
+
+def _key_figures(joined: Observation, gain: np.ndarray) -> str:
+    without, with_thoughts = float(joined.base_nats.mean()), float(joined.nats[:, 0].mean())
+    return tiles(
+        [
+            (f"{without:.3f} → {with_thoughts:.3f}", "mean loss without → with greedy thoughts, nats; less is better"),
+            (f"{(gain >= CLEAR).mean():.1%}", f"of the tokens became clearly likelier (by {CLEAR} nats or more)"),
+            (f"{(gain <= -CLEAR).mean():.1%}", "became clearly less likely"),
+            (f"{gain.size:,}", f"tokens were predicted, with {joined.nats.shape[1]} thoughts before each"),
+        ]
+    )  # fmt: skip
+
+
+def _key() -> str:
+    """The legend of the colours."""
+    between = list(itertools.pairwise(LEVELS))
+    up = [*(f"{low:g} – {high:g}" for low, high in between), f"over {LEVELS[-1]:g}"]
+    down = [*(f"−{high:g} – −{low:g}" for low, high in between), f"below −{LEVELS[-1]:g}"]
+    cells = [f'<span class="l{level}">{down[level - 1]}</span>' for level in range(len(LEVELS), 0, -1)]
+    cells += ["<span>no change</span>", *(f'<span class="g{level}">{text}</span>' for level, text in enumerate(up, 1))]
+    inner = f"<em>the thought did harm</em>{''.join(cells)}<em>the thought helped, nats</em>"
+    return f'<div class="key" role="note" aria-label="Legend: gain of a token in nats">{inner}</div>'
+
+
+def _reading(observed: Observed, pieces: Pieces, sampled: bool) -> str:
+    about = f"<p>{escape(observed.about)}</p>" if observed.about else ""
+    modes = ""
+    if sampled:
+        choice = '<label><input type="radio" name="mode" value="{}" {}> {}</label>'.format
+        greedy = choice("greedy", "checked", "the greedy thought")
+        modes = f"{greedy}{choice('sampled', '', 'the sampled thoughts, on average')}"
+        modes = f"<fieldset><legend>Colour by</legend>{modes}</fieldset>"
+    texts = f'<div id="texts" role="group" aria-label="The text, by token">{"".join(_texts(observed, pieces))}</div>'
+    panel = '<aside class="panel" id="panel" aria-live="polite" aria-label="Thoughts before the chosen token">'
+    panel += '<p class="soft">A script shows the thoughts here, but this viewer did not run it.</p></aside>'
+    return (
+        f"<h2>The text</h2>{about}<p>Point at a token to see what the model thought just before it. A click holds "
+        "the token, Escape lets it go; with the keyboard, Tab enters the text and the arrow keys go from token to "
+        "token. Grey tokens are not predicted: nothing stands before them. ↵ is a line break, · a space, → a tab, "
+        f"⟨E2⟩ a byte of a character that several tokens make up.</p>{_key()}{modes}"
+        f'<div class="reading">{texts}{panel}</div>'
+    )
+
+
+def _texts(observed: Observed, pieces: Pieces) -> Iterator[str]:
+    """Every document as coloured tokens."""
+    special = set(observed.model.tokenizer.fast.all_special_ids)
+    index, document = 0, -1
+    for window, seen in zip(observed.windows, observed.observations, strict=True):
+        if window.document != document:
+            yield "</p></section>" if document >= 0 else ""
+            document = window.document
+            yield f'<section class="doc"><h3 title="document {document + 1}">{document + 1}</h3><p class="text">'
+        else:
+            yield '<span class="cut" title="from here on, the model reads afresh"> ⋯ </span>'
+        gains = (seen.base_nats - seen.nats[:, 0]).tolist()
+        for place, (token, text) in enumerate(zip(window.tokens.tolist(), pieces(window.tokens.tolist()), strict=True)):
+            kinds = [shade(gains[place - 1])] if place else ["first"]
+            kinds += ["special"] if token in special else []
+            words = text.strip(" ")
+            if pieces.words:  # its space belongs to nobody
+                yield text[: len(text) - len(text.lstrip(" "))] if place else ""
+                text = words
+            if not words:
+                text = text.replace(" ", "·")
+            number = f' data-i="{index}" tabindex="-1"' if place else ""
+            index += 1 if place else 0
+            # A line break is shown as its sign, and breaks the line.
+            shown = "\n".join(escape(visible(part)) for part in _lines(text))
+            yield f'<span class="{" ".join(["t", *filter(None, kinds)])}"{number}>{shown}</span>'
+    yield "</p></section>"
+
+
+def _lines(text: str) -> list[str]:
+    """Cut after every line break, which stays with the line it ends."""
+    parts = text.split("\n")
+    return [part + "\n" for part in parts[:-1]] + parts[-1:]
+
+
+def _examples(observed: Observed, pieces: Pieces, gain: np.ndarray) -> str:
+    """The tokens that changed most, either way; a click leads to them."""
+    shown: list[tuple[str, str]] = []
+    for window in observed.windows:
+        texts = [visible(text) for text in pieces(window.tokens.tolist())]
+        shown += [("".join(texts[max(0, place - 16) : place]), texts[place]) for place in range(1, len(texts))]
+
+    def column(title: str, order: np.ndarray) -> str:
+        items = "".join(
+            f'<li><button data-jump="{i}"><b>{gain[i]:+.2f}</b><span>… '
+            f"{escape(shown[i][0])}<b>{escape(shown[i][1])}</b></span>"
+            "</button></li>".replace("<b>-", "<b>−")
+            for i in order[:EXAMPLES].tolist()
+        )
+        return f"<div><h3>{title}</h3><ol>{items or '<li>none</li>'}</ol></div>"
+
+    order = np.argsort(-gain, kind="stable")
+    helped, harmed = order[gain[order] >= LEVELS[0]], order[::-1][gain[order[::-1]] <= -LEVELS[0]]
+    columns = column("helped most, nats", helped) + column("harmed most, nats", harmed)
+    return f'<h2>Where thoughts changed most</h2><div class="examples">{columns}</div>'
+
+
+def _training(metrics: Sequence[Mapping[str, Any]]) -> str:
+    head = "<h2>How it was trained</h2>"
+    if not metrics:
+        return head + '<p class="soft">There are no training records beside this checkpoint.</p>'
+    return (
+        f"{head}<p>Training went through phases. <span class='swatch a'></span>without thoughts<span "
+        "class='swatch'></span>with thoughts; pale lines are single measurements, strong ones their running mean. "
+        "The reward is how much sampled thoughts helped on average, the mixing weight how much the model relies on "
+        "them (over all places, also the many where a thought has nothing to add), the entropy how varied they are "
+        f"(0: always the same word).</p>{training_curves(metrics)}"
+    )

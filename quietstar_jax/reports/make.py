@@ -1,0 +1,108 @@
+"""From what a command line names to a page."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from quietstar_jax.config import DataConfig
+from quietstar_jax.data.pipeline import VALIDATION_SEED
+from quietstar_jax.data.sources import SYNTHETIC, open_sources
+from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.reports.checkpoint_page import Observed, checkpoint_page
+from quietstar_jax.reports.observe import cut_windows, longest_window, observe
+from quietstar_jax.reports.study_page import study_page
+from quietstar_jax.studies.results import read_results
+from quietstar_jax.training.metrics import read_metrics
+from quietstar_jax.training.trained import TrainedModel, open_model
+
+MOST_TOKENS = 20_000  # on one page: about 10 MB with four thoughts of six tokens
+SYNTHETIC_TEXT = (
+    "The text is a made-up corpus of small problems that take several steps: sums, little stories of gain and loss, "
+    "chains of units, pointers to follow (only the last digit of a number counts). Some documents write the steps "
+    "out between marks, after “show”; others give the answer at once, after “ask”. That answer is what a thought "
+    "can help with most: it can hold the steps."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """Which text, and how the model thinks about it; see `python -m quietstar_jax.report --help`."""
+
+    data: tuple[str, ...]
+    documents: int = 20
+    max_tokens: int = 4000
+    sequence_length: int = 256
+    thought_length: int | None = None  # None = as trained
+    tokens_ahead: int | None = None
+    samples: int = 3
+    seed: int = 0
+    text_key: str = "text"
+    data_dir: str = ""
+
+    def check(self) -> None:
+        """Raises ConfigError for what cannot be."""
+        at_least = dict(
+            documents=1, max_tokens=2, sequence_length=3, thought_length=1, tokens_ahead=1, samples=0, seed=0
+        )
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it takes {least} or more.")
+        if self.max_tokens > MOST_TOKENS:
+            raise ConfigError(
+                f"--max-tokens is {self.max_tokens}; a browser shows up to {MOST_TOKENS} on one page well."
+            )
+        if self.samples > 16:
+            raise ConfigError(f"--samples is {self.samples}; it takes up to 16.")
+
+
+def report_checkpoint(path: str, options: TextOptions, step: int | None = None) -> str:
+    """The page of a model that has learned to think.
+
+    Raises:
+      UserError: it has not, or it or the text cannot be read.
+    """
+    options.check()
+    model = open_model(path, step=step)
+    if not model.can_think:
+        raise CheckpointError(f"{path} has not learned to think, so there is nothing to see. Give a run that has.")
+    config = DataConfig(validation=options.data, text_key=options.text_key, data_dir=options.data_dir)
+    source = open_sources(options.data, config, split="validation", seed=VALIDATION_SEED)
+    settings = model.settings(options.thought_length, options.tokens_ahead or model.tokens_ahead)
+    length = longest_window(model, settings, options.sequence_length)
+    windows = cut_windows(model, source, documents=options.documents, max_tokens=options.max_tokens, length=length)
+    seen = observe(model, settings, windows, samples=options.samples, seed=options.seed)
+    about = SYNTHETIC_TEXT if SYNTHETIC in options.data else ""
+    notes = _notes(model, options, length, shown=windows[-1].document + 1, available=len(source))
+    folder = Path(path).expanduser()
+    metrics = [record for record in _metrics(folder) if model.step is None or record["step"] <= model.step]
+    return checkpoint_page(Observed(model, settings, windows, seen, about, notes), metrics)
+
+
+def report_study(root: Path) -> str:
+    """The page of a study."""
+    return study_page(read_results(root), str(root))
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """Training records of a run; `folder` may be its workdir, or the checkpoints in it."""
+    return read_metrics(folder / "metrics.jsonl") or read_metrics(folder.parent / "metrics.jsonl")
+
+
+def _notes(model: TrainedModel, options: TextOptions, length: int, shown: int, available: int) -> list[str]:
+    drawn = f"{options.samples} sampled (seed {options.seed})" if options.samples else "no sampled ones"
+    notes = [
+        f"Text: the first {shown:,} of {available:,} documents of {', '.join(options.data)}, at most "
+        f"{options.documents:,} "
+        f"documents and {options.max_tokens:,} tokens (--documents, --max-tokens); longer text is cut there.",
+        f"The model read at most {length:,} tokens at a time; in longer documents ⋯ marks where it began afresh.",
+        f"Thoughts: one greedy and {drawn} before every token, with the weights of {model.path}"
+        + ("." if model.step is None else f" at step {model.step:,}."),
+    ]
+    if model.thought.control != "none":
+        notes.append(
+            f"This is a control run: in place of thoughts stands what thought.control={model.thought.control} says."
+        )
+    return notes

@@ -1,0 +1,156 @@
+"""What a model thinks of given texts: several thoughts at every position, and what each was worth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quietstar_jax.data.sources import RandomAccessSource
+from quietstar_jax.errors import ConfigError, DataError
+from quietstar_jax.models.parameters import assemble
+from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
+from quietstar_jax.thoughts.controls import think
+from quietstar_jax.thoughts.score import score_thoughts
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.text import here_and_ahead, read_text
+from quietstar_jax.training.step import Batch, to_device
+from quietstar_jax.training.trained import TrainedModel
+
+LIKELIEST = 5  # next tokens that are kept
+ROWS = 8  # windows at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A stretch of a document that the model reads from its beginning."""
+
+    document: int
+    tokens: np.ndarray  # int32 [tokens], at least two
+
+
+class Observation(NamedTuple):
+    """One window of n tokens. Entry j of the n - 1 along an axis speaks of token j + 1, before which the model thought.
+
+    R thoughts, the first greedy, the others sampled; T tokens each.
+
+    Attributes:
+      base_nats: [n-1] without thoughts; nats: [n-1, R] of the same token with each thought.
+      reward: [n-1, R] nats by which the thought made the next K tokens more likely.
+      weight: [n-1, R] mixing weight; thoughts: [n-1, R, T] ids.
+      base_ids, base_probabilities, ids, probabilities: [n-1, LIKELIEST] the likeliest next tokens without a thought,
+        and with the greedy one.
+    """
+
+    base_nats: Any
+    nats: Any
+    reward: Any
+    weight: Any
+    thoughts: Any
+    base_ids: Any
+    base_probabilities: Any
+    ids: Any
+    probabilities: Any
+
+
+def cut_windows(
+    model: TrainedModel, source: RandomAccessSource, *, documents: int, max_tokens: int, length: int
+) -> list[Window]:
+    """The first documents of a source in windows of at most `length` tokens, until there are `max_tokens`.
+
+    Every document begins and ends as in training.
+
+    Raises:
+      DataError: there is not a single token to predict.
+    """
+    found, left = [], max_tokens
+    for number in range(min(documents, len(source))):
+        ids = np.asarray([*model.bos, *model.tokenizer.encode(source[number]), model.tokenizer.eos_id], np.int32)
+        for start in range(0, min(len(ids), left), length):
+            tokens = ids[start : min(start + length, left)]
+            if len(tokens) >= 2:  # a single token has nothing before it
+                found.append(Window(number, tokens))
+        left -= len(ids)
+    if not found:
+        raise DataError("The documents have no two tokens in a row, so there is nothing to predict. Give other text.")
+    return found
+
+
+def longest_window(model: TrainedModel, settings: ThoughtSettings, wanted: int) -> int:
+    """Tokens of a window: what is wanted, or what the model's positions leave room for beside a thought.
+
+    Raises:
+      ConfigError: they leave no room.
+    """
+    room = model.architecture.max_positions - settings.length - settings.tokens_ahead - 1
+    if room < 2:
+        raise ConfigError(
+            f"Thoughts of {settings.length} tokens leave no room for text: the model knows "
+            f"{model.architecture.max_positions} positions. Shorten the thoughts."
+        )
+    return min(wanted, room)
+
+
+def observe(
+    model: TrainedModel, settings: ThoughtSettings, windows: Sequence[Window], *, samples: int, seed: int
+) -> list[Observation]:
+    """Thinks at every position of every window: once greedily, and `samples` times at random."""
+    length = -(-max(len(window.tokens) for window in windows) // 8) * 8
+    look = jax.jit(lambda params, batch, key: _look(model, params, batch, key, settings, samples))
+    found = []
+    for start in range(0, len(windows), ROWS):
+        part = windows[start : start + ROWS]
+        rows = {"tokens": np.full((ROWS, length), settings.pad_id, np.int32), "mask": np.zeros((ROWS, length), bool)}
+        for row, window in enumerate(part):
+            rows["tokens"][row, : len(window.tokens)] = window.tokens
+            rows["mask"][row, : len(window.tokens)] = True
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        everything = jax.device_get(look(model.params, to_device(rows), key))
+        for row, window in enumerate(part):
+            found.append(jax.tree.map(lambda x: x[row, : len(window.tokens) - 1], everything))  # noqa: B023
+    return found
+
+
+def _look(
+    model: TrainedModel, params: Any, batch: Batch, key: jax.Array, settings: ThoughtSettings, samples: int
+) -> Observation:
+    """Arrays [B, L, ..] for a batch of windows."""
+    weights = assemble(model.structure, params)
+    text = read_text(weights.decoder, *batch, dtype=settings.dtype)
+    rows, length = batch.tokens.shape
+    chunk = positions_per_chunk(model.architecture, dataclasses.replace(settings, count=1 + samples), rows, length)
+    uniforms = jax.random.uniform(key, (rows, 1 + samples, length, settings.length))
+    parts = [think(weights, text, uniforms[:, :1], settings, chunk, greedy=True)]
+    if samples:
+        several = dataclasses.replace(settings, count=samples)
+        parts.append(think(weights, text, uniforms[:, 1:], several, chunk))
+    thoughts = jnp.concatenate([part.tokens for part in parts], axis=1)
+
+    def of_chunk(positions: jax.Array, thoughts: jax.Array) -> Observation:
+        scores = score_thoughts(weights, text, positions, thoughts, settings)
+        base = here_and_ahead(text.nats, positions, settings.tokens_ahead)
+        logits = weights.decoder.logits(here_and_ahead(text.hidden, positions, 1)[..., 0, :])
+        base_probabilities, base_ids = jax.lax.top_k(jax.nn.softmax(logits), LIKELIEST)
+        first = scores.log_scores[:, 0, :, 0]
+        mixed = jnp.exp(first) if settings.config.mixing == "log_probabilities" else jax.nn.softmax(first)
+        probabilities, ids = jax.lax.top_k(mixed, LIKELIEST)
+        return Observation(
+            base_nats=base[..., 0],
+            nats=scores.nats[..., 0].swapaxes(1, 2),
+            reward=(base[:, None] - scores.nats).sum(axis=-1).swapaxes(1, 2),
+            weight=scores.weight[..., 0].swapaxes(1, 2),
+            thoughts=thoughts.swapaxes(1, 2),
+            base_ids=base_ids,
+            base_probabilities=base_probabilities,
+            ids=ids,
+            probabilities=probabilities,
+        )
+
+    def by_position(positions: jax.Array, thoughts: jax.Array) -> Observation:
+        return of_chunk(positions, thoughts.swapaxes(1, 2))
+
+    return map_chunks(by_position, length, chunk, thoughts.swapaxes(1, 2), axis=1)

@@ -1,0 +1,84 @@
+"""One self-contained HTML page: it loads nothing, and says so to the browser."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from quietstar_jax.errors import ConfigError
+
+# A browser that obeys this fetches nothing, whatever stands in the page.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def render(title: str, body: str, data: Mapping[str, Any] | None = None) -> str:
+    """The page.
+
+    Args:
+      body: HTML, its texts escaped; data: for the page's script, which then runs.
+    """
+    script = ""
+    if data is not None:
+        script = (
+            f'<script type="application/json" id="data">{for_script(data)}</script><script>{_asset("page.js")}</script>'
+        )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_asset('page.css')}</style></head>\n<body><main>{body}</main>{script}</body></html>\n"
+    )
+
+
+def for_script(value: Any) -> str:
+    """JSON that may stand between script tags: no text in it can end them."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def figure(title: str, drawing: str, caption: str) -> str:
+    """A drawing with a title and a caption in plain words; both escaped here."""
+    said = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f"<figure><h3>{escape(title)}</h3>{drawing}{said}</figure>"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of texts, escaped here."""
+
+    def cells(name: str, texts: list[str]) -> str:
+        return "<tr>" + "".join(f"<{name}>{escape(text)}</{name}>" for text in texts) + "</tr>"
+
+    lines = [cells("th", head), *(cells("td", row) for row in rows)]
+    return f'<div class="scroll"><table class="data">{"".join(lines)}</table></div>'
+
+
+def tiles(items: list[tuple[str, str]]) -> str:
+    """Key figures: (figure, what it is)."""
+    inner = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in items
+    )
+    return f'<div class="tiles">{inner}</div>'
+
+
+def write_page(path: Path, html: str) -> None:
+    """Writes the file whole or not at all.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(html, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"--output {path} cannot be written: {error}. Choose another file.") from error
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text("utf-8")

@@ -1,0 +1,89 @@
+"""Tokens as people can read them, one by one, also where a token is only part of a character."""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from quietstar_jax.data.tokenization import Tokenizer
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for bytes that are no whole character
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level BPE
+
+
+class Pieces:
+    """The text of every token in its place."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        # Decoders treat the first token differently: they strip its space, or put one before all others. So every
+        # token is decoded after another one, and that one's text taken off.
+        self._anchor = tokenizer.encode("a")[:1] or [tokenizer.eos_id]
+        self._anchor_text = tokenizer.decode(self._anchor)
+        # Without a decoder, the vocabulary is of words, and spaces between them belong to nobody.
+        self.words = tokenizer.fast.backend_tokenizer.decoder is None
+        self._single = functools.lru_cache(maxsize=None)(self._decode_one)
+
+    def __call__(self, ids: Sequence[int]) -> list[str]:
+        """One text per token; put together they are the text. A character that several tokens spell out stands with the
+        last of them; the others are shown as their bytes: `⟨E2⟩`."""
+        texts: list[str] = []
+        run: list[int] = []  # tokens since the last whole one
+        shown = ""  # whole characters that they have made
+        for token in map(int, ids):
+            text = self._single(token)
+            if BROKEN not in text:
+                texts.append(text)
+                run, shown = [], ""
+                continue
+            run.append(token)
+            whole = (text := self._text(run)).rstrip(BROKEN)
+            new = whole.removeprefix(shown).replace(BROKEN, "")
+            texts.append(new if text == whole else new + self._bytes(token))
+            run, shown = ([], "") if text == whole else (run, whole)
+        return texts
+
+    def alone(self, token: int) -> str:
+        """One token out of its context."""
+        text = self._single(int(token))
+        return self._bytes(int(token)) if BROKEN in text else text
+
+    def _decode_one(self, token: int) -> str:
+        return self._text([token])
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([*self._anchor, *ids]).removeprefix(self._anchor_text)
+
+    def _bytes(self, token: int) -> str:
+        """The bytes with which a token begins or goes on with a character but does not end it."""
+        spelled = self._tokenizer.fast.backend_tokenizer.id_to_token(token) or ""
+        fallback = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", spelled)
+        if fallback:
+            return f"⟨{fallback[1].upper()}⟩"
+        if not spelled or not all(character in _BYTES for character in spelled):
+            return BROKEN
+        raw = bytes(_BYTES[character] for character in spelled)
+        begun = max((place for place, byte in enumerate(raw) if byte >= 0xC0), default=0)
+        return "⟨" + raw[begun:].hex(" ").upper() + "⟩"
+
+
+def visible(text: str) -> str:
+    """Text in which what cannot be seen has a sign: line breaks `↵`, tabs `→`, control and direction characters."""
+    out = []
+    for character in text:
+        code = ord(character)
+        if character == "\n":
+            out.append("↵")
+        elif character == "\t":
+            out.append("→")
+        elif code < 0x20:
+            out.append(chr(0x2400 + code))
+        elif unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+            out.append(f"⟨U+{code:04X}⟩")
+        else:
+            out.append(character)
+    return "".join(out)

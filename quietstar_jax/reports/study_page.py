@@ -1,0 +1,144 @@
+"""The page of a study: every variant with every seed, and what the differences are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from quietstar_jax.reports.page import figure, render, table
+from quietstar_jax.reports.svg import Chart, number
+
+ROW = 30  # pixels of a variant
+
+
+def study_page(results: Mapping[str, Any], where: str) -> str:
+    """The page as HTML, from what `studies.results.collect` gives."""
+    study, runs, rows = results["study"], results["runs"], results["rows"]
+    baseline = study["baseline"]
+    variants = [name for name in study["variants"] if any(run["variant"] == name for run in runs)]
+    variants.sort(key=lambda name: name != baseline)
+    body = [
+        "<h1>A study, side by side</h1>",
+        f'<p class="where">{escape(where)}</p>',
+        _introduction(study, variants, runs, results.get("missing", [])),
+    ]
+    for metric in study["metrics"]:
+        own = {row["variant"]: row for row in rows if row["metric"] == metric}
+        if own:
+            body.append(f"<h2>{escape(metric.replace('_', ' '))}</h2>")
+            body.append(f'<div class="charts">{_values(metric, variants, runs, own, baseline)}')
+            body.append(f"{_differences(metric, variants, runs, own, baseline)}</div>")
+    body += ["<h2>All figures</h2>", _table(variants, rows, study["metrics"]), _settings(study, runs)]
+    return render("A study, side by side", "\n".join(body))
+
+
+def _introduction(
+    study: Mapping[str, Any], variants: Sequence[str], runs: Sequence[Any], missing: Sequence[Any]
+) -> str:
+    text = (
+        f"<p>{len(variants)} variants of the same training, {len(runs)} runs of {escape(study['base'])}. Everything "
+        f"is compared with <b>{escape(study['baseline'])}</b>. A run depends on chance (its seed); so every variant "
+        "was repeated with several seeds, and each dot is one run. The ring is the mean of a variant, the line "
+        "through it ± one standard error.</p><p>On the right, runs with the same seed are subtracted from each "
+        f"other: the dots are these differences from {escape(study['baseline'])}, the line is the 95 % confidence "
+        "interval of their mean. p is the probability of a difference at least as large if there were none in truth "
+        "(paired two-sided t-test); n is the number of pairs. With few seeds the intervals are wide, and among many "
+        "comparisons some p are small by chance: they are not corrected for that.</p>"
+    )
+    if missing:
+        names = ", ".join(f"{run['variant']} (seed {run['seed']})" for run in missing)
+        text += f'<p class="soft">Not finished: {escape(names)}.</p>'
+    return text
+
+
+def _of(metric: str, variant: str, runs: Sequence[Any]) -> dict[int, float]:
+    """Seed -> value."""
+    return {
+        run["seed"]: run["figures"][metric] for run in runs if run["variant"] == variant and metric in run["figures"]
+    }
+
+
+def _values(metric: str, variants: Sequence[str], runs: Sequence[Any], own: Mapping[str, Any], baseline: str) -> str:
+    values = {variant: _of(metric, variant, runs) for variant in variants if variant in own}
+    chart = _rows_chart(metric, list(values), [x for found in values.values() for x in found.values()])
+    if baseline in own:
+        chart.line([(own[baseline]["mean"], 0), (own[baseline]["mean"], len(values))], "reference")
+    for place, variant in enumerate(values):
+        y, row = len(values) - place - 0.5, own[variant]
+        for seed, value in values[variant].items():
+            chart.dot(value, y, "seed", f"{variant}, seed {seed}: {value:.4g}")
+        _mean(
+            chart, y, row["mean"], row["standard_error"], f"{variant}: mean {row['mean']:.4g} over {row['runs']} seeds"
+        )
+    drawn = chart.x_axis(metric.replace("_", " ")).svg()
+    return figure("Every run", drawn, "")
+
+
+def _differences(
+    metric: str, variants: Sequence[str], runs: Sequence[Any], own: Mapping[str, Any], baseline: str
+) -> str:
+    others = [variant for variant in variants if variant in own and own[variant]["pairs"]]
+    if not others:
+        return figure(
+            "Differences", '<p class="soft">No seed was run with both a variant and the baseline yet.</p>', ""
+        )
+    base = _of(metric, baseline, runs)
+    pairs = {
+        variant: {seed: x - base[seed] for seed, x in _of(metric, variant, runs).items() if seed in base}
+        for variant in others
+    }
+    chart = _rows_chart(metric, others, [0.0, *(x for found in pairs.values() for x in found.values())], right=140)
+    chart.line([(0, 0), (0, len(others))], "reference")
+    for place, variant in enumerate(others):
+        y, row = len(others) - place - 0.5, own[variant]
+        for seed, value in pairs[variant].items():
+            chart.dot(value, y, "seed", f"{variant}, seed {seed}: {value:+.4g}")
+        half = None if row["low"] is None else row["difference"] - row["low"]
+        _mean(chart, y, row["difference"], half, f"{variant}: mean difference {row['difference']:+.4g}")
+        said = f"n {row['pairs']}" if row["p_value"] is None else f"p {row['p_value']:.2g}, n {row['pairs']}"
+        chart.beside(y, said)
+    return figure(f"Differences from {baseline}", chart.x_axis(f"difference in {metric.replace('_', ' ')}").svg(), "")
+
+
+def _rows_chart(metric: str, names: Sequence[str], values: Sequence[float], right: int = 16) -> Chart:
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    size = dict(width=580, height=ROW * len(names) + 58, left=180, right=right)
+    chart = Chart(metric, (low - room, high + room), (0, len(names)), **size)
+    return chart.y_names([(len(names) - place - 0.5, name) for place, name in enumerate(names)]).x_grid()
+
+
+def _mean(chart: Chart, y: float, mean: float, half: float | None, tip: str) -> None:
+    if half is not None:
+        chart.line([(mean - half, y), (mean + half, y)], "whisker")
+    chart.dot(mean, y, "mean", tip, radius=7)
+
+
+def _table(variants: Sequence[str], rows: Sequence[Any], metrics: Sequence[str]) -> str:
+    cells = {(row["variant"], row["metric"]): row for row in rows}
+    lines = []
+    for variant in variants:
+        own = [cells.get((variant, metric)) for metric in metrics]
+        lines.append([variant, str(max(row["runs"] for row in own if row)), *map(_cell, own)])
+    return table(["variant", "n", *(metric.replace("_", " ") for metric in metrics)], lines)
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    text = number(row["mean"], 4)
+    text += "" if row["standard_error"] is None else f" ± {row['standard_error']:.4f}"
+    return text + ("" if row["p_value"] is None else f" (p {row['p_value']:.2g})")
+
+
+def _settings(study: Mapping[str, Any], runs: Sequence[Any]) -> str:
+    """What each variant changes, and whose first phases it took over."""
+    lines = []
+    for variant, settings in study["variants"].items():
+        changed = ", ".join(f"{name} = {value}" for name, value in settings.items()) or "nothing"
+        begun = {run["begun_from"]["run"].split("/")[0] + f" (step {run['begun_from']['step']:,})"
+                 for run in runs if run["variant"] == variant and run["begun_from"]}  # fmt: skip
+        lines.append([variant, changed, ", ".join(sorted(begun))])
+    head = ["variant", "what is changed", "took over the first phases of"]
+    return "<h2>What the variants are</h2>" + table(head, lines).replace('class="data"', 'class="data words"')

@@ -1,0 +1,86 @@
+"""The command line from a run to a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.report import main
+from quietstar_jax.reports.make import MOST_TOKENS
+from quietstar_jax.training.loop import train
+from tests.training.tiny import tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("run")
+    train(tiny_config(workdir))
+    return workdir
+
+
+def data_of(page: Path) -> dict:
+    return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.S)[1])
+
+
+def test_a_page_of_a_run(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    command = [sys.executable, "-m", "quietstar_jax.report", "--checkpoint", str(run), "--data", "synthetic"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run([*command, "--documents", "3", "--output", str(page)], cwd=ROOT, env=environment, check=True,
+                           capture_output=True, text=True)  # fmt: skip
+    assert ended.stdout == f"{page} ({page.stat().st_size / 2**20:.1f} MB)\n"
+    html = page.read_text()
+    assert f"{run}, step 7" in html
+    assert html.count('<section class="doc">') == 3
+    assert "Phase “thoughts”, up to step 7" in html
+    assert "made-up corpus" in html
+    entry = data_of(page)["tokens"][0]
+    assert [len(thought[3]) for thought in entry["k"]] == [2, 2, 2, 2]  # as long as trained, greedy and three sampled
+
+
+def test_other_text_and_other_thoughts(run: Path, tmp_path: Path) -> None:
+    text, page = tmp_path / "text.jsonl", tmp_path / "page.html"
+    text.write_text('{"words": "sum 3 +1 ask 4 ."}\n{"words": "bob has 3"}\n')
+    arguments = ["--checkpoint", str(run / "checkpoints"), "--data", str(text), "--output", str(page)]
+    arguments += ["--text-key", "words", "--thought-length", "3", "--samples", "0", "--max-tokens", "9"]
+    main([*arguments, "--step", "6"])
+    html, data = page.read_text(), data_of(page)
+    assert ", step 6<" in html
+    assert "Phase “thoughts”, up to step 6" in html
+    assert len(data["tokens"]) == 6 + 1  # the second document is cut after two tokens
+    assert [len(thought[3]) for thought in data["tokens"][0]["k"]] == [3]
+    assert 'name="mode"' not in html
+    assert "the first 2 of 2 documents" in html
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data synthetic --thought-length 0", "--thought-length is 0; it takes 1 or more"),
+        (f"--data synthetic --max-tokens {MOST_TOKENS + 1}", "up to 20000 on one page"),
+        ("--data synthetic --samples 17", "it takes up to 16"),
+        ("", "--checkpoint wants --data"),
+    ],
+)
+def test_impossible_wishes(arguments: str, message: str, run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    with pytest.raises(ConfigError, match=message):
+        main(["--checkpoint", str(run), "--output", str(page), *arguments.split()])
+    assert not page.exists()
+
+
+def test_a_model_that_never_thought(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "plain")
+    train(dataclasses.replace(config, phases=config.phases[:1]))
+    with pytest.raises(CheckpointError, match="has not learned to think"):
+        main(["--checkpoint", str(tmp_path / "plain"), "--data", "synthetic", "--output", str(tmp_path / "page.html")])

@@ -1,0 +1,84 @@
+"""The page of a study: every seed, every difference, the right numbers beside them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quietstar_jax.errors import DataError
+from quietstar_jax.reports.make import report_study
+from quietstar_jax.reports.page import write_page
+from quietstar_jax.studies.results import RESULTS
+from quietstar_jax.studies.table import compare
+from quietstar_jax.training.metrics import write_json
+from tests.reports.browser import CHROMIUM, Browser
+
+VALUES = {"pause": [0.2, 0.3, 0.25], "thoughts": [0.9, 0.8, 0.95], "<odd>": [0.91, 0.8]}
+
+
+def results() -> dict:
+    figures = {v: {seed: {"accuracy": x} for seed, x in enumerate(xs)} for v, xs in VALUES.items()}
+    begun = {"run": "thoughts/seed_0", "step": 560}
+    return {
+        "study": {
+            "base": "configs/x.py", "baseline": "thoughts", "metrics": ["accuracy", "never_measured"],
+            "variants": {"pause": {"thought.control": "pause"}, "thoughts": {}, "<odd>": {"a": "<b>"}},
+        },
+        "runs": [
+            {"variant": v, "seed": s, "begun_from": begun if v == "pause" else None, "figures": run}
+            for v, runs in figures.items() for s, run in runs.items()
+        ],
+        "missing": [{"variant": "<odd>", "seed": 2}],
+        "rows": compare(figures, "thoughts", ["accuracy", "never_measured"]),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> str:
+    write_json(tmp_path / RESULTS, results())
+    return report_study(tmp_path)
+
+
+def test_every_run_and_every_difference_is_drawn(page: str) -> None:
+    dots = re.findall(r'<circle class="(\w+)"[^>]*><title>([^<]*)</title>', page)
+    seeds = [tip for kind, tip in dots if kind == "seed"]
+    assert len(seeds) == 8 + 5  # values, and pairs with the baseline
+    assert "pause, seed 1: 0.3" in seeds
+    assert "pause, seed 1: -0.5" in seeds
+    assert next(tip for kind, tip in dots if kind == "mean") == "thoughts: mean 0.8833 over 3 seeds"
+    difference = np.mean(np.subtract(VALUES["pause"], VALUES["thoughts"]))
+    assert f"pause: mean difference {difference:+.4g}" in page
+    assert re.search(r">p 0\.01\d?, n 3<", page)
+    assert "&lt;odd&gt; (seed 2)" in page
+    assert "<odd>" not in page
+    assert "thoughts (step 560)" in page
+    assert page.count("<svg") == 2  # what no run has measured is left out
+
+
+def test_a_single_run_is_shown_too(tmp_path: Path) -> None:
+    found = results()
+    found["runs"] = [run for run in found["runs"] if run["variant"] == "pause" and run["seed"] == 0]
+    found["rows"] = compare({"pause": {0: {"accuracy": 0.2}}, "thoughts": {}}, "thoughts", ["accuracy"])
+    write_json(tmp_path / RESULTS, found)
+    assert "No seed was run with both" in report_study(tmp_path)
+
+
+def test_no_study(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not hold the results of a study"):
+        report_study(tmp_path)
+    (tmp_path / RESULTS).write_text('{"rows": []}')
+    with pytest.raises(DataError, match="does not hold the results of a study"):
+        report_study(tmp_path)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)")
+def test_in_a_browser(page: str, tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", page)
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(tmp_path / "page.html")
+        assert browser.run("document.querySelectorAll('circle.seed').length") == 13
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+        assert browser.complaints == []
