@@ -23,7 +23,7 @@ def plain_steps_of_equal_flops() -> int:
     pretrain, *thinking = config.phases
     plain = [dataclasses.replace(phase, thought_length=0) for phase in thinking]
     total, spent, once = (
-        sum(phase_flops(config.model.architecture, phase, config.data.sequence_length) for phase in phases)
+        sum(phase_flops(config, phase) for phase in phases)
         for phases in (config.phases, plain, [dataclasses.replace(pretrain, steps=1)])
     )
     return math.ceil((total - spent) / once)

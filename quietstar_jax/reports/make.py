@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from quietstar_jax.config import DataConfig
+from quietstar_jax.data.documents import joined, open_documents
 from quietstar_jax.data.pipeline import VALIDATION_SEED
-from quietstar_jax.data.sources import SYNTHETIC, open_sources
+from quietstar_jax.data.sources import SYNTHETIC
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.reports.checkpoint_page import Observed, checkpoint_page
 from quietstar_jax.reports.observe import cut_windows, longest_window, observe
@@ -69,7 +70,12 @@ def report_checkpoint(path: str, options: TextOptions, step: int | None = None) 
     if not model.can_think:
         raise CheckpointError(f"{path} has not learned to think, so there is nothing to see. Give a run that has.")
     config = DataConfig(validation=options.data, text_key=options.text_key, data_dir=options.data_dir)
-    source = open_sources(options.data, config, split="validation", seed=VALIDATION_SEED)
+    source = joined(
+        [
+            open_documents(spec, config, model.tokenizer, split="validation", seed=VALIDATION_SEED)
+            for spec in options.data
+        ]
+    )
     settings = model.settings(options.thought_length, options.tokens_ahead or model.tokens_ahead)
     length = longest_window(model, settings, options.sequence_length)
     windows = cut_windows(model, source, documents=options.documents, max_tokens=options.max_tokens, length=length)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quietstar_jax.data.sources import RandomAccessSource
+from quietstar_jax.data.documents import Documents
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.models.parameters import assemble
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
@@ -58,9 +58,9 @@ class Observation(NamedTuple):
 
 
 def cut_windows(
-    model: TrainedModel, source: RandomAccessSource, *, documents: int, max_tokens: int, length: int
+    model: TrainedModel, source: Documents, *, documents: int, max_tokens: int, length: int
 ) -> list[Window]:
-    """The first documents of a source in windows of at most `length` tokens, until there are `max_tokens`.
+    """The first documents in windows of at most `length` tokens, until there are `max_tokens`.
 
     Every document begins and ends as in training.
 
@@ -69,7 +69,7 @@ def cut_windows(
     """
     found, left = [], max_tokens
     for number in range(min(documents, len(source))):
-        ids = np.asarray([*model.bos, *model.tokenizer.encode(source[number]), model.tokenizer.eos_id], np.int32)
+        ids = np.asarray([*model.bos, *source[number], model.tokenizer.eos_id], np.int32)
         for start in range(0, min(len(ids), left), length):
             tokens = ids[start : min(start + length, left)]
             if len(tokens) >= 2:  # a single token has nothing before it
@@ -99,6 +99,8 @@ def observe(
     model: TrainedModel, settings: ThoughtSettings, windows: Sequence[Window], *, samples: int, seed: int
 ) -> list[Observation]:
     """Thinks at every position of every window: once greedily, and `samples` times at random."""
+    everywhere = dataclasses.replace(settings.config, positions="all", position_fraction=1.0)
+    settings = dataclasses.replace(settings, config=everywhere)
     length = -(-max(len(window.tokens) for window in windows) // 8) * 8
     look = jax.jit(lambda params, batch, key: _look(model, params, batch, key, settings, samples))
     found = []
@@ -123,11 +125,12 @@ def _look(
     text = read_text(weights.decoder, *batch, dtype=settings.dtype)
     rows, length = batch.tokens.shape
     chunk = positions_per_chunk(model.architecture, dataclasses.replace(settings, count=1 + samples), rows, length)
+    everywhere = jnp.arange(length)
     uniforms = jax.random.uniform(key, (rows, 1 + samples, length, settings.length))
-    parts = [think(weights, text, uniforms[:, :1], settings, chunk, greedy=True)]
+    parts = [think(weights, text, everywhere, uniforms[:, :1], settings, chunk, greedy=True)]
     if samples:
         several = dataclasses.replace(settings, count=samples)
-        parts.append(think(weights, text, uniforms[:, 1:], several, chunk))
+        parts.append(think(weights, text, everywhere, uniforms[:, 1:], several, chunk))
     thoughts = jnp.concatenate([part.tokens for part in parts], axis=1)
 
     def of_chunk(positions: jax.Array, thoughts: jax.Array) -> Observation:
@@ -153,4 +156,4 @@ def _look(
     def by_position(positions: jax.Array, thoughts: jax.Array) -> Observation:
         return of_chunk(positions, thoughts.swapaxes(1, 2))
 
-    return map_chunks(by_position, length, chunk, thoughts.swapaxes(1, 2), axis=1)
+    return map_chunks(by_position, everywhere, chunk, thoughts.swapaxes(1, 2), axis=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from quietstar_jax.config import Architecture, Phase
+from quietstar_jax.config import Architecture, Config, Phase
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 
@@ -43,9 +43,10 @@ def decoder_flops(a: Architecture, keys: float) -> float:
     return a.num_layers * (projections + feed_forward + 4 * width * keys)
 
 
-def phase_flops(a: Architecture, phase: Phase, length: int) -> float:
-    """Necessary FLOPs of all steps of a phase on sequences of `length` tokens."""
-    settings = ThoughtSettings(phase.thought_length, phase.num_thoughts, phase.tokens_ahead)
+def phase_flops(config: Config, phase: Phase) -> float:
+    """Necessary FLOPs of all steps of a phase of a run that starts from `model.architecture`."""
+    a, length = config.model.architecture, config.data.sequence_length
+    settings = ThoughtSettings(phase.thought_length, phase.num_thoughts, phase.tokens_ahead, config=config.thought)
     step = step_flops(a, settings, phase.batch_size, length, decoder_learns=phase.rates.decoder > 0)
     return phase.steps * step.necessary
 

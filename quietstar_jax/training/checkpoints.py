@@ -24,7 +24,7 @@ FREE = UNRELATED + MEASUREMENT  # may change between the runs that share a work 
 THINKING = tuple(
     f"config.thought.{name}"
     for name in ("sampling_temperature", "score_temperature", "positive_only", "policy_reduction", "mixing", "control",
-                 "base_loss_weight")
+                 "base_loss_weight", "positions", "position_fraction")
 )  # fmt: skip  # touches nothing before the first phase that thinks
 ARRAYS, RECORDS = ("params", "opt_state"), ("data", "config", "progress")
 LARGE_BYTES = 2**26  # stacked layers beyond it are stored apart, so that an export need not hold them all

@@ -15,7 +15,7 @@ from quietstar_jax.training.step import to_device
 from tests.reports.cases import random_model
 
 MODEL = random_model()
-TEXTS = ["sum 3 +1 +4 ask 8 .", "kim has 4 wage fig gift ask 4 ."]
+TEXTS = [MODEL.tokenizer.encode(text) for text in ("sum 3 +1 +4 ask 8 .", "kim has 4 wage fig gift ask 4 .")]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_windows() -> None:
     assert cut(max_tokens=8) == [(0, 8)]
     assert cut(documents=1) == [(0, 8)]
     with pytest.raises(DataError, match="nothing to predict"):
-        cut_windows(MODEL, [""], documents=1, max_tokens=100, length=50)
+        cut_windows(MODEL, [[]], documents=1, max_tokens=100, length=50)
 
 
 def test_room_beside_a_thought() -> None:

@@ -75,8 +75,7 @@ def test_plain_training_of_equal_flops(monkeypatch: pytest.MonkeyPatch, tmp_path
     def cost(variant: str, **changes: int) -> float:
         config = configuration(study, variant, 0, tmp_path)
         first = dataclasses.replace(config.phases[0], **changes)
-        length = config.data.sequence_length
-        return sum(phase_flops(config.model.architecture, phase, length) for phase in (first, *config.phases[1:]))
+        return sum(phase_flops(config, phase) for phase in (first, *config.phases[1:]))
 
     steps = configuration(study, "plain_equal_flops", 0, tmp_path).phases[0].steps
     assert cost("plain_equal_flops", steps=steps - 1) < cost("thoughts") <= cost("plain_equal_flops")
