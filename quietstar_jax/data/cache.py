@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,13 +34,13 @@ def cached_array(directory: str, name: str, make: Callable[[], np.ndarray]) -> n
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes an .npy file that is complete as soon as it has its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".incomplete")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
     try:
-        with os.fdopen(descriptor, "wb") as stream:
+        with partial.open("wb") as stream:
             np.save(stream, array)
         os.replace(partial, path)
     except BaseException:
-        os.unlink(partial)
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -22,7 +22,7 @@ def fingerprint(spec: str, pieces: Sequence[Piece], documents: int | None = None
     marks = [hashlib.sha256(piece.identity(samples)).hexdigest()[:MARK] for piece in pieces]
     return {
         "source": spec,
-        "documents": documents,
+        **({} if documents is None else {"documents": documents}),
         "pieces": len(pieces),
         "bytes": sum(piece.size for piece in pieces),
         "marks": "".join(marks),
@@ -35,7 +35,7 @@ def changes(saved: Mapping[str, Any], now: Fingerprint, pieces: Sequence[Piece])
     Args:
       pieces: of now.
     """
-    kept = [name for name in ("documents", "pieces", "bytes", "marks") if saved.get(name) != now[name]]
+    kept = [name for name in ("documents", "pieces", "bytes", "marks") if saved.get(name) != now.get(name)]
     if not kept:
         return []
     before, after = str(saved.get("marks")), now["marks"]

@@ -44,7 +44,8 @@ class PreparedDocuments:
             file, count = local_file(folder / shard["file"]), shard["documents"]
             if file.size != shard["bytes"]:
                 raise DataError(f"{file.name} has {file.size} bytes, {MANIFEST} says {shard['bytes']}. {_AGAIN}")
-            stretches.append(Stretch(file, 0, count, count))
+            if count:
+                stretches.append(Stretch(file, 0, count, count))
         self._records = ArrayRecords(stretches)
         self._marks = json.dumps([shard["sha256"] for shard in manifest["shards"]])
         self._last: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int32))  # long documents are cut into many sequences

@@ -56,6 +56,11 @@ class Tokenizer:
         ids: list[int] = self.fast.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of several texts, on as many threads as there are cores."""
+        found = self.fast.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [one.ids for one in found]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens spelled out, without any clean-up of spaces."""
         text: str = self.fast.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)

@@ -36,7 +36,7 @@ def open_source(spec: str, config: DataConfig, *, split: Split, seed: int) -> Ra
         return SyntheticSource(config.synthetic, split=split, seed=seed)
     if spec.startswith(TFDS):
         return TfdsExamples(spec, config)
-    if spec.startswith(HUB) and not spec.startswith("hf://"):
+    if is_hub(spec):
         return HubRows(spec, config.text_key)
     sources: list[RandomAccessSource] = []
     for kind, files in itertools.groupby(find_files(spec), lambda file: kind_of(file.name)):
@@ -47,3 +47,8 @@ def open_source(spec: str, config: DataConfig, *, split: Split, seed: int) -> Ra
         else:
             sources += [ParquetRows(file, config.text_key) for file in files]
     return concatenated(sources)
+
+
+def is_hub(spec: str) -> bool:
+    """Whether a source is a dataset of the hub, rather than a URL of its files (`hf://`)."""
+    return spec.startswith(HUB) and not spec.startswith(HUB + "//")

@@ -1,0 +1,292 @@
+"""Text to array_record shards of token ids: planned at once, written by worker processes, resumed where it stopped.
+
+A shard depends on the plan alone, is written under a name of its own and renamed when it is complete. So an
+interrupted preparation loses at most the shards that were being written, and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
+
+from quietstar_jax.config import DataConfig
+from quietstar_jax.data.cache import write_array
+from quietstar_jax.data.fingerprint import fingerprint
+from quietstar_jax.data.parts import Input, Part, read_input
+from quietstar_jax.data.prepared import COUNTS, FORMAT, MANIFEST, PLAN, describe_tokenizer, read_manifest
+from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.errors import DataError
+from quietstar_jax.settings import differences
+
+SHARD_BYTES = 1 << 28  # of text in a shard, where their number is not given
+BATCH = 256  # documents tokenized in one call
+WRITER = "group_size:1,uncompressed"  # every document by itself; token ids hardly compress
+
+RESULTS = ("documents", "tokens", "empty_documents", "shards")  # what a manifest has beside the plan
+
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to be written."""
+
+    folder: Path
+    name: str  # without ending
+    parts: tuple[Part, ...]
+    tokenizer: str
+    revision: str
+    dtype: str
+
+    @property
+    def done(self) -> Path:
+        """Says what is in the shard; exists when it is complete."""
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def counts(self) -> Path:
+        return self.folder / f"{self.name}.npy"
+
+
+def prepare(
+    sources: Sequence[str], tokenizer: Tokenizer, revision: str, output: Path, config: DataConfig, *, shards: int,
+    workers: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Tokenizes sources into a folder that training reads, or goes on where an earlier call stopped.
+
+    Args:
+      sources: as in `DataConfig.train`.
+      revision: of the tokenizer, where it is a hub id.
+      config: `text_key`, `data_dir` and `cache_dir` of the sources.
+      shards: files to write, fewer where the sources cannot be cut into so many; 0 = one for each 256 MB of text.
+      workers: processes; 1 = this one, with as many threads as there are cores.
+
+    Returns:
+      the manifest.
+
+    Raises:
+      DataError: a source is missing or broken, or the folder holds something else.
+    """
+    inputs = [read_input(spec, config) for spec in sources]
+    parts = _cut(inputs, shards)
+    groups = _assign(parts, shards)
+    plan = _plan(inputs, parts, len(groups), tokenizer, config)
+    if (output / MANIFEST).is_file():
+        manifest = read_manifest(output)
+        _require_same(output, {name: value for name, value in manifest.items() if name not in RESULTS}, plan)
+        _clean(output)
+        return manifest
+    with _locked(output):
+        _begin(output, plan)
+        wanted = [
+            Shard(output, f"tokens-{i:05}-of-{len(groups):05}", tuple(group), tokenizer.name, revision, plan["dtype"])
+            for i, group in enumerate(groups)
+        ]
+        missing = [shard for shard in wanted if not shard.done.is_file()]
+        with tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc="shards", disable=None) as bar:
+            for _ in _write_all(missing, tokenizer, workers):
+                bar.update()
+        return _finish(output, plan, wanted)
+
+
+def _cut(inputs: Sequence[Input], shards: int) -> list[Part]:
+    target = max(1, sum(item.size for item in inputs) // shards) if shards else SHARD_BYTES
+    return [part for item in inputs for part in item.cut(target)]
+
+
+def _assign(parts: Sequence[Part], shards: int) -> list[list[Part]]:
+    """Neighbouring parts to shards of about the same size; no shard is without a part."""
+    total = sum(part.size for part in parts)
+    shards = min(shards or max(1, round(total / SHARD_BYTES)), len(parts))
+    groups: dict[int, list[Part]] = {}
+    before = 0
+    for part in parts:
+        middle = before + part.size / 2
+        groups.setdefault(int(middle * shards / max(total, 1)), []).append(part)
+        before += part.size
+    return list(groups.values())
+
+
+def _plan(
+    inputs: Sequence[Input], parts: Sequence[Part], shards: int, tokenizer: Tokenizer, config: DataConfig
+) -> dict[str, Any]:
+    """What decides every byte of the outcome, JSON-able."""
+    names = "\n".join(part.name for part in parts)
+    return {
+        "format": FORMAT,
+        "tokenizer": describe_tokenizer(tokenizer),
+        "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+        "text_key": config.text_key,
+        "sources": [fingerprint(item.spec, item.pieces) for item in inputs],
+        "parts": {"count": len(parts), "digest": hashlib.sha256(names.encode()).hexdigest()},
+        "shard_count": shards,
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("quietstar_jax", "tokenizers", "array_record")
+        },
+    }
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """The folder, made if need be, for one preparation at a time; a killed one lets go of it."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        stream = (output / _LOCK).open("w")
+    except OSError as error:
+        raise DataError(f"The folder {output} cannot be written to: {error}. Choose another one.") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"{output} is being prepared by another process. Wait for it, or stop it.") from error
+        yield
+
+
+def _begin(output: Path, plan: dict[str, Any]) -> None:
+    """Writes the plan, or makes sure that the one that is there is the same."""
+    path = output / PLAN
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read: {error}. Remove the folder to begin anew.") from error
+        _require_same(output, found, plan)
+        return
+    there = sorted(item.name for item in output.iterdir() if item.name != _LOCK)
+    if there:
+        (output / _LOCK).unlink()
+        raise DataError(f"{output} is not empty (it has {', '.join(there[:5])}). Choose a new folder.")
+    _write_json(path, plan)
+
+
+def _require_same(output: Path, found: dict[str, Any], plan: dict[str, Any]) -> None:
+    changed = differences(found, plan, "preparation")
+    if changed:
+        raise DataError(
+            f"{output} was prepared, or is being prepared, in another way (there -> now):\n"
+            + "\n".join(f"  - {line}" for line in changed)
+            + "\nSet these back to go on, remove the folder to begin anew, or choose another one."
+        )
+
+
+def _write_all(shards: Sequence[Shard], tokenizer: Tokenizer, workers: int) -> Iterator[None]:
+    """Writes shards; yields after each."""
+    if workers <= 1 or len(shards) <= 1:
+        for shard in shards:
+            write_shard(shard, tokenizer)
+            yield
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(shards)), context, initializer=_start_worker)
+    try:
+        for future in concurrent.futures.as_completed([pool.submit(_work, shard) for shard in shards]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Each worker has a core, and ends with the process that started it, even if that was killed."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            multiprocessing.connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(shard: Shard) -> None:
+    write_shard(shard, load_tokenizer(shard.tokenizer, shard.revision))
+
+
+def write_shard(shard: Shard, tokenizer: Tokenizer) -> None:
+    """Tokenizes the documents of a shard. Those without a token are left out and counted."""
+    partial = shard.folder / f"{shard.name}.incomplete"
+    final = shard.folder / f"{shard.name}.array_record"
+    counts: list[int] = []
+    empty = 0
+    writer = ArrayRecordWriter(str(partial), WRITER)
+    for texts in _batched(itertools.chain.from_iterable(part.documents() for part in shard.parts)):
+        for ids in tokenizer.encode_many(texts):
+            if ids:
+                writer.write(np.asarray(ids, shard.dtype).tobytes())
+                counts.append(len(ids))
+            else:
+                empty += 1
+    writer.close()
+    record = {
+        "file": final.name,
+        "documents": len(counts),
+        "tokens": sum(counts),
+        "empty_documents": empty,
+        "bytes": partial.stat().st_size,
+        "sha256": _sha256(partial),
+    }
+    os.replace(partial, final)
+    write_array(shard.counts, np.asarray(counts, np.int32))
+    _write_json(shard.done, record)
+
+
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    iterator = iter(texts)
+    while batch := list(itertools.islice(iterator, BATCH)):
+        yield batch
+
+
+def _finish(output: Path, plan: dict[str, Any], shards: Sequence[Shard]) -> dict[str, Any]:
+    """Token counts of all shards in one file, then the manifest, then no trace of the work."""
+    records = [json.loads(shard.done.read_text("utf-8")) for shard in shards]
+    totals = {name: sum(record[name] for record in records) for name in ("documents", "tokens", "empty_documents")}
+    if not totals["documents"]:
+        raise DataError(f"The sources {[item['source'] for item in plan['sources']]} hold no token. Check --text-key.")
+    write_array(output / COUNTS, np.concatenate([np.load(shard.counts) for shard in shards]))
+    manifest = {**plan, **totals, "shards": records}
+    _write_json(output / MANIFEST, manifest)
+    _clean(output)
+    return manifest
+
+
+def _clean(output: Path) -> None:
+    """Removes what only an unfinished preparation needs."""
+    for pattern in (
+        "tokens-*.json",
+        "tokens-*.npy",
+        "tokens-*.incomplete",
+        "*.npy.*.incomplete",
+        ".*.incomplete",
+        PLAN,
+        _LOCK,
+    ):
+        for item in output.glob(pattern):
+            item.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.incomplete")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(partial, path)

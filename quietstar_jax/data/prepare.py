@@ -1,0 +1,46 @@
+"""Command line: `python -m quietstar_jax.data.prepare --source 'c4/*.json.gz' --tokenizer DIR --output tokens`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from quietstar_jax.config import DataConfig
+from quietstar_jax.data.preparation import prepare
+from quietstar_jax.data.tokenization import load_tokenizer
+from quietstar_jax.errors import ConfigError, run_command
+
+
+def main(arguments: list[str]) -> None:
+    """Prepares, then says what came of it."""
+    parser = argparse.ArgumentParser(prog="python -m quietstar_jax.data.prepare", description=__doc__)
+    parser.add_argument("--source", nargs="+", action="extend", required=True, help="as in data.train; one or more")
+    parser.add_argument("--tokenizer", required=True, help="folder, hub id, or `synthetic`")
+    parser.add_argument("--revision", default="", help="branch, tag or commit of the tokenizer's hub id")
+    parser.add_argument("--output", required=True, type=Path, help="folder to be made, or to go on with")
+    parser.add_argument("--text-key", default="text", help="field of a JSON line, a row or an example")
+    parser.add_argument("--shards", type=int, default=0, help="files; unless given, one for each 256 MB of text")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; unless given, all cores")
+    parser.add_argument("--data-dir", default="", help="where tensorflow-datasets are")
+    parser.add_argument("--cache-dir", default="", help="for indices of tfrecord files")
+    given = parser.parse_args(arguments)
+    if given.shards < 0 or given.workers < 1:
+        raise ConfigError(f"--shards is {given.shards}, --workers {given.workers}; they take 0 or more and 1 or more.")
+    config = DataConfig(text_key=given.text_key, data_dir=given.data_dir, cache_dir=given.cache_dir)
+    output = given.output.expanduser()
+    tokenizer = load_tokenizer(given.tokenizer, given.revision)
+    manifest = prepare(
+        given.source, tokenizer, given.revision, output, config, shards=given.shards, workers=given.workers
+    )
+    count = len(manifest["shards"])
+    fewer = f" ({given.shards} were asked for: the sources cannot be cut into more)" if count < given.shards else ""
+    print(
+        f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {count} shards{fewer}: {output}. "
+        f"Train on it with --config.data.train=\"('{output}',)\"."
+    )
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))
