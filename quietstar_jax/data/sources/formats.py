@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from quietstar_jax.data.sources.common import MEMORY, RECODE, SET_KEY, Piece, decoded, names, optional_module, text_of
-from quietstar_jax.data.sources.files import COMPRESSIONS, File
+from quietstar_jax.data.sources.files import COMPRESSIONS, File, kind_of
 from quietstar_jax.errors import DataError
 
 SCAN_BYTES = 1 << 24  # read at a time while lines are being found
@@ -109,8 +109,34 @@ def _newlines(file: File, end: int) -> int:
     return found
 
 
+def records_of(file: File) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each record of a file of JSON lines or parquet is, and the record.
+
+    Raises:
+      DataError: it is broken, or of another kind.
+    """
+    if kind_of(file.name) == "parquet":
+        table = open_parquet(file)
+        rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+        yield from ((f"{file.name}, row {number}", row) for number, row in enumerate(rows, start=1))
+    elif kind_of(file.name) == "json":
+        position = 0
+        with io.BytesIO(_decompressed(file)) if file.suffix in COMPRESSIONS else file.open() as stream:
+            for number, raw in enumerate(stream, start=1):
+                where = f"{file.name}, line {number}"
+                yield where, parse_record(raw, where, position)
+                position += len(raw)
+    else:
+        raise DataError(f"{file.name} has no records. Give JSON lines or parquet.")
+
+
 def parse_line(raw: bytes, text_key: str, where: str, start: int) -> str:
     """The document of one line; `start` is the byte where it begins."""
+    return text_of(parse_record(raw, where, start), text_key, where)
+
+
+def parse_record(raw: bytes, where: str, start: int) -> dict[str, Any]:
+    """The JSON object of one line; `start` is the byte where it begins."""
     try:
         record = json.loads(decoded(raw, where, start))
     except (ValueError, RecursionError) as error:
@@ -121,8 +147,10 @@ def parse_line(raw: bytes, text_key: str, where: str, start: int) -> str:
             "written out as lines."
         ) from error
     if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON {type(record).__name__}, not an object. Write {{{text_key!r}: ...}}.")
-    return text_of(record, text_key, where)
+        raise DataError(
+            f"{where}: a JSON {type(record).__name__}, not an object. Write {{...}}, with a key for the text."
+        )
+    return record
 
 
 class ParquetRows:
@@ -136,7 +164,7 @@ class ParquetRows:
         self._file = file
         self._text_key = text_key
         pyarrow = optional_module("pyarrow", file.name)
-        table = self._open()
+        table = open_parquet(file)
         schema = table.schema_arrow
         if text_key not in schema.names:
             raise DataError(f"{file.name}: no column {text_key!r}; it has {names(schema.names)}. {SET_KEY}")
@@ -168,20 +196,27 @@ class ParquetRows:
 
     def _load(self, number: int) -> tuple[Any, int]:
         try:
-            column = self._open().read_row_group(number, columns=[self._text_key]).column(0)
+            column = open_parquet(self._file).read_row_group(number, columns=[self._text_key]).column(0)
         except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
-            raise self._broken(error) from error
+            raise _broken_parquet(self._file, error) from error
         return column, column.nbytes
 
-    def _open(self) -> Any:
-        parquet = optional_module("pyarrow.parquet", self._file.name)
-        try:
-            return parquet.ParquetFile(self._file.name if self._file.is_local else self._file.open())
-        except (ValueError, OSError) as error:
-            raise self._broken(error) from error
 
-    def _broken(self, error: Exception) -> DataError:
-        return DataError(f"{self._file.name} cannot be read as parquet: {error} Write or copy it anew.")
+def open_parquet(file: File) -> Any:
+    """A `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+      DataError: it is none.
+    """
+    parquet = optional_module("pyarrow.parquet", file.name)
+    try:
+        return parquet.ParquetFile(file.name if file.is_local else file.open())
+    except (ValueError, OSError) as error:
+        raise _broken_parquet(file, error) from error
+
+
+def _broken_parquet(file: File, error: Exception) -> DataError:
+    return DataError(f"{file.name} cannot be read as parquet: {error} Write or copy it anew.")
 
 
 def _line_ends(stream: IO[bytes]) -> np.ndarray:

@@ -69,6 +69,12 @@ def stream(spec: str, text_key: str, part: int, parts: int) -> Iterator[str]:
         yield text_of(row, text_key, f"{spec}, row {number} of part {part}")
 
 
+def rows(spec: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of a split is, and the row, fetched as they are read."""
+    for number, row in enumerate(_load(spec, streaming=True)):
+        yield f"{spec}, row {number}", row
+
+
 def parse(spec: str) -> Name:
     """Takes `hf:OWNER/NAME[@REVISION][/CONFIG]:SPLIT` or `hf:FOLDER[/CONFIG]:SPLIT` apart.
 

@@ -154,7 +154,7 @@ def test_large_file_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.
         (b"\n", r"a\.jsonl, line 1: the line is blank"),
         (b'[\n"a",\n"b"\n]\n', r"a\.jsonl, line 1: broken JSON .*one large JSON array has to be written out"),
         (b'\xef\xbb\xbf{"text": "a"}\n', r"a\.jsonl, line 1: broken JSON \(Unexpected UTF-8 BOM"),
-        (b'["a"]\n', r"a\.jsonl, line 1: a JSON list, not an object\. Write \{'text': \.\.\.\}"),
+        (b'["a"]\n', r"a\.jsonl, line 1: a JSON list, not an object\. Write \{\.\.\.\}, with a key"),
         (b'{"body": "a", "id": 1}\n', r"a\.jsonl, line 1: no key 'text'; it has body, id\. Set data\.text_key"),
         (b'{"text": ["a"]}\n', r"a\.jsonl, line 1: 'text' holds list, not text\. Set data\.text_key"),
     ],

@@ -1,0 +1,67 @@
+"""What the builders share: rows from local files or from the hub, and a dataset that is prepared without TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+
+from quietstar_jax.data.sources import is_hub
+from quietstar_jax.data.sources.files import find_files
+from quietstar_jax.data.sources.formats import records_of
+from quietstar_jax.data.sources.hub import rows
+from quietstar_jax.errors import DataError
+
+
+class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """A dataset of rows, each made into one example with a feature `text` to train on. Examples keep their order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    HUB: ClassVar[dict[str, str]]  # split -> where the hub has it
+    EXAMPLE: ClassVar[dict[str, Any]]  # feature -> type
+    HOMEPAGE: ClassVar[str]
+
+    def __init__(self, *, sources: Mapping[str, str] | None = None, **given: Any):
+        """Takes, beside what every builder takes, where each split is: files as in `data.train`, or `hf:...`."""
+        self._sources = dict(sources or self.HUB)
+        super().__init__(**{"file_format": "array_record", **given})
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=(self.__doc__ or "").strip(),
+            features=tfds.features.FeaturesDict(self.EXAMPLE),
+            homepage=self.HOMEPAGE,
+            disable_shuffling=True,  # array_record is read in any order
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {split: self._generate_examples(spec) for split, spec in self._sources.items()}
+
+    def _generate_examples(self, spec: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, (where, row) in enumerate(read_rows(spec)):
+            try:
+                yield number, self.example(row)
+            except (KeyError, TypeError) as error:
+                reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+                raise DataError(
+                    f"{where}: this is no row of {self.name}: {reason}; it has {', '.join(row)}. Check the file."
+                ) from error
+
+    def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The example of a row. Raises KeyError or TypeError where it is not one."""
+        raise NotImplementedError
+
+
+def read_rows(spec: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row is, and the row: of JSON lines and parquet files, or of the hub.
+
+    Raises:
+      DataError: a file is missing or broken.
+    """
+    if is_hub(spec):
+        yield from rows(spec)
+        return
+    for file in find_files(spec):
+        yield from records_of(file)
