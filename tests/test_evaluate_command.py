@@ -1,6 +1,8 @@
 """The command line of evaluation: what it prints, what it writes, and how it refuses."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -124,6 +126,24 @@ def test_refusals(folder, capsys):
         arguments = more.pop("args", [])
         with pytest.raises(error, match=match):
             evaluate(capsys, folder, *arguments, **more)
+
+
+def test_two_devices_share_a_batch(folder, capsys):
+    one = evaluate(capsys, folder)
+    arguments = one["config"]
+    code = (
+        "import jax; jax.config.update('jax_num_cpu_devices', 2)\n"
+        "from quietstar_jax.evaluate import main\n"
+        f"main(['--checkpoint', {arguments['checkpoint']!r}, '--task', 'gsm8k', '--data', {arguments['data']!r}, "
+        "'--thought-length', '2', '--batch-size', '7', '--json'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout.splitlines()[-1])
+    assert two["versions"]["devices"] == "2"
+    assert two["checkpoint_hash"] == one["checkpoint_hash"]
+    for mode in ("without_thoughts", "with_thoughts"):
+        assert two[mode]["official_probability"] == pytest.approx(one[mode]["official_probability"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

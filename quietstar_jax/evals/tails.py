@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from quietstar_jax.config import Architecture
 from quietstar_jax.errors import ConfigError
@@ -162,7 +162,7 @@ class TailScorer:
         """Args: settings: of `model.settings`, length 0 = no thoughts; batch_size: texts at once, over all devices."""
         if batch_size < 1:
             raise ConfigError(f"--batch-size is {batch_size}; it takes 1 or more.")
-        self._mesh = Mesh(np.array(jax.local_devices()), ("batch",))
+        self._mesh = Mesh(np.array(jax.local_devices()), ("batch",), axis_types=(AxisType.Auto,))
         self.batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
         self._params = jax.device_put(model.params, NamedSharding(self._mesh, PartitionSpec()))
         forbidden = tuple(sorted({*model.vocabulary.meta_tokens, *model.suppressed_ids}))

@@ -1,0 +1,250 @@
+"""The language model evaluation harness (lm_eval) with models of this project: `--model quietstar`.
+
+Everything that decides a score is as in the harness's own `hf` model: how texts are tokenized, where the boundary of a
+continuation lies, that too long a text loses its beginning, and where a generated text ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from quietstar_jax.errors import ConfigError, DataError
+from quietstar_jax.evals.measure import thought_modes
+from quietstar_jax.evals.tails import Tail, TailScorer
+from quietstar_jax.generation.generator import Generator
+from quietstar_jax.training.trained import open_model
+
+BATCH_SIZE = 16
+BATCHES_AT_ONCE = 32  # between two movements of the progress bar, and what a response cache loses at most
+MAX_TOKENS = 256  # generated where a task does not say
+SAMPLING = {"temperature", "top_p", "do_sample"}
+NEUTRAL = {"num_beams": 1, "top_k": 0, "repetition_penalty": 1.0}  # what other settings must be
+
+Encoded = tuple[Any, list[int], list[int]]  # (the texts, ids of the context, ids of the continuation)
+
+
+@register_model("quietstar")
+class QuietStarLM(TemplateLM):
+    """A run, an exported or published Quiet-STaR, or a plain Hugging Face model."""
+
+    def __init__(
+        self, checkpoint: str, thoughts: str | bool = "auto", thought_length: int | None = None,
+        step: int | None = None, revision: str = "", dtype: str = "float32", batch_size: int | str = BATCH_SIZE,
+        max_batch_size: int | None = None, max_length: int | None = None, add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None, seed: int = 0, device: str | None = None,
+    ) -> None:  # fmt: skip
+        """Opens the model.
+
+        Args:
+          checkpoint, step, revision, dtype: see `open_model`.
+          thoughts: `on`, `off`, or `auto` (on where the model can think); thought_length: T, None = as trained.
+          batch_size: texts at once, over all local devices; `auto` means 16.
+          max_length: tokens of a text without its last; None = what the model takes.
+          add_bos_token: whether texts begin with the begin-of-text token; None = as the tokenizer does by itself.
+          prefix_token_id: stands before texts that have no context; None = begin of text, or end of text without one.
+          seed: of sampling, for tasks that sample.
+          max_batch_size, device: the harness hands them over; JAX's own settings decide the device.
+
+        Raises:
+          UserError: it cannot be opened, or thoughts are asked of a model that cannot think.
+        """
+        super().__init__()
+        self.model = open_model(str(checkpoint), step=step, revision=str(revision), dtype=dtype)
+        self.thinks = thought_modes(_thoughts(thoughts), self.model)[-1] == "with_thoughts"
+        self.thought_length = (thought_length or self.model.thought_length) if self.thinks else 0
+        size = BATCH_SIZE if str(batch_size).startswith("auto") else _positive("batch_size", batch_size)
+        self._scorer = TailScorer(self.model, self.model.settings(self.thought_length), size)
+        self._generator = Generator(self.model, batch_size=self._scorer.batch_size)
+        longest = self._scorer.longest - 1
+        self.max_length = longest if max_length is None else _positive("max_length", max_length)
+        if self.max_length > longest:
+            raise ConfigError(f"max_length is {self.max_length}; this model takes at most {longest}.")
+        self.tokenizer = self.model.tokenizer.fast
+        self.add_bos_token = add_bos_token
+        self._prefix_token_id, self._seed = prefix_token_id, seed
+
+    @property
+    def batch_size(self) -> int:
+        """Texts at once, over all local devices."""
+        return self._scorer.batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        """Id of the end-of-text token."""
+        return self.model.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before texts that have no context."""
+        if self._prefix_token_id is not None:
+            return self._prefix_token_id
+        bos = self.model.tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the harness's request cache."""
+        return self.model.tokenizer.name.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results."""
+        return {**self.model.record, "thoughts": self.thinks, "evaluated_thought_length": self.thought_length}
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the tokenizer's template writes it."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; what begins them is the tokenizer's choice unless it is said, and stands there only once."""
+        if add_special_tokens is None:
+            begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+            add_special_tokens = False if begun else self.add_bos_token
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        ids: list[int] = self.tokenizer.encode(string, **special)
+        return ids
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of whole texts, in windows as long as possible, each token scored once."""
+        windows: list[Encoded] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length, context_len=1,
+            )  # fmt: skip
+            for context, scored in map(make_disjoint_window, rolling):
+                windows.append((None, context, scored))
+                owners.append(owner)
+        totals = np.zeros(len(requests))
+        scored_windows = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for owner, (log_prob, _) in zip(owners, scored_windows, strict=True):
+            totals[owner] += log_prob
+        for request, total in zip(requests, totals.tolist(), strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals.tolist()
+
+    def _loglikelihood_tokens(
+        self, requests: list[Encoded], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of each continuation, whether it is what greedy decoding would write).
+
+        Continuations of a context that differ in their last token only share one pass.
+        """
+        found: list[Any] = [None] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+            for shared in _slices(self._group(requests), BATCHES_AT_ONCE * self.batch_size):
+                scores = self._scorer([tail for tail, _ in shared])
+                for (tail, numbers), score in zip(shared, scores, strict=True):
+                    view = score.without if score.with_thoughts is None else score.with_thoughts
+                    before = -float(view.nats[:-1].sum(dtype=np.float64))
+                    written = bool((view.best[:-1] == np.array(tail.tokens[-tail.last : -1])).all())
+                    for number in numbers:
+                        last = requests[number][2][-1]
+                        log_prob = before + float(view.candidates[-1, tail.candidates.index(last)])
+                        found[number] = log_prob, written and int(view.best[-1]) == last
+                        if requests[number][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+                    bar.update(len(numbers))
+        return found
+
+    def _group(self, requests: Sequence[Encoded]) -> list[tuple[Tail, list[int]]]:
+        """Tails to score, the longest first, each with the requests that it answers."""
+        groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            if not context or not continuation or len(continuation) > self.max_length:
+                raise DataError(
+                    f"A request of the harness has {len(context)} tokens of context and {len(continuation)} to score; "
+                    f"at least one of each is needed, and at most {self.max_length} can be scored."
+                )
+            tokens = (*context, *continuation)[-(self.max_length + 1) :]  # too long: the beginning goes
+            groups.setdefault((tokens[:-1], len(continuation)), []).append(number)
+
+        def tail(before: tuple[int, ...], last: int, numbers: list[int]) -> Tail:
+            candidates = tuple(dict.fromkeys(requests[number][2][-1] for number in numbers))
+            return Tail((*before, candidates[0]), last, candidates)
+
+        tails = [(tail(before, last, numbers), numbers) for (before, last), numbers in groups.items()]
+        return sorted(tails, key=lambda pair: -len(pair[0].tokens))
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What follows each context, up to one of the task's stop strings."""
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(number)
+        found = [""] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as bar:
+            for numbers in groups.values():
+                settings = dict(requests[numbers[0]].args[1])
+                contexts = {number: self.tok_encode(requests[number].args[0]) for number in numbers}
+                numbers.sort(key=lambda number: -len(contexts[number]))
+                for part in _slices(numbers, self.batch_size):
+                    texts = self._generate([contexts[number] for number in part], settings, part)
+                    for number, text in zip(part, texts, strict=True):
+                        found[number] = text
+                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                    bar.update(len(part))
+        return found
+
+    def _generate(self, contexts: Sequence[list[int]], settings: dict[str, Any], numbers: Sequence[int]) -> list[str]:
+        """Texts that follow contexts of token ids; numbers: of the requests, for seeds that no batch changes."""
+        given: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_TOKENS))
+        stop = handle_stop_sequences(given.pop("until"), eos=self.tokenizer.decode(self.eot_token_id))
+        max_tokens = given.pop("max_gen_toks")
+        unknown = [name for name in given if name not in SAMPLING and given[name] not in (None, NEUTRAL.get(name))]
+        if unknown:
+            raise ConfigError(
+                f"The generation settings {', '.join(unknown)} are not known here; {', '.join(sorted(SAMPLING))}, "
+                "until and max_gen_toks are."
+            )
+        room = self.max_length - max_tokens
+        if room < 1:
+            raise ConfigError(
+                f"max_gen_toks is {max_tokens}, but this model takes {self.max_length} tokens with the context. Set "
+                "--gen_kwargs max_gen_toks=N to fewer."
+            )
+        generations = self._generator.generate(
+            [context[-room:] for context in contexts],
+            max_tokens=max_tokens,
+            thoughts=self.thinks,
+            thought_length=self.thought_length or None,
+            temperature=float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0,
+            top_p=float(given.get("top_p") or 1.0),
+            seed=[self._seed + number for number in numbers],
+            stop=[text for text in stop if text],
+        )
+        texts = (str(self.tokenizer.decode(list(one.token_ids), skip_special_tokens=True)) for one in generations)
+        return [postprocess_generated_text(text, stop=stop, think_end_token=None) for text in texts]
+
+
+def _slices(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _thoughts(given: str | bool) -> str:
+    """`thoughts=true` on the harness's command line arrives as a bool."""
+    text = {True: "on", False: "off"}[given] if isinstance(given, bool) else given
+    if text not in ("auto", "on", "off"):
+        raise ConfigError(f"thoughts is {given!r}; it takes on, off or auto.")
+    return text
+
+
+def _positive(name: str, given: Any) -> int:
+    if not str(given).isdigit() or int(given) < 1:
+        raise ConfigError(f"{name} is {given!r}; it takes 1 or more.")
+    return int(given)

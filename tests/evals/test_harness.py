@@ -1,0 +1,144 @@
+"""The evaluation harness: equal to its own `hf` model where nothing thinks, and able to think."""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from quietstar_jax.errors import CheckpointError, ConfigError, DataError
+from quietstar_jax.evals.harness import QuietStarLM
+from quietstar_jax.evals.tails import Tail
+from tests.evals.models import write_plain, write_run
+from tests.material import material
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = ["quietstar_letters", "quietstar_endings", "quietstar_texts", "quietstar_sums"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harness")
+    write_run(folder / "run", write_plain(folder / "plain", scale=3.0))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # the task files name their data from there
+
+
+def evaluate(model, **arguments):
+    found = simple_evaluate(
+        model=model, model_args=arguments, tasks=TASKS, batch_size=4, device="cpu", bootstrap_iters=0,
+        task_manager=TaskManager(include_path="tests/evals/harness", include_defaults=False),
+    )  # fmt: skip
+    answers = {
+        task: [sample["resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+        for task, samples in found["samples"].items()
+    }
+    return found, answers
+
+
+def assert_equal_answers(ours, theirs):
+    for task in TASKS:
+        for own, other in zip(ours[task], theirs[task], strict=True):
+            if task == "quietstar_sums":
+                assert own == other
+            elif task == "quietstar_texts":
+                np.testing.assert_allclose(np.ravel(own), np.ravel(other), rtol=1e-4)
+            else:
+                for ((log_prob, greedy),), ((expected, as_greedy),) in zip(own, other, strict=True):
+                    assert float(log_prob) == pytest.approx(float(expected), rel=1e-4, abs=1e-3)
+                    assert greedy == as_greedy
+
+
+@pytest.mark.parametrize("checkpoint", ["plain", "models/stories260k"])
+def test_scores_equal_those_of_the_harness_on_transformers(folder, checkpoint):
+    place = str(folder / "plain" if checkpoint == "plain" else material(checkpoint))
+    theirs, expected = evaluate("hf", pretrained=place, dtype="float32")
+    ours, answers = evaluate("quietstar", checkpoint=place)
+    assert_equal_answers(answers, expected)
+    for task in TASKS:
+        for metric, value in theirs["results"][task].items():
+            if isinstance(value, float):
+                assert ours["results"][task][metric] == pytest.approx(value, rel=1e-4, abs=1e-5), (task, metric)
+    assert len(ours["config"]["checkpoint_hash"]) == 64
+
+
+def test_too_long_a_text_loses_its_beginning_as_there(folder):
+    place, length = str(folder / "plain"), 40
+    _, expected = evaluate("hf", pretrained=place, dtype="float32", max_length=length)
+    _, answers = evaluate("quietstar", checkpoint=place, max_length=length)
+    assert_equal_answers(answers, expected)
+
+
+def test_thoughts_change_the_scores_and_are_those_of_the_evaluation(folder):
+    thinking = QuietStarLM(str(folder / "run"), thoughts="on", thought_length=2, batch_size=2)
+    plain = QuietStarLM(str(folder / "run"), thoughts=False, batch_size=2)
+    pairs = [("one two", " three"), ("one two", " four"), ("one", "\nA: 1"), ("one", "\nA: 2"), ("x", "y")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    ours, without = thinking.loglikelihood(requests), plain.loglikelihood(requests)
+    for (context, continuation), (log_prob, _), (other, _) in zip(pairs, ours, without, strict=True):
+        tokens = thinking.tok_encode(context + continuation)
+        (score,) = thinking._scorer([Tail(tokens, len(continuation))])
+        assert log_prob == pytest.approx(-float(score.with_thoughts.nats.sum()), abs=1e-3)
+        assert other == pytest.approx(-float(score.without.nats.sum()), abs=1e-3)
+        assert abs(log_prob - other) > 1e-2
+
+
+def test_generated_texts_are_those_of_the_generator(folder):
+    model = QuietStarLM(str(folder / "run"), thoughts="on", thought_length=2, batch_size=2)
+    settings = {"until": ["\n"], "max_gen_toks": 6}
+    contexts = ["one two", "three", "four five six"]
+    texts = model.generate_until([Instance("generate_until", {}, (context, settings), 0) for context in contexts])
+    for context, text in zip(contexts, texts, strict=True):
+        alone = model._generator.generate([context], max_tokens=6, thoughts=True, thought_length=2, stop=["\n"])
+        assert text == alone[0].text
+    wrong = Instance("generate_until", {}, ("one", {"until": [], "top_k": 5}), 0)
+    with pytest.raises(ConfigError, match="top_k"):
+        model.generate_until([wrong])
+    with pytest.raises(ConfigError, match="max_gen_toks is 9999"):
+        model.generate_until([Instance("generate_until", {}, ("one", {"max_gen_toks": 9999}), 0)])
+
+
+def test_refusals(folder):
+    plain = str(folder / "plain")
+    with pytest.raises(CheckpointError, match="cannot think"):
+        QuietStarLM(plain, thoughts="on")
+    for wrong in ({"thoughts": "maybe"}, {"batch_size": 0}, {"max_length": 0}, {"max_length": 9999}):
+        with pytest.raises(ConfigError):
+            QuietStarLM(plain, **wrong)
+    with pytest.raises(DataError, match="at least one of each"):
+        QuietStarLM(plain)._loglikelihood_tokens([(None, [], [1])])
+
+
+def test_the_command_line(folder, tmp_path):
+    command = [
+        sys.executable, "-m", "quietstar_jax.lm_eval", "--model", "quietstar", "--model_args",
+        f"checkpoint={folder / 'run'},thoughts=on,thought_length=1", "--tasks", "quietstar_letters", "--include_path",
+        "tests/evals/harness", "--output_path", str(tmp_path / "out"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "quietstar_letters" in done.stdout
+    (result,) = (tmp_path / "out").rglob("results_*.json")
+    written = json.loads(result.read_text())
+    assert written["config"]["thoughts"] is True
+    assert "acc,none" in written["results"]["quietstar_letters"]
+
+
+def test_the_harness_can_find_the_model_by_its_entry_point():
+    found = [point for point in metadata.entry_points(group="lm_eval.models") if point.name == "quietstar"]
+    if not found:
+        pytest.skip("the package was installed before it had this entry point; install it again")
+    assert found[0].load() is QuietStarLM
