@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,8 +25,11 @@ from quietstar_jax.evals.answers import AnswerWriter
 from quietstar_jax.evals.direct import measure_answers
 from quietstar_jax.evals.language_modeling import Windows, measure_text, text_bytes
 from quietstar_jax.evals.questions import Question, read_questions
-from quietstar_jax.evals.tails import TailScorer
-from quietstar_jax.evals.tasks import find_task, with_fields
+from quietstar_jax.evals.records import Records
+from quietstar_jax.evals.tails import TailScorer, longest_text
+from quietstar_jax.evals.tasks import DIRECT, TEXT, VOTING, find_task, with_fields
+from quietstar_jax.evals.voting import ANSWER_TOKENS, CONCLUSION, STEPS, Sampling, measure_votes
+from quietstar_jax.generation.generator import Generator
 from quietstar_jax.training.trained import TrainedModel, open_model
 
 MODES = ("auto", "on", "off", "both")
@@ -54,6 +59,10 @@ class Options:
     window: int = 0
     context: int = 0
     top: int = 10
+    samples: int = 8
+    temperature: float = 0.7
+    max_tokens: int = 384
+    records: str = ""
     quiet: bool = False
 
     def check(self) -> None:
@@ -61,18 +70,20 @@ class Options:
         find_task(self.task)
         if self.thoughts not in MODES:
             raise ConfigError(f"--thoughts is {self.thoughts!r}; it takes one of {', '.join(MODES)}.")
-        least = {"batch_size": 1}
-        for name in ("batch_size", "thought_length", "limit", "max_length", "seed", "window", "context", "top"):
-            if getattr(self, name) < least.get(name, 0):
+        positive = ("batch_size", "samples", "max_tokens")
+        for name in (*positive, "thought_length", "limit", "max_length", "seed", "window", "context", "top"):
+            if getattr(self, name) < (name in positive):
                 flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} is {getattr(self, name)}; it takes {least.get(name, 0)} or more.")
+                raise ConfigError(f"--{flag} is {getattr(self, name)}; it takes {int(name in positive)} or more.")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"--temperature is {self.temperature}; it takes 0 (greedy) or a temperature.")
 
 
 def measure(options: Options) -> dict[str, Any]:
     """Runs one measurement.
 
     Returns:
-      what the task came to (see `measure_answers`, `measure_text`), the figures of the mode that was
+      what the task came to (see `measure_answers`, `measure_votes`, `measure_text`), the figures of the mode that was
       asked for once more at the top (with thoughts where both were measured), and what is needed to repeat it.
 
     Raises:
@@ -86,7 +97,8 @@ def measure(options: Options) -> dict[str, Any]:
     started = time.monotonic()
     model = open_model(options.checkpoint, step=options.step, revision=options.revision, dtype=options.dtype)
     modes = thought_modes(options.thoughts, model)
-    found = _answers(options, model, modes, questions) if questions else _text(options, model, modes)
+    kinds = {DIRECT: _answers, VOTING: _votes, TEXT: _text}
+    found = kinds[task.kind](options, model, modes, questions)
     primary = found[modes[-1]]
     return {
         "task": options.task,
@@ -99,7 +111,7 @@ def measure(options: Options) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
         "model": model.record,
         "config": dataclasses.asdict(options),
-        "data_hash": _file_hash(data),
+        "data_hash": file_hash(data),
         "versions": versions(),
     }
 
@@ -148,7 +160,37 @@ def _answers(
         return _asked_for(modes, measure_answers(questions, writer, scorer, longest, options.seed, done))
 
 
-def _text(options: Options, model: TrainedModel, modes: tuple[str, ...]) -> dict[str, Any]:
+def _votes(options: Options, model: TrainedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
+    length = options.thought_length or model.thought_length
+    settings = model.settings(length if "with_thoughts" in modes else 0)
+    longest = longest_allowed(options, longest_text(model.architecture, settings.length))
+    sampling = Sampling(options.samples, options.temperature, options.max_tokens, length, options.seed)
+    measurement = {
+        "task": options.task,
+        "data_hash": file_hash(Path(options.data).expanduser()),
+        "fields": options.fields,
+        "checkpoint_hash": model.fingerprint,
+        "dtype": model.dtype,
+        "texts": [STEPS, CONCLUSION, ANSWER_TOKENS],
+        **dataclasses.asdict(sampling),
+    }
+    path = Path(options.records).expanduser() if options.records else _records_file(options.task, measurement)
+    generator = Generator(model, batch_size=options.batch_size)
+    with (
+        Records(path, measurement) as records,
+        progress(len(questions) * len(modes), "question", options, f"records: {path}") as done,
+    ):
+        found = measure_votes(questions, generator, sampling, modes, longest, records, done)
+    return {**found, "samples": options.samples, "temperature": options.temperature, "records": str(path)}
+
+
+def _records_file(task: str, measurement: Mapping[str, Any]) -> Path:
+    """Where a measurement is continued if it was begun in this folder."""
+    name = hashlib.sha256(json.dumps(measurement, sort_keys=True).encode()).hexdigest()
+    return Path(f"{task}-{name[:12]}.records.jsonl")
+
+
+def _text(options: Options, model: TrainedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
     scorer = make_scorer(options, model, modes)
     source = open_source(options.data, DataConfig(text_key=options.text_key), split="validation", seed=options.seed)
     texts = min(len(source), options.limit or len(source))
@@ -186,15 +228,21 @@ def _asked_for(modes: tuple[str, ...], found: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def progress(total: int, unit: str, options: Options) -> Iterator[Callable[[float], object]]:
+def progress(total: int, unit: str, options: Options, title: str = "") -> Iterator[Callable[[float], object]]:
     """A bar with the time left; hands over what moves it on."""
     with tqdm(
-        total=total, unit=unit, unit_scale=unit == "B", disable=options.quiet, dynamic_ncols=True, mininterval=0.5
+        desc=title or None,
+        total=total,
+        unit=unit,
+        unit_scale=unit == "B",
+        disable=options.quiet,
+        dynamic_ncols=True,
+        mininterval=0.5,
     ) as bar:
         yield bar.update
 
 
-def _file_hash(path: Path) -> str | None:
+def file_hash(path: Path) -> str | None:
     """SHA-256 of the data, where it is one file."""
     if not path.is_file():
         return None

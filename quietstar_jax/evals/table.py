@@ -25,6 +25,7 @@ def format_result(result: Mapping[str, Any]) -> str:
     for name in (*PERCENT, *PLAIN):
         if name in result[modes[0]]:
             lines.append(_row(name, [result[mode] for mode in modes]))
+    lines += _votes(result, modes)
     lines += _comparison(result)
     lines += _deciles(result, modes)
     for name, title in (("helped", "helped"), ("harmed", "harmed")):
@@ -53,6 +54,17 @@ def _row(name: str, values: list[Mapping[str, Any]]) -> str:
             text += f" ({scale * interval[0]:.{digits}f} .. {scale * interval[1]:.{digits}f})"
         cells.append(f"{text:>26}")
     return f"{(PERCENT | PLAIN)[name]:<36}" + "".join(cells)
+
+
+def _votes(result: Mapping[str, Any], modes: list[str]) -> list[str]:
+    if "majority_accuracy" not in result[modes[0]]:
+        return []
+    lines = ["", f"accuracy of the majority of k samples, %, at temperature {result['temperature']}:"]
+    for k in result[modes[0]]["majority_accuracy"]:
+        cells = [100 * result[mode]["majority_accuracy"][k] for mode in modes]
+        lines.append(f"{'    k = ' + k:<36}" + "".join(f"{cell:>26.2f}" for cell in cells))
+    answered = [100 * result[mode]["answered"] for mode in modes]
+    return [*lines, f"{'samples with a number, %':<36}" + "".join(f"{cell:>26.2f}" for cell in answered)]
 
 
 def _comparison(result: Mapping[str, Any]) -> list[str]:

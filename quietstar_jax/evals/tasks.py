@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.evals.questions import ANSWER_KEYS, FIELDS, Layout
 
-DIRECT, TEXT = "direct", "text"
+DIRECT, VOTING, TEXT = "direct", "voting", "text"
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Task:
     """What is measured, and on what.
 
     Attributes:
-      kind: `direct` answers, or `text` for language modelling.
+      kind: `direct` answers, chains of thought with `voting`, or `text` for language modelling.
       layouts: the usual places of its fields; none for text.
       summary: one line of help.
     """
@@ -37,8 +37,10 @@ _COMMONSENSE_QA = (
 
 TASKS: Mapping[str, Task] = {
     "gsm8k": Task(DIRECT, _GSM8K, "grade-school mathematics, answered at once"),
+    "gsm8k_cot": Task(VOTING, _GSM8K, "the same, steps written out, a majority of samples decides"),
     "commonsense_qa": Task(DIRECT, _COMMONSENSE_QA, "five choices, answered with a letter"),
     "numeric": Task(DIRECT, (_NUMERIC,), "your own questions with numbers as answers"),
+    "numeric_cot": Task(VOTING, (_NUMERIC,), "the same, steps written out, a majority of samples decides"),
     "multiple_choice": Task(DIRECT, (Layout("question", "answer", "choices"),), "your own questions with choices"),
     "language_modeling": Task(TEXT, (), "nats per token of a text file"),
 }

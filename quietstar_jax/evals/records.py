@@ -1,0 +1,104 @@
+"""Results that outlive a killed run: a file of JSON lines that only grows, each on disk before the next is begun."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from quietstar_jax.errors import ConfigError, DataError
+from quietstar_jax.settings import differences
+
+
+class Records:
+    """Opens or begins the file; a context manager, for one process at a time.
+
+    The first line says what was measured; a file of another measurement is refused. A last line that a killed run left
+    unfinished is cut off.
+    """
+
+    def __init__(self, path: Path, measurement: Mapping[str, Any]):
+        """Reads what is there.
+
+        Args:
+          measurement: all that the records depend on, as JSON.
+
+        Raises:
+          ConfigError: the file belongs to another measurement, or another process is writing it.
+          DataError: it cannot be written, or is something else.
+        """
+        self._path = path
+        try:
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise DataError(
+                f"The records {path} cannot be written: {error}. Choose another file with --records."
+            ) from error
+        try:
+            self.found = self._begin(json.loads(json.dumps(measurement)))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self, measurement: dict[str, Any]) -> list[dict[str, Any]]:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"Another process is writing {self._path}. Wait for it, or choose another file."
+            ) from error
+        self._file.seek(0)
+        whole, records = 0, []
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise DataError(
+                    f"{self._path}, line {len(records) + 1}, is not JSON ({error}). It is no file of records, or "
+                    "something else has written to it: choose another file with --records."
+                ) from error
+            whole += len(line)
+        self._file.truncate(whole)
+        if not records:
+            self.append({"measurement": measurement})
+            _sync_folder(self._path.absolute().parent)
+            return []
+        theirs = records[0].get("measurement") if isinstance(records[0], dict) else None
+        if theirs != measurement:
+            lines = (
+                differences(theirs, measurement, "measurement") if isinstance(theirs, dict) else ["it has no records"]
+            )
+            raise ConfigError(
+                f"{self._path} holds another measurement:\n" + "\n".join(f"  - {line}" for line in lines)
+                + "\nChoose another file with --records, or remove this one."
+            )  # fmt: skip
+        return records[1:]
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a record; when this returns, it is on disk."""
+        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    """The name of a new file is on disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,138 @@
+"""Chains of thought with a majority vote (the paper's appendix): steps written out, then a number; the samples vote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from quietstar_jax.errors import DataError
+from quietstar_jax.evals.answers import QUESTION
+from quietstar_jax.evals.questions import Question, parse_number
+from quietstar_jax.evals.records import Records
+from quietstar_jax.evals.statistics import compare_paired, confidence_interval, majority_accuracy
+from quietstar_jax.generation.generator import Generator
+
+STEPS = "\nA: Let's think step by step."
+CONCLUSION = "\nTherefore, the answer (arabic numerals) is"
+STOPS = ("Q:", "\n\n\n")  # the steps end where another question begins
+ANSWER_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How chains of thought are drawn.
+
+    Attributes:
+      samples: per question; temperature: of tokens, 0 = greedy; max_tokens: of the steps.
+      thought_length: T where thoughts are on.
+    """
+
+    samples: int
+    temperature: float
+    max_tokens: int
+    thought_length: int
+    seed: int
+
+
+class Vote(NamedTuple):
+    """What the samples of one question answered; None where a text holds no number."""
+
+    numbers: list[str | None]
+    texts: list[str]
+
+
+def measure_votes(
+    questions: Sequence[Question], generator: Generator, sampling: Sampling, modes: Sequence[str], longest: int,
+    records: Records, done: Callable[[int], object],
+) -> dict[str, Any]:  # fmt: skip
+    """All questions in all modes; those that are on record already are not asked again.
+
+    Args:
+      modes: of `without_thoughts` and `with_thoughts`; longest: tokens of question, steps and answer; a question that
+        leaves no room for `max_tokens` of steps is counted and left out.
+      done: called with the number of questions just finished, in each mode.
+
+    Returns:
+      `questions`, `too_long`; by mode `majority_accuracy` for k = 1 .. samples (the exact mean over all subsets of that
+      size), `accuracy` of all samples' vote with its interval, `answered` (samples with a number); `comparison`.
+
+    Raises:
+      DataError: no question is short enough.
+    """
+    fitting = [question for question in questions if _tokens(generator, question) + sampling.max_tokens <= longest]
+    if not fitting:
+        shortest = min(_tokens(generator, question) for question in questions)
+        raise DataError(
+            f"No question leaves room for {sampling.max_tokens} tokens of steps: {longest} tokens are allowed, and the "
+            f"shortest question takes {shortest} with its answer. Lower --max-tokens."
+        )
+    known = {(record["mode"], record["line"]): Vote(record["numbers"], record["texts"]) for record in records.found}
+    at_once = max(1, generator.batch_size // sampling.samples)
+    for mode in modes:
+        done(len(questions) - len(fitting))
+        open_questions = [question for question in fitting if (mode, question.line) not in known]
+        done(len(fitting) - len(open_questions))
+        for start in range(0, len(open_questions), at_once):
+            group = open_questions[start : start + at_once]
+            for question, vote in zip(group, ask(group, generator, sampling, mode == "with_thoughts"), strict=True):
+                records.append({"mode": mode, "line": question.line, **vote._asdict()})
+                known[mode, question.line] = vote
+            done(len(group))
+    votes = {mode: [known[mode, question.line] for question in fitting] for mode in modes}
+    found = {"questions": len(fitting), "too_long": len(questions) - len(fitting), "longest_tokens": longest}
+    return found | summarize_votes(votes, [question.answer for question in fitting], sampling.seed)
+
+
+def ask(group: Sequence[Question], generator: Generator, sampling: Sampling, thoughts: bool) -> list[Vote]:
+    """The samples of some questions; neither depends on the others."""
+    prompts = [f"{QUESTION}{question.text}{STEPS}" for question in group for _ in range(sampling.samples)]
+    settings: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "thoughts": thoughts,
+        "thought_length": sampling.thought_length if thoughts else None,
+        "seed": [_seed(sampling.seed, question.line, i) for question in group for i in range(sampling.samples)],
+    }
+    steps = generator.generate(prompts, max_tokens=sampling.max_tokens, stop=STOPS, **settings)
+    texts = [(prompt + one.text).rstrip() + CONCLUSION for prompt, one in zip(prompts, steps, strict=True)]
+    answers = generator.generate(texts, max_tokens=ANSWER_TOKENS, stop=("\n",), **settings)
+    votes = []
+    for start in range(0, len(texts), sampling.samples):
+        own = range(start, start + sampling.samples)
+        written = [steps[i].text.rstrip() + CONCLUSION + answers[i].text for i in own]
+        votes.append(Vote([parse_number(answers[i].text) for i in own], written))
+    return votes
+
+
+def summarize_votes(votes: dict[str, list[Vote]], answers: Sequence[str], seed: int) -> dict[str, Any]:
+    """The figures of `measure_votes`, by mode and in comparison."""
+    found: dict[str, Any] = {}
+    values: dict[str, np.ndarray] = {}
+    for mode, per_question in votes.items():
+        pairs = list(zip(per_question, map(parse_number, answers), strict=True))
+        samples = len(per_question[0].numbers)
+        rates = np.array(
+            [[majority_accuracy(vote.numbers, right, k + 1) for k in range(samples)] for vote, right in pairs]
+        )
+        values[mode] = rates[:, -1]
+        found[mode] = {
+            "majority_accuracy": {str(k + 1): float(rate) for k, rate in enumerate(rates.mean(axis=0))},
+            "accuracy": float(values[mode].mean()),
+            "accuracy_interval": confidence_interval(values[mode], seed),
+            "answered": float(np.mean([number is not None for vote in per_question for number in vote.numbers])),
+        }
+    if len(values) == 2:
+        found["comparison"] = {"accuracy": compare_paired(values["with_thoughts"], values["without_thoughts"], seed)}
+    return found
+
+
+def _tokens(generator: Generator, question: Question) -> int:
+    """Of everything but the steps."""
+    return len(generator.encode(f"{QUESTION}{question.text}{STEPS}{CONCLUSION}")) + ANSWER_TOKENS
+
+
+def _seed(seed: int, line: int, sample: int) -> int:
+    """Of one sample: the same whichever questions were asked before, and however often the run was killed."""
+    return int(np.random.SeedSequence([seed, line, sample]).generate_state(1, np.uint64)[0] >> 1)
