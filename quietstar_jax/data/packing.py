@@ -6,9 +6,10 @@ it is made of are read. Otherwise packing has to read documents up to it.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -89,7 +90,6 @@ class ConsecutiveSpans:
     def __init__(self, documents: Framed, length: int, pad_id: int, bos: tuple[int, ...]):
         self._documents = documents
         self._length, self._pad_id, self._bos = length, pad_id, bos
-        self._counts = documents.counts()
         blocks = range(0, len(self._counts), BLOCK)
         self._sums = np.cumsum([0, *(int(self._spans(start).sum()) for start in blocks)])
         if not len(self):
@@ -110,6 +110,13 @@ class ConsecutiveSpans:
         number = index - int(ends[within - 1] if within else self._sums[block])
         start, stop = span_bounds(number, len(tokens), self._length - len(self._bos), bool(self._bos))
         return spanned(tokens[start:stop], self._length, self._pad_id, self._bos)
+
+    def __getstate__(self) -> dict[str, object]:
+        return without_maps(self.__dict__)
+
+    @functools.cached_property
+    def _counts(self) -> np.ndarray:
+        return self._documents.counts()
 
     def _spans(self, start: int) -> np.ndarray:
         """Spans of each document of a block: int64 [documents]."""
@@ -137,7 +144,6 @@ class PackedSequences:
     def __init__(self, documents: Framed, order: grain.MapDataset, length: int, start: Position):
         """`order` gives the document at each place; positions before `start` cannot be had."""
         self._documents = documents
-        self._counts = documents.counts()
         self._order = order
         self._length = length
         self._start = start
@@ -158,7 +164,11 @@ class PackedSequences:
         return np.concatenate(pieces), np.ones(self._length, np.bool_)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_blocks": deque(maxlen=64)}
+        return {**without_maps(self.__dict__), "_blocks": deque(maxlen=64)}
+
+    @functools.cached_property
+    def _counts(self) -> np.ndarray:
+        return self._documents.counts()
 
     def position(self, index: int) -> Position:
         """Where sequence `index` begins."""
@@ -266,6 +276,11 @@ class Mixture:
                 return order, before - rest_before
             before, after, left = rest_before, rest_after, left - share
         return len(self._shares) - 1, before
+
+
+def without_maps(state: Mapping[str, object]) -> dict[str, object]:
+    """The state of an object for another process, which maps files by itself instead of being sent their content."""
+    return {name: value for name, value in state.items() if not isinstance(value, np.memmap)}
 
 
 def spanned(tokens: np.ndarray, length: int, pad_id: int, bos: tuple[int, ...] = ()) -> Row:

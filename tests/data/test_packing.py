@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,8 +16,8 @@ from hypothesis import strategies as st
 
 from quietstar_jax.data import documents as documents_module
 from quietstar_jax.data import packing
-from quietstar_jax.data.documents import TextDocuments
-from quietstar_jax.data.packing import Mixture, span_bounds
+from quietstar_jax.data.documents import Framed, TextDocuments
+from quietstar_jax.data.packing import ConsecutiveSpans, Mixture, PackedSequences, Position, span_bounds
 from quietstar_jax.data.pipeline import training_sequences
 from quietstar_jax.errors import CheckpointError, DataError
 from tests.data.words import (
@@ -217,3 +219,21 @@ def test_memory_of_documents_is_no_part_of_a_worker(tmp_path: Path) -> None:
     source._kept[0] = np.zeros(1000, np.int32)
     assert source.__getstate__()["_kept"] == {}
     assert source.__getstate__()["_room"] == documents_module.KEPT_TOKENS
+
+
+@pytest.mark.parametrize("name", ["consecutive_spans", "packed"])
+def test_workers_are_not_sent_the_counts(tmp_path: Path, name: str, counts_are_known: None) -> None:
+    source = write(tmp_path / "a.jsonl", documents([3] * 3000))
+    sequences(source, packing=name).next_batch(1)
+    framed = Framed(sequences(source, packing=name)._sources[0][1], (), (EOS,))
+    order = grain.MapDataset.range(3000).seed(0).shuffle().repeat()
+    found: Any = (
+        ConsecutiveSpans(framed, LENGTH, 1, ())
+        if name == "consecutive_spans"
+        else PackedSequences(framed, order, LENGTH, Position())
+    )
+    expected = found[7][0].tolist()
+    assert isinstance(found._counts, np.memmap)
+    sent = pickle.loads(pickle.dumps(found))
+    assert "_counts" not in sent.__dict__
+    assert sent[7][0].tolist() == expected
