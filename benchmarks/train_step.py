@@ -5,9 +5,7 @@ Prints one JSON object on the last line with `--json`. Run it with nothing else 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import resource
 import statistics
 import time
@@ -17,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.command import matmul_rate, run
 from quietstar_jax.config import Architecture, Config, DataConfig, ModelConfig, Phase, RateScales, ThoughtConfig
 from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.thoughts.chunks import positions_per_chunk
@@ -82,20 +81,6 @@ def config_of(s: Sizes) -> Config:
     return Config(model=model, thought=thought, phases=(phase,), data=DataConfig(sequence_length=s.length))
 
 
-def matmul_rate(dtype: str) -> float:
-    """FLOPs per second of a large square matrix product in this process."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds)
-
-
 def measure(s: Sizes, steps: int) -> dict[str, Any]:
     """Compiles the step of these sizes and runs it."""
     config = config_of(s)
@@ -148,23 +133,7 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     """Parses flags, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="paper_cpu")
-    for f in dataclasses.fields(Sizes):
-        kind = type(f.default)
-        given: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None, **given)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps after one of warm-up")
-    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    arguments = parser.parse_args()
-    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Sizes)}
-    sizes = dataclasses.replace(PRESETS[arguments.preset], **{k: v for k, v in given.items() if v is not None})
-    result = {"preset": arguments.preset, "sizes": dataclasses.asdict(sizes)} | measure(sizes, arguments.steps)
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    for name, value in result.items():
-        print(f"{name:<28}{value:.4g}" if isinstance(value, float) else f"{name:<28}{value}")
+    run(__doc__, PRESETS, measure, steps=5, steps_help="timed steps after one of warm-up")
 
 
 if __name__ == "__main__":

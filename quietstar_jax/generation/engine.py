@@ -50,7 +50,7 @@ class Engine:
         batch_size: int,
     ):  # fmt: skip
         self.batch_size = batch_size
-        self._params, self._structure, self._architecture = params, structure, architecture
+        self.params, self.structure, self._architecture = params, structure, architecture
         self._dtype = jnp.dtype(dtype)
         self._place = _beside(params["decoder.embedding"].sharding)
         self._steps: dict[Plan, Step] = {}
@@ -82,12 +82,14 @@ class Engine:
           wanted: [batch_size] bool, of the caller: a row that it sets to False gets no more tokens.
           cache_length: of `cache_length()`, for the longest of the requests.
         """
-        step, knobs = self.step(plan), self.knobs(requests, sampling)
-        state = self.start(requests, cache_length)
-        left = self._rows([request.limit for request in requests], np.int32)
+        yield from self.decode(self.start(requests, cache_length), self.knobs(requests, sampling), plan, wanted)
+
+    def decode(self, state: State, knobs: Knobs, plan: Plan, wanted: np.ndarray) -> Iterator[Emitted]:
+        """`run`, from the state that `start` returns; the state is used up."""
+        step, left = self.step(plan), np.asarray(state.left)
         pending: Emitted | None = None
         while (wanted & (left > 0)).any():
-            state, emitted = step(self._params, state, wanted.copy(), knobs)
+            state, emitted = step(self.params, state, wanted.copy(), knobs)
             if pending is not None:
                 tokens = jax.device_get(pending)
                 left = self._left_after(left, tokens.tokens, plan)
@@ -103,7 +105,7 @@ class Engine:
             prompts[row, : len(request.tokens) - 1] = request.tokens[:-1]
         cache = empty_cache(self._architecture, self.batch_size, cache_length, self._dtype, self._place)
         for start in range(0, chunks * PROMPT_CHUNK, PROMPT_CHUNK):
-            cache = self._read(self._params, cache, prompts[:, start : start + PROMPT_CHUNK], np.int32(start))
+            cache = self._read(self.params, cache, prompts[:, start : start + PROMPT_CHUNK], np.int32(start))
         token = self._rows([request.tokens[-1] for request in requests], np.int32)
         position = self._rows([len(request.tokens) - 1 for request in requests], np.int32)
         left = self._rows([request.limit for request in requests], np.int32)
@@ -126,7 +128,7 @@ class Engine:
         if plan not in self._steps:
 
             def step(params: Any, state: State, wanted: jax.Array, knobs: Knobs) -> tuple[State, Emitted]:
-                return generate_tokens(assemble(self._structure, params), state, wanted, knobs, plan)
+                return generate_tokens(assemble(self.structure, params), state, wanted, knobs, plan)
 
             self._steps[plan] = jax.jit(step, donate_argnums=1, out_shardings=self._place)
         return self._steps[plan]

@@ -1,0 +1,174 @@
+"""Tokens per second, with and without thoughts: `python -m benchmarks.generate --preset paper_cpu --json`.
+
+Prints one JSON object on the last line with `--json`. Run it with nothing else on the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.command import run
+from quietstar_jax.config import Architecture, ThoughtConfig
+from quietstar_jax.generation.cache import append, cached_pass
+from quietstar_jax.generation.engine import Engine, Request
+from quietstar_jax.generation.sampling import Sampling
+from quietstar_jax.generation.steps import Plan, State
+from quietstar_jax.models.parameters import assemble, disassemble
+from quietstar_jax.thoughts.chains import empty_chains
+from quietstar_jax.thoughts.model import fresh
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.training.trained import stored_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A decoder, prompts and what follows them. Every field is a flag."""
+
+    layers: int = 4
+    hidden: int = 256
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 32
+    mlp: int = 768
+    vocab: int = 4096
+    tied: bool = False
+    window: int = 0
+    batch: int = 1
+    prompt: int = 128  # tokens before the first generated one
+    tokens: int = 64  # generated for each prompt
+    room: int = 0  # tokens that the cache has room for; 0 = as much as is needed
+    thought_length: int = 9
+    mixing: str = "hidden_states"
+    temperature: float = 0.0
+    top_p: float = 1.0
+    tokens_per_call: int = 8
+    dtype: str = "float32"
+
+
+PRESETS = {
+    "paper_cpu": Sizes(),  # the decoder of that name in `benchmarks.train_step`
+    "quickstart": Sizes(layers=3, hidden=128, heads=4, kv_heads=4, mlp=384, vocab=100, prompt=24, tokens=32,
+                        thought_length=6),
+    "half_billion": Sizes(layers=24, hidden=1024, heads=16, kv_heads=8, head_dim=64, mlp=4096, vocab=32000, batch=8,
+                          prompt=512, tokens=128, dtype="bfloat16"),
+    "mistral_7b": Sizes(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, mlp=14336, vocab=32000, batch=8,
+                        prompt=256, tokens=128, dtype="bfloat16"),
+}  # fmt: skip
+
+
+def make_engine(s: Sizes) -> Engine:
+    """Random weights of these sizes, stored as an opened model stores them."""
+    architecture = Architecture(
+        family="mistral", vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.mlp, num_layers=s.layers,
+        num_heads=s.heads, num_kv_heads=s.kv_heads, head_dim=s.head_dim, tie_embeddings=s.tied,
+        sliding_window=s.window, max_positions=1 << 16,
+    )  # fmt: skip
+
+    def weights() -> dict[str, jax.Array]:
+        params, _ = disassemble(fresh(architecture, [1], [2], ThoughtConfig.embedding_scale, jax.random.key(0)))
+        return {name: value.astype(stored_dtype(name, s.dtype)) for name, value in params.items()}
+
+    structure = disassemble(
+        jax.eval_shape(lambda: fresh(architecture, [1], [2], ThoughtConfig.embedding_scale, jax.random.key(0)))
+    )[1]
+    return Engine(jax.jit(weights)(), structure, architecture, s.dtype, s.batch)
+
+
+def measure(s: Sizes, steps: int) -> dict[str, Any]:
+    """Times whole texts, each of `steps` times, after the prompts have been read."""
+    engine = make_engine(s)
+    draw = np.random.default_rng(0)
+    requests = [
+        Request(tuple(draw.integers(3, s.vocab, s.prompt).tolist()), s.tokens, np.zeros(2, np.uint32))
+        for _ in range(s.batch)
+    ]
+    length = engine.cache_length(max(s.room, requests[0].length))
+    sampling = Sampling(s.temperature, s.top_p)
+    wanted = np.ones(s.batch, bool)
+
+    def start() -> State:
+        return jax.block_until_ready(engine.start(requests, length))
+
+    state = start()
+    cache_bytes = sum(x.nbytes for x in state.cache)
+    prompt_seconds = median_seconds(start, lambda: None, steps)
+    knobs = engine.knobs(requests, sampling)
+    measured: dict[str, Any] = {}
+    for name, thought_length in (("with_thoughts", s.thought_length), ("without_thoughts", 0)):
+        plan = Plan(
+            ThoughtSettings(thought_length, compute_dtype=s.dtype, config=ThoughtConfig(mixing=s.mixing)),
+            sampled=s.temperature > 0, nucleus=s.temperature > 0 and s.top_p < 1, tokens_per_call=s.tokens_per_call,
+        )  # fmt: skip
+        begun = time.perf_counter()
+        compiled = engine.step(plan).lower(engine.params, state, wanted, knobs).compile()
+        measured[f"compile_seconds_{name}"] = time.perf_counter() - begun
+        measured[f"temp_bytes_{name}"] = compiled.memory_analysis().temp_size_in_bytes
+        seconds = median_seconds(lambda state, plan=plan: list(engine.decode(state, knobs, plan, wanted)), start, steps)
+        measured[f"seconds_per_token_{name}"] = seconds / s.tokens
+        measured[f"tokens_per_second_{name}"] = s.batch * s.tokens / seconds
+    bare = bare_step(engine, s)
+    bare_seconds = median_seconds(lambda state: bare(state, s.tokens), start, steps) / s.tokens
+    plain = measured["seconds_per_token_without_thoughts"]
+    return measured | {
+        "ratio": measured["seconds_per_token_with_thoughts"] / plain,
+        "ratio_allowed": s.thought_length + 3,
+        "seconds_per_bare_step": bare_seconds,
+        "plain_to_bare": plain / bare_seconds,
+        "prompt_seconds": prompt_seconds,
+        "cache_bytes": cache_bytes,
+        "cache_length": length,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def bare_step(engine: Engine, s: Sizes) -> Callable[[State, int], Any]:
+    """The decoder alone, one token of every sequence in a call: no sampling, no ends, nothing fetched."""
+    dtype = jnp.dtype(s.dtype)
+
+    def step(params: Any, cache: Any, token: jax.Array, positions: jax.Array) -> tuple[Any, jax.Array]:
+        decoder = assemble(engine.structure, params).decoder
+        own = empty_chains(decoder, s.batch, 1, 1, 1, dtype)
+        hidden, own = cached_pass(decoder, decoder.embed(token, dtype)[:, None], jnp.int32(0), positions, cache, own)
+        return append(cache, own, positions), decoder.logits(hidden[:, 0])
+
+    compiled = jax.jit(step, donate_argnums=1)
+
+    def run_steps(state: State, count: int) -> Any:
+        cache, logits = state.cache, None
+        token, last = np.asarray(state.token), np.asarray(state.position) - 1
+        for n in range(count):
+            cache, logits = compiled(engine.params, cache, token, last + np.int32(n))
+        return jax.block_until_ready((cache, logits))
+
+    return run_steps
+
+
+def median_seconds(timed: Callable[..., Any], prepare: Callable[[], Any], steps: int) -> float:
+    """Of `timed(prepare())`, where the preparation is not timed and the first round is a warm-up."""
+    seconds = []
+    for _ in range(steps + 1):
+        prepared = prepare()
+        arguments = () if prepared is None else (prepared,)
+        begun = time.perf_counter()
+        timed(*arguments)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[1:])
+
+
+def main() -> None:
+    """Parses flags, measures, prints."""
+    run(__doc__, PRESETS, measure, steps=5, steps_help="timed texts after one of warm-up")
+
+
+if __name__ == "__main__":
+    main()
