@@ -24,21 +24,16 @@ class Thinker(NamedTuple):
     state: TrainState
     original: Any
     model: TrainedModel
-    folder: Path
 
 
-def thinker(folder: Path, variant: str, *, words: int = VOCAB, dtype: str = "float32", **thought: Any) -> Thinker:
-    """A variant of `test_parity` that thinks six tokens, and whose texts never end.
-
-    Args:
-      words: tokens of its tokenizer; thought: settings of `config.thought`.
-    """
+def thinker(folder: Path, variant: str, **thought: Any) -> Thinker:
+    """A variant of `test_parity` that thinks six tokens, and whose texts never end; settings of `config.thought`."""
     original = random_model(variant)
     original.save_pretrained(folder / "hf")
-    write_tokenizer(folder / "hf", words)
+    write_tokenizer(folder / "hf", VOCAB)
     run, state = start_run(folder / "run", folder / "hf", **thought)
-    model = dataclasses.replace(open_model(folder / "run", dtype=dtype), eos_ids=())
-    return Thinker(run, state, original, model, folder)
+    model = dataclasses.replace(open_model(folder / "run"), eos_ids=())
+    return Thinker(run, state, original, model)
 
 
 def prompts(seed: int = 3) -> list[list[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +12,16 @@ import pytest
 from quietstar_jax.generation.engine import Engine
 from quietstar_jax.generation.generator import Generator
 from quietstar_jax.generation.steps import generate_tokens, think_and_talk
+from quietstar_jax.hf.save import ExportOptions
 from quietstar_jax.models.parameters import assemble
 from quietstar_jax.thoughts.chains import empty_chains
+from quietstar_jax.training.export import export
+from quietstar_jax.training.trained import open_model
 from tests.generation.models import PROMPT_LENGTHS, Thinker, prompts, thinker
 from tests.hf.runs import our_predictions
 
 torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
 
 NEW, T = 5, 6
@@ -93,3 +99,20 @@ def test_without_thoughts_it_is_the_greedy_text_of_transformers(case):
         )
         assert list(one.token_ids) == theirs[0, len(prompt) :].tolist()
         assert not any(one.thoughts)
+
+
+@pytest.mark.parametrize("mixing", ["log_probabilities", "none"])
+def test_an_export_writes_here_what_it_writes_in_torch(mixing, tmp_path):
+    """The other two ways of mixing, through a folder that transformers loads, prompts padded left there."""
+    made = thinker(tmp_path, "qwen2 mixed windows", mixing=mixing, embedding_scale=7.0)
+    export(tmp_path / "run", tmp_path / "out", ExportOptions())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    opened = dataclasses.replace(open_model(tmp_path / "out"), eos_ids=())
+    found = Generator(opened, batch_size=len(PROMPT_LENGTHS)).generate(prompts(), max_tokens=NEW)
+    longest = max(PROMPT_LENGTHS)
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts()])
+    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in PROMPT_LENGTHS])
+    texts = theirs.generate(padded, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+    assert [list(one.token_ids) for one in found] == texts[:, longest:].tolist()
+    run = Generator(made.model, batch_size=len(PROMPT_LENGTHS)).generate(prompts(), max_tokens=NEW)
+    assert [one.token_ids for one in run] == [one.token_ids for one in found]

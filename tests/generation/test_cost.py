@@ -1,0 +1,74 @@
+"""What generation costs: attention touches the blocks that are seen, and nothing copies the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.generate import Sizes, make_engine, measure
+from quietstar_jax.generation.cache import key_block
+from quietstar_jax.generation.engine import Request
+from quietstar_jax.generation.sampling import Sampling
+from quietstar_jax.generation.steps import Plan
+from quietstar_jax.thoughts.settings import ThoughtSettings
+
+SIZES = Sizes(layers=2, hidden=16, heads=2, kv_heads=1, head_dim=8, mlp=24, vocab=50, batch=2, prompt=70, tokens=4,
+              thought_length=3)  # fmt: skip
+
+
+def requests(*lengths: int) -> list[Request]:
+    return [Request((5, *[7] * (n - 1)), 4, np.zeros(2, np.uint32)) for n in lengths]
+
+
+def emitted(sizes: Sizes, lengths: tuple[int, ...], poisoned: slice) -> list:
+    """What is generated when these keys and values of the cache are not numbers."""
+    engine = make_engine(sizes)
+    asked = requests(*lengths)
+    state = engine.start(asked, 512)
+    poison = jax.tree.map(lambda x: x.at[:, :, :, poisoned].set(jnp.nan), state.cache)
+    plan = Plan(ThoughtSettings(sizes.thought_length), tokens_per_call=4)
+    return list(engine.decode(state._replace(cache=poison), engine.knobs(asked, Sampling()), plan, np.ones(2, bool)))
+
+
+def test_blocks_behind_the_longest_text_are_not_touched():
+    block = key_block()
+    clean, poisoned = (emitted(SIZES, (block + 6, 20), part) for part in (slice(0, 0), slice(2 * block, None)))
+    jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
+    (broken,) = emitted(SIZES, (block + 6, 20), slice(block, None))
+    assert np.isnan(broken.weight).any() or not np.array_equal(broken.tokens, clean[0].tokens), "the next one is"
+
+
+def test_blocks_out_of_the_window_are_not_touched():
+    block = key_block()
+    windowed = dataclasses.replace(SIZES, window=9)
+    clean, poisoned = (emitted(windowed, (2 * block + 20,) * 2, part) for part in (slice(0, 0), slice(0, 2 * block)))
+    jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
+
+
+@pytest.mark.parametrize("thought_length", [0, 3])
+def test_the_cache_is_changed_in_place(thought_length):
+    """A copy of the cache among the temporaries would show: it is far larger than all else."""
+    engine, asked = make_engine(SIZES), requests(3, 3)
+    state = engine.start(asked, 1 << 16)
+    cache_bytes = sum(x.nbytes for x in state.cache)
+    plan = Plan(ThoughtSettings(thought_length), tokens_per_call=4)
+    compiled = (
+        engine.step(plan).lower(engine.params, state, np.ones(2, bool), engine.knobs(asked, Sampling())).compile()
+    )
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < cache_bytes / 8
+    assert memory.alias_size_in_bytes >= cache_bytes
+
+
+def test_the_benchmark_measures_what_it_says():
+    result = measure(SIZES, 1)
+    assert result["tokens_per_second_with_thoughts"] > 0
+    assert result["ratio"] == pytest.approx(
+        result["tokens_per_second_without_thoughts"] / result["tokens_per_second_with_thoughts"]
+    )
+    assert result["cache_bytes"] == 2 * 2 * 2 * 1 * 512 * 8 * 4
+    assert result["ratio_allowed"] == 6
