@@ -67,9 +67,9 @@ def checkpoint_page(observed: Observed, metrics: Sequence[Mapping[str, Any]]) ->
 def page_data(observed: Observed, pieces: Pieces, start: int) -> dict[str, Any]:
     """What the page's script shows of every predicted token.
 
-    Keys: `pieces` (texts), `levels`, `start` (the token shown first) and `tokens`, with `i` (its piece), `b` (loss
-    without thoughts), `k` (per thought: loss, reward, mixing weight, pieces), `p` and `q` (likeliest next tokens
-    without and with the greedy thought: piece, probability, 1 where it is the true one).
+    Keys: `pieces` (texts), `levels`, `ahead` (K), `start` (the token shown first) and `tokens`, with `i` (its piece),
+    `b` (loss without thoughts), `k` (per thought: loss, reward, mixing weight, pieces), `p` and `q` (likeliest next
+    tokens without and with the greedy thought: piece, probability, 1 where it is the true one).
     """
     numbers: dict[str, int] = {}
     words = pieces.words
@@ -100,7 +100,13 @@ def page_data(observed: Observed, pieces: Pieces, start: int) -> dict[str, Any]:
                     "q": likeliest(seen.ids[j], seen.probabilities[j], token),
                 }
             )
-    return {"pieces": list(numbers), "levels": LEVELS, "start": start, "tokens": tokens}
+    return {
+        "pieces": list(numbers),
+        "levels": LEVELS,
+        "ahead": observed.settings.tokens_ahead,
+        "start": start,
+        "tokens": tokens,
+    }
 
 
 def shade(gain: float) -> str:
@@ -183,18 +189,22 @@ def _texts(observed: Observed, pieces: Pieces) -> Iterator[str]:
             if pieces.words:  # its space belongs to nobody
                 yield text[: len(text) - len(text.lstrip(" "))] if place else ""
                 text = words
-            if not words:
-                text = text.replace(" ", "·")
             number = f' data-i="{index}" tabindex="-1"' if place else ""
             index += 1 if place else 0
-            # A line break is shown as its sign, and breaks the line.
-            shown = "\n".join(escape(visible(part)) for part in _lines(text))
+            shown = "\n".join(_signs(part) for part in _lines(text))
             yield f'<span class="{" ".join(["t", *filter(None, kinds)])}"{number}>{shown}</span>'
     yield "</p></section>"
 
 
+def _signs(text: str) -> str:
+    """HTML in which blanks that would not be seen have pale signs."""
+    blank = not text.strip(" \n")
+    shown = escape(visible(text.replace(" ", "·") if blank else text))
+    return "".join(f'<span class="ws">{c}</span>' if c in "↵→" or (blank and c == "·") else c for c in shown)
+
+
 def _lines(text: str) -> list[str]:
-    """Cut after every line break, which stays with the line it ends."""
+    """Cut after every line break, which stays with the line it ends, and is shown and done."""
     parts = text.split("\n")
     return [part + "\n" for part in parts[:-1]] + parts[-1:]
 

@@ -13,7 +13,10 @@
     return node;
   };
   const minus = (text) => text.replace("-", "−");
-  const signed = (x) => (x > 0 ? "+" : "") + minus(x.toFixed(2));
+  const signed = (x) => {
+    const text = x.toFixed(2).replace("-0.00", "0.00");
+    return (Number(text) > 0 ? "+" : "") + minus(text);
+  };
   const percent = (p) => {
     const x = 100 * p;
     return (x >= 10 ? x.toFixed(1) : x >= 0.01 ? x.toFixed(2) : "< 0.01") + " %";
@@ -60,9 +63,10 @@
     const entry = data.tokens[token.dataset.i];
     const change = entry.b - entry.k[0][0];
     const times = Math.exp(Math.abs(change));
-    const verdict = Math.abs(change) < data.levels[0]
-      ? "The thought changed almost nothing here."
-      : "The thought made this token " + (times >= 10 ? times.toFixed(0) : times.toFixed(times >= 1.995 ? 1 : 2)) + " times as " + (change > 0 ? "likely." : "unlikely.");
+    const made = times >= 2
+      ? times.toFixed(times >= 10 ? 0 : 1) + (change > 0 ? " times as likely." : " times less likely.")
+      : (100 * Math.abs(Math.expm1(change))).toFixed(0) + (change > 0 ? " % likelier." : " % less likely.");
+    const verdict = Math.abs(change) < data.levels[0] ? "The thought changed almost nothing here." : "The thought made this token " + made;
     panel.replaceChildren(
       make("h3", "", "Just before this token"),
       context(token),
@@ -70,6 +74,7 @@
       make("div", "soft", "Loss " + entry.b.toFixed(3) + " nats without a thought, " + entry.k[0][0].toFixed(3) + " with the greedy one: " + signed(change) + "."),
       make("h3", "", "What the model thought"),
       thoughtTable(entry),
+      make("div", "note", "Reward: nats gained over the next " + (data.ahead > 1 ? data.ahead + " tokens" : "token") + ". Mixing weight: how much the prediction after the thought counts. Last column: probability of this token."),
       make("h3", "", "Likeliest next tokens"),
       make("div", "pair", odds("without a thought", entry.p), odds("with the greedy thought", entry.q)),
     );
