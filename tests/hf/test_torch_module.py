@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +223,55 @@ def test_loss_eager_attention_and_bfloat16(tmp_path):
         same = (half.thoughts == sdpa(tokens).thoughts).all(-1)
         assert same.float().mean() > 0.5
         assert (half.logits - sdpa(tokens).logits)[same][:, :VOCAB].abs().max() < 0.3
+
+
+ALONE = """
+import sys
+
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jax", "jaxlib", "flax", "orbax", "tensorstore", "quietstar_jax"):
+            raise ImportError(name)
+
+
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+torch.set_num_threads(1)
+folder, copy = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+text = tokenizer(["w5 w6 w7 w8", "w9"], return_tensors="pt", padding=True)
+assert text.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 0, 1]]
+options = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+made = model.generate(**text, **options)
+alone = model.generate(**tokenizer("w9", return_tensors="pt"), **options)
+assert made[1, 3:].equal(alone[0])
+beams = model.generate(**text, num_beams=3, **options)
+assert beams.equal(model.generate(**text, num_beams=3, use_cache=False, **options))
+drawn = model.generate(**text, max_new_tokens=5, do_sample=True, num_return_sequences=3)
+assert not set(model.config.thought_token_ids) & set(drawn.flatten().tolist())
+embedded = model.get_input_embeddings()(text.input_ids)
+assert model.generate(inputs_embeds=embedded, attention_mask=text.attention_mask, **options).equal(made[:, 4:])
+one = tokenizer("w5 w6 w5 w6", return_tensors="pt")
+assert model.generate(**one, prompt_lookup_num_tokens=2, **options).equal(model.generate(**one, **options))
+written = pipeline("text-generation", model=model, tokenizer=tokenizer)(["w5 w6", "w7"], batch_size=2, max_new_tokens=3)
+assert len(written) == 2
+model.save_pretrained(copy)
+tokenizer.save_pretrained(copy)
+again = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True).eval()
+assert again.generate(**AutoTokenizer.from_pretrained(copy)(["w5 w6 w7 w8", "w9"], return_tensors="pt", padding=True),
+                      **options).equal(made)
+"""
+
+
+def test_who_has_only_transformers_can_use_it(tmp_path):
+    *_, folder = exported(tmp_path, "mistral")
+    command = [sys.executable, "-c", ALONE, str(folder), str(tmp_path / "copy")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_it_can_be_saved_and_loaded_again(case, tmp_path):
