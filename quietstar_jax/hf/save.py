@@ -191,6 +191,7 @@ class _Writer:
             rows = self._cast(self._effective_embeddings(), entry.name)
             if self._options.format == "base":
                 old = [(i, row) for i, row in zip(self._ids, rows, strict=True) if i < self._vocab]
+                tensor = tensor.copy() if old else tensor  # it may be what the parameters handed out
                 for i, row in old:
                     tensor[i] = row
             added = [row for i, row in zip(self._ids, rows, strict=True) if i >= self._vocab]
@@ -212,7 +213,7 @@ class _Writer:
     def _cast(self, array: np.ndarray, name: str) -> np.ndarray:
         dtype = self._options.dtype
         with np.errstate(over="ignore"):
-            cast = array.astype(FLOAT_DTYPES[DTYPES[dtype]])
+            cast = array.astype(FLOAT_DTYPES[DTYPES[dtype]], copy=False)
         if not np.isfinite(cast).all():
             advice = f"are beyond {dtype}: take bfloat16 or float32" if np.isfinite(array).all() else "are not finite"
             raise CheckpointError(f"Tensor {name} cannot be exported: some of its values {advice}.")
