@@ -327,6 +327,59 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """Over how many devices each kind of work is spread; the product of the sizes is the number of devices."""
+
+    data: int = -1  # the sequences of a batch; one of the four sizes may be -1, which takes the devices that are left
+    fsdp: int = 1  # sequences too, and each weight lies in as many parts, gathered where it is used
+    tensor: int = 1  # heads, feed-forward and vocabulary
+    position: int = 1  # positions of the text whose thoughts are computed at once
+    dcn_data: int = 1  # of `data`, how many ways lie across slices of a TPU pod (or nodes), on the slower network
+    dcn_fsdp: int = 1  # the same of `fsdp`; the product of the two is the number of slices (or processes)
+
+    def problems(self) -> list[str]:
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor", "position")}
+        free = [name for name, size in sizes.items() if size == -1]
+        return [
+            *(p for n, s in sizes.items() for p in require(s > 0 or s == -1, n, s, "a number of devices, or -1")),
+            *require(len(free) < 2, " and ".join(free), -1, "-1 in only one place"),
+            *require(self.dcn_data > 0, "dcn_data", self.dcn_data, "at least 1"),
+            *require(self.dcn_fsdp > 0, "dcn_fsdp", self.dcn_fsdp, "at least 1"),
+        ]
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of one run find each other."""
+
+    processes: str = "single"  # single | cluster (TPU pod, SLURM, Open MPI, Kubernetes: from its environment) | given
+    coordinator: str = ""  # given: host:port of process 0, the same on all
+    num_processes: int = 0  # given
+    process_id: int = -1  # given: 0 .. num_processes - 1
+    start_seconds: int = 300  # how long to wait for the others at the start
+    heartbeat_seconds: int = 100  # after so long without a sign of life of one process, the others stop
+
+    def problems(self) -> list[str]:
+        problems = [
+            *one_of("processes", self.processes, ("single", "cluster", "given")),
+            *require(self.start_seconds > 0, "start_seconds", self.start_seconds, "at least 1"),
+            *require(self.heartbeat_seconds > 9, "heartbeat_seconds", self.heartbeat_seconds, "at least 10"),
+        ]
+        if self.processes != "given":
+            return problems
+        host, _, port = self.coordinator.rpartition(":")
+        return [
+            *problems,
+            *require(bool(host) and port.isdigit(), "coordinator", self.coordinator, "host:port"),
+            *require(self.num_processes > 0, "num_processes", self.num_processes, "at least 1"),
+            *require(
+                0 <= self.process_id < max(self.num_processes, 1),
+                "process_id", self.process_id, f"0 .. {self.num_processes - 1}",
+            ),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """What is kept on disk, and when."""
 
@@ -369,6 +422,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -1,11 +1,19 @@
-"""Errors that a user can mend. Command lines print their message and exit with status 2."""
+"""Errors that a user can mend, and the exit statuses of command lines.
+
+A launcher starts a run again that ended with any status but 0 (done) and `MEND_FIRST`: with `START_AGAIN`, or killed.
+"""
 
 import sys
 from collections.abc import Callable
 
+MEND_FIRST = 2  # exit status: started again, it would only fail again
+START_AGAIN = 75  # exit status: started again, the run goes on where it stopped (EX_TEMPFAIL of sysexits.h)
+
 
 class UserError(Exception):
     """Something outside the program is wrong; the message says what, where, and what to do."""
+
+    status = MEND_FIRST
 
 
 class ConfigError(UserError):
@@ -24,10 +32,16 @@ class DivergedError(UserError):
     """The loss became NaN or infinite."""
 
 
+class PreemptedError(UserError):
+    """The run was told to leave its machine, and has saved where it is."""
+
+    status = START_AGAIN
+
+
 def run_command(command: Callable[[], object]) -> None:
-    """Runs a command line; what a user can mend ends with a message and status 2."""
+    """Runs a command line; what a user can mend ends with a message and the status of the error."""
     try:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)

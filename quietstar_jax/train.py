@@ -7,6 +7,7 @@ from ml_collections import config_flags
 
 from quietstar_jax.config import from_config_dict
 from quietstar_jax.errors import ConfigError, run_command
+from quietstar_jax.parallel.processes import is_first, stop_together
 from quietstar_jax.training.loop import train
 from quietstar_jax.training.summary import format_summary
 
@@ -25,7 +26,10 @@ def main(argv: list[str]) -> None:
         config = from_config_dict(_CONFIG.value)
     except OSError as error:  # a file that cannot be loaded shows only when a setting of it is read
         raise ConfigError(f"--config cannot be read: {str(error).splitlines()[-1].strip()}. Check its path.") from error
-    print(format_summary(train(config)))
+    with stop_together():
+        summary = train(config)
+    if is_first():
+        print(format_summary(summary))
 
 
 def parse(arguments: list[str]) -> list[str]:

@@ -118,7 +118,8 @@ def make_tail_scorer(
         chunk = min(count, positions_per_chunk(architecture, settings, -(-rows // devices), length))
         positions = length - 1 - count + jnp.arange(count)  # those that predict the scored tokens
 
-        def at(positions: jax.Array, thoughts: Thoughts | None) -> TailScores:
+        def at(read: tuple[QuietStar, Text, jax.Array], positions: jax.Array, thoughts: Thoughts | None) -> TailScores:
+            model, text, candidates = read
             hidden = here_and_ahead(text.hidden, positions, 1)[..., 0, :]
             targets = tokens_ahead(text.tokens, positions, 1, fill=0)[..., 0]
             without = view(model.decoder.logits(hidden), targets, candidates, normalized=False)
@@ -133,7 +134,8 @@ def make_tail_scorer(
                 without, with_thoughts, weight[:, 0, :, 0], thoughts.entropy.mean(axis=-1), thoughts.tokens
             )  # fmt: skip
 
-        return map_chunks(at, positions, chunk, _greedy_thoughts(model, text, positions, settings, chunk), axis=1)
+        thoughts = _greedy_thoughts(model, text, positions, settings, chunk)
+        return map_chunks(at, (model, text, candidates), positions, chunk, thoughts, axis=1)
 
     return score
 

@@ -17,8 +17,9 @@ from flax import nnx
 from quietstar_jax.config import Architecture
 from quietstar_jax.models import rope
 from quietstar_jax.models.attention import ATTENTION, attend, causal_mask
-from quietstar_jax.models.linear import dense, linear
+from quietstar_jax.models.linear import dense, linear, look_up
 from quietstar_jax.models.parameters import normal, ones, parameter, zeros
+from quietstar_jax.parallel.axes import constrain, ways
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -44,6 +45,9 @@ KEPT = jax.checkpoint_policies.save_from_both_policies(
 
 # (queries, keys, values, window, state of this layer) -> (context, what this layer hands back)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+KEY_VALUE_AXES = ("layers", "batch", "keys", "kv_heads", "head_dim")  # of the text, which all thoughts look at
 
 
 class Layers(nnx.Module):
@@ -93,13 +97,13 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Token ids [...] -> embeddings [..., D] in the compute dtype."""
-        return self.embedding[...].at[tokens].get(mode="clip").astype(dtype)
+        return look_up(self.embedding[...], tokens, dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final-norm hidden states [..., D] -> float32 logits [..., V]."""
         tied = self.architecture.tie_embeddings
         weight = self.embedding[...].T if tied else self.lm_head[...]
-        return linear(hidden, weight, 1, jnp.float32)
+        return constrain(linear(hidden, weight, 1, jnp.float32), ..., "vocab")
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -134,7 +138,7 @@ def run_layers(
         context, handed_back = attend_fn(q, k, v, window, layer_state)
         x = x + dense(context, w["output"], w.get("output_bias"), inputs=2)
         x = x + feed_forward(a, w, rms_norm(x, w["mlp_norm"], a.rms_norm_eps))
-        return x, handed_back
+        return constrain(x, "batch", ..., "hidden"), handed_back
 
     body = jax.checkpoint(layer, policy=None if rematerialize else KEPT, prevent_cse=False)
     x, handed_back = jax.lax.scan(body, x, (decoder.layers, attention_windows(a), state))
@@ -185,9 +189,13 @@ def base_pass(
     Returns:
       (final-norm hidden states [B, L, D], keys and values [layers, B, L, G, H]).
     """
+    # The devices that share the thoughts of a text share its tokens here, and all keep its keys.
+    text = "text" if tokens.shape[1] % ways("text") == 0 else "keys"
 
     def attend_text(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, _: Any) -> tuple[jax.Array, Any]:
+        q = constrain(q, "batch", text, "heads", "head_dim")
+        k, v = (constrain(x, *KEY_VALUE_AXES[1:]) for x in (k, v))
         return attend(q, k, v, causal_mask(mask, window)), KeyValues(k, v)
 
-    x = decoder.embed(tokens, dtype)
+    x = constrain(decoder.embed(tokens, dtype), "batch", text, "hidden")
     return run_layers(decoder, x, jnp.arange(tokens.shape[1]), attend_text, None, rematerialize=rematerialize)

@@ -1,4 +1,4 @@
-"""Linear maps and cross-entropy, with gradients in the form that costs least.
+"""Linear maps, embedding look-up and cross-entropy, with gradients in the form that costs least.
 
 The gradients are those of automatic differentiation, but for the cotangent, which is first rounded to the compute
 dtype. Written out, every product reads its operands as they lie in memory (the derived ones make XLA write some of
@@ -8,9 +8,12 @@ them a second time, transposed), and the gradient of a weight is summed in the w
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from quietstar_jax.parallel.axes import Axes, constrain, shard, ways
 
 
 def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, inputs: int = 1) -> jax.Array:
@@ -42,6 +45,61 @@ def _linear_backward(inputs: int, dtype: jnp.dtype, saved: tuple, gradient: jax.
 linear.defvjp(_linear_forward, _linear_backward)
 
 
+def pick(values: jax.Array, targets: jax.Array) -> jax.Array:
+    """Entries [...] of values [..., V] at the target ids [...]."""
+    if ways("vocab") == 1:
+        return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
+    # Each device looks among its own ids; an indexed read would gather all.
+    return jnp.where(jnp.arange(values.shape[-1]) == targets[..., None], values, 0.0).sum(axis=-1)
+
+
+def look_up(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows [..., D] in `dtype` of an embedding [V, D] at ids [...]."""
+    if ways("vocab") * ways("embed") == 1:
+        return table.at[tokens].get(mode="clip").astype(dtype)
+    rows = _look_up_parts(table, jnp.clip(tokens, 0, len(table) - 1), dtype)
+    return constrain(rows, "batch", ..., "hidden")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up_parts(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows [B, ..., D], split along D as the table is: neither it nor its gradient is ever gathered."""
+    return _look_up_forward(table, tokens, dtype)[0]
+
+
+def _look_up_forward(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
+    def read(add_up: Any, table: jax.Array, tokens: jax.Array, ids: jax.Array) -> jax.Array:
+        here = (tokens >= ids[0]) & (tokens <= ids[-1])
+        rows = table[jnp.where(here, tokens - ids[0], 0)].astype(dtype)
+        return add_up(add_up(jnp.where(here[..., None], rows, 0), "tensor"), "group")
+
+    ids, (table_axes, token_axes, id_axes, row_axes) = jnp.arange(len(table)), _look_up_axes(tokens)
+    return shard(read, _WEIGHTS_LIE, (table_axes, token_axes, id_axes), row_axes)(table, tokens, ids), (table, tokens)
+
+
+def _look_up_backward(dtype: jnp.dtype, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, None]:
+    table, tokens = saved
+
+    def write(add_up: Any, gradient: jax.Array, tokens: jax.Array, ids: jax.Array) -> jax.Array:
+        here = (tokens >= ids[0]) & (tokens <= ids[-1])
+        zeros = jnp.zeros((len(ids), gradient.shape[-1]), table.dtype)
+        rows = zeros.at[jnp.where(here, tokens - ids[0], len(ids))].add(gradient.astype(table.dtype), mode="drop")
+        return add_up(rows, "data")
+
+    ids, (table_axes, token_axes, id_axes, row_axes) = jnp.arange(len(table)), _look_up_axes(tokens)
+    return shard(write, _WEIGHTS_LIE, (row_axes, token_axes, id_axes), table_axes)(gradient, tokens, ids), None
+
+
+_look_up_parts.defvjp(_look_up_forward, _look_up_backward)
+_WEIGHTS_LIE = ("data", "fsdp", "tensor", "group")
+
+
+def _look_up_axes(tokens: jax.Array) -> tuple[Axes, Axes, Axes, Axes]:
+    """Of table, tokens, ids and rows."""
+    lead = ("rows", *(None,) * (tokens.ndim - 1))
+    return ("vocab", "embed"), lead, ("vocab",), (*lead, "embed")
+
+
 @jax.custom_vjp
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Nats [...] of the target ids [...] under float32 logits [..., V]."""
@@ -50,7 +108,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 def _cross_entropy_forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple]:
     total = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    picked = pick(logits, targets)
     return total - picked, (logits, targets, total)
 
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+from quietstar_jax.parallel.axes import Axes, partition_spec
 
-LOGICAL_AXES = ("layers", "vocab", "embed", "mlp", "heads", "kv_heads", "head_dim", "mixing")
+Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 def normal(stddev: float) -> Initializer:
@@ -33,20 +33,19 @@ def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.ones(shape, jnp.float32)
 
 
-def parameter(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], initializer: Initializer
-) -> nnx.Param:
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, initializer: Initializer) -> nnx.Param:
     """A float32 master weight.
 
     Args:
-      axes: one name of `LOGICAL_AXES` per dimension, None for one never split; the layout over a mesh derives from it.
+      axes: one name of `parallel.axes.RULES` per dimension, None for one never split; the layout over a mesh derives
+        from it.
 
     Raises:
-      ValueError: if the axes do not describe the shape.
+      ValueError: if the axes do not describe the shape, no rule names one, or two lie on one mesh axis.
     """
-    unknown = set(axes) - {None, *LOGICAL_AXES}
-    if unknown or len(axes) != len(shape):
-        raise ValueError(f"A parameter of shape {shape} got the axes {axes}; known axes are {LOGICAL_AXES}.")
+    partition_spec(axes)
+    if len(axes) != len(shape):
+        raise ValueError(f"A parameter of shape {shape} got the axes {axes}.")
     return nnx.Param(initializer(rngs.params(), shape), axes=axes)
 
 
@@ -57,17 +56,28 @@ def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
 
 
 class Structure(NamedTuple):
-    """A module without its arrays: static, so that compiled functions may close over it."""
+    """A module without its arrays: static, so that compiled functions may close over it.
+
+    Attributes:
+      names: dotted paths; axes: logical axes of each, in the same order; treedef: of the module.
+    """
 
     names: tuple[str, ...]
+    axes: tuple[Axes, ...]
     treedef: Any
+
+    @property
+    def axes_by_name(self) -> dict[str, Axes]:
+        """The logical axes of every parameter, by dotted path."""
+        return dict(zip(self.names, self.axes, strict=True))
 
 
 def disassemble(module: nnx.Module) -> tuple[dict[str, jax.Array], Structure]:
     """A module's arrays under their dotted paths, and what is needed to put it together again."""
     leaves, treedef = jax.tree.flatten(module)
-    names = tuple(named_parameters(module))
-    return dict(zip(names, leaves, strict=True)), Structure(names, treedef)
+    named = named_parameters(module)
+    axes = tuple(value.get_metadata("axes") for value in named.values())
+    return dict(zip(named, leaves, strict=True)), Structure(tuple(named), axes, treedef)
 
 
 def assemble(structure: Structure, params: Mapping[str, Any]) -> Any:

@@ -19,8 +19,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from quietstar_jax.models.attention import ATTENTION, MASKED, split_heads
+from quietstar_jax.parallel.axes import shard
 
 KEY_BLOCK = 64  # prefix keys at once
+
+# Every device attends with its own sequences and heads, and needs nothing of another.
+_OVER = ("data", "fsdp", "tensor", "group")
+_QUERIES = ("batch", "kv_heads", None, None, "query_rows", None)
+_KEYS, _OWN_KEYS = ("batch", "kv_heads", None, None), ("batch", "kv_heads", None, None, None, None)
 
 
 class Seen(NamedTuple):
@@ -125,18 +131,37 @@ def _attention(
     return _forward(q, keys, values, own_keys, own_values, seen)[0]
 
 
-def _forward(
-    q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: Seen
-) -> tuple[jax.Array, tuple]:
+def _forward(*arguments: Any) -> tuple[jax.Array, tuple]:
+    context, log_total = shard(_attend, _OVER, _arguments(arguments[-1]), (_QUERIES, _QUERIES))(*arguments)
+    context = checkpoint_name(context, ATTENTION)
+    return context, (*arguments, context, checkpoint_name(log_total, ATTENTION))
+
+
+def _backward(saved: tuple, gradient: jax.Array) -> tuple:
+    axes, gradients = (*_arguments(saved[5]), *(_QUERIES,) * 3), (_QUERIES, _KEYS, _KEYS, _OWN_KEYS, _OWN_KEYS)
+    return *shard(_gradients, _OVER, axes, gradients)(*saved, gradient), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _arguments(seen: Seen) -> tuple[Any, ...]:
+    """Logical axes of the arguments of `_attention`."""
+    positions: Any = ("batch", None) if seen.positions.ndim == 2 else ()
+    axes: Any = {"mask": ("batch", None), "positions": positions, "offsets": ("query_rows",), "window": ()}
+    return _QUERIES, _KEYS, _KEYS, _OWN_KEYS, _OWN_KEYS, Seen(**axes)
+
+
+def _attend(
+    _: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: Seen
+) -> tuple[jax.Array, jax.Array]:
+    """(context like q, log-sum-exp [B, G, R, J, X, 1])."""
     width = min(KEY_BLOCK, keys.shape[2])
 
     def cut(start: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _cut(keys, start, width), _cut(values, start, width)
 
-    context, log_total = _attend_blocks(q, own_keys, own_values, seen, width, cut)
-    context = checkpoint_name(context, ATTENTION)
-    log_total = checkpoint_name(log_total, ATTENTION)
-    return context, (q, keys, values, own_keys, own_values, seen, context, log_total)
+    return _attend_blocks(q, own_keys, own_values, seen, width, cut)
 
 
 def _attend_blocks(
@@ -168,8 +193,11 @@ def _attend_blocks(
     return (context / total).astype(own_values.dtype), peak + jnp.log(total)
 
 
-def _backward(saved: tuple, gradient: jax.Array) -> tuple:
-    q, keys, values, own_keys, own_values, seen, context, log_total = saved
+def _gradients(
+    add_up: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own_values: jax.Array,
+    seen: Seen, context: jax.Array, log_total: jax.Array, gradient: jax.Array,
+) -> tuple:  # fmt: skip
+    """Of q, keys, values, own_keys and own_values."""
     mean = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-1, keepdims=True)
 
     def through_softmax(scores: jax.Array, to_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -196,11 +224,10 @@ def _backward(saved: tuple, gradient: jax.Array) -> tuple:
 
     width = min(KEY_BLOCK, keys.shape[2])
     zeros = jnp.zeros(keys.shape, jnp.float32)
-    gradients = jax.lax.fori_loop(*_blocks(seen, width), block, (to_q, zeros, zeros))
-    return *(x.astype(q.dtype) for x in (*gradients, to_own_keys, to_own_values)), None
-
-
-_attention.defvjp(_forward, _backward)
+    to_q, *to_prefix = jax.lax.fori_loop(*_blocks(seen, width), block, (to_q, zeros, zeros))
+    # Devices that hold query heads of the same key/value heads.
+    to_keys = add_up((*to_prefix, to_own_keys, to_own_values), "group")
+    return tuple(x.astype(q.dtype) for x in (to_q, *to_keys))
 
 
 def _own_scores(q: jax.Array, own_keys: jax.Array, seen: Seen) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.config import Architecture
+from quietstar_jax.parallel.axes import constrain_tree, shard, ways
 from quietstar_jax.thoughts.attention import KEY_BLOCK
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
@@ -16,9 +17,17 @@ Tree = TypeVar("Tree")
 PAST_THE_TEXT = 2**30  # a position that no text has
 
 
-def chunk_starts(count: int, chunk: int) -> jax.Array:
-    """Where each chunk of `count` positions begins. The last one may reach past them."""
-    return jnp.arange(0, count, chunk)
+def chunk_starts(count: int, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Where each chunk of `count` positions begins, and how far each device's own chunk lies behind it.
+
+    Devices along the position axis take neighbouring chunks, so that all have about as much text before their
+    thoughts. The last chunks may reach past the positions.
+
+    Returns:
+      ([chunks per device], [devices along the position axis]) int32.
+    """
+    devices = ways("positions")
+    return jnp.arange(0, count, chunk * devices), jnp.arange(0, chunk * devices, chunk)
 
 
 def take_positions(positions: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
@@ -33,87 +42,125 @@ def take_chunk(tree: Tree, start: jax.Array, chunk: int, axis: int) -> Tree:
     return jax.tree.map(lambda x: jnp.take(x, index, axis=axis, mode="fill", fill_value=0), tree)
 
 
-def map_chunks(fn: Callable[..., Tree], positions: jax.Array, chunk: int, inputs: Any, *, axis: int) -> Tree:
-    """`fn(positions of a chunk, inputs of these)` for all chunks of positions [J] or [B, J], joined along `axis`."""
+def map_chunks(
+    fn: Callable[..., Tree], operands: Any, positions: jax.Array, chunk: int, inputs: Any, *, axis: int
+) -> Tree:
+    """`fn(operands, positions of a chunk, inputs of these)` for all chunks of positions [J] or [B, J].
+
+    Args:
+      operands: pytree of all arrays that every chunk needs; `fn` may not close over arrays.
+      inputs: pytree of arrays with the positions along `axis`.
+
+    Returns:
+      what `fn` gave, joined along `axis`.
+    """
     count = positions.shape[-1]
 
-    def one(start: jax.Array) -> Tree:
-        return fn(take_positions(positions, start, chunk), take_chunk(inputs, start, chunk, axis))
+    def own_chunks(_: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Tree:
+        positions, inputs = constants
+
+        def one(start: jax.Array) -> Tree:
+            start = start + offset[0]
+            return fn(operands, take_positions(positions, start, chunk), take_chunk(inputs, start, chunk, axis))
+
+        return jax.lax.map(one, starts)
 
     def join(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, axis)
         x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
         return jax.lax.slice_in_dim(x, 0, count, axis=axis)
 
-    return jax.tree.map(join, jax.lax.map(one, chunk_starts(count, chunk)))
+    mapped = _on_own_positions(own_chunks, (None,) * (axis + 1) + ("positions",))
+    return jax.tree.map(join, mapped(operands, (positions, inputs), *chunk_starts(count, chunk)))
 
 
 def sum_chunks(
-    fn: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]], operands: Any, constants: Any, starts: jax.Array
-) -> tuple[jax.Array, Any]:
+    fn: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]], operands: Any, constants: Any, count: int, chunk: int,
+    axes: Any = None,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """Sum over chunks of `fn(operands, constants, start) -> (scalar, aux)`, lean to differentiate.
 
     Each chunk's gradient is taken right after its value, while its activations are at hand, and only the sum of
     the gradients is kept: no chunk runs twice and the memory is that of one. Possible because the result is a plain
-    sum.
+    sum. Devices along the position axis add their sums up once, at the end.
 
     Args:
       operands: pytree of floating-point arrays to differentiate; constants: pytree that gets no gradient.
-      starts: [chunks] first position of each chunk.
+      count: positions in all; chunk: how many of them each call takes, from number `start` on.
+      axes: the tree of operands with the logical axes of each array, by which its gradient is laid out; None = free.
 
     Returns:
       (sum of the scalars, sum of the aux; no gradient flows through aux).
     """
 
-    def total(operands: Any, constants: Any, starts: jax.Array) -> tuple[jax.Array, Any]:
-        def add(carry: Any, start: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, fn(operands, constants, start)), None
+    def total(operands: Any, constants: Any) -> tuple[jax.Array, Any]:
+        def own(add_up: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Any:
+            def add(carry: Any, start: jax.Array) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, carry, fn(operands, constants, start + offset[0])), None
 
-        return jax.lax.scan(add, _zeros(jax.eval_shape(fn, operands, constants, starts[0])), starts)[0]
+            sums = jax.lax.scan(add, _zeros(jax.eval_shape(fn, operands, constants, starts[0])), starts)[0]
+            return add_up(sums, "position")
 
-    def forward(operands: Any, constants: Any, starts: jax.Array) -> tuple[tuple[jax.Array, Any], Any]:
-        value_and_grad = jax.value_and_grad(fn, has_aux=True)
+        return _on_own_positions(own, ())(operands, constants, *chunk_starts(count, chunk))
 
-        def add(carry: Any, start: jax.Array) -> tuple[Any, None]:
-            step = value_and_grad(operands, constants, start)
-            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, step), None
+    def forward(operands: Any, constants: Any) -> tuple[tuple[jax.Array, Any], Any]:
+        def own(add_up: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Any:
+            value_and_grad = jax.value_and_grad(fn, has_aux=True)
 
-        # Accumulated in float32 also where the operands are narrower.
-        sums = _zeros(jax.eval_shape(fn, operands, constants, starts[0]))
-        gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), operands)
-        out, gradients = jax.lax.scan(add, (sums, gradients), starts)[0]
+            def lay_out(gradients: Any) -> Any:
+                return gradients if axes is None else constrain_tree(gradients, axes)
+
+            def add(carry: Any, start: jax.Array) -> tuple[Any, None]:
+                sums, gradients = carry
+                out, more = value_and_grad(operands, constants, start + offset[0])
+                # Accumulated in float32 also where the operands are narrower.
+                gradients = jax.tree.map(lambda total, x: total + x.astype(jnp.float32), gradients, lay_out(more))
+                return (jax.tree.map(jnp.add, sums, out), lay_out(gradients)), None
+
+            sums = _zeros(jax.eval_shape(fn, operands, constants, starts[0]))
+            gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), operands)
+            return add_up(jax.lax.scan(add, (sums, lay_out(gradients)), starts)[0], "position")
+
+        out, gradients = _on_own_positions(own, ())(operands, constants, *chunk_starts(count, chunk))
         return out, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, operands)
 
-    def backward(gradients: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, None, None]:
-        return jax.tree.map(lambda g: (g.astype(jnp.float32) * cotangents[0]).astype(g.dtype), gradients), None, None
+    def backward(gradients: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, None]:
+        return jax.tree.map(lambda g: (g.astype(jnp.float32) * cotangents[0]).astype(g.dtype), gradients), None
 
     summed = jax.custom_vjp(total)
     summed.defvjp(forward, backward)
-    return summed(operands, constants, starts)
+    return summed(operands, constants)
+
+
+def _on_own_positions(fn: Callable[..., Any], out_axes: Any) -> Callable[..., Any]:
+    """`fn(operands, constants, starts, offset)` on every device along the position axis with its own offset [1]."""
+    return shard(fn, ("position",), ((), (), (), ("positions",)), out_axes)
 
 
 def positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, batch: int, length: int) -> int:
-    """How many positions fit the memory budget of `ThoughtConfig.chunk_megabytes`.
+    """How many positions fit the memory budget of `ThoughtConfig.chunk_megabytes` on each device of the mesh.
 
     Counts what the backward pass of one chunk keeps of every layer (`models.decoder.KEPT`), what it computes again of
     one, and the logits of thought and talk tokens.
 
     Args:
-      batch: B, sequences per device and microbatch; length: L.
+      batch: B, sequences of a microbatch on the automatic axes of the mesh; length: L.
 
     Returns:
-      a divisor of the number of positions that think where one is close, so that no chunk is half empty.
+      a divisor of the positions that think on a device where one is close, so that no chunk is half empty.
     """
-    config, thinking = settings.config, settings.thinking_positions(length)
+    config, keys = settings.config, min(KEY_BLOCK, length)
+    batch, thinking = -(-batch // ways("batch")), -(-settings.thinking_positions(length) // ways("positions"))
     if config.positions_per_chunk:
         return min(config.positions_per_chunk, thinking)
     a = architecture
-    width, heads = settings.dtype.itemsize, (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-    results = (2 * a.hidden_size + heads + 2 * a.intermediate_size) * width + 4 * a.num_heads
-    again = (6 * a.hidden_size + 4 * a.intermediate_size) * width + 12 * a.num_heads * min(KEY_BLOCK, length)
+    heads, mlp, vocab = a.num_heads // ways("heads"), a.intermediate_size // ways("mlp"), a.vocab_size // ways("vocab")
+    width, head_values = settings.dtype.itemsize, 2 * (heads + a.num_kv_heads // ways("kv_heads")) * a.head_dim
+    results = (2 * a.hidden_size + head_values + 2 * mlp) * width + 4 * heads
+    again = (6 * a.hidden_size + 4 * mlp) * width + 12 * heads * keys
     layers = 1 if settings.rematerialize else a.num_layers
     per_token = a.num_layers * a.hidden_size * width + layers * results + again
-    logits = 3 * 4 * a.vocab_size * (settings.length + 2 * settings.tokens_ahead)
+    logits = 3 * 4 * vocab * (settings.length + 2 * settings.tokens_ahead)
     per_position = batch * settings.count * (settings.chain_length * per_token + logits)
     fitting = max(1, min(thinking, config.chunk_megabytes * 2**20 // per_position))
     divisor = max(n for n in range(1, fitting + 1) if thinking % n == 0)

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.models.decoder import KEY_VALUE_AXES, KeyValues
 from quietstar_jax.models.parameters import assemble, disassemble
-from quietstar_jax.thoughts.chunks import chunk_starts, sum_chunks, take_chunk, take_positions
+from quietstar_jax.thoughts.chunks import sum_chunks, take_chunk, take_positions
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.objective import Counts, advantages, policy_loss, rewards, talk_loss
 from quietstar_jax.thoughts.positions import Choose, every_position
@@ -21,6 +22,13 @@ from quietstar_jax.thoughts.text import Text, here_and_ahead, read_text, real_ah
 Metrics = dict[str, jax.Array]
 Think = Callable[[QuietStar, Text, jax.Array], Thoughts]
 Frozen = Callable[[str], bool]
+
+_KEYS_AND_VALUES: Any = (KEY_VALUE_AXES, KEY_VALUE_AXES)
+_READ_AXES = {
+    "hidden": ("batch", "keys", "hidden"),
+    "prefix": KeyValues(*_KEYS_AND_VALUES),
+    "nats": ("batch", "keys"),
+}
 
 
 def nothing(name: str) -> bool:
@@ -76,8 +84,8 @@ def quiet_star_loss(
         thoughts = take_chunk(thoughts, start, positions_per_chunk, axis=2)
         return _chunk_loss(assemble(structure, arrays), text, positions, thoughts, counts, settings)
 
-    starts = chunk_starts(positions.shape[-1], positions_per_chunk)
-    thought_loss, metrics = sum_chunks(chunk, operands, constants, starts)
+    axes = {name: axes for name, axes in (structure.axes_by_name | _READ_AXES).items() if name in operands}
+    thought_loss, metrics = sum_chunks(chunk, operands, constants, positions.shape[-1], positions_per_chunk, axes)
     base_loss = text.nats.sum() / counts.text
     loss = settings.config.base_loss_weight * base_loss + thought_loss
     return loss, {"loss": loss, "base_loss": base_loss, **metrics}

@@ -29,8 +29,8 @@ class MixingHead(nnx.Module):
         self.base_in = parameter(rngs, (d, d), ("embed", "mixing"), uniform_fan_in(2 * d))
         self.thought_in = parameter(rngs, (d, d), ("embed", "mixing"), uniform_fan_in(2 * d))
         self.in_bias = parameter(rngs, (d,), ("mixing",), uniform_fan_in(2 * d))
-        self.hidden = parameter(rngs, (d, d), ("embed", "mixing"), uniform_fan_in(d))
-        self.hidden_bias = parameter(rngs, (d,), ("mixing",), uniform_fan_in(d))
+        self.hidden = parameter(rngs, (d, d), ("mixing", "embed"), uniform_fan_in(d))
+        self.hidden_bias = parameter(rngs, (d,), ("embed",), uniform_fan_in(d))
         self.out = parameter(rngs, (d, 1), ("embed", None), zeros)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.thoughts.chains import chain_step, empty_chains
 from quietstar_jax.thoughts.chunks import map_chunks
 from quietstar_jax.thoughts.model import QuietStar
@@ -41,10 +42,11 @@ def sample_thoughts(
     """
     model, text = jax.lax.stop_gradient((model, text))
 
-    def chunk(positions: jax.Array, draws: jax.Array | None) -> Thoughts:
-        return _sample_chunk(model, text, positions, draws, settings)
+    def chunk(read: tuple[QuietStar, Text], positions: jax.Array, draws: jax.Array | None) -> Thoughts:
+        return _sample_chunk(*read, positions, draws, settings)
 
-    return map_chunks(chunk, positions, positions_per_chunk, uniforms, axis=2)
+    thoughts = map_chunks(chunk, (model, text), positions, positions_per_chunk, uniforms, axis=2)
+    return jax.tree.map(lambda x: constrain(x, "batch", None, "keys", "chain"), thoughts)
 
 
 def _sample_chunk(
@@ -60,7 +62,7 @@ def _sample_chunk(
         offset, draws = inputs
         hidden, own = chain_step(model.decoder, embeddings, offset, positions, text.prefix, text.mask, own)
         logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
-        logits = logits / settings.config.sampling_temperature
+        logits = constrain(logits / settings.config.sampling_temperature, "batch", ..., None)  # whole where drawn from
         tokens = jnp.argmax(logits, axis=-1) if draws is None else draw_tokens(logits, draws)
         return (model.decoder.embed(tokens, settings.dtype), own), Thoughts(tokens, entropy(logits))
 

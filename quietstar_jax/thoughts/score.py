@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.models.linear import cross_entropy
+from quietstar_jax.models.linear import cross_entropy, pick
 from quietstar_jax.thoughts.chains import chain_pass
 from quietstar_jax.thoughts.mixing import mix_hidden_states, mix_log_probabilities, mixing_weight
 from quietstar_jax.thoughts.model import QuietStar
@@ -46,7 +46,7 @@ def score_thoughts(
     log_scores, weight = talk(model, text, positions, talk_hidden, settings)
     targets = jnp.broadcast_to(tokens_ahead(text.tokens, positions, ahead, fill=0)[:, None], weight.shape)
     if settings.config.mixing == "log_probabilities":
-        nats = -jnp.take_along_axis(log_scores, targets[..., None], axis=-1)[..., 0]
+        nats = -pick(log_scores, targets)
     else:
         nats = cross_entropy(log_scores, targets)
     real = real_ahead(text.mask, positions, ahead)[:, None]

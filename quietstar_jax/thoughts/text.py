@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from quietstar_jax.models.decoder import Decoder, KeyValues, base_pass
 from quietstar_jax.models.linear import cross_entropy
+from quietstar_jax.parallel.axes import collect_rows, constrain, spread_rows, ways
 
-LOGITS_BYTES = 64 * 2**20  # of float32 logits of the text, at once
+LOGITS_BYTES = 64 * 2**20  # of float32 logits of the text, at once and per device
 
 
 class Text(NamedTuple):
@@ -41,6 +42,7 @@ def read_text(
     Logits of more than `LOGITS_BYTES` never exist at once: rows are then scored in groups that fit, and recomputed in
     the backward pass.
     """
+    tokens, mask = (constrain(x, "batch", "keys") for x in (tokens, mask))
     hidden, prefix = base_pass(decoder, tokens, mask, dtype=dtype, rematerialize=rematerialize)
     batch, length = tokens.shape
     targets = tokens_ahead(tokens, jnp.arange(length), 1, fill=0)[..., 0]
@@ -49,14 +51,18 @@ def read_text(
         logits = decoder.logits(hidden)
         return cross_entropy(logits, targets), entropy(jax.lax.stop_gradient(logits)) if with_entropy else None
 
-    rows = max(1, LOGITS_BYTES // (4 * length * decoder.architecture.vocab_size))
-    if rows >= batch:
+    row_bytes = 4 * length * decoder.architecture.vocab_size // (ways("text") * ways("vocab"))
+    rows, own = max(1, LOGITS_BYTES // row_bytes), batch // ways("batch")
+    if rows >= own:
         nats, spread = predict(hidden, targets)
     else:
         score = jax.checkpoint(predict)
-        nats, spread = jax.lax.map(lambda row: score(*row), (hidden, targets), batch_size=rows)
-    real = real_ahead(mask, jnp.arange(length), 1)[..., 0]
-    return Text(tokens, mask, hidden, prefix, jnp.where(real, nats, 0.0), spread)
+        by_row = jax.tree.map(lambda x: spread_rows(x, own), (hidden, targets))
+        scored = jax.lax.map(lambda row: score(*row), by_row, batch_size=rows)
+        nats, spread = jax.tree.map(collect_rows, scored)
+    nats = jnp.where(real_ahead(mask, jnp.arange(length), 1)[..., 0], nats, 0.0)
+    nats, spread = jax.tree.map(lambda x: constrain(x, "batch", "keys"), (nats, spread))
+    return Text(tokens, mask, constrain(hidden, "batch", "keys", "hidden"), prefix, nats, spread)
 
 
 def entropy(logits: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,15 +28,21 @@ def answer_batches(run: Run, documents: Sequence[Document]) -> tuple[list[dict[s
     return batches, np.array([len(ids) - 2 for ids in rows])
 
 
-def measure_answers(run: Run, scorer: Scorer, params: Any) -> dict[str, Any]:
+def measure_answers(
+    run: Run, scorer: Scorer, params: Any, between: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Accuracy of the answer's most likely token without and with a greedy thought before it, and how many of
-    these thoughts, and of sampled ones, hold the right steps. Rates of 0 .. 1; overall and by kind of question."""
+    these thoughts, and of sampled ones, hold the right steps. Rates of 0 .. 1; overall and by kind of question.
+
+    Args:
+      between: called before each batch.
+    """
     documents = answer_questions(seed=run.config.seed, count=QUESTIONS)
     batches, positions = answer_batches(run, documents)
-    scores = score_batches(scorer, params, batches)
+    scores = score_batches(scorer, params, batches, between=between)
     at = (np.arange(len(documents)), positions)
     without, with_thoughts = scores.base_correct[at], scores.talk_correct[at]
-    sampled = score_batches(scorer, params, batches, jax.random.fold_in(run.key, QUESTIONS))
+    sampled = score_batches(scorer, params, batches, jax.random.fold_in(run.key, QUESTIONS), between)
 
     def useful_thoughts(thoughts: np.ndarray) -> np.ndarray:
         words = [run.tokenizer.decode(thought.tolist()).split() for thought in thoughts]

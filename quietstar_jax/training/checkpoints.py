@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as preserve
 
 from quietstar_jax.config import CheckpointConfig, Config, Phase
-from quietstar_jax.errors import CheckpointError
+from quietstar_jax.errors import CheckpointError, DivergedError, PreemptedError
 from quietstar_jax.settings import differences, to_mapping
 from quietstar_jax.training.step import TrainState
 
-# What changes nothing that a run computes, chunk sizes only through rounding.
+# What changes nothing that a run computes, chunk sizes and meshes only through rounding.
 UNRELATED = ("config.workdir", "config.logging", "config.checkpoint", "config.data.workers", "config.data.data_dir",
              "config.data.cache_dir", "config.thought.chunk_megabytes",
-             "config.thought.positions_per_chunk")  # fmt: skip
+             "config.thought.positions_per_chunk", "config.mesh", "config.distributed")  # fmt: skip
 MEASUREMENT = ("config.evaluation", "config.data.validation")  # touches figures, not the course of training
 FREE = UNRELATED + MEASUREMENT  # may change between the runs that share a work directory
 THINKING = tuple(
@@ -38,7 +39,8 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one work directory; a context manager that waits for the last write."""
+    """The checkpoints of one work directory, written by all processes together; a context manager that waits for the
+    last write."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, kept_steps: Sequence[int] = ()):
         """Args: kept_steps: checkpoints that are never deleted, beside those of the configuration."""
@@ -58,8 +60,11 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Closing waits for the other processes, which an error that is not theirs too would have do so for ever.
+        shared = kind is None or issubclass(kind, (PreemptedError, DivergedError))
+        if shared or jax.process_count() == 1:
+            self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -101,7 +106,7 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
             progress=ocp.args.JsonRestore(),
         )
-        done = jax.numpy.asarray(found["progress"]["step"], jax.numpy.int32)
+        done = jax.device_put(np.int32(found["progress"]["step"]), abstract.step.sharding)
         return Restored(TrainState(done, found["params"], found["opt_state"]), found["data"])
 
     def _restore(self, step: int, **items: Any) -> Any:

@@ -12,11 +12,14 @@ import numpy as np
 
 from quietstar_jax.config import Architecture, Config
 from quietstar_jax.models.parameters import Structure, assemble
+from quietstar_jax.parallel.axes import constrain
+from quietstar_jax.parallel.layout import row_ways
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
 from quietstar_jax.thoughts.controls import think
+from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import here_and_ahead, read_text, real_ahead, tokens_ahead
+from quietstar_jax.thoughts.text import Text, here_and_ahead, read_text, real_ahead, tokens_ahead
 from quietstar_jax.training.step import Batch, Vocabulary, thought_settings, to_device
 
 DECILES = 10
@@ -73,7 +76,7 @@ def make_token_scorer(structure: Structure, architecture: Architecture, settings
         if settings.length:
             thoughts = think(model, text, everywhere, uniforms, settings, chunk, greedy=key is None)
 
-        def of_chunk(positions: jax.Array, thoughts: Any) -> TokenScores:
+        def of_chunk(model: QuietStar, text: Text, positions: jax.Array, thoughts: Any) -> TokenScores:
             real = real_ahead(text.mask, positions, 1)[..., 0]
             base_nats = here_and_ahead(text.nats, positions, ahead)
             guess = model.decoder.logits(here_and_ahead(text.hidden, positions, 1)[..., 0, :]).argmax(axis=-1)
@@ -96,24 +99,34 @@ def make_token_scorer(structure: Structure, architecture: Architecture, settings
                 thoughts=thoughts.tokens[:, 0],
             )
 
-        def with_thought_axis(positions: jax.Array, thoughts: Any) -> TokenScores:
-            scores = of_chunk(positions, thoughts)
+        def with_thought_axis(read: tuple[QuietStar, Text], positions: jax.Array, thoughts: Any) -> TokenScores:
+            scores = of_chunk(*read, positions, thoughts)
             return jax.tree.map(lambda x: x[:, None], scores)  # map_chunks joins along axis 2
 
-        joined = map_chunks(with_thought_axis, everywhere, chunk, thoughts, axis=2)
-        return jax.tree.map(lambda x: x[:, 0], joined)
+        joined = map_chunks(with_thought_axis, (model, text), everywhere, chunk, thoughts, axis=2)
+        return jax.tree.map(lambda x: constrain(x[:, 0], *(None,) * (x.ndim - 1)), joined)  # whole on every device
 
     return jax.jit(score)
 
 
 def score_batches(
-    scorer: Scorer, params: Any, batches: Iterable[Mapping[str, np.ndarray]], key: jax.Array | None = None
-) -> TokenScores:
-    """All batches, stacked along the batch axis, as numpy arrays."""
-    parts = []
+    scorer: Scorer, params: Any, batches: Iterable[Mapping[str, np.ndarray]], key: jax.Array | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> TokenScores:  # fmt: skip
+    """All batches, stacked along the batch axis, as numpy arrays; on every process.
+
+    Args:
+      between: called before each batch.
+    """
+    ways, parts = row_ways(jax.sharding.get_mesh()), []
     for i, batch in enumerate(batches):
+        between()
         own_key = None if key is None else jax.random.fold_in(key, i)
-        parts.append(jax.device_get(scorer(params, to_device(batch), own_key)))
+        rows = len(batch["tokens"])
+        missing = -rows % ways  # rows without text let the devices share evenly
+        full = {name: np.pad(value, ((0, missing), (0, 0))) for name, value in batch.items()}
+        scores = jax.device_get(scorer(params, to_device(full), own_key))
+        parts.append(jax.tree.map(lambda x, rows=rows: x[:rows], scores))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 

@@ -15,13 +15,16 @@ import numpy as np
 
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
-from quietstar_jax.errors import ConfigError, DataError, DivergedError
+from quietstar_jax.errors import ConfigError, DataError, DivergedError, PreemptedError
+from quietstar_jax.parallel import processes
+from quietstar_jax.parallel.layout import Reader, find_reader
+from quietstar_jax.parallel.preemption import PreemptionNotice
 from quietstar_jax.training.answers import measure_answers
 from quietstar_jax.training.checkpoints import Checkpoints, check_same_run
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, summarize
 from quietstar_jax.training.metrics import MetricsWriter, write_json
-from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare
-from quietstar_jax.training.step import TrainState, TrainStep, initial_state, make_train_step, to_device
+from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare, start_optimizer
+from quietstar_jax.training.step import Batch, TrainState, TrainStep, compile_train_step
 from quietstar_jax.training.summary import most_helpful_thoughts
 
 
@@ -34,31 +37,42 @@ def train(config: Config) -> dict[str, Any]:
     Raises:
       UserError: with what to do about it; nothing is left half-written.
     """
+    processes.start(config.distributed)
     run = prepare(config)
+    with jax.set_mesh(run.mesh), PreemptionNotice() as notice:
+        return _train(run, notice)
+
+
+def _train(run: Run, notice: PreemptionNotice) -> dict[str, Any]:
+    config, reader, first = run.config, find_reader(run.mesh), processes.is_first()
     workdir = make_workdir(config)
-    sequences = training_sequences(config.data, run.tokenizer, seed=config.seed)
+    sequences = training_sequences(
+        config.data, run.tokenizer, seed=config.seed, process_index=reader.index, process_count=reader.count
+    )
     held_out = held_out_batches(run)
     ends = [end for _, _, end in phases_left(config, 0)] if config.checkpoint.keep_phase_ends else []
     with Checkpoints(workdir / "checkpoints", config.checkpoint, ends) as checkpoints:
         state = resume_or_start(run, checkpoints, sequences)
-        run.tokenizer.save(workdir / "tokenizer")
-        write_json(workdir / "config.json", run.record)
+        if first:
+            run.tokenizer.save(workdir / "tokenizer")
+            write_json(workdir / "config.json", run.record)
         with MetricsWriter(
             workdir, config.logging, first_step=int(state.step), total_steps=config.total_steps,
-            run_config=run.record["config"],
+            run_config=run.record["config"], silent=not first,
         ) as metrics:  # fmt: skip
-            trainer = Trainer(run, sequences, held_out, checkpoints, metrics)
+            trainer = Trainer(run, reader, sequences, held_out, checkpoints, metrics, notice)
             try:
                 state = trainer.run_phases(state)
             finally:
                 sequences.close()
             summary = trainer.final_summary(state, workdir)
-    write_json(workdir / "summary.json", summary)
+    if first:
+        write_json(workdir / "summary.json", summary)
     return summary
 
 
 def held_out_batches(run: Run) -> list[dict[str, np.ndarray]]:
-    """The validation text in batches of evaluation size; none where the configuration names none.
+    """The validation text in batches of evaluation size, whole on every process; none where there is none.
 
     Raises:
       DataError: there is validation text, but too little to predict a token of.
@@ -98,7 +112,7 @@ def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceItera
     if step is None:
         return first_state(run)
     check_same_run(checkpoints.record(step), run.record, step)
-    restored = checkpoints.restore(step, abstract_state(run))
+    restored = checkpoints.restore(step, abstract_state(run.config, run.architecture, run.mesh))
     sequences.set_state(restored.data)
     return restored.state
 
@@ -116,11 +130,11 @@ class Trainer:
     """One pass through the phases of a run."""
 
     def __init__(
-        self, run: Run, sequences: SequenceIterator, held_out: list[Any], checkpoints: Checkpoints,
-        metrics: MetricsWriter,
+        self, run: Run, reader: Reader, sequences: SequenceIterator, held_out: list[Any], checkpoints: Checkpoints,
+        metrics: MetricsWriter, notice: PreemptionNotice,
     ):  # fmt: skip
-        self._run, self._sequences, self._held_out = run, sequences, held_out
-        self._checkpoints, self._metrics = checkpoints, metrics
+        self._run, self._reader, self._sequences, self._held_out = run, reader, sequences, held_out
+        self._checkpoints, self._metrics, self._notice = checkpoints, metrics, notice
         settings = evaluation_settings(run.config, run.vocabulary)
         self._scorer = make_token_scorer(run.structure, run.architecture, settings)
         self._measured: Any = None  # (step, held-out figures, token scores)
@@ -128,26 +142,26 @@ class Trainer:
 
     def run_phases(self, state: TrainState) -> TrainState:
         """All steps that are left."""
+        run = self._run
         self._catch_up(state)
-        for phase, start, end in phases_left(self._run.config, int(state.step)):
-            step_fn = jax.jit(
-                make_train_step(
-                    self._run.config, phase, self._run.structure, self._run.architecture, self._run.vocabulary
-                ),
-                donate_argnums=0,
-            )
+        for phase, start, end in phases_left(run.config, int(state.step)):
             if phase.fresh_optimizer and int(state.step) == start:
-                state = initial_state(state.params, self._run.config)._replace(step=state.step)
+                step, state = state.step, start_optimizer(run, state.params)
+                state = state._replace(step=step)
+            step_fn = compile_train_step(
+                run.config, phase, run.structure, run.architecture, run.vocabulary, state,
+                self._reader.numbers(phase.batch_size),
+            )  # fmt: skip
             state = self._run_phase(state, phase, step_fn, start, end)
-        # The last state, also of a run of no steps; does nothing where it has just been saved.
-        self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
+        self._save(state)  # the last one, also of a run of no steps
         return state
 
     def _run_phase(self, state: TrainState, phase: Phase, step_fn: TrainStep, start: int, end: int) -> TrainState:
         config = self._run.config
         for done in range(int(state.step) + 1, end + 1):
-            rows = self._sequences.next_batch(phase.batch_size)
-            state, values = step_fn(state, to_device(rows), self._run.key, jnp.int32(start))
+            rows = self._sequences.next_batch(phase.batch_size // self._reader.count)
+            batch = Batch(*(self._reader.place(rows[name], self._run.mesh) for name in ("tokens", "mask")))
+            state, values = step_fn(state, batch, self._run.key, jnp.int32(start))
             self._read_metrics()
             self._unread = functools.partial(self._log, values, done, phase)
             # Evaluated before saved: a run that is killed in between does the evaluation again.
@@ -155,21 +169,33 @@ class Trainer:
                 self._read_metrics()
                 self._evaluate(state, phase, done)
             if done % config.checkpoint.every_steps == 0 or (done == end and config.checkpoint.keep_phase_ends):
-                self._read_metrics()  # a state with a value that is not finite is never saved
-                self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
+                self._save(state)
+            self._leave_if_told(state)
         return state
+
+    def _save(self, state: TrainState) -> None:
+        self._read_metrics()  # a state with a value that is not finite is never saved
+        self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
+
+    def _leave_if_told(self, state: TrainState) -> None:
+        """Saves and stops where this run was told to leave its machine."""
+        if self._notice.given():
+            self._save(state)
+            raise PreemptedError(
+                f"Told to stop (SIGTERM) after step {int(state.step)}, which is saved. Start the run again to go on."
+            )
 
     def _is_evaluated(self, step: int, phase_end: int) -> bool:
         every = self._run.config.evaluation.every_steps
         return step == phase_end or bool(every and step % every == 0)
 
     def _catch_up(self, state: TrainState) -> None:
-        """Evaluates the state that the run begins with where that was due and has no record: a study lets runs begin
-        from weights of another, which measures in its own way."""
+        """Evaluates the state that the run begins with where that was due and has no record: it was told to stop before
+        that, or a study let it begin from weights of another run, which measures in its own way."""
         step, start = int(state.step), 0
         for phase in self._run.config.phases:
             due = start < step <= start + phase.steps and self._is_evaluated(step, start + phase.steps)
-            if due and not self._metrics.has("evaluation", step):
+            if processes.agree(due and not self._metrics.has("evaluation", step)):
                 self._evaluate(state, phase, step)
             start += phase.steps
 
@@ -217,10 +243,11 @@ class Trainer:
         """The held-out figures of a state; those of the newest one are remembered."""
         step = int(state.step)
         if self._measured is None or self._measured[0] != step:
-            scores = score_batches(self._scorer, state.params, self._held_out)
+            between = functools.partial(self._leave_if_told, state)
+            scores = score_batches(self._scorer, state.params, self._held_out, between=between)
             values = summarize(scores)
             if self._run.tokenizer.name == "synthetic":
-                values |= measure_answers(self._run, self._scorer, state.params)
+                values |= measure_answers(self._run, self._scorer, state.params, between)
             self._measured = (step, values, scores)
         return self._measured[1]
 

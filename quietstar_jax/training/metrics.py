@@ -19,16 +19,24 @@ class MetricsWriter:
     """Writes the metrics of a run; a context manager.
 
     A resumed run first drops the records of steps that it is going to do again, so that every step has one record.
+
+    Args:
+      silent: write and show nothing, as all processes but one do.
     """
 
-    def __init__(self, workdir: Path, config: LoggingConfig, *, first_step: int, total_steps: int, run_config: Any):
-        self._sinks = _sinks(workdir, config, first_step, run_config)  # first: a missing package stops here
-        path = workdir / "metrics.jsonl"
-        self._kept = _keep_until(path, first_step)
+    def __init__(
+        self, workdir: Path, config: LoggingConfig, *, first_step: int, total_steps: int, run_config: Any,
+        silent: bool = False,
+    ):  # fmt: skip
+        self._silent = silent
+        # First: a missing package stops here.
+        self._sinks = [] if silent else _sinks(workdir, config, first_step, run_config)
+        path = Path(os.devnull) if silent else workdir / "metrics.jsonl"
+        self._kept = set() if silent else _keep_until(path, first_step)
         self._file = path.open("a", encoding="utf-8")
         self._bar = tqdm(
-            total=total_steps, initial=first_step, disable=not config.progress_bar, unit="step", dynamic_ncols=True,
-            smoothing=0.05,
+            total=total_steps, initial=first_step, disable=silent or not config.progress_bar, unit="step",
+            dynamic_ncols=True, smoothing=0.05,
         )  # fmt: skip
 
     def __enter__(self) -> MetricsWriter:
@@ -64,7 +72,8 @@ class MetricsWriter:
 
     def say(self, line: str) -> None:
         """A line for people, above the progress bar."""
-        tqdm.write(line)
+        if not self._silent:
+            tqdm.write(line)
 
 
 def write_json(path: Path, value: Any) -> None:

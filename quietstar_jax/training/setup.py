@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, Sharding
 
 from quietstar_jax.config import Architecture, Config
 from quietstar_jax.data.pipeline import check_vocabulary
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
-from quietstar_jax.hf.load import build, load_decoder, load_parameters
-from quietstar_jax.hf.names import quietstar_entries, thought_entries
+from quietstar_jax.hf.load import build, load_parameters
+from quietstar_jax.hf.names import decoder_entries, quietstar_entries, thought_entries
+from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import Structure, disassemble
+from quietstar_jax.parallel.layout import on_mesh
+from quietstar_jax.parallel.mesh import check_batches, make_mesh
 from quietstar_jax.settings import to_mapping
 from quietstar_jax.thoughts.model import QuietStar, fresh, initialize
-from quietstar_jax.training.step import TrainState, Vocabulary, initial_state
+from quietstar_jax.training.step import TrainState, Vocabulary, initial_state, state_specs
 
 PUBLISHED_SCALE, PUBLISHED_MIXING = 100.0, "hidden_states"  # of checkpoints whose config.json does not say
 
@@ -34,6 +40,7 @@ class Run:
     structure: Structure
     vocabulary: Vocabulary
     key: jax.Array
+    mesh: Mesh  # of all devices; the context of everything that is compiled (`jax.set_mesh`)
     files: CheckpointFiles | None  # of the Hugging Face checkpoint that it starts from
 
     @property
@@ -49,15 +56,11 @@ class Run:
 
 
 def prepare(config: Config) -> Run:
-    """Loads the tokenizer, finds the model's shape, and checks that they fit.
+    """Loads the tokenizer, finds the model's shape, lays out the devices, and checks that all of it fits.
 
     Raises:
       ConfigError, DataError, CheckpointError: before any weight is read.
     """
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"This program was started as {jax.process_count()} processes; this release trains in one. Start it once."
-        )
     files = open_checkpoint(config.model.checkpoint, config.model.revision) if config.model.checkpoint else None
     architecture = architecture_from_hf(files.config) if files else config.model.architecture
     tokenizer = load_tokenizer(_tokenizer_name(config), config.model.revision if not config.data.tokenizer else "")
@@ -69,6 +72,8 @@ def prepare(config: Config) -> Run:
         check_thoughts(files, config, meta)
     start_tokens = _embedding_tokens(tokenizer, config.thought.initial_start_token, "initial_start_token")
     end_tokens = _embedding_tokens(tokenizer, config.thought.initial_end_token, "initial_end_token")
+    mesh = make_mesh(config.mesh, architecture)
+    check_batches(config, mesh)
     return Run(
         config=config,
         tokenizer=tokenizer,
@@ -82,6 +87,7 @@ def prepare(config: Config) -> Run:
             pause_id=start_tokens[0],
         ),
         key=jax.random.key(config.seed),
+        mesh=mesh,
         files=files,
     )
 
@@ -96,29 +102,60 @@ def abstract_structure(architecture: Architecture) -> Structure:
     return abstract_params(architecture)[1]
 
 
-def abstract_state(run: Run) -> TrainState:
-    """Shapes, dtypes and device of the training state; a checkpoint of other hardware is read to where this says."""
-    params, _ = abstract_params(run.architecture)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def abstract_state(config: Config, architecture: Architecture, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and layout of the training state; a checkpoint of any mesh is read to where this says."""
+    params, structure = abstract_params(architecture)
+    state = jax.eval_shape(lambda params: initial_state(params, config), params)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        jax.eval_shape(lambda params: initial_state(params, run.config), params),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        on_mesh(mesh, state_specs(state, structure)),
     )
 
 
 def first_state(run: Run) -> TrainState:
-    """Step 0: weights of the Hugging Face checkpoint, with its thoughts where it can think; or random ones."""
+    """Step 0: weights of the Hugging Face checkpoint, with its thoughts where it can think; or random ones.
+
+    Every process reads the files and keeps its own parts.
+    """
     vocabulary, scale = run.vocabulary, run.config.thought.embedding_scale
     key = jax.random.fold_in(run.key, jnp.iinfo(jnp.int32).max)  # no step folds this number in
 
-    meta = (vocabulary.start_tokens, vocabulary.end_tokens, scale)
+    meta: tuple[Any, Any, float] = (vocabulary.start_tokens, vocabulary.end_tokens, scale)
+    layout = jax.tree.map(lambda x: x.sharding, abstract_state(run.config, run.architecture, run.mesh))
     if run.files is None:
-        model = jax.jit(lambda key: fresh(run.architecture, *meta, key))(key)
+        make = jax.jit(lambda key: disassemble(fresh(run.architecture, *meta, key))[0], out_shardings=layout.params)
+        params = make(key)
     elif can_think(run.files):
-        model = load_thinking(run.files, run.architecture, scale)
+        params, _ = disassemble(load_thinking(run.files, run.architecture, scale, shardings=layout.params))
     else:
-        model = initialize(load_decoder(run.files, run.architecture), *meta, key)
-    return initial_state(disassemble(model)[0], run.config)
+        entries = decoder_entries(run.architecture, "decoder.")
+        params = load_parameters(run.files, entries, shardings=layout.params)
+        params |= _begin_to_think(params, run.architecture, meta, key, layout.params)
+    return start_optimizer(run, params)
+
+
+def start_optimizer(run: Run, params: dict[str, jax.Array]) -> TrainState:
+    """Step 0 with these weights, which are given up, and new Adam moments."""
+    layout = jax.tree.map(lambda x: x.sharding, abstract_state(run.config, run.architecture, run.mesh))
+    start = jax.jit(lambda params: initial_state(params, run.config), out_shardings=layout, donate_argnums=0)
+    return start(params)
+
+
+def _begin_to_think(
+    params: dict[str, jax.Array], architecture: Architecture, meta: tuple[Any, Any, float], key: jax.Array,
+    layout: dict[str, Any],
+) -> dict[str, jax.Array]:  # fmt: skip
+    """What a decoder with these parameters lacks to think, as `thoughts.model.initialize` makes it."""
+    names = [name for name in layout if name not in params]
+
+    def make(params: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        weights = {name.removeprefix("decoder."): value for name, value in params.items()}
+        decoder = build(lambda: Decoder(architecture, nnx.Rngs(0)), weights)
+        made, _ = disassemble(initialize(decoder, *meta, key))
+        return {name: made[name] for name in names}
+
+    return jax.jit(make, out_shardings={name: layout[name] for name in names})(params, key)
 
 
 def can_think(files: CheckpointFiles) -> bool:
@@ -126,16 +163,20 @@ def can_think(files: CheckpointFiles) -> bool:
     return any(entry.name in files.tensors for entry in thought_entries(1))
 
 
-def load_thinking(files: CheckpointFiles, architecture: Architecture, embedding_scale: float) -> QuietStar:
+def load_thinking(
+    files: CheckpointFiles, architecture: Architecture, embedding_scale: float, *,
+    shardings: Mapping[str, Sharding] | None = None,
+) -> QuietStar:  # fmt: skip
     """A checkpoint of the published layout with all that it learned: nothing is initialised anew.
 
     Args:
       embedding_scale: what start and end embedding shall be stored divided by; the file may have another.
+      shardings: as in `load_parameters`.
 
     Raises:
       CheckpointError: as `load_parameters`.
     """
-    parameters = load_parameters(files, quietstar_entries(architecture))
+    parameters = load_parameters(files, quietstar_entries(architecture), shardings=shardings)
     theirs = files.config.get("thought_embedding_scale", PUBLISHED_SCALE)
     if theirs != embedding_scale:
         for name in ("start_embedding", "end_embedding"):

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 from quietstar_jax.config import Architecture, Config, Phase
 from quietstar_jax.models.parameters import Structure, assemble
+from quietstar_jax.parallel.axes import constrain, constrain_tree, shard, spread_rows
+from quietstar_jax.parallel.layout import place_rows, specs_like_parameters
 from quietstar_jax.thoughts.chunks import positions_per_chunk
 from quietstar_jax.thoughts.controls import think
 from quietstar_jax.thoughts.loss import Metrics, language_model_loss, quiet_star_loss
@@ -56,16 +59,25 @@ class Draws(NamedTuple):
     positions: jax.Array
 
 
-def draw(key: jax.Array, shape: tuple[int, ...], settings: ThoughtSettings) -> Draws:
-    """The draws of a step over tokens of shape [B, L]."""
+def draw(
+    key: jax.Array, shape: tuple[int, ...], settings: ThoughtSettings, row_numbers: np.ndarray | None = None
+) -> Draws:
+    """The draws of a step over tokens of shape [B, L].
+
+    Args:
+      row_numbers: [B] the number in the batch of each row's sequence, whose draws it gets; None = in order.
+    """
     batch, length = shape
     thoughts = jax.random.uniform(key, (batch, settings.count, length, settings.length))
-    return Draws(thoughts, jax.random.uniform(jax.random.fold_in(key, 0), (batch, length)))
+    draws = Draws(thoughts, jax.random.uniform(jax.random.fold_in(key, 0), (batch, length)))
+    if row_numbers is not None:
+        draws = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim)[row_numbers], draws)
+    return jax.tree.map(lambda x: constrain(x, "batch", ...), draws)
 
 
 def to_device(rows: Mapping[str, np.ndarray]) -> Batch:
-    """A batch of the data pipeline, moved to the device."""
-    return Batch(jax.device_put(rows["tokens"]), jax.device_put(rows["mask"]))
+    """A whole batch of the data pipeline, moved to the device or dealt out over the mesh."""
+    return Batch(place_rows(rows["tokens"]), place_rows(rows["mask"]))
 
 
 class Vocabulary(NamedTuple):
@@ -119,24 +131,29 @@ def initial_state(params: dict[str, jax.Array], config: Config) -> TrainState:
 
 
 def make_train_step(
-    config: Config, phase: Phase, structure: Structure, architecture: Architecture, vocabulary: Vocabulary
-) -> TrainStep:
+    config: Config, phase: Phase, structure: Structure, architecture: Architecture, vocabulary: Vocabulary,
+    row_numbers: np.ndarray | None = None,
+) -> TrainStep:  # fmt: skip
     """The step of a phase: `(state, batch, key, first step of the phase) -> (state, metrics)`.
 
     Pure; the caller compiles it. The key is that of the whole run: each step folds its number in. Before the first
     phase that thinks, start and end follow the embeddings they begin as, unless they have been learned before.
+
+    Args:
+      row_numbers: [B] which sequence of the batch each row is, so that thoughts do not depend on who reads what; None =
+        in order.
     """
     until_now = [p.name for p in config.phases].index(phase.name) + 1
     never_thought = bool(vocabulary.start_tokens) and not any(p.thought_length for p in config.phases[:until_now])
     settings = phase_settings(config, phase, vocabulary)
     optimizer = make_optimizer(config.optimizer)
-    length = config.data.sequence_length
-    chunk = positions_per_chunk(architecture, settings, phase.batch_size // phase.microbatches, length)
+    axes = structure.axes_by_name
 
     def loss(params: Any, batch: Batch, draws: Draws, counts: Counts) -> tuple[jax.Array, Metrics]:
         model = assemble(structure, params)
         if not phase.thought_length:
             return language_model_loss(model, *batch, counts, settings)
+        chunk = positions_per_chunk(architecture, settings, *batch.tokens.shape)
 
         def think_there(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:
             return think(model, text, positions, at_positions(draws.thoughts, positions), settings, chunk)
@@ -147,14 +164,20 @@ def make_train_step(
             frozen=lambda name: not rate_scale(name, phase.rates),
         )  # fmt: skip
 
-    def step(state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array) -> tuple[TrainState, Metrics]:
-        thinking = None if config.thought.positions == "all" else settings.thinking_positions(length)
-        counts = count_targets(batch.mask, phase.tokens_ahead, thinking)
-        draws = draw(jax.random.fold_in(key, state.step), batch.tokens.shape, settings)
+    def own_rows(add_up: Any, params: Any, batch: Batch, draws: Draws, counts: Counts) -> tuple[Any, Metrics]:
+        """Gradients and metrics of the sequences of one place on the data axis, added up over all at the end."""
         gradient = jax.grad(loss, has_aux=True)
         gradients, metrics = accumulate(
-            lambda piece: gradient(state.params, *piece, counts), (batch, draws), phase.microbatches
+            lambda piece: gradient(params, *piece, counts), (batch, draws), phase.microbatches
         )
+        return add_up((constrain_tree(gradients, axes), metrics), "data")
+
+    def step(state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array) -> tuple[TrainState, Metrics]:
+        thinking = None if config.thought.positions == "all" else settings.thinking_positions(batch.tokens.shape[1])
+        counts = count_targets(batch.mask, phase.tokens_ahead, thinking)
+        draws = draw(jax.random.fold_in(key, state.step), batch.tokens.shape, settings, row_numbers)
+        over_data = shard(own_rows, ("data",), ((), ("rows",), ("rows",), ()), ())
+        gradients, metrics = over_data(state.params, batch, draws, counts)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = learning_rate(phase, state.step - phase_start)
         params = apply_updates(state.params, updates, rate, phase.rates)
@@ -168,6 +191,24 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def state_specs(state: TrainState, structure: Structure) -> TrainState:
+    """How a training state, or the shapes of one, lies on a mesh: a tree of `PartitionSpec`."""
+    return specs_like_parameters(state, structure.axes_by_name)
+
+
+def compile_train_step(
+    config: Config, phase: Phase, structure: Structure, architecture: Architecture, vocabulary: Vocabulary,
+    state: TrainState, row_numbers: np.ndarray | None = None,
+) -> Any:  # fmt: skip
+    """`make_train_step` under `jax.jit`, laid out over the mesh of the context; a state given to it is given up.
+
+    Args:
+      state: one to come, or its shapes.
+    """
+    step = make_train_step(config, phase, structure, architecture, vocabulary, row_numbers)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_specs(state, structure), PartitionSpec()))
 
 
 def initial_thought_embeddings(
@@ -185,6 +226,6 @@ def accumulate(fn: Callable[[Any], Any], batch: Any, pieces: int) -> Any:
     """Sum of `fn` over the batch [B, ...] in `pieces` equal parts, one part in memory at a time."""
     if pieces == 1:
         return fn(batch)
-    parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
+    parts = jax.tree.map(lambda x: spread_rows(x, pieces), batch)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts)))
     return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None), zeros, parts)[0]

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from quietstar_jax.config import Architecture, ThoughtConfig
-from quietstar_jax.thoughts.chunks import chunk_starts, map_chunks, positions_per_chunk, sum_chunks, take_chunk
+from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk, sum_chunks, take_chunk
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 7])
 def test_mapping_joins_and_cuts(chunk: int) -> None:
     inputs = jnp.arange(14.0).reshape(2, 7)
-    found = map_chunks(lambda positions, x: x * 10 + positions.astype(x.dtype), jnp.arange(7), chunk, inputs, axis=1)
+    found = map_chunks(
+        lambda _, positions, x: x * 10 + positions.astype(x.dtype), (), jnp.arange(7), chunk, inputs, axis=1
+    )
     np.testing.assert_array_equal(found, inputs * 10 + jnp.arange(7.0))
 
 
@@ -32,7 +34,7 @@ def test_sum_and_gradient_equal_the_plain_sum(dtype: str) -> None:
         return value, {"seen": x.sum()}
 
     def chunked(weights):
-        total, aux = sum_chunks(piece, weights, (data, ids), chunk_starts(7, 3))
+        total, aux = sum_chunks(piece, weights, (data, ids), 7, 3)
         return 2.5 * total, aux
 
     def plain(weights):

@@ -141,31 +141,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not (tmp_path / "summary.json").exists()
 
 
-ON_ANOTHER_DEVICE = """
-import sys
-from pathlib import Path
-
-import jax
-
-from quietstar_jax.training.loop import train
-from tests.training.tiny import tiny_config
-
-jax.config.update("jax_default_device", jax.devices()[1])
-train(tiny_config(Path(sys.argv[1])))
-"""
-
-
-def test_a_checkpoint_of_another_device_is_read_here(uninterrupted, tmp_path):
-    environment = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", ON_ANOTHER_DEVICE, str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
-    sharding = (tmp_path / "checkpoints" / "7" / "params" / "_sharding").read_text()
-    assert "cpu:1" in sharding or "TFRT_CPU_1" in sharding, "written on the first device after all"
-    _, there = uninterrupted
-    here = train(tiny_config(tmp_path))
-    assert here["loss_with_thoughts"] == pytest.approx(there["loss_with_thoughts"], rel=1e-6)
-
-
 def test_a_damaged_checkpoint_says_what_to_remove(tmp_path):
     train(tiny_config(tmp_path))
     for file in (tmp_path / "checkpoints" / "7" / "params").rglob("*"):

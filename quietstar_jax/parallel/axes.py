@@ -1,0 +1,161 @@
+"""The one table from logical axes to mesh axes, and what reads it: layouts of weights and hints for activations.
+
+Functions here take the mesh from its context (`jax.set_mesh`). Without one they change nothing, so that all code of
+the model runs as it is on a single device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import EllipsisType
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import PartitionSpec
+
+Tree = TypeVar("Tree")
+
+MESH_AXES = ("data", "position", "fsdp", "tensor", "group")
+"""From the one that talks least to the one that talks most; the last are neighbours in the network.
+
+`group` is what `config.mesh.tensor` has beyond the key/value heads: it splits the query heads that share one of them.
+"""
+
+_TENSOR = ("tensor", "group")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # weights
+    "layers": (),
+    "vocab": _TENSOR,
+    "embed": ("fsdp",),
+    "mlp": _TENSOR,
+    "heads": _TENSOR,
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mixing": _TENSOR,
+    # activations
+    "batch": ("data", "fsdp"),
+    "rows": ("data",),  # sequences, where what the weights split over fsdp stays split
+    "text": ("position",),  # tokens of the text that ask
+    "keys": (),  # tokens of the text that are looked at
+    "positions": ("position",),  # where thoughts begin
+    "chain": (),
+    "hidden": (),
+    "query_rows": ("group",),  # query heads of a key/value head, times tokens of a chain
+}
+
+Axes = tuple[str | None, ...]
+
+
+def partition_spec(axes: Sequence[str | EllipsisType | None]) -> PartitionSpec:
+    """How an array with these logical axes lies on a mesh.
+
+    Args:
+      axes: per dimension a name of `RULES`, None for one that is never split, or `...` for one that anything may
+        have decided.
+
+    Raises:
+      ValueError: no rule names an axis, or two dimensions would lie on one mesh axis.
+    """
+    entries: list[Any] = []
+    used: list[str] = []
+    for name in axes:
+        if name is ...:
+            entries.append(PartitionSpec.UNCONSTRAINED)
+            continue
+        if name is not None and name not in RULES:
+            raise ValueError(f"No rule names the axis {name!r} of {tuple(axes)}; known are {', '.join(RULES)}.")
+        mesh_axes = RULES[name] if name is not None else ()
+        used += mesh_axes
+        entries.append(mesh_axes or None)
+    twice = {axis for axis in used if used.count(axis) > 1}
+    if twice:
+        raise ValueError(f"Two dimensions of {tuple(axes)} would lie on the mesh axis {', '.join(sorted(twice))}.")
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
+    """x, laid out over the mesh as its logical axes say; see `partition_spec`.
+
+    Mesh axes that are manual here (inside `shard_map`) count as done. `...` stands for any number of dimensions.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not mesh.auto_axes:
+        return x
+    if ... in axes:
+        at = axes.index(...)
+        axes = (*axes[:at], *(...,) * (x.ndim - len(axes) + 1), *axes[at + 1 :])
+    if len(axes) != x.ndim:
+        raise ValueError(f"An array of shape {x.shape} got the axes {axes}.")
+    return jax.lax.with_sharding_constraint(x, _only(partition_spec(axes), mesh.auto_axes))
+
+
+def constrain_tree(tree: Tree, axes: Any) -> Tree:
+    """`constrain` of every array of a tree; `axes` is the same tree with a tuple of names in place of each."""
+    return jax.tree.map(lambda x, names: constrain(x, *names), tree, axes)
+
+
+def ways(name: str) -> int:
+    """Into how many parts the automatic mesh axes here split a logical axis; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = 1
+    for axis in RULES[name]:
+        count *= mesh.shape[axis] if not mesh.empty and axis in mesh.auto_axes else 1
+    return count
+
+
+def shard(fn: Callable[..., Any], over: Sequence[str], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+    """`fn` on each device's own part of its arguments, for those mesh axes `over` that are automatic here.
+
+    Args:
+      fn: takes `add_up`, then the arguments; `add_up(tree, mesh axis)` is the sum over the devices of one of `over`.
+      in_axes, out_axes: per argument and result a tuple of logical axes, as for `partition_spec`; or for a tree of
+        arrays that these mesh axes do not split, ().
+
+    Returns:
+      A function of whole arrays. Where these mesh axes have one device each, it is `fn` itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = {axis for axis in over if not mesh.empty and axis in mesh.auto_axes}
+
+    def add_up(tree: Tree, axis: str) -> Tree:
+        return jax.lax.psum(tree, axis) if axis in manual and mesh.shape[axis] > 1 else tree
+
+    own = functools.partial(fn, add_up)
+    if all(mesh.shape[axis] == 1 for axis in manual):
+        return own
+    specs = [
+        jax.tree.map(lambda axes: _only(partition_spec(axes), manual), tree, is_leaf=_is_axes)
+        for tree in (in_axes, out_axes)
+    ]
+    return jax.shard_map(own, in_specs=specs[0], out_specs=specs[1], axis_names=manual, check_vma=False)
+
+
+def spread_rows(x: jax.Array, pieces: int) -> jax.Array:
+    """[B, ...] -> [pieces, B / pieces, ...], where every device has an equal part of every piece from its own rows."""
+    own, rows = ways("batch"), x.shape[0] // pieces
+    parts = x.reshape(own, pieces, rows // own, *x.shape[1:]).swapaxes(0, 1)
+    return constrain(parts.reshape(pieces, rows, *x.shape[1:]), None, "batch", ...)
+
+
+def collect_rows(x: jax.Array) -> jax.Array:
+    """The inverse of `spread_rows`: [pieces, B / pieces, ...] -> [B, ...]."""
+    (pieces, rows), own = x.shape[:2], ways("batch")
+    parts = x.reshape(pieces, own, rows // own, *x.shape[2:]).swapaxes(0, 1)
+    return constrain(parts.reshape(pieces * rows, *x.shape[2:]), "batch", ...)
+
+
+def _is_axes(value: Any) -> bool:
+    return type(value) is tuple and all(item is None or isinstance(item, str) for item in value)
+
+
+def _only(spec: PartitionSpec, kept: Any) -> PartitionSpec:
+    """A specification without the mesh axes that are not kept."""
+
+    def entry(axes: Any) -> Any:
+        if axes is None or axes is PartitionSpec.UNCONSTRAINED:
+            return axes
+        return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if axis in kept) or None
+
+    return PartitionSpec(*(entry(axes) for axes in spec))

@@ -1,0 +1,116 @@
+"""Where arrays lie on the mesh of the context: parameters, what is kept for each of them, and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.parallel.axes import Axes, partition_spec
+
+ROWS = partition_spec(("batch",))  # of arrays whose first dimension is the sequences of a batch
+
+
+def specs_like_parameters(tree: Any, axes: Mapping[str, Axes]) -> Any:
+    """The layout of a tree of parameters, gradients or optimizer state.
+
+    Args:
+      tree: of arrays or shapes; an array below the dotted path of a parameter lies as that does, a scalar everywhere.
+      axes: logical axes by dotted path.
+
+    Returns:
+      The tree with a `PartitionSpec` in place of each array.
+
+    Raises:
+      ValueError: an array belongs to no parameter, or has another rank.
+    """
+
+    def spec(path: tuple[Any, ...], array: Any) -> PartitionSpec:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in axes]
+        if not names and array.ndim == 0:
+            return PartitionSpec()
+        if not names or len(axes[names[-1]]) != array.ndim:
+            where = jax.tree_util.keystr(path)
+            raise ValueError(f"No rule says how {where} of shape {array.shape} lies on the mesh.")
+        return partition_spec(axes[names[-1]])
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def on_mesh(mesh: Mesh, specs: Any) -> Any:
+    """A tree of `PartitionSpec` as shardings of this mesh."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
+
+
+def place_rows(rows: np.ndarray) -> jax.Array:
+    """Rows [B, ...] that every process holds whole, dealt out over the mesh of the context, or on the one device."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.device_put(rows)
+    return jax.make_array_from_callback(rows.shape, NamedSharding(mesh, ROWS), lambda index: rows[index])
+
+
+def row_ways(mesh: Mesh) -> int:
+    """Into how many parts the sequences of a batch are split; 1 without a mesh."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] if not mesh.empty else 1
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Which sequences of every batch this process reads: number `index`, `index + count`, ... of the global order.
+
+    Processes whose devices hold the same rows read the same sequences.
+    """
+
+    index: int
+    count: int
+    parts: tuple[tuple[int, ...], ...]  # of each reader, the parts of a batch that its devices hold
+
+    def place(self, rows: np.ndarray, mesh: Mesh) -> jax.Array:
+        """The own rows [B / count, ...] in the order read -> the global array [B, ...]."""
+        mine = self.parts[self.index]
+        size = len(rows) // len(mine)
+
+        def part(index: Any) -> np.ndarray:
+            first = mine.index((index[0].start or 0) // size) * size
+            return rows[first : first + size]
+
+        shape = (len(rows) * self.count, *rows.shape[1:])
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, ROWS), part)
+
+    def numbers(self, batch_size: int) -> np.ndarray | None:
+        """Which sequence of the batch each global row holds, int32 [B]; None where they are in order."""
+        size = batch_size // (self.count * len(self.parts[0]))
+        numbers = np.empty(batch_size, np.int32)
+        for reader, parts in enumerate(self.parts):
+            rows = np.concatenate([np.arange(part * size, (part + 1) * size) for part in parts])
+            numbers[rows] = reader + self.count * np.arange(len(rows))
+        return None if self.count == 1 else numbers
+
+
+def find_reader(mesh: Mesh) -> Reader:
+    """The reader that this process is.
+
+    Raises:
+      ConfigError: two processes share only some of their rows.
+    """
+    ways = row_ways(mesh)
+    held: dict[int, set[int]] = {}
+    indices: Mapping[Any, Any] = NamedSharding(mesh, ROWS).devices_indices_map((ways,))
+    for device, index in indices.items():
+        held.setdefault(device.process_index, set()).add(index[0].start or 0)
+    parts = sorted({tuple(sorted(own)) for own in held.values()})
+    if sum(map(len, parts)) != ways or len({len(own) for own in parts}) > 1:
+        raise ConfigError(
+            f"config.mesh deals the sequences out in {ways} parts (data {mesh.shape['data']} x fsdp "
+            f"{mesh.shape['fsdp']}), of which some processes share only some. Choose sizes of data and fsdp whose "
+            f"product is a multiple, or a divisor, of the {len(held)} processes."
+        )
+    return Reader(parts.index(tuple(sorted(held[jax.process_index()]))), len(parts), tuple(parts))

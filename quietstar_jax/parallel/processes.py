@@ -1,0 +1,91 @@
+"""Several processes that make one run: how they find each other, and what becomes of all when one is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from quietstar_jax.config import DistributedConfig
+from quietstar_jax.errors import START_AGAIN, ConfigError, PreemptedError, UserError
+
+
+def start(config: DistributedConfig) -> None:
+    """Joins the processes of the run, before anything else is done with JAX. Does nothing for a single process.
+
+    Raises:
+      ConfigError: the others were not found.
+    """
+    if config.processes == "single" or jax.distributed.is_initialized():
+        return
+    given = config.processes == "given"
+    try:
+        jax.distributed.initialize(
+            coordinator_address=config.coordinator if given else None,
+            num_processes=config.num_processes if given else None,
+            process_id=config.process_id if given else None,
+            cluster_detection_method="deactivate" if given else None,
+            initialization_timeout=config.start_seconds,
+            heartbeat_timeout_seconds=config.heartbeat_seconds,
+        )
+    except (ValueError, RuntimeError) as error:
+        said = str(error).splitlines()[0]
+        if given:
+            raise ConfigError(
+                f"Process {config.process_id} of {config.num_processes} did not find the others at "
+                f"{config.coordinator} within {config.start_seconds} s: {said} Check config.distributed, and that all "
+                "were started."
+            ) from error
+        raise ConfigError(
+            f"config.distributed.processes is 'cluster', but no cluster could be joined: {said} A TPU pod, SLURM, "
+            "Open MPI or a Kubernetes job is recognised by its environment; else set it to 'given' and "
+            "say coordinator, num_processes and process_id."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def agree(value: bool) -> bool:
+    """What the first process says, on all."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
+
+
+@contextlib.contextmanager
+def stop_together() -> Iterator[None]:
+    """Ends this process at once where an error makes it leave a run of several.
+
+    The others notice that it is gone and stop too. Without this it would wait for them on its way out, and they for
+    it, until a timeout. An error of a single process passes through, and so does a preemption, which all leave by.
+    """
+    try:
+        yield
+    except PreemptedError:
+        raise
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        status, who = 1, f"process {jax.process_index()} of {jax.process_count()}"
+        if isinstance(error, UserError):
+            status = error.status
+            print(f"error: {error} ({who})", file=sys.stderr)
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            status = START_AGAIN
+            print(
+                f"error: {who} lost touch with another one, or a device failed: {str(error).splitlines()[0]}\n"
+                "It stops here. Start all processes again: the run goes on from its last checkpoint.",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

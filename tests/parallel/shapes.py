@@ -1,0 +1,93 @@
+"""The training step and the token scorer on many meshes of CPU devices against one device, in one process.
+
+`JAX_NUM_CPU_DEVICES=8 python -m tests.parallel.shapes step 8,1,1,1 2,2,2,1 ...`: data, fsdp, tensor and position.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from quietstar_jax.config import Architecture, Config, DataConfig, MeshConfig, ModelConfig, Phase, ThoughtConfig
+from quietstar_jax.models.parameters import disassemble
+from quietstar_jax.parallel.layout import on_mesh
+from quietstar_jax.parallel.mesh import make_mesh
+from quietstar_jax.thoughts import text
+from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches
+from quietstar_jax.training.step import Vocabulary, compile_train_step, initial_state, state_specs, to_device
+from tests.thoughts.cases import random_model, worst_errors
+
+ROWS, LENGTH = 16, 12
+ARCHITECTURE = Architecture(
+    vocab_size=104, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=4
+)
+PHASE = Phase(
+    batch_size=ROWS, microbatches=2, thought_length=2, num_thoughts=2, tokens_ahead=2, policy_weight=3.0,
+    learning_rate=1e-2, warmup_steps=0,
+)  # fmt: skip
+VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(5,), start_tokens=(1,), end_tokens=(2,))
+ARRAYS, STRUCTURE = disassemble(random_model(ARCHITECTURE, 7.0))
+PARAMS = jax.device_get(ARRAYS)  # a step gives up what it is given
+
+
+def config(mesh: MeshConfig, **model: Any) -> Config:
+    return Config(
+        model=ModelConfig(architecture=ARCHITECTURE, **model), phases=(PHASE,), mesh=mesh,
+        data=DataConfig(sequence_length=LENGTH), thought=ThoughtConfig(embedding_scale=7.0, positions_per_chunk=2),
+    )  # fmt: skip
+
+
+def rows() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(6, 100, (ROWS, LENGTH)).astype(np.int32)
+    return {"tokens": tokens, "mask": np.arange(LENGTH) < rng.integers(4, LENGTH + 1, (ROWS, 1))}
+
+
+def step_on(config: Config, devices: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metrics, first Adam moments, which are the gradients) after one step."""
+    with jax.set_mesh(mesh := make_mesh(config.mesh, ARCHITECTURE, devices)):
+        state = initial_state(PARAMS, config)
+        state = jax.device_put(state, on_mesh(mesh, state_specs(state, STRUCTURE)))
+        step = compile_train_step(config, PHASE, STRUCTURE, ARCHITECTURE, VOCABULARY, state)
+        state, metrics = step(state, to_device(rows()), jax.random.key(1), np.int32(0))
+        return jax.device_get(metrics), jax.device_get(state.opt_state[1].mu)
+
+
+def scores_on(config: Config, devices: list[Any]) -> Any:
+    """Scores after sampled thoughts, of a number of rows that no mesh divides."""
+    with jax.set_mesh(mesh := make_mesh(config.mesh, ARCHITECTURE, devices)):
+        params = jax.device_put(PARAMS, on_mesh(mesh, state_specs(PARAMS, STRUCTURE)))
+        scorer = make_token_scorer(STRUCTURE, ARCHITECTURE, evaluation_settings(config, VOCABULARY))
+        return score_batches(scorer, params, [{name: value[:7] for name, value in rows().items()}], jax.random.key(2))
+
+
+@functools.cache
+def alone(kind: str, **model: Any) -> Any:
+    return (step_on if kind == "step" else scores_on)(config(MeshConfig(), **model), jax.devices()[:1])
+
+
+def compare(kind: str, shape: str, **model: Any) -> None:
+    sizes = dict(zip(("data", "fsdp", "tensor", "position"), map(int, shape.split(",")), strict=True))
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    spread = config(MeshConfig(**sizes), **model)
+    tolerance = 1e-5 if not model else 2e-2
+    if kind == "step":
+        (metrics, gradients), (wanted, wanted_gradients) = step_on(spread, devices), alone(kind, **model)
+        wrong = worst_errors(metrics, wanted, tolerance) | worst_errors(gradients, wanted_gradients, 10 * tolerance)
+    else:
+        found, wanted = scores_on(spread, devices), alone(kind, **model)
+        assert len(np.unique(wanted.thoughts)) > 20
+        wrong = worst_errors(found._asdict(), wanted._asdict(), tolerance)
+        wrong |= {"thoughts": 1.0} if not np.array_equal(found.thoughts, wanted.thoughts) else {}
+    assert not wrong, f"mesh {sizes}: {wrong}"
+    print(shape, "equal", flush=True)
+
+
+if __name__ == "__main__":
+    text.LOGITS_BYTES = 1  # one row at a time
+    for shape in sys.argv[2:]:
+        compare(sys.argv[1], shape)

@@ -1,0 +1,39 @@
+"""The same seed gives the same thoughts, losses and gradients on every mesh."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OF_8 = [",".join(map(str, sizes)) for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
+
+
+def equal(*arguments: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.parallel.shapes", *arguments],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "8"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.split() == [word for shape in arguments[1:] for word in (shape, "equal")]
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_step_on_every_mesh_of_8_devices(part):
+    assert len(OF_8) == 20
+    equal("step", *OF_8[part::4])
+
+
+def test_a_step_on_2_devices():
+    equal("step", "2,1,1,1", "1,2,1,1", "1,1,2,1", "1,1,1,2")
+
+
+def test_sampled_thoughts_and_scores():
+    equal("scores", "2,2,2,1", "1,1,4,2", "1,2,1,4", "8,1,1,1")
