@@ -15,9 +15,10 @@ from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.models.parameters import assemble
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
 from quietstar_jax.thoughts.controls import think
+from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import here_and_ahead, read_text
+from quietstar_jax.thoughts.text import Text, here_and_ahead, read_text
 from quietstar_jax.training.step import Batch, to_device
 from quietstar_jax.training.trained import TrainedModel
 
@@ -133,7 +134,7 @@ def _look(
         parts.append(think(weights, text, everywhere, uniforms[:, 1:], several, chunk))
     thoughts = jnp.concatenate([part.tokens for part in parts], axis=1)
 
-    def of_chunk(positions: jax.Array, thoughts: jax.Array) -> Observation:
+    def of_chunk(weights: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array) -> Observation:
         scores = score_thoughts(weights, text, positions, thoughts, settings)
         base = here_and_ahead(text.nats, positions, settings.tokens_ahead)
         logits = weights.decoder.logits(here_and_ahead(text.hidden, positions, 1)[..., 0, :])
@@ -153,7 +154,7 @@ def _look(
             probabilities=probabilities,
         )
 
-    def by_position(positions: jax.Array, thoughts: jax.Array) -> Observation:
-        return of_chunk(positions, thoughts.swapaxes(1, 2))
+    def by_position(read: tuple[QuietStar, Text], positions: jax.Array, thoughts: jax.Array) -> Observation:
+        return of_chunk(*read, positions, thoughts.swapaxes(1, 2))
 
-    return map_chunks(by_position, everywhere, chunk, thoughts.swapaxes(1, 2), axis=1)
+    return map_chunks(by_position, (weights, text), everywhere, chunk, thoughts.swapaxes(1, 2), axis=1)
