@@ -16,6 +16,7 @@ from quietstar_jax.errors import DataError
 from quietstar_jax.evals.questions import Question
 
 QUESTION, ANSWER, END = "Q: ", "\nA:", "\n"
+PROBED_NUMBERS = 1000  # from 0: how a tokenizer begins them is how it begins all
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of byte fallback: spelled otherwise wherever that is possible
 
 
@@ -24,13 +25,15 @@ class WrittenAnswer(NamedTuple):
 
     Attributes:
       tokens: the whole text; last: how many, at the end, are the answer, line end included.
-      allowed: ids that an answer of this kind is written with; labels: which of them name the choices, in order.
+      allowed: ids that an answer of this kind is written with; end: which of them end it.
+      is_choice: it is the label of a choice, not a number.
     """
 
     tokens: tuple[int, ...]
     last: int
     allowed: tuple[int, ...]
-    labels: tuple[int, ...]
+    end: tuple[int, ...]
+    is_choice: bool
 
 
 class AnswerWriter:
@@ -55,22 +58,28 @@ class AnswerWriter:
                 f"Line {question.line}: the tokenizer {self._tokenizer.name} cannot write the answer "
                 f"{question.answer!r} behind {ANSWER!r}. It does not fit this question set."
             )
-        labels = self._label_tokens(question.labels) if question.labels else ()
-        allowed = (*(labels or self.digit_tokens), *self.end_tokens)
-        if not set(answer) & set(allowed) - set(self.end_tokens):
+        content = self.label_tokens(question.labels) if question.labels else self.digit_tokens
+        if not set(answer) & set(content):
             raise DataError(f"Line {question.line}: no token of the answer {question.answer!r} is a digit or a label.")
-        return WrittenAnswer((*self._bos, *tokens), count, allowed, labels)
+        allowed = (*content, *self.end_tokens)
+        return WrittenAnswer((*self._bos, *tokens), count, allowed, self.end_tokens, bool(question.labels))
 
     @functools.cached_property
     def digit_tokens(self) -> tuple[int, ...]:
-        """All tokens of digits, also with a space before them."""
+        """All tokens of digits, also with a space before them; and the space where only some are written with it.
+
+        Otherwise the place at which an answer's first digit is looked at would tell which digits it can be.
+        """
         found: dict[str, list[tuple[bool, int]]] = {}
         for name, token in self._tokenizer.fast.get_vocab().items():
             text = self._tokenizer.decode([token])
             if re.fullmatch(r" ?[0-9]+", text):
                 found.setdefault(text, []).append((bool(BYTE_TOKEN.fullmatch(name)), token))
         regular = ([token for is_byte, token in same if is_byte == min(same)[0]] for same in found.values())
-        return tuple(sorted(token for same in regular for token in same))
+        digits = sorted(token for same in regular for token in same)
+        first = {self._spell(str(number))[0] for number in range(PROBED_NUMBERS)}
+        spaces = sorted(first - set(digits)) if first & set(digits) else []
+        return (*digits, *spaces)
 
     @functools.cached_property
     def end_tokens(self) -> tuple[int, ...]:
@@ -79,20 +88,28 @@ class AnswerWriter:
         before, _ = self._encode(f"{QUESTION}1{ANSWER}", " 1")
         return tuple(tokens[len(before) :]) if tokens[: len(before)] == before else ()
 
-    def _label_tokens(self, labels: tuple[str, ...]) -> tuple[int, ...]:
-        """One token for each label: the last of its spelling, since a space may be a token of its own."""
+    def label_tokens(self, labels: tuple[str, ...]) -> tuple[int, ...]:
+        """One token for each label, the last of its spelling; and what precedes it where spellings differ in that.
+
+        Raises:
+          DataError: there are no such tokens.
+        """
         if labels not in self._known_labels:
-            own = [self._spell(label)[-1:] for label in labels]
+            spelled = [self._spell(label) for label in labels]
+            own = [spelling[-1:] for spelling in spelled]
             if len(set(own)) != len(own) or () in own or (self._tokenizer.unk_id,) in own:
                 raise DataError(
                     f"The tokenizer {self._tokenizer.name} does not tell the labels {', '.join(labels)} apart by one "
                     "token each. Give the choices without labels, then they are A, B, C ..."
                 )
-            self._known_labels[labels] = tuple(token for (token,) in own)
+            before = {spelling[:-1] for spelling in spelled}
+            spaces = sorted({token for tokens in before for token in tokens}) if len(before) > 1 else []
+            self._known_labels[labels] = (*(token for (token,) in own), *spaces)
         return self._known_labels[labels]
 
-    def _spell(self, label: str) -> tuple[int, ...]:
-        tokens, count = self._encode(f"{QUESTION}a{ANSWER}", f" {label}{END}")
+    def _spell(self, answer: str) -> tuple[int, ...]:
+        """An answer without its line end."""
+        tokens, count = self._encode(f"{QUESTION}a{ANSWER}", f" {answer}{END}")
         return tuple(tokens[len(tokens) - count : len(tokens) - len(self.end_tokens)])
 
     def _encode(self, prompt: str, answer: str) -> tuple[list[int], int]:

@@ -33,9 +33,9 @@ def score_answer(written: WrittenAnswer, view: View) -> AnswerScores:
 
     `official_probability` is that of the published code: the product over the answer's tokens, line end included, of
     the probability of the right token among the allowed ones; tokens of the answer that are not allowed (a space, a
-    point) are passed over. `accuracy` is 1 where the most likely label is right, or where the likeliest allowed token
-    is the right one all along. `exact_match` is 1 where greedy decoding over the whole vocabulary gives this answer and
-    ends it.
+    point) are passed over. `accuracy` is 1 where the most likely label is right; for numbers, where the likeliest
+    allowed token is the right one all along, line end included. `exact_match` is 1 where greedy decoding over the whole
+    vocabulary gives this answer and ends it.
 
     Args:
       view: of the answer's tokens, with the allowed ones as candidates.
@@ -47,9 +47,10 @@ def score_answer(written: WrittenAnswer, view: View) -> AnswerScores:
     right = np.array([int(np.flatnonzero(allowed == token)[0]) for token in answer[looked_at]])
     rows = np.arange(len(right))
     log_share = log_probs[rows, right] - np.logaddexp.reduce(log_probs, axis=1)
-    if written.labels:
-        at = next(i for i, token in enumerate(answer[looked_at]) if token in written.labels)
-        correct = log_probs[at, : len(written.labels)].argmax() == right[at]
+    if written.is_choice:
+        choosing = ~np.isin(answer[looked_at], written.end)
+        choices = np.where(np.isin(allowed, written.end), -np.inf, log_probs)
+        correct = (choices.argmax(axis=1) == right)[choosing].all()
     else:
         correct = (log_probs.argmax(axis=1) == right).all()
     return AnswerScores(float(np.exp(log_share.sum())), float(correct), float((view.best == answer).all()))

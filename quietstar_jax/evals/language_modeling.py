@@ -22,7 +22,7 @@ from quietstar_jax.evals.statistics import compare_paired, confidence_interval
 from quietstar_jax.evals.tails import Tail, TailScorer, TailScores
 from quietstar_jax.training.evaluation import TokenScores, summarize
 
-BATCHES_AT_ONCE = 16  # of windows, between two visits of the progress bar's caller
+BATCHES_AT_ONCE = 4  # of windows, between two movements of the progress bar
 SHOWN_CONTEXT = 24  # tokens before one that is shown
 
 

@@ -32,7 +32,6 @@ def test_mistral_gets_the_published_tokens():
     assert number.tokens[0] == 1
     letters = tuple("ABCDE")
     choice = writer.write(Question("Which?" + "".join(f"\n({x}) x" for x in letters), "C", letters, 1))
-    assert choice.labels == PUBLISHED_LETTERS
     assert choice.allowed == (*PUBLISHED_LETTERS, PUBLISHED_END)
     assert choice.tokens[-choice.last :] == (334, PUBLISHED_END)
 
@@ -45,13 +44,28 @@ def test_any_tokenizer_gets_its_own():
     assert writer.digit_tokens == tuple(sorted(digits))
     assert writer.end_tokens == (end,)
     assert writer.write(NUMBER).last == 4  # space, 1, 8, line end
-    assert writer.write(CHOICE).labels == tuple(plain.encode(x)[0] for x in "ABC")  # the space before them is shared
+    letters = tuple(plain.encode(x)[0] for x in "ABC")
+    assert writer.write(CHOICE).allowed == (*letters, end)  # the space before them is shared
 
+
+def test_where_only_some_spellings_hold_the_space_it_is_looked_at_too():
+    """Else ` B` would meet no rival at its place: the tokenization alone would give the answer away."""
     merged = bytes_tokenizer("18", "Ġ1", "ĠB")
     writer = AnswerWriter(merged, [])
-    assert len(writer.digit_tokens) == 12  # the ten, `18` and ` 1`
-    assert merged.token_id("ĠB") in writer.write(CHOICE).labels
-    assert len(set(writer.write(CHOICE).labels)) == 3
+    space, end = merged.token_id("Ġ"), merged.encode("\n")[0]
+    assert len(writer.digit_tokens) == 13  # the ten, `18`, ` 1` and the space
+    assert space in writer.digit_tokens
+    a, b, c = merged.encode("A")[0], merged.token_id("ĠB"), merged.encode("C")[0]
+    choice = writer.write(CHOICE)
+    assert choice.allowed == (a, b, c, space, end)
+    assert choice.last == 2
+    # ` B` against the space, behind which A or C would come: 0.3 of 0.3 + 0.5 + 2 * 0.05 + 0.1.
+    shares = [[0.05, 0.3, 0.05, 0.5, 0.1], [0.0001, 0.0001, 0.0001, 0.0001, 0.9996]]
+    found = score_answer(choice, view_of(shares, [space, end]))
+    assert found.official_probability == pytest.approx(0.3, rel=1e-3)
+    assert found.accuracy == 0.0
+    shares[0][1], shares[0][3] = 0.5, 0.3
+    assert score_answer(choice, view_of(shares, [space, end])).accuracy == 1.0
 
 
 def test_a_tokenizer_that_does_not_know_the_answer_is_refused():
@@ -65,7 +79,7 @@ def view_of(probabilities, best):
 
 def test_number_by_hand():
     # Answer ` 18\n` as (space, 1, 8, line end) = (50, 11, 18, 3); allowed: 11 ("1"), 18 ("8"), 3 (line end).
-    written = WrittenAnswer((7, 7, 50, 11, 18, 3), 4, (11, 18, 3), ())
+    written = WrittenAnswer((7, 7, 50, 11, 18, 3), 4, (11, 18, 3), (3,), False)
     shares = [
         [0.1, 0.1, 0.1],  # at the space: not an allowed token, passed over
         [0.30, 0.10, 0.20],  # 0.30 / 0.60
@@ -85,7 +99,7 @@ def test_number_by_hand():
 
 def test_choice_by_hand():
     # Answer ` B\n` as (B, line end) = (31, 3); allowed: A, B, C and the line end.
-    written = WrittenAnswer((7, 7, 31, 3), 2, (30, 31, 32, 3), (30, 31, 32))
+    written = WrittenAnswer((7, 7, 31, 3), 2, (30, 31, 32, 3), (3,), True)
     shares = [[0.2, 0.4, 0.2, 0.2], [0.1, 0.1, 0.1, 0.7]]
     found = score_answer(written, view_of(shares, [31, 3]))
     assert found == (pytest.approx(0.4 * 0.7), 1.0, 1.0)
