@@ -216,13 +216,13 @@ def _examples(observed: Observed, pieces: Pieces, gain: np.ndarray) -> str:
         texts = [visible(text) for text in pieces(window.tokens.tolist())]
         shown += [("".join(texts[max(0, place - 16) : place]), texts[place]) for place in range(1, len(texts))]
 
+    def item(i: int) -> str:
+        change = f"{gain[i]:+.2f}".replace("-", "−")
+        before, token = map(escape, shown[i])
+        return f'<li><button data-jump="{i}"><b>{change}</b><span>… {before}<b>{token}</b></span></button></li>'
+
     def column(title: str, order: np.ndarray) -> str:
-        items = "".join(
-            f'<li><button data-jump="{i}"><b>{gain[i]:+.2f}</b><span>… '
-            f"{escape(shown[i][0])}<b>{escape(shown[i][1])}</b></span>"
-            "</button></li>".replace("<b>-", "<b>−")
-            for i in order[:EXAMPLES].tolist()
-        )
+        items = "".join(map(item, order[:EXAMPLES].tolist()))
         return f"<div><h3>{title}</h3><ol>{items or '<li>none</li>'}</ol></div>"
 
     order = np.argsort(-gain, kind="stable")

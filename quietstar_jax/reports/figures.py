@@ -37,7 +37,7 @@ def gain_by_decile(base_nats: np.ndarray, gain: np.ndarray) -> str:
     ticks = [(i + 0.5, str(i + 1)) for i in range(len(parts))]
     chart.x_axis("tenth of the tokens, from easiest (1) to hardest (10)", ticks)
     return figure(
-        "Where thoughts help: easy or hard tokens?", chart.svg(),
+        "Where thoughts help", chart.svg(),
         "Tokens are sorted by how hard they were to predict without a thought and cut into ten equal groups. A bar "
         "shows how many nats the greedy thought gained on average in a group (below zero: lost); the thin line is ± "
         "one standard "

@@ -98,6 +98,13 @@ def test_a_page_of_thousands_of_tokens_stays_small() -> None:
     assert len(html.encode()) < 400 * 4000
 
 
+def test_examples_of_help_and_harm() -> None:
+    html = checkpoint_page(observed(byte_level(), ["a-<c"], [0.5, -0.25, 0.01]), [])
+    assert '<button data-jump="0"><b>+0.50</b><span>… a<b>-</b></span></button>' in html
+    assert '<button data-jump="1"><b>−0.25</b><span>… a-<b>&lt;</b></span></button>' in html
+    assert 'data-jump="2"' not in html
+
+
 def test_words_are_separated_by_spaces_that_belong_to_nobody() -> None:
     from quietstar_jax.data.tokenization import load_tokenizer
 
