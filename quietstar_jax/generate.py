@@ -79,4 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    try:
+        run_command(lambda: main(sys.argv[1:]))
+    except KeyboardInterrupt:  # enough has been read
+        print()
+        sys.exit(130)

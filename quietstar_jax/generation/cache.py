@@ -20,14 +20,14 @@ from quietstar_jax.thoughts.attention import Seen, attend_cache, to_chain_layout
 
 
 def key_block() -> int:
-    """Keys of the cache that attention reads at once: on accelerators, starting a block costs more than its keys."""
-    return 64 if jax.default_backend() == "cpu" else 512
+    """Keys of the cache that attention reads at once. On accelerators a loop over blocks costs more than their keys."""
+    return 64 if jax.default_backend() == "cpu" else 2048
 
 
 def empty_cache(
     architecture: Architecture, batch: int, length: int, dtype: jnp.dtype, place: jax.sharding.Sharding
 ) -> KeyValues:
-    """Room for `length` tokens of each sequence, a multiple of `key_block()`: [layers, B, G, length, H] twice."""
+    """Room for `length` tokens of each sequence: [layers, B, G, length, H] twice."""
     a = architecture
     shape = (a.num_layers, batch, a.num_kv_heads, length, a.head_dim)
     return KeyValues(jnp.zeros(shape, dtype, device=place), jnp.zeros(shape, dtype, device=place))

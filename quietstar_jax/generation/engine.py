@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from quietstar_jax.config import Architecture
-from quietstar_jax.generation.cache import empty_cache, key_block
+from quietstar_jax.generation.cache import empty_cache
 from quietstar_jax.generation.sampling import Sampling
 from quietstar_jax.generation.steps import Emitted, Knobs, Plan, State, generate_tokens, read_prompt
 from quietstar_jax.models.decoder import KeyValues
 from quietstar_jax.models.parameters import Structure, assemble
 
 PROMPT_CHUNK = 64  # tokens of each prompt in one pass; divides every block of keys
-SHORTEST_CACHE = 512  # tokens; a longer one has twice the room, and so on: few lengths to compile for
+SHORTEST_CACHE = 512  # tokens; a longer one has twice the room, and so on: few lengths, all of whole blocks
 
 # A compiled function: (params, state, wanted, knobs) -> (state, emitted).
 Step = Any
@@ -67,7 +67,7 @@ class Engine:
 
     def cache_length(self, needed: int) -> int:
         """Room in a cache that shall hold `needed` tokens."""
-        length = max(SHORTEST_CACHE, key_block())
+        length = SHORTEST_CACHE
         while length < needed:
             length *= 2
         return length

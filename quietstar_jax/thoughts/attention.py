@@ -84,16 +84,17 @@ def attend_cache(
     """`attend_chains` against one layer of a cache that is read in place: only the blocks that are seen are touched.
 
     Args:
-      cache_keys, cache_values: [layers, B, G, P, H], P a multiple of `key_block`; layer: scalar, which of them.
-      key_block: prefix keys at once.
+      cache_keys, cache_values: [layers, B, G, P, H]; layer: scalar, which of them.
+      key_block: prefix keys at once, a divisor of P or more.
 
     Returns:
       as `attend_chains`; there is no gradient.
     """
     rows, seen = _query_rows(queries, cache_keys.shape[2], seen)
+    _, batch, groups, length, width = cache_keys.shape
+    key_block = min(key_block, length)
 
     def cut(start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        _, batch, groups, _, width = cache_keys.shape
         corner, size = (layer, 0, 0, start, 0), (1, batch, groups, key_block, width)
         return (
             jax.lax.dynamic_slice(cache_keys, corner, size)[0],
@@ -189,7 +190,11 @@ def _attend_blocks(
         added = _dot("bgrjxp,bgph->bgrjxh", weights.astype(block_values.dtype), block_values)
         return higher, total * shrink + weights.sum(axis=-1, keepdims=True), context * shrink + added
 
-    peak, total, context = jax.lax.fori_loop(*_blocks(seen, width), block, (peak, total, context))
+    carry = (peak, total, context)
+    if seen.mask.shape[1] == width:  # nothing to loop over
+        peak, total, context = block(jnp.int32(0), carry)
+    else:
+        peak, total, context = jax.lax.fori_loop(*_blocks(seen, width), block, carry)
     return (context / total).astype(own_values.dtype), peak + jnp.log(total)
 
 
