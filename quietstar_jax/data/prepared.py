@@ -11,7 +11,7 @@ import numpy as np
 
 from quietstar_jax.data.sources.array_record import ArrayRecords
 from quietstar_jax.data.sources.common import Label, Piece
-from quietstar_jax.data.sources.files import is_url, local_file
+from quietstar_jax.data.sources.files import is_url, one_file
 from quietstar_jax.data.sources.tfrecord import Stretch
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.errors import DataError
@@ -41,7 +41,7 @@ class PreparedDocuments:
         self._tokens = manifest["tokens"]
         stretches = []
         for shard in manifest["shards"]:
-            file, count = local_file(folder / shard["file"]), shard["documents"]
+            file, count = one_file(str(folder / shard["file"])), shard["documents"]
             if file.size != shard["bytes"]:
                 raise DataError(f"{file.name} has {file.size} bytes, {MANIFEST} says {shard['bytes']}. {_AGAIN}")
             if count:

@@ -135,17 +135,24 @@ def find_files(spec: str) -> list[File]:
     return found
 
 
-def local_file(path: Path) -> File:
-    """The file of a path that exists.
+def one_file(name: str) -> File:
+    """The file of a path or URL.
 
     Raises:
       DataError: it is absent or cannot be read.
     """
-    if not path.is_file():
-        raise DataError(f"{path} is missing. Copy it again, or make it anew.")
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{path} cannot be read: permission denied. Change its permissions, or copy it.")
-    return File(str(path), path.stat().st_size)
+    if not is_url(name):
+        path = Path(name)
+        if not path.is_file():
+            raise DataError(f"{name} is missing. Copy it again, or make it anew.")
+        if not os.access(path, os.R_OK):
+            raise DataError(f"{name} cannot be read: permission denied. Change its permissions, or copy it.")
+        return File(name, path.stat().st_size)
+    system, path_there = file_system(name)
+    try:
+        return File(name, int(system.info(path_there)["size"]))
+    except Exception as error:  # every file system has its own
+        raise DataError(f"{name} cannot be read: {error}. Check the URL, the network, your credentials.") from error
 
 
 def _find_local(spec: str) -> list[File]:
@@ -153,19 +160,19 @@ def _find_local(spec: str) -> list[File]:
     if path.is_dir():
         return _of_one_kind(spec, [(item, item.relative_to(path).parts) for item in path.rglob("*") if item.is_file()])
     if path.is_file():
-        return [local_file(path)]
+        return [one_file(str(path))]
     if not has_magic(spec):
         raise DataError(f"There is no file or folder {spec!r}. Check the path (sources are relative to where you run).")
     found = sorted(item for item in map(Path, glob(str(path), recursive=True)) if item.is_file())
     if not found:
         raise DataError(f"No file matches {spec!r}. Check the pattern; `**` stands for any depth of folders.")
-    return [local_file(item) for item in found]
+    return [one_file(str(item)) for item in found]
 
 
 def _of_one_kind(folder: str, items: Sequence[tuple[Path, tuple[str, ...]]]) -> list[File]:
     found = sorted(item for item, parts in items if kind_of(item.name) and not _hidden(parts))
     _require_one_kind(folder, [str(item) for item in found])
-    return [local_file(item) for item in found]
+    return [one_file(str(item)) for item in found]
 
 
 def _find_remote(spec: str) -> list[File]:

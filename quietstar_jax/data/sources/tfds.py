@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from google.protobuf.message import DecodeError
 from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources.array_record import ArrayRecords
 from quietstar_jax.data.sources.common import SET_KEY, Numbered, Piece, decoded, names, optional_module, text_of
-from quietstar_jax.data.sources.files import local_file
+from quietstar_jax.data.sources.files import file_system, is_url, one_file
 from quietstar_jax.data.sources.tfrecord import Stretch, TfRecords
 from quietstar_jax.errors import DataError
 
 TFDS = "tfds:"
+INFO = "dataset_info.json"
 
 _PREPARE = "Prepare it: `tfds build NAME --file_format=array_record --data_dir=DIR`."
 # Versions begin with a digit, splits with a letter; a split may hold a colon itself: `train[:90%]`.
@@ -32,18 +34,17 @@ class TfdsExamples:
         if parts is None:
             raise DataError(f"{spec!r} is not `tfds:NAME[/CONFIG[:VERSION]]:SPLIT`. An example: `tfds:gsm8k:train`.")
         tfds = optional_module("tensorflow_datasets", spec)
-        directory = _prepared_directory(spec, parts["name"], Path(config.data_dir or tfds.core.constants.DATA_DIR))
-        try:
-            builder = tfds.builder_from_directory(str(directory))
-        except Exception as error:  # JSON and protocol buffers, each with errors of its own
-            raise DataError(f"{spec}: {directory} cannot be read as a dataset: {error}. {_PREPARE}") from error
+        directory = _prepared_directory(spec, parts["name"], config.data_dir or str(tfds.core.constants.DATA_DIR))
+        builder = _builder(tfds, spec, directory)
         self._features = builder.info.features
         if config.text_key not in self._features:
             raise DataError(f"{spec}: no feature {config.text_key!r}; it has {names(self._features)}. {SET_KEY}")
-        stretches = _stretches(spec, builder, parts["split"])
+        stretches = _stretches(spec, builder, parts["split"], directory)
         stored = builder.info.file_format.value if builder.info.file_format else "an unknown format"
         self._records: Numbered[bytes]
         if stored == "array_record":
+            if is_url(directory):
+                raise DataError(f"{spec}: array_record files are read from a disk. Copy or mount {directory}.")
             self._records = ArrayRecords(stretches)
         elif stored == "tfrecord":
             self._records = TfRecords(stretches, config.cache_dir)
@@ -67,7 +68,21 @@ class TfdsExamples:
         return self._records.pieces()
 
 
-def _stretches(spec: str, builder: Any, split: str) -> list[Stretch]:
+def _builder(tfds: Any, spec: str, directory: str) -> Any:
+    """The builder of a prepared dataset; of one behind a URL only what describes it is fetched."""
+    try:
+        if not is_url(directory):
+            return tfds.builder_from_directory(directory)
+        system, path = file_system(directory)
+        with tempfile.TemporaryDirectory() as folder:
+            for name in (INFO, "features.json"):
+                (Path(folder) / name).write_bytes(system.cat_file(f"{path}/{name}"))
+            return tfds.builder_from_directory(folder)
+    except Exception as error:  # JSON, protocol buffers and file systems, each with errors of its own
+        raise DataError(f"{spec}: {directory} cannot be read as a dataset: {error}. {_PREPARE}") from error
+
+
+def _stretches(spec: str, builder: Any, split: str, directory: str) -> list[Stretch]:
     try:
         instructions = builder.info.splits[split].file_instructions
     except (ValueError, KeyError) as error:
@@ -75,20 +90,33 @@ def _stretches(spec: str, builder: Any, split: str) -> list[Stretch]:
         raise DataError(f"{spec}: split {split!r} cannot be read; there are {found}. ({error})") from error
     if not sum(item.take for item in instructions):
         raise DataError(f"{spec}: split {split!r} cannot be read: it is empty.")
+    files = (one_file(f"{directory}/{Path(item.filename).name}") for item in instructions)
     return [
-        Stretch(local_file(Path(item.filename)), item.skip, item.take, item.examples_in_shard) for item in instructions
+        Stretch(file, item.skip, item.take, item.examples_in_shard)
+        for file, item in zip(files, instructions, strict=True)
     ]
 
 
-def _prepared_directory(spec: str, name: str, data_dir: Path) -> Path:
+def _prepared_directory(spec: str, name: str, data_dir: str) -> str:
     """The folder with the dataset's info: the one given, or the newest version under `data_dir`."""
+    if _has_info(name):
+        return name if is_url(name) else str(Path(name).expanduser())
     path, _, version = name.partition(":")
-    for root in (Path(name).expanduser(), data_dir.expanduser() / path / version):
-        if (root / "dataset_info.json").is_file():
-            return root
-    versions = [item.parent for item in (data_dir.expanduser() / path).glob("*/dataset_info.json")]
-    if versions and not version:
-        return max(versions, key=lambda item: [int(part) for part in re.findall(r"\d+", item.name)])
-    there = [str(item.parent.relative_to(data_dir)) for item in data_dir.glob(f"{path}/**/dataset_info.json")]
-    found = f"prepared are {names(sorted(there))}" if there else "nothing of it is prepared"
-    raise DataError(f"{spec}: not found in {data_dir} (data.data_dir); {found}. {_PREPARE}")
+    system, root = file_system(data_dir) if is_url(data_dir) else file_system(str(Path(data_dir).expanduser()))
+    found = [folder.rpartition("/")[0] for folder in sorted(system.glob(f"{root}/{path}/**/{INFO}"))]
+    versions = [folder for folder in found if folder.rpartition("/")[0] == f"{root}/{path}"]
+    wanted = [folder for folder in versions if not version or folder.endswith(f"/{version}")]
+    if wanted:
+        newest = max(wanted, key=lambda folder: [int(part) for part in re.findall(r"\d+", folder.rpartition("/")[2])])
+        return str(system.unstrip_protocol(newest)) if is_url(data_dir) else newest
+    there = f"prepared are {names(folder.removeprefix(f'{root}/') for folder in found)}" if found else (
+        "nothing of it is prepared"
+    )  # fmt: skip
+    raise DataError(f"{spec}: not found in {data_dir} (data.data_dir); {there}. {_PREPARE}")
+
+
+def _has_info(name: str) -> bool:
+    if not is_url(name):
+        return (Path(name).expanduser() / INFO).is_file()
+    system, path = file_system(name)
+    return bool(system.isfile(f"{path}/{INFO}"))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import fsspec
 import grain
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from quietstar_jax.data.sources import tfds as tfds_source
 from quietstar_jax.data.sources import tfrecord
-from quietstar_jax.data.sources.files import local_file
+from quietstar_jax.data.sources.files import one_file
 from quietstar_jax.data.sources.tfrecord import Stretch, TfRecords
 from tests.data.reading import fails, opened, put, read
 
@@ -63,7 +64,7 @@ def test_tfds(prepared: Path) -> None:
 
 
 def test_newest_version_is_taken(prepared: Path) -> None:
-    assert tfds_source._prepared_directory("", "tiny/en", prepared).name == "10.0.0"
+    assert tfds_source._prepared_directory("", "tiny/en", str(prepared)) == f"{prepared}/tiny/en/10.0.0"
 
 
 def test_default_data_dir(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +163,25 @@ def test_tfrecords(prepared: Path, tfrecords: Path, tmp_path: Path) -> None:
     assert "tensorflow" not in sys.modules
 
 
+def test_behind_a_url(prepared: Path, tfrecords: Path, tmp_path: Path) -> None:
+    expected = read(opened(f"tfds:{tfrecords}:train"))
+    system = fsspec.filesystem("memory")
+    try:
+        system.put(str(tmp_path / "tiny"), "/data/tiny", recursive=True)
+        system.put(str(prepared / "tiny/de/1.0.0"), "/data/arrays", recursive=True)
+        source = opened("tfds:tiny:train", data_dir="memory://data", cache_dir=str(tmp_path / "cache"))
+        assert read(source) == expected
+        assert read(opened("tfds:memory://data/tiny/1.0.0:train[:3]")) == expected[:3]
+        fails("tfds:memory://data/arrays:train", "array_record files are read from a disk. Copy or mount memory://")
+        fails("tfds:tiny/xx:train", "nothing of it is prepared", data_dir="memory://data")
+        system.rm("/data/tiny/1.0.0/tiny-train.tfrecord-00001-of-00002")
+        fails("tfds:tiny:train", "tfrecord-00001-of-00002 cannot be read", data_dir="memory://data")
+        system.rm("/data/tiny/1.0.0/features.json")
+        fails("tfds:tiny:train", "cannot be read as a dataset", data_dir="memory://data")
+    finally:
+        system.rm("/data", recursive=True)
+
+
 def test_an_index_that_was_kept_is_used_and_may_be_lost(
     tfrecords: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +202,7 @@ def test_a_file_that_others_wrote() -> None:
     path = Path(grain.__file__).parent / "_src/python/testdata/morris_sequence_first_5.tfrecord"
     if not path.is_file():
         pytest.skip("this grain ships no tfrecord file")
-    (file,) = [local_file(path)]
+    (file,) = [one_file(str(path))]
     records = TfRecords([Stretch(file, 0, 5, 5)], "")
     assert [records[i] for i in range(5)] == [b"1", b"1 1", b"2 1", b"1 2 1 1", b"1 1 1 2 2 1"]
 
