@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.config import Architecture, MeshConfig
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.models.parameters import Structure, assemble
+from quietstar_jax.parallel.layout import place_rows, row_ways
+from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.thoughts import controls
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
 from quietstar_jax.thoughts.model import QuietStar
@@ -89,13 +91,12 @@ def grid_count(count: int) -> int:
 
 
 def make_tail_scorer(
-    structure: Structure, architecture: Architecture, settings: ThoughtSettings, forbidden: tuple[int, ...],
-    devices: int = 1,
-) -> Callable[..., TailScores]:  # fmt: skip
+    structure: Structure, architecture: Architecture, settings: ThoughtSettings, forbidden: tuple[int, ...]
+) -> Callable[..., TailScores]:
     """Compiled `(params, tokens [B, L], mask [B, L], candidates [B, A], count=P) -> TailScores`, each [B, P, ...].
 
     Args:
-      forbidden: ids that are never generated; devices: over which B is split.
+      forbidden: ids that are never generated.
     """
 
     def view(scores: jax.Array, targets: jax.Array, candidates: jax.Array, normalized: bool) -> View:
@@ -115,7 +116,7 @@ def make_tail_scorer(
         model = assemble(structure, params)
         text = read_text(model.decoder, tokens, mask, dtype=settings.dtype)
         rows, length = tokens.shape
-        chunk = min(count, positions_per_chunk(architecture, settings, -(-rows // devices), length))
+        chunk = min(count, positions_per_chunk(architecture, settings, rows, length))
         positions = length - 1 - count + jnp.arange(count)  # those that predict the scored tokens
 
         def at(read: tuple[QuietStar, Text, jax.Array], positions: jax.Array, thoughts: Thoughts | None) -> TailScores:
@@ -164,11 +165,12 @@ class TailScorer:
         """Args: settings: of `model.settings`, length 0 = no thoughts; batch_size: texts at once, over all devices."""
         if batch_size < 1:
             raise ConfigError(f"--batch-size is {batch_size}; it takes 1 or more.")
-        self._mesh = Mesh(np.array(jax.local_devices()), ("batch",), axis_types=(AxisType.Auto,))
-        self.batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
+        self._mesh = make_mesh(MeshConfig(), model.architecture, jax.local_devices())
+        ways = row_ways(self._mesh)
+        self.batch_size = -(-batch_size // ways) * ways
         self._params = jax.device_put(model.params, NamedSharding(self._mesh, PartitionSpec()))
         forbidden = tuple(sorted({*model.vocabulary.meta_tokens, *model.suppressed_ids}))
-        self._score = make_tail_scorer(model.structure, model.architecture, settings, forbidden, self._mesh.size)
+        self._score = make_tail_scorer(model.structure, model.architecture, settings, forbidden)
         self._pad_id = model.vocabulary.pad_id
         self.longest = longest_text(model.architecture, settings.length)
 
@@ -210,15 +212,15 @@ class TailScorer:
         for (length, count), numbers in sorted(shapes.items(), reverse=True):  # what needs most memory comes first
             for start in range(0, len(numbers), self.batch_size):
                 rows = numbers[start : start + self.batch_size]
-                arrays = self._arrays([tails[number] for number in rows], length, width)
-                running = rows, self._score(self._params, *arrays, count=count)
+                running = rows, self._run([tails[number] for number in rows], length, count, width)
                 if waiting:
                     yield waiting[0], jax.device_get(waiting[1])
                 waiting = running
         if waiting:
             yield waiting[0], jax.device_get(waiting[1])
 
-    def _arrays(self, tails: Sequence[Tail], length: int, width: int) -> tuple[jax.Array, ...]:
+    def _run(self, tails: Sequence[Tail], length: int, count: int, width: int) -> TailScores:
+        """Scores of a batch, on the devices, while they are still being computed."""
         tokens = np.full((self.batch_size, length), self._pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
         candidates = np.zeros((self.batch_size, width), np.int32)
@@ -226,8 +228,8 @@ class TailScorer:
             tokens[row, length - len(tail.tokens) :] = tail.tokens
             mask[row, length - len(tail.tokens) :] = True
             candidates[row, : len(tail.candidates)] = tail.candidates
-        split = NamedSharding(self._mesh, PartitionSpec("batch"))
-        return tuple(jax.device_put(array, split) for array in (tokens, mask, candidates))
+        with jax.set_mesh(self._mesh):
+            return self._score(self._params, *map(place_rows, (tokens, mask, candidates)), count=count)
 
 
 def longest_text(architecture: Architecture, thought_length: int) -> int:
