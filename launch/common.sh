@@ -1,0 +1,103 @@
+# Shared by the scripts of this folder, which source it; does nothing by itself.
+# shellcheck shell=bash
+
+START_AGAIN=75 # exit status of a run that saved where it is (quietstar_jax/errors.py)
+: "${MAX_RESTARTS:=50}" "${RESTART_SECONDS:=10}" "${MAX_RESTART_SECONDS:=300}"
+
+DRY_RUN=false
+ARGUMENTS=() # of the training command
+
+# Takes --dry-run and --help away; everything else is for the training command.
+parse_arguments() {
+  local argument
+  for argument in "$@"; do
+    case $argument in
+      --dry-run) DRY_RUN=true ;;
+      -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit 0 ;;
+      *) ARGUMENTS+=("$argument") ;;
+    esac
+  done
+  if ((${#ARGUMENTS[@]} == 0)); then
+    fail "nothing to run. Give the arguments of quietstar_jax.train, such as --config configs/quickstart.py"
+  fi
+}
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# Each variable named must have a value.
+need() {
+  local name
+  for name in "$@"; do
+    [[ -n ${!name:-} ]] || fail "$name is empty. Set it at the top of $0 or before the command: $name=... $0 ..."
+  done
+}
+
+# The arguments as one line that a shell reads back as they were.
+quote() {
+  local word line=""
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then line+="$word "; else line+="${word@Q} "; fi
+  done
+  printf '%s' "${line% }"
+}
+
+# Runs a command, or with --dry-run prints it.
+run() {
+  if $DRY_RUN; then printf '%s\n' "$(quote "$@")"; else "$@"; fi
+}
+
+# run_with_input TEXT COMMAND...: the same for a command that reads TEXT.
+run_with_input() {
+  local text=$1
+  shift
+  if $DRY_RUN; then
+    printf "%s <<'EOF'\n%s\nEOF\n" "$(quote "$@")" "$text"
+  else
+    "$@" <<<"$text"
+  fi
+}
+
+# Whether a run that ended so goes on when it is started again: it saved and left, or it was killed.
+goes_on() { (($1 == START_AGAIN || $1 > 128)); }
+
+# Waits for a process to end, and has its exit status. A trapped signal interrupts `wait` with a status above 128, so
+# that one is asked again until it is that of a process which is gone.
+wait_for() {
+  local status next
+  wait "$1" && status=0 || status=$?
+  while ((status > 128)); do
+    wait "$1" 2>/dev/null && next=0 || next=$?
+    if ((next == 127)) || { ((next == status)) && ! kill -0 "$1" 2>/dev/null; }; then break; fi
+    status=$next
+  done
+  return "$status"
+}
+
+# Runs a command, and starts it again while `goes_on` says so, at most MAX_RESTARTS times, with pauses that double.
+# SIGTERM and SIGINT are handed on, and end it.
+again() {
+  local child status leaving=false restarts=0 pause=$RESTART_SECONDS begun
+  while true; do
+    begun=$SECONDS
+    "$@" &
+    child=$!
+    trap 'leaving=true; kill -TERM "$child" 2>/dev/null || true' TERM INT
+    wait_for "$child" && status=0 || status=$?
+    if $leaving || ! goes_on "$status"; then return "$status"; fi
+    if ((restarts == MAX_RESTARTS)); then
+      echo "launch: status $status after $restarts restarts; giving up" >&2
+      return "$status"
+    fi
+    ((SECONDS - begun < 600)) || pause=$RESTART_SECONDS
+    restarts=$((restarts + 1))
+    echo "launch: status $status; restart $restarts of at most $MAX_RESTARTS in $pause s" >&2
+    sleep "$pause" &
+    child=$!
+    wait_for "$child" || true
+    if $leaving; then return "$status"; fi
+    pause=$((pause * 2 < MAX_RESTART_SECONDS ? pause * 2 : MAX_RESTART_SECONDS))
+  done
+}
