@@ -77,7 +77,7 @@ def stop_together() -> Iterator[None]:
         if isinstance(error, UserError):
             status = error.status
             print(f"error: {error} ({who})", file=sys.stderr)
-        elif isinstance(error, jax.errors.JaxRuntimeError):
+        elif _is_lost_touch(error):
             status = START_AGAIN
             print(
                 f"error: {who} lost touch with another one, or a device failed: {str(error).splitlines()[0]}\n"
@@ -89,3 +89,12 @@ def stop_together() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _is_lost_touch(error: Exception) -> bool:
+    """Whether communication or a device failed. Where a program is also compiled, JAX says so with a ValueError."""
+    said = str(error)
+    failed = isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and said.startswith(("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "ABORTED: "))
+    )
+    return failed and "RESOURCE_EXHAUSTED" not in said  # too little memory there would be again
