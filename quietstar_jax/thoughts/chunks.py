@@ -161,8 +161,29 @@ def positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, b
     layers = 1 if settings.rematerialize else a.num_layers
     per_token = a.num_layers * a.hidden_size * width + layers * results + again
     logits = 3 * 4 * vocab * (settings.length + 2 * settings.tokens_ahead)
-    per_position = batch * settings.count * (settings.chain_length * per_token + logits)
-    fitting = max(1, min(thinking, config.chunk_megabytes * 2**20 // per_position))
+    return _fitting(settings, batch * settings.count * (settings.chain_length * per_token + logits), thinking)
+
+
+def sampled_positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, batch: int, length: int) -> int:
+    """The same while thoughts are sampled.
+
+    Each of T steps gathers all weights anew for every chunk, where the mesh has them in parts. There, as many positions
+    as fit without a gradient to come go at once: a position keeps no more than the keys and values of its chains.
+    """
+    config, ahead = settings.config, positions_per_chunk(architecture, settings, batch, length)
+    if config.positions_per_chunk or ways("embed") == 1:
+        return ahead
+    batch, thinking = -(-batch // ways("batch")), -(-settings.thinking_positions(length) // ways("positions"))
+    a, width = architecture, settings.dtype.itemsize
+    cache = 2 * a.num_layers * (a.num_kv_heads // ways("kv_heads")) * a.head_dim * settings.length * width
+    heads, mlp = a.num_heads // ways("heads"), a.intermediate_size // ways("mlp")
+    token = (6 * a.hidden_size + 4 * mlp) * width + 12 * heads * min(KEY_BLOCK, length) + 3 * 4 * a.vocab_size
+    return max(ahead, _fitting(settings, batch * settings.count * (cache + token), thinking))
+
+
+def _fitting(settings: ThoughtSettings, bytes_per_position: int, thinking: int) -> int:
+    """How many of `thinking` positions fit the budget, or a little fewer, so that chunks are full."""
+    fitting = max(1, min(thinking, settings.config.chunk_megabytes * 2**20 // bytes_per_position))
     divisor = max(n for n in range(1, fitting + 1) if thinking % n == 0)
     return divisor if 2 * divisor > fitting else fitting
 

@@ -15,7 +15,7 @@ from quietstar_jax.config import Architecture, Config, Phase
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.axes import constrain, constrain_tree, shard, spread_rows
 from quietstar_jax.parallel.layout import place_rows, specs_like_parameters
-from quietstar_jax.thoughts.chunks import positions_per_chunk
+from quietstar_jax.thoughts.chunks import positions_per_chunk, sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import think
 from quietstar_jax.thoughts.loss import Metrics, language_model_loss, quiet_star_loss
 from quietstar_jax.thoughts.model import QuietStar, mean_embedding
@@ -154,9 +154,10 @@ def make_train_step(
         if not phase.thought_length:
             return language_model_loss(model, *batch, counts, settings)
         chunk = positions_per_chunk(architecture, settings, *batch.tokens.shape)
+        sampled = sampled_positions_per_chunk(architecture, settings, *batch.tokens.shape)
 
         def think_there(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:
-            return think(model, text, positions, at_positions(draws.thoughts, positions), settings, chunk)
+            return think(model, text, positions, at_positions(draws.thoughts, positions), settings, sampled)
 
         return quiet_star_loss(
             model, *batch, think_there, counts, settings, chunk,
