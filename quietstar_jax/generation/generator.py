@@ -115,7 +115,7 @@ class Generator:
         """
         if isinstance(prompts, str):
             raise ConfigError("prompts is one text; it takes a list of them.")
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        seeds = [int(seed)] * len(prompts) if isinstance(seed, int | np.integer) else [int(s) for s in seed]
         if len(seeds) != len(prompts) or not all(0 <= s < 2**63 for s in seeds):
             raise ConfigError(f"seed is {seed!r}; it takes a number of 0 or more, or one for each prompt.")
         requests, seen = [], Counter[tuple[int, tuple[int, ...]]]()

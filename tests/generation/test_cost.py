@@ -64,6 +64,21 @@ def test_the_cache_is_changed_in_place(thought_length):
     assert memory.alias_size_in_bytes >= cache_bytes
 
 
+def test_a_text_that_has_ended_gets_no_more_tokens():
+    engine, asked = make_engine(SIZES), requests(5, 3)
+
+    def tokens(*eos_ids: int) -> np.ndarray:
+        plan = Plan(ThoughtSettings(0), eos_ids=eos_ids, tokens_per_call=4)
+        knobs, wanted = engine.knobs(asked, Sampling()), np.ones(2, bool)
+        return next(engine.decode(engine.start(asked, 512), knobs, plan, wanted)).tokens.T
+
+    free = tokens()
+    eos = free[0, 1]
+    for row, ended in zip(free.tolist(), tokens(eos).tolist(), strict=True):
+        kept = row.index(eos) + 1 if eos in row else 4
+        assert ended == row[:kept] + [-1] * (4 - kept)
+
+
 def test_the_benchmark_measures_what_it_says():
     result = measure(SIZES, 1)
     assert result["tokens_per_second_with_thoughts"] > 0
