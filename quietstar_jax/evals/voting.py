@@ -95,7 +95,9 @@ def ask(group: Sequence[Question], generator: Generator, sampling: Sampling, tho
         "thought_length": sampling.thought_length if thoughts else None,
         "seed": [_seed(sampling.seed, question.line, i) for question in group for i in range(sampling.samples)],
     }
-    steps = generator.generate(prompts, max_tokens=sampling.max_tokens, stop=STOPS, **settings)
+    begin = generator.model.tokenizer.fast.bos_token  # some models begin another text where they should end one
+    stop = STOPS if begin is None else (*STOPS, begin)
+    steps = generator.generate(prompts, max_tokens=sampling.max_tokens, stop=stop, **settings)
     texts = [(prompt + one.text).rstrip() + CONCLUSION for prompt, one in zip(prompts, steps, strict=True)]
     answers = generator.generate(texts, max_tokens=ANSWER_TOKENS, stop=("\n",), **settings)
     votes = []

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ from quietstar_jax.evals.records import Records
 from quietstar_jax.evals.voting import CONCLUSION, STEPS, Sampling, measure_votes
 from quietstar_jax.evaluate import main
 from quietstar_jax.generation.batch import Generation
-from tests.evals.models import write_plain, write_run
+from tests.evals.models import bytes_tokenizer, write_plain, write_run
 from tests.evals.test_questions import write_lines
 
 SAMPLING = Sampling(samples=3, temperature=0.7, max_tokens=10, thought_length=2, seed=0)
@@ -31,6 +32,7 @@ class Scripted:
 
     def __post_init__(self):
         self.calls = []
+        self.model = SimpleNamespace(tokenizer=bytes_tokenizer())
 
     def encode(self, text):
         return tuple(text.encode())
@@ -71,6 +73,7 @@ def test_votes_by_hand(tmp_path):
     assert votes["accuracy"] == votes["majority_accuracy"]["3"]
     assert votes["answered"] == pytest.approx(5 / 6)
     (steps, drawn), (conclusions, _) = generator.calls
+    assert drawn["stop"] == ("Q:", "\n\n\n", "<s>")
     assert steps == ["Q: a" + STEPS] * 3 + ["Q: b" + STEPS] * 3  # two questions fill a batch
     assert conclusions[0] == "Q: a" + STEPS + " step 0." + CONCLUSION
     assert (drawn["temperature"], drawn["thoughts"]) == (0.7, False)
