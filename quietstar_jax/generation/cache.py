@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from quietstar_jax.config import Architecture
 from quietstar_jax.models.decoder import Decoder, KeyValues, run_layers
-from quietstar_jax.thoughts.attention import Seen, attend_cache, to_chain_layout
+from quietstar_jax.thoughts.attention import attend_cache, to_chain_layout
+from quietstar_jax.thoughts.seen import Seen
 
 
 def key_block() -> int:

@@ -3,7 +3,7 @@
 All chains of a position are extra query rows against the same prefix keys, which are never copied. They meet them
 block by block with a running maximum and sum (as in FlashAttention), so that scores over the whole prefix never
 exist at once, and blocks that no chain of the chunk can see are never computed. The backward pass computes the
-scores again from the saved log-sum-exp.
+scores again from the saved log-sum-exp. The part over the prefix is `prefix_kernel` on TPU, `prefix_blocks` elsewhere.
 
 Axis letters: B batch, G key/value heads, M query heads of each, R thoughts, J positions, C chain tokens, X = M * C
 query rows of a chain and head, P prefix keys, E chain keys, H head width. Scores and sums are float32.
@@ -11,8 +11,7 @@ query rows of a chain and head, P prefix keys, E chain keys, H head width. Score
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,43 +19,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from quietstar_jax.models.attention import ATTENTION, MASKED, split_heads
 from quietstar_jax.parallel.axes import shard
-
-KEY_BLOCK = 64  # prefix keys at once
+from quietstar_jax.thoughts import prefix_blocks, prefix_kernel
+from quietstar_jax.thoughts.prefix_blocks import Sums, add_blocks, dot, through_softmax
+from quietstar_jax.thoughts.seen import Seen, own_visible
 
 # Every device attends with its own sequences and heads, and needs nothing of another.
 _OVER = ("data", "fsdp", "tensor", "group")
 _QUERIES = ("batch", "kv_heads", None, None, "query_rows", None)
 _KEYS, _OWN_KEYS = ("batch", "kv_heads", None, None), ("batch", "kv_heads", None, None, None, None)
-
-
-class Seen(NamedTuple):
-    """What decides which keys a chain token sees.
-
-    Attributes:
-      mask: [B, P] bool, True where the text is real.
-      positions: [J] int32, the j of each chain, or [B, J] where sequences differ.
-      offsets: [C] int32, the c of each query token.
-      window: scalar int32, keys that a query sees, itself included.
-    """
-
-    mask: jax.Array
-    positions: jax.Array
-    offsets: jax.Array
-    window: jax.Array
-
-
-def prefix_visible(seen: Seen, keys: jax.Array) -> jax.Array:
-    """Which of the prefix keys with numbers `keys` [N] a chain token sees: [B, J, C, N] bool."""
-    position = seen.positions[..., None, None]
-    query = position + 1 + seen.offsets[:, None]
-    visible = (keys <= position) & (query - keys < seen.window)
-    return seen.mask[:, keys][:, None, None, :] & visible
-
-
-def own_visible(seen: Seen, length: int) -> jax.Array:
-    """Which token of its own chain (of `length` tokens) a chain token sees: [C, length] bool."""
-    distance = seen.offsets[:, None] - jnp.arange(length)[None, :]
-    return (distance >= 0) & (distance < seen.window)
 
 
 def attend_chains(
@@ -101,8 +71,8 @@ def attend_cache(
             jax.lax.dynamic_slice(cache_values, corner, size)[0],
         )
 
-    context, _ = _attend_blocks(rows, own_keys, own_values, seen, key_block, cut)
-    return _from_query_rows(context, queries)
+    sums = add_blocks(rows, seen, _own_sums(rows, own_keys, own_values, seen), key_block, cut)
+    return _from_query_rows(_finish(sums, own_values.dtype), queries)
 
 
 def _query_rows(queries: jax.Array, groups: int, seen: Seen) -> tuple[jax.Array, Seen]:
@@ -157,45 +127,11 @@ def _attend(
     _: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: Seen
 ) -> tuple[jax.Array, jax.Array]:
     """(context like q, log-sum-exp [B, G, R, J, X, 1])."""
-    width = min(KEY_BLOCK, keys.shape[2])
-
-    def cut(start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _cut(keys, start, width), _cut(values, start, width)
-
-    return _attend_blocks(q, own_keys, own_values, seen, width, cut)
-
-
-def _attend_blocks(
-    q: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: Seen, width: int,
-    cut: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(context like q in the dtype of the values, log-sum-exp of the scores [..., X, 1]).
-
-    Args:
-      width: prefix keys at once; cut: from the first of them to their keys and values [B, G, width, H].
-    """
-    scores = _own_scores(q, own_keys, seen)
-    peak = scores.max(axis=-1, keepdims=True)  # finite: every token sees itself
-    weights = jnp.exp(scores - peak)
-    total = weights.sum(axis=-1, keepdims=True)
-    context = _dot("bgrjxe,bgrjeh->bgrjxh", weights.astype(own_values.dtype), own_values)
-
-    def block(i: jax.Array, carry: tuple) -> tuple:
-        peak, total, context = carry
-        start, visible = _block(i, width, seen)
-        block_keys, block_values = cut(start)
-        scores = jnp.where(visible, _dot("bgrjxh,bgph->bgrjxp", q, block_keys), MASKED)
-        higher = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
-        weights, shrink = jnp.exp(scores - higher), jnp.exp(peak - higher)
-        added = _dot("bgrjxp,bgph->bgrjxh", weights.astype(block_values.dtype), block_values)
-        return higher, total * shrink + weights.sum(axis=-1, keepdims=True), context * shrink + added
-
-    carry = (peak, total, context)
-    if seen.mask.shape[1] == width:  # nothing to loop over
-        peak, total, context = block(jnp.int32(0), carry)
-    else:
-        peak, total, context = jax.lax.fori_loop(*_blocks(seen, width), block, carry)
-    return (context / total).astype(own_values.dtype), peak + jnp.log(total)
+    sums = jax.lax.platform_dependent(
+        q, keys, values, seen, _own_sums(q, own_keys, own_values, seen),
+        tpu=prefix_kernel.add_prefix, default=prefix_blocks.add_prefix,
+    )  # fmt: skip
+    return _finish(sums, own_values.dtype), sums.peak + jnp.log(sums.total)
 
 
 def _gradients(
@@ -204,68 +140,33 @@ def _gradients(
 ) -> tuple:  # fmt: skip
     """Of q, keys, values, own_keys and own_values."""
     mean = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-
-    def through_softmax(scores: jax.Array, to_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(weights, gradient of scores) in the compute dtype."""
-        weights = jnp.exp(scores - log_total)
-        return weights.astype(q.dtype), (weights * (to_weights - mean)).astype(q.dtype)
-
     scores = _own_scores(q, own_keys, seen)
-    weights, to_scores = through_softmax(scores, _dot("bgrjxh,bgrjeh->bgrjxe", gradient, own_values))
-    to_own_keys = _dot("bgrjxe,bgrjxh->bgrjeh", to_scores, q)
-    to_own_values = _dot("bgrjxe,bgrjxh->bgrjeh", weights, gradient)
-    to_q = _dot("bgrjxe,bgrjeh->bgrjxh", to_scores, own_keys)
-
-    def block(i: jax.Array, carry: tuple) -> tuple:
-        to_q, to_keys, to_values = carry
-        start, visible = _block(i, width, seen)
-        block_keys, block_values = _cut(keys, start, width), _cut(values, start, width)
-        scores = jnp.where(visible, _dot("bgrjxh,bgph->bgrjxp", q, block_keys), MASKED)
-        weights, to_scores = through_softmax(scores, _dot("bgrjxh,bgph->bgrjxp", gradient, block_values))
-        to_q += _dot("bgrjxp,bgph->bgrjxh", to_scores, block_keys)
-        to_keys = _add_block(start, to_keys, _dot("bgrjxp,bgrjxh->bgph", to_scores, q))
-        to_values = _add_block(start, to_values, _dot("bgrjxp,bgrjxh->bgph", weights, gradient))
-        return to_q, to_keys, to_values
-
-    width = min(KEY_BLOCK, keys.shape[2])
-    zeros = jnp.zeros(keys.shape, jnp.float32)
-    to_q, *to_prefix = jax.lax.fori_loop(*_blocks(seen, width), block, (to_q, zeros, zeros))
+    to_weights = dot("bgrjxh,bgrjeh->bgrjxe", gradient, own_values)
+    weights, to_scores = through_softmax(scores, to_weights, log_total, mean, q.dtype)
+    to_own = dot("bgrjxe,bgrjxh->bgrjeh", to_scores, q), dot("bgrjxe,bgrjxh->bgrjeh", weights, gradient)
+    to_q = dot("bgrjxe,bgrjeh->bgrjxh", to_scores, own_keys)
+    from_prefix, *to_prefix = jax.lax.platform_dependent(
+        q, keys, values, seen, log_total, mean, gradient,
+        tpu=prefix_kernel.prefix_gradients, default=prefix_blocks.prefix_gradients,
+    )  # fmt: skip
     # Devices that hold query heads of the same key/value heads.
-    to_keys = add_up((*to_prefix, to_own_keys, to_own_values), "group")
-    return tuple(x.astype(q.dtype) for x in (to_q, *to_keys))
+    to_keys = add_up((*to_prefix, *to_own), "group")
+    return tuple(x.astype(q.dtype) for x in (to_q + from_prefix, *to_keys))
 
 
 def _own_scores(q: jax.Array, own_keys: jax.Array, seen: Seen) -> jax.Array:
-    scores = _dot("bgrjxh,bgrjeh->bgrjxe", q, own_keys)
+    scores = dot("bgrjxh,bgrjeh->bgrjxe", q, own_keys)
     return jnp.where(own_visible(seen, own_keys.shape[4]), scores, MASKED)
 
 
-def _blocks(seen: Seen, width: int) -> tuple[jax.Array, jax.Array]:
-    """Numbers of the first block of `width` prefix keys that a chain sees, and of one past the last."""
-    first = jnp.maximum(seen.positions.min() + seen.offsets.min() + 2 - seen.window, 0)
-    end = jnp.minimum(seen.positions.max() + 1, seen.mask.shape[1])
-    return first // width, (end + width - 1) // width
+def _own_sums(q: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: Seen) -> Sums:
+    """The softmax over the chain itself. Its peak is finite: every token sees itself."""
+    scores = _own_scores(q, own_keys, seen)
+    peak = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    context = dot("bgrjxe,bgrjeh->bgrjxh", weights.astype(own_values.dtype), own_values)
+    return Sums(peak, weights.sum(axis=-1, keepdims=True), context)
 
 
-def _block(i: jax.Array, width: int, seen: Seen) -> tuple[jax.Array, jax.Array]:
-    """The first key of block i, and which of its keys a query row sees, [B, 1, 1, J, X, width].
-
-    The last block begins earlier where the text is no multiple of the width.
-    """
-    start = jnp.minimum(i * width, seen.mask.shape[1] - width)
-    numbers = start + jnp.arange(width)
-    visible = prefix_visible(seen, numbers) & (numbers >= i * width)
-    return start, visible[:, None, None]
-
-
-def _cut(x: jax.Array, start: jax.Array, width: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, start, width, axis=2)
-
-
-def _add_block(start: jax.Array, total: jax.Array, block: jax.Array) -> jax.Array:
-    block += _cut(total, start, block.shape[2])
-    return jax.lax.dynamic_update_slice_in_dim(total, block, start, axis=2)
-
-
-def _dot(equation: str, *operands: Any) -> jax.Array:
-    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+def _finish(sums: Sums, dtype: jnp.dtype) -> jax.Array:
+    return (sums.context / sums.total).astype(dtype)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.models.decoder import Decoder, KeyValues, run_layers
-from quietstar_jax.thoughts.attention import Seen, attend_chains, to_chain_layout
+from quietstar_jax.thoughts.attention import attend_chains, to_chain_layout
+from quietstar_jax.thoughts.seen import Seen
 
 
 def chain_pass(

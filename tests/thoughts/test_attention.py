@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from quietstar_jax.models.attention import MASKED, split_heads
-from quietstar_jax.thoughts import attention
-from quietstar_jax.thoughts.attention import Seen, attend_chains, own_visible, prefix_visible, to_chain_layout
+from quietstar_jax.thoughts import prefix_blocks
+from quietstar_jax.thoughts.attention import attend_chains, to_chain_layout
+from quietstar_jax.thoughts.seen import Seen, own_visible, prefix_visible
 
 UNLIMITED = jnp.int32(2**31 - 1)
 
@@ -55,7 +56,7 @@ def all_at_once(queries, prefix_keys, prefix_values, own_keys, own_values, seen:
 @pytest.mark.parametrize("block", [2, 3, 64])
 def test_blocks_equal_one_softmax_with_gradients(monkeypatch, scale, window, positions, block) -> None:
     """Also where the largest score is in the hundreds, in either group, or the prefix is invisible."""
-    monkeypatch.setattr(attention, "KEY_BLOCK", block)
+    monkeypatch.setattr(prefix_blocks, "KEY_BLOCK", block)
     batch, count, tokens, prefix, heads, groups, width = 2, 2, 3, 7, 4, 2, 6
     queries = scale * normal(0, batch, count, 3, tokens, heads, width)
     base = [normal(seed, batch, prefix, groups, width) for seed in (1, 2)]

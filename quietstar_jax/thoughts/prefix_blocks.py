@@ -1,0 +1,124 @@
+"""The prefix part of chain attention, a block of keys at a time with a running maximum and sum.
+
+Axis letters as in `thoughts/attention.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from quietstar_jax.models.attention import MASKED
+from quietstar_jax.thoughts.seen import Seen, prefix_visible
+
+KEY_BLOCK = 64  # prefix keys at once
+
+Cut = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class Sums(NamedTuple):
+    """An unfinished softmax: what is summed so far, relative to the largest score.
+
+    Attributes:
+      peak, total: [..., 1] float32, the largest score and the sum of exp(score - peak).
+      context: [..., H] float32, the sum of exp(score - peak) times the values.
+    """
+
+    peak: jax.Array
+    total: jax.Array
+    context: jax.Array
+
+
+def add_prefix(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, own: Sums) -> Sums:
+    """Sums over chain and prefix: q [B, G, R, J, X, H] scaled; keys, values [B, G, P, H]; own sums of the chain."""
+    width = min(KEY_BLOCK, keys.shape[2])
+    return add_blocks(q, seen, own, width, lambda start: (_cut(keys, start, width), _cut(values, start, width)))
+
+
+def add_blocks(q: jax.Array, seen: Seen, own: Sums, width: int, cut: Cut) -> Sums:
+    """`add_prefix`, where keys and values are read by `cut`: from the first of `width` to their [B, G, width, H]."""
+
+    def block(i: jax.Array, sums: Sums) -> Sums:
+        start, visible = _block(i, width, seen)
+        block_keys, block_values = cut(start)
+        scores = jnp.where(visible, dot("bgrjxh,bgph->bgrjxp", q, block_keys), MASKED)
+        higher = jnp.maximum(sums.peak, scores.max(axis=-1, keepdims=True))
+        weights, shrink = jnp.exp(scores - higher), jnp.exp(sums.peak - higher)
+        added = dot("bgrjxp,bgph->bgrjxh", weights.astype(block_values.dtype), block_values)
+        total = sums.total * shrink + weights.sum(axis=-1, keepdims=True)
+        return Sums(higher, total, sums.context * shrink + added)
+
+    if seen.mask.shape[1] == width:  # nothing to loop over
+        return block(jnp.int32(0), own)
+    return jax.lax.fori_loop(*_blocks(seen, width), block, own)
+
+
+def prefix_gradients(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, log_total: jax.Array, mean: jax.Array,
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """What the prefix adds to the gradients of queries, keys and values, float32, from scores computed again.
+
+    Args:
+      log_total: [B, G, R, J, X, 1] log-sum-exp over prefix and chain; mean: [B, G, R, J, X, 1], the gradient times the
+        context, summed over H; gradient: of the context.
+    """
+    width = min(KEY_BLOCK, keys.shape[2])
+
+    def block(i: jax.Array, carry: tuple) -> tuple:
+        to_q, to_keys, to_values = carry
+        start, visible = _block(i, width, seen)
+        block_keys, block_values = _cut(keys, start, width), _cut(values, start, width)
+        scores = jnp.where(visible, dot("bgrjxh,bgph->bgrjxp", q, block_keys), MASKED)
+        to_weights = dot("bgrjxh,bgph->bgrjxp", gradient, block_values)
+        weights, to_scores = through_softmax(scores, to_weights, log_total, mean, q.dtype)
+        to_q += dot("bgrjxp,bgph->bgrjxh", to_scores, block_keys)
+        to_keys = _add_block(start, to_keys, dot("bgrjxp,bgrjxh->bgph", to_scores, q))
+        to_values = _add_block(start, to_values, dot("bgrjxp,bgrjxh->bgph", weights, gradient))
+        return to_q, to_keys, to_values
+
+    zeros = jnp.zeros(keys.shape, jnp.float32)
+    return jax.lax.fori_loop(*_blocks(seen, width), block, (jnp.zeros(q.shape, jnp.float32), zeros, zeros))
+
+
+def through_softmax(
+    scores: jax.Array, to_weights: jax.Array, log_total: jax.Array, mean: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """(weights, gradient of scores) in the compute dtype."""
+    weights = jnp.exp(scores - log_total)
+    return weights.astype(dtype), (weights * (to_weights - mean)).astype(dtype)
+
+
+def dot(equation: str, *operands: Any) -> jax.Array:
+    """A product that is summed in float32."""
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+
+
+def _blocks(seen: Seen, width: int) -> tuple[jax.Array, jax.Array]:
+    """Numbers of the first block of `width` prefix keys that a chain sees, and of one past the last."""
+    first = jnp.maximum(seen.positions.min() + seen.offsets.min() + 2 - seen.window, 0)
+    end = jnp.minimum(seen.positions.max() + 1, seen.mask.shape[1])
+    return first // width, (end + width - 1) // width
+
+
+def _block(i: jax.Array, width: int, seen: Seen) -> tuple[jax.Array, jax.Array]:
+    """The first key of block i, and which of its keys a query row sees, [B, 1, 1, J, X, width].
+
+    The last block begins earlier where the text is no multiple of the width.
+    """
+    start = jnp.minimum(i * width, seen.mask.shape[1] - width)
+    numbers = start + jnp.arange(width)
+    visible = prefix_visible(seen, numbers) & (numbers >= i * width)
+    return start, visible[:, None, None]
+
+
+def _cut(x: jax.Array, start: jax.Array, width: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, width, axis=2)
+
+
+def _add_block(start: jax.Array, total: jax.Array, block: jax.Array) -> jax.Array:
+    block += _cut(total, start, block.shape[2])
+    return jax.lax.dynamic_update_slice_in_dim(total, block, start, axis=2)

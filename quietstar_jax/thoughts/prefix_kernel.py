@@ -1,0 +1,308 @@
+"""The prefix part of chain attention as Pallas kernels for TPU: scores of a block never leave the chip's fast memory.
+
+`add_prefix` and `prefix_gradients` compute what those of `thoughts/prefix_blocks.py` do. All query rows of a key/value
+head, of whatever thought, position, chain token and query head, are one long axis; each knows the first and last key
+it may see. A block of rows visits only blocks of keys that one of its rows may see: the others are not computed.
+
+Axis letters: B batch, G key/value heads, N query rows, P prefix keys, H head width. Scores and sums are float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from quietstar_jax.thoughts.prefix_blocks import Sums
+from quietstar_jax.thoughts.seen import Seen
+
+ROW_BLOCK, KEY_BLOCK = 256, 128
+LOWEST = -1e30
+
+
+class Range(NamedTuple):
+    """Which keys a row sees: real ones among low .. high.
+
+    Attributes:
+      low, high: [B, N] int32, both included; mask: [B, P] bool.
+    """
+
+    low: jax.Array
+    high: jax.Array
+    mask: jax.Array
+
+
+def add_prefix(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, own: Sums, *, interpret: bool = False
+) -> Sums:
+    """As `prefix_blocks.add_prefix`; `interpret` runs the kernel on any device."""
+    found = forward(_as_rows(q), keys, values, _range(q, seen), interpret=interpret)
+    prefix = Sums(*(x.reshape(mine.shape) for x, mine in zip(found, own, strict=True)))
+    higher = jnp.maximum(own.peak, prefix.peak)
+    kept, added = jnp.exp(own.peak - higher), jnp.exp(prefix.peak - higher)
+    return Sums(higher, own.total * kept + prefix.total * added, own.context * kept + prefix.context * added)
+
+
+def prefix_gradients(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, log_total: jax.Array, mean: jax.Array,
+    gradient: jax.Array, *, interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """As `prefix_blocks.prefix_gradients`."""
+    rows = (_as_rows(x) for x in (log_total, mean, gradient))
+    to_q, to_keys, to_values = backward(_as_rows(q), keys, values, _range(q, seen), *rows, interpret=interpret)
+    return to_q.reshape(q.shape), to_keys, to_values
+
+
+def forward(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, interpret: bool = False
+) -> Sums:  # fmt: skip
+    """Softmax sums of scaled queries [B, G, N, H] over keys and values [B, G, P, H].
+
+    A row that sees no key has the peak `LOWEST` and the total 0.
+    """
+    rows, length = q.shape[2], keys.shape[2]
+    q, keys, values, seen = _pad(q, keys, values, seen)
+    batch, groups, padded, width = q.shape
+    grid = (batch, groups, padded // ROW_BLOCK, keys.shape[2] // KEY_BLOCK)
+    sums = pl.pallas_call(
+        _forward_kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=grid,
+            in_specs=[_rows(width), _keys(width), _keys(width), _row_numbers(), _row_numbers(), _key_numbers()],
+            out_specs=[_rows(1), _rows(1), _rows(width)],
+            scratch_shapes=[pltpu.VMEM((ROW_BLOCK, n), jnp.float32) for n in (1, 1, width)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((batch, groups, padded, n), jnp.float32) for n in (1, 1, width)],
+        compiler_params=_parallel_but_last(grid),
+        interpret=interpret,
+        name="prefix_attention_forward",
+    )(*_bounds(seen, length), q, keys, values, *_columns(seen))
+    return Sums(*(x[:, :, :rows] for x in sums))
+
+
+def backward(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, log_total: jax.Array, mean: jax.Array,
+    gradient: jax.Array, *, interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Gradients of queries, keys and values, float32, from scores that are computed again.
+
+    Args:
+      log_total: [B, G, N, 1] log-sum-exp over prefix and chain; mean: [B, G, N, 1] the gradient times the context,
+        summed; gradient: [B, G, N, H] of the context.
+    """
+    rows, length = q.shape[2], keys.shape[2]
+    unpadded = keys.shape
+    q, keys, values, seen = _pad(q, keys, values, seen)
+    log_total, mean, gradient = (_pad_axis(x, 2, ROW_BLOCK) for x in (log_total, mean, gradient))
+    batch, groups, padded, width = q.shape
+    grid = (batch, groups, padded // ROW_BLOCK, keys.shape[2] // KEY_BLOCK)
+    bounds, columns = _bounds(seen, length), _columns(seen)
+    operands = (*bounds, q, keys, values, *columns, log_total, mean, gradient)
+
+    to_q = pl.pallas_call(
+        _query_gradient_kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=grid,
+            in_specs=[
+                _rows(width), _keys(width), _keys(width), _row_numbers(), _row_numbers(), _key_numbers(),
+                _rows(1), _rows(1), _rows(width),
+            ],
+            out_specs=_rows(width),
+            scratch_shapes=[pltpu.VMEM((ROW_BLOCK, width), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        compiler_params=_parallel_but_last(grid),
+        interpret=interpret,
+        name="prefix_attention_query_gradient",
+    )(*operands)  # fmt: skip
+
+    swap = functools.partial(_spec, rows_last=True)
+    to_keys, to_values = pl.pallas_call(
+        _key_gradient_kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(grid[0], grid[1], grid[3], grid[2]),
+            in_specs=[
+                swap("rows", width), swap("keys", width), swap("keys", width), swap("row numbers"),
+                swap("row numbers"), swap("key numbers"), swap("rows", 1), swap("rows", 1), swap("rows", width),
+            ],
+            out_specs=[swap("keys", width), swap("keys", width)],
+            scratch_shapes=[pltpu.VMEM((KEY_BLOCK, width), jnp.float32)] * 2,
+        ),
+        out_shape=[jax.ShapeDtypeStruct(keys.shape, jnp.float32)] * 2,
+        compiler_params=_parallel_but_last(grid),
+        interpret=interpret,
+        name="prefix_attention_key_gradient",
+    )(*operands)  # fmt: skip
+    return to_q[:, :, :rows], to_keys[:, :, : unpadded[2]], to_values[:, :, : unpadded[2]]
+
+
+def _as_rows(x: jax.Array) -> jax.Array:
+    """[B, G, R, J, X, H] -> [B, G, N, H]."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _range(q: jax.Array, seen: Seen) -> Range:
+    """Which prefix keys every row of q [B, G, R, J, X, H] sees."""
+    batch, _, count, chunk, rows, _ = q.shape
+    position = jnp.broadcast_to(seen.positions[..., None, :, None], (batch, count, chunk, rows))
+    low = jnp.maximum(position + 2 + seen.offsets - seen.window, 0)
+    return Range(low.reshape(batch, -1), position.reshape(batch, -1), seen.mask)
+
+
+def _forward_kernel(
+    first, last, q, keys, values, low, high, mask, peak_out, total_out, context_out, peak, total, context
+):
+    row_block, step = pl.program_id(2), pl.program_id(3)
+
+    @pl.when(step == 0)
+    def _() -> None:
+        peak[...] = jnp.full_like(peak, LOWEST)
+        total[...] = jnp.zeros_like(total)
+        context[...] = jnp.zeros_like(context)
+
+    block = first[pl.program_id(0), row_block] + step
+
+    @pl.when(block <= last[pl.program_id(0), row_block])
+    def _() -> None:
+        scores, visible = _scores(q, keys, low, high, mask, block)
+        higher = jnp.maximum(peak[...], jnp.where(visible, scores, LOWEST).max(axis=1, keepdims=True))
+        weights = jnp.where(visible, jnp.exp(scores - higher), 0.0)
+        shrink = jnp.exp(peak[...] - higher)
+        total[...] = total[...] * shrink + weights.sum(axis=1, keepdims=True)
+        context[...] = context[...] * shrink + _dot(weights.astype(values.dtype), values[0, 0], 1, 0)
+        peak[...] = higher
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def _() -> None:
+        peak_out[0, 0], total_out[0, 0], context_out[0, 0] = peak[...], total[...], context[...]
+
+
+def _query_gradient_kernel(
+    first, last, q, keys, values, low, high, mask, log_total, mean, gradient, to_q, total
+):  # fmt: skip
+    row_block, step = pl.program_id(2), pl.program_id(3)
+
+    @pl.when(step == 0)
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+
+    block = first[pl.program_id(0), row_block] + step
+
+    @pl.when(block <= last[pl.program_id(0), row_block])
+    def _() -> None:
+        _, to_scores = _through_softmax(q, keys, values, low, high, mask, log_total, mean, gradient, block)
+        total[...] += _dot(to_scores, keys[0, 0], 1, 0)
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def _() -> None:
+        to_q[0, 0] = total[...]
+
+
+def _key_gradient_kernel(
+    first, last, q, keys, values, low, high, mask, log_total, mean, gradient, to_keys, to_values, keys_sum, values_sum
+):
+    block, row_block = pl.program_id(2), pl.program_id(3)
+
+    @pl.when(row_block == 0)
+    def _() -> None:
+        keys_sum[...] = jnp.zeros_like(keys_sum)
+        values_sum[...] = jnp.zeros_like(values_sum)
+
+    batch = pl.program_id(0)
+
+    @pl.when((first[batch, row_block] <= block) & (block <= last[batch, row_block]))
+    def _() -> None:
+        weights, to_scores = _through_softmax(q, keys, values, low, high, mask, log_total, mean, gradient, block)
+        keys_sum[...] += _dot(to_scores, q[0, 0], 0, 0)
+        values_sum[...] += _dot(weights, gradient[0, 0], 0, 0)
+
+    @pl.when(row_block == pl.num_programs(3) - 1)
+    def _() -> None:
+        to_keys[0, 0], to_values[0, 0] = keys_sum[...], values_sum[...]
+
+
+def _scores(q: Any, keys: Any, low: Any, high: Any, mask: Any, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scores of a block of rows and one of keys, and which of them count: [rows, keys]."""
+    scores = _dot(q[0, 0], keys[0, 0], 1, 1)
+    number = block * KEY_BLOCK + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    return scores, (number >= low[0]) & (number <= high[0]) & (mask[0] != 0)
+
+
+def _through_softmax(
+    q: Any, keys: Any, values: Any, low: Any, high: Any, mask: Any, log_total: Any, mean: Any, gradient: Any,
+    block: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """(weights, gradient of scores) of a block in the compute dtype."""
+    scores, visible = _scores(q, keys, low, high, mask, block)
+    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, LOWEST) - log_total[0, 0]), 0.0)
+    to_weights = _dot(gradient[0, 0], values[0, 0], 1, 1)
+    return weights.astype(q.dtype), (weights * (to_weights - mean[0, 0])).astype(q.dtype)
+
+
+def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
+    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _bounds(seen: Range, length: int) -> tuple[jax.Array, jax.Array]:
+    """First and last key block that some row of each block of rows sees: two int32 [B, row blocks]."""
+    batch = seen.low.shape[0]
+    low, high = (x.reshape(batch, -1, ROW_BLOCK) for x in (seen.low, seen.high))
+    sees = low <= high
+    first = jnp.where(sees, low, length).min(axis=-1) // KEY_BLOCK
+    last = jnp.where(sees, jnp.minimum(high, length - 1), -KEY_BLOCK).max(axis=-1) // KEY_BLOCK
+    return first.astype(jnp.int32), last.astype(jnp.int32)
+
+
+def _columns(seen: Range) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return seen.low[:, :, None], seen.high[:, :, None], seen.mask.astype(jnp.int32)[:, None]
+
+
+def _pad(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range
+) -> tuple[jax.Array, jax.Array, jax.Array, Range]:
+    """Whole blocks: added rows see nothing, added keys are not real."""
+    low, high = _pad_axis(seen.low, 1, ROW_BLOCK, fill=1), _pad_axis(seen.high, 1, ROW_BLOCK)
+    added = jnp.arange(low.shape[1]) >= q.shape[2]
+    high = jnp.where(added, 0, high)
+    keys, values = _pad_axis(keys, 2, KEY_BLOCK), _pad_axis(values, 2, KEY_BLOCK)
+    return _pad_axis(q, 2, ROW_BLOCK), keys, values, Range(low, high, _pad_axis(seen.mask, 1, KEY_BLOCK))
+
+
+def _pad_axis(x: jax.Array, axis: int, multiple: int, fill: int = 0) -> jax.Array:
+    missing = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
+
+
+def _parallel_but_last(grid: tuple[int, ...]) -> pltpu.CompilerParams:
+    semantics = [pltpu.PARALLEL] * (len(grid) - 1) + [pltpu.ARBITRARY]
+    return pltpu.CompilerParams(dimension_semantics=semantics)
+
+
+def _spec(kind: str, width: int = 1, *, rows_last: bool = False) -> pl.BlockSpec:
+    """How one program of the grid (batch, head, block of rows, step over blocks of keys) sees an array; with
+    `rows_last` of the grid (batch, head, block of keys, block of rows)."""
+
+    def place(b: Any, g: Any, x: Any, y: Any, first: Any, last: Any) -> tuple[Any, Any]:
+        """(block of rows, block of keys); a block of keys that is not needed is not fetched: the last stays."""
+        if rows_last:
+            return y, x
+        return x, jnp.clip(first[b, x] + y, 0, jnp.maximum(last[b, x], 0))
+
+    shape, index = {
+        "rows": ((1, 1, ROW_BLOCK, width), lambda b, g, *at: (b, g, place(b, g, *at)[0], 0)),
+        "keys": ((1, 1, KEY_BLOCK, width), lambda b, g, *at: (b, g, place(b, g, *at)[1], 0)),
+        "row numbers": ((1, ROW_BLOCK, 1), lambda b, g, *at: (b, place(b, g, *at)[0], 0)),
+        "key numbers": ((1, 1, KEY_BLOCK), lambda b, g, *at: (b, 0, place(b, g, *at)[1])),
+    }[kind]
+    return pl.BlockSpec(shape, index)
+
+
+_rows, _keys = functools.partial(_spec, "rows"), functools.partial(_spec, "keys")
+_row_numbers, _key_numbers = functools.partial(_spec, "row numbers"), functools.partial(_spec, "key numbers")

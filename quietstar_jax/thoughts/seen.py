@@ -1,0 +1,38 @@
+"""Which keys a token of a thought chain sees."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Seen(NamedTuple):
+    """What decides which keys a chain token sees.
+
+    Attributes:
+      mask: [B, P] bool, True where the text is real.
+      positions: [J] int32, the j of each chain, or [B, J] where sequences differ.
+      offsets: [C] int32, the c of each query token.
+      window: scalar int32, keys that a query sees, itself included.
+    """
+
+    mask: jax.Array
+    positions: jax.Array
+    offsets: jax.Array
+    window: jax.Array
+
+
+def prefix_visible(seen: Seen, keys: jax.Array) -> jax.Array:
+    """Which of the prefix keys with numbers `keys` [N] a chain token sees: [B, J, C, N] bool."""
+    position = seen.positions[..., None, None]
+    query = position + 1 + seen.offsets[:, None]
+    visible = (keys <= position) & (query - keys < seen.window)
+    return seen.mask[:, keys][:, None, None, :] & visible
+
+
+def own_visible(seen: Seen, length: int) -> jax.Array:
+    """Which token of its own chain (of `length` tokens) a chain token sees: [C, length] bool."""
+    distance = seen.offsets[:, None] - jnp.arange(length)[None, :]
+    return (distance >= 0) & (distance < seen.window)
