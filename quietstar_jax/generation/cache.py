@@ -61,7 +61,7 @@ def cached_pass(
 
     rotary = positions[:, None, None, None] + 1 + offsets
     layers = jnp.arange(decoder.architecture.num_layers)
-    hidden, own = run_layers(decoder, embeddings[:, None, None], rotary, attend, (layers, own))
+    hidden, own, _ = run_layers(decoder, embeddings[:, None, None], rotary, attend, (layers, own))
     return hidden[:, 0, 0], own
 
 

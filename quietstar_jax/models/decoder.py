@@ -17,6 +17,7 @@ from flax import nnx
 from quietstar_jax.config import Architecture
 from quietstar_jax.models import rope
 from quietstar_jax.models.attention import ATTENTION, attend, causal_mask
+from quietstar_jax.models.layer_scan import scan_layers
 from quietstar_jax.models.linear import dense, linear, look_up
 from quietstar_jax.models.parameters import normal, ones, parameter, zeros
 from quietstar_jax.parallel.axes import constrain, ways
@@ -115,7 +116,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 def run_layers(
     decoder: Decoder, x: jax.Array, positions: jax.Array, attend_fn: Attend, state: Any, *, rematerialize: bool = False
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, Any, Layers]:
     """All layers and the final norm.
 
     Args:
@@ -126,7 +127,9 @@ def run_layers(
       rematerialize: recompute each layer in the backward pass instead of keeping its activations.
 
     Returns:
-      (hidden [..., D], what `attend_fn` handed back, stacked along `layers`).
+      (hidden [..., D], what `attend_fn` handed back, stacked along `layers`, the weights of the layers as they were).
+      A second use of the weights had better take these: with `rematerialize`, gradients are then summed in one place
+      (see `layer_scan`).
     """
     a = decoder.architecture
     cos, sin = rope.rotation(a, positions)
@@ -140,9 +143,13 @@ def run_layers(
         x = x + feed_forward(a, w, rms_norm(x, w["mlp_norm"], a.rms_norm_eps))
         return constrain(x, "batch", ..., "hidden"), handed_back
 
-    body = jax.checkpoint(layer, policy=None if rematerialize else KEPT, prevent_cse=False)
-    x, handed_back = jax.lax.scan(body, x, (decoder.layers, attention_windows(a), state))
-    return rms_norm(x, decoder.final_norm[...], a.rms_norm_eps), handed_back
+    layers, windows = decoder.layers, attention_windows(a)
+    if rematerialize:
+        x, handed_back, layers = scan_layers(layer, x, layers, windows, state)
+    else:
+        body = jax.checkpoint(layer, policy=KEPT, prevent_cse=False)
+        x, handed_back = jax.lax.scan(body, x, (layers, windows, state))
+    return rms_norm(x, decoder.final_norm[...], a.rms_norm_eps), handed_back, layers
 
 
 def attention_windows(a: Architecture) -> jax.Array:
@@ -179,7 +186,7 @@ def feed_forward(a: Architecture, w: dict[str, jax.Array], x: jax.Array) -> jax.
 
 def base_pass(
     decoder: Decoder, tokens: jax.Array, mask: jax.Array, *, dtype: jnp.dtype, rematerialize: bool = False
-) -> tuple[jax.Array, KeyValues]:
+) -> tuple[jax.Array, KeyValues, Layers]:
     """Causal pass over the text itself.
 
     Args:
@@ -187,7 +194,7 @@ def base_pass(
       mask: [B, L] bool, True where the text is real; padding is never a key.
 
     Returns:
-      (final-norm hidden states [B, L, D], keys and values [layers, B, L, G, H]).
+      (final-norm hidden states [B, L, D], keys and values [layers, B, L, G, H], layers as from `run_layers`).
     """
     # The devices that share the thoughts of a text share its tokens here, and all keep its keys.
     text = "text" if tokens.shape[1] % ways("text") == 0 else "keys"

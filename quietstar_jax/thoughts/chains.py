@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.models.decoder import Decoder, KeyValues, run_layers
+from quietstar_jax.models.decoder import Decoder, KeyValues, Layers, run_layers
 from quietstar_jax.thoughts.attention import attend_chains, to_chain_layout
 from quietstar_jax.thoughts.seen import Seen
 
@@ -19,14 +19,14 @@ from quietstar_jax.thoughts.seen import Seen
 def chain_pass(
     decoder: Decoder, embeddings: jax.Array, positions: jax.Array, prefix: KeyValues, mask: jax.Array, *,
     rematerialize: bool = False,
-) -> jax.Array:  # fmt: skip
+) -> tuple[jax.Array, Layers]:  # fmt: skip
     """All tokens of all chains of J positions at once.
 
     Args:
       embeddings: [B, R, J, C, D]; positions: [J] or [B, J]; prefix: [layers, B, P, G, H]; mask: [B, P] bool.
 
     Returns:
-      final-norm hidden states [B, R, J, C, D].
+      (final-norm hidden states [B, R, J, C, D], layers as from `run_layers`).
     """
     offsets = jnp.arange(embeddings.shape[3])
 
@@ -35,7 +35,8 @@ def chain_pass(
         return attend_chains(q, base.keys, base.values, *own, Seen(mask, positions, offsets, window)), None
 
     rotary = positions[..., None, :, None] + 1 + offsets
-    return run_layers(decoder, embeddings, rotary, attend_chain, prefix, rematerialize=rematerialize)[0]
+    hidden, _, layers = run_layers(decoder, embeddings, rotary, attend_chain, prefix, rematerialize=rematerialize)
+    return hidden, layers
 
 
 def empty_chains(decoder: Decoder, batch: int, count: int, positions: int, length: int, dtype: jnp.dtype) -> KeyValues:
@@ -69,5 +70,5 @@ def chain_step(
         return attend_chains(q, base.keys, base.values, *written, seen), written
 
     rotary = positions[..., None, :, None] + 1 + offset
-    hidden, own = run_layers(decoder, embeddings[..., None, :], rotary, attend_step, (prefix, own))
+    hidden, own, _ = run_layers(decoder, embeddings[..., None, :], rotary, attend_step, (prefix, own))
     return hidden[..., 0, :], own

@@ -75,17 +75,19 @@ def map_chunks(
 
 
 def sum_chunks(
-    fn: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]], operands: Any, constants: Any, count: int, chunk: int,
-    axes: Any = None,
+    fn: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any, Any]], operands: Any, constants: Any, count: int,
+    chunk: int, axes: Any = None,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
-    """Sum over chunks of `fn(operands, constants, start) -> (scalar, aux)`, lean to differentiate.
+    """Sum over chunks of `fn(operands, constants, start) -> (scalar, aux, carried)`, lean to differentiate.
 
     Each chunk's gradient is taken right after its value, while its activations are at hand, and only the sum of
     the gradients is kept: no chunk runs twice and the memory is that of one. Possible because the result is a plain
     sum. Devices along the position axis add their sums up once, at the end.
 
     Args:
-      operands: pytree of floating-point arrays to differentiate; constants: pytree that gets no gradient.
+      fn: `carried` are some of the operands, by name, as `fn` hands them on (see `layer_scan`), or none.
+      operands: floating-point arrays (or pytrees of such) by name, to differentiate; constants: pytree that gets no
+        gradient.
       count: positions in all; chunk: how many of them each call takes, from number `start` on.
       axes: the tree of operands with the logical axes of each array, by which its gradient is laid out; None = free.
 
@@ -96,28 +98,36 @@ def sum_chunks(
     def total(operands: Any, constants: Any) -> tuple[jax.Array, Any]:
         def own(add_up: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Any:
             def add(carry: Any, start: jax.Array) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, carry, fn(operands, constants, start + offset[0])), None
+                return jax.tree.map(jnp.add, carry, fn(operands, constants, start + offset[0])[:2]), None
 
-            sums = jax.lax.scan(add, _zeros(jax.eval_shape(fn, operands, constants, starts[0])), starts)[0]
+            sums = jax.lax.scan(add, _zeros(jax.eval_shape(fn, operands, constants, starts[0])[:2]), starts)[0]
             return add_up(sums, "position")
 
         return _on_own_positions(own, ())(operands, constants, *chunk_starts(count, chunk))
 
     def forward(operands: Any, constants: Any) -> tuple[tuple[jax.Array, Any], Any]:
         def own(add_up: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Any:
-            value_and_grad = jax.value_and_grad(fn, has_aux=True)
-
             def lay_out(gradients: Any) -> Any:
                 return gradients if axes is None else constrain_tree(gradients, axes)
 
             def add(carry: Any, start: jax.Array) -> tuple[Any, None]:
                 sums, gradients = carry
-                out, more = value_and_grad(operands, constants, start + offset[0])
-                # Accumulated in float32 also where the operands are narrower.
-                gradients = jax.tree.map(lambda total, x: total + x.astype(jnp.float32), gradients, lay_out(more))
-                return (jax.tree.map(jnp.add, sums, out), lay_out(gradients)), None
 
-            sums = _zeros(jax.eval_shape(fn, operands, constants, starts[0]))
+                def value(operands: Any) -> tuple[tuple[jax.Array, Any], Any]:
+                    scalar, aux, carried = fn(operands, constants, start + offset[0])
+                    return (scalar, carried), aux
+
+                (scalar, carried), back, aux = jax.vjp(value, operands, has_aux=True)
+                (more,) = back((jnp.ones_like(scalar), {name: gradients[name] for name in carried}))
+                more = lay_out(more)
+                # Accumulated in float32 also where the operands are narrower.
+                gradients |= {
+                    name: x if name in carried else jax.tree.map(_add_wide, gradients[name], x)
+                    for name, x in more.items()
+                }
+                return (jax.tree.map(jnp.add, sums, (scalar, aux)), lay_out(gradients)), None
+
+            sums = _zeros(jax.eval_shape(fn, operands, constants, starts[0])[:2])
             gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), operands)
             return add_up(jax.lax.scan(add, (sums, lay_out(gradients)), starts)[0], "position")
 
@@ -186,6 +196,10 @@ def _fitting(settings: ThoughtSettings, bytes_per_position: int, thinking: int) 
     fitting = max(1, min(thinking, settings.config.chunk_megabytes * 2**20 // bytes_per_position))
     divisor = max(n for n in range(1, fitting + 1) if thinking % n == 0)
     return divisor if 2 * divisor > fitting else fitting
+
+
+def _add_wide(total: jax.Array, x: jax.Array) -> jax.Array:
+    return total + x.astype(total.dtype)
 
 
 def _zeros(shapes: Any) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.models.decoder import KEY_VALUE_AXES, KeyValues
-from quietstar_jax.models.parameters import assemble, disassemble
+from quietstar_jax.models.decoder import KEY_VALUE_AXES, KeyValues, Layers
+from quietstar_jax.models.parameters import assemble, disassemble, named_parameters
 from quietstar_jax.thoughts.chunks import sum_chunks, take_chunk, take_positions
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.objective import Counts, advantages, policy_loss, rewards, talk_loss
@@ -71,18 +71,20 @@ def quiet_star_loss(
     )  # fmt: skip
     positions = choose(text)
     thoughts = think(model, text, positions)
+    learned |= _layers(text.layers, learned)
     read = {"hidden": text.hidden, "prefix": text.prefix, "nats": text.nats}
     text_is_fixed = all(name in fixed for name in params if name.startswith("decoder."))
     operands = learned if text_is_fixed else learned | read
     constants = (fixed | read if text_is_fixed else fixed, tokens, mask, positions, thoughts, counts)
 
-    def chunk(operands: Any, constants: Any, start: jax.Array) -> tuple[jax.Array, Metrics]:
+    def chunk(operands: Any, constants: Any, start: jax.Array) -> tuple[jax.Array, Metrics, Any]:
         fixed, tokens, mask, positions, thoughts, counts = constants
         arrays = operands | fixed
         text = Text(tokens, mask, arrays["hidden"], arrays["prefix"], arrays["nats"])
         positions = take_positions(positions, start, positions_per_chunk)
         thoughts = take_chunk(thoughts, start, positions_per_chunk, axis=2)
-        return _chunk_loss(assemble(structure, arrays), text, positions, thoughts, counts, settings)
+        loss, metrics, layers = _chunk_loss(assemble(structure, arrays), text, positions, thoughts, counts, settings)
+        return loss, metrics, _layers(layers, operands)
 
     axes = {name: axes for name, axes in (structure.axes_by_name | _READ_AXES).items() if name in operands}
     thought_loss, metrics = sum_chunks(chunk, operands, constants, positions.shape[-1], positions_per_chunk, axes)
@@ -91,10 +93,16 @@ def quiet_star_loss(
     return loss, {"loss": loss, "base_loss": base_loss, **metrics}
 
 
+def _layers(layers: Any, wanted: Any) -> dict[str, jax.Array]:
+    """The weights of the decoder's layers under their dotted paths, those that are wanted."""
+    named = {f"decoder.layers.{name}": value[...] for name, value in named_parameters(layers).items()}
+    return {name: value for name, value in named.items() if name in wanted}
+
+
 def _chunk_loss(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: Thoughts, counts: Counts, settings: ThoughtSettings
-) -> tuple[jax.Array, Metrics]:
-    """What the thoughts of some positions add to the loss."""
+) -> tuple[jax.Array, Metrics, Layers]:
+    """(what the thoughts of some positions add to the loss, and to the metrics; layers as from `run_layers`)."""
     config, ahead, length = settings.config, settings.tokens_ahead, text.tokens.shape[1]
     scores = score_thoughts(model, text, positions, thoughts.tokens, settings)
     talk = talk_loss(scores.nats, counts)
@@ -122,4 +130,4 @@ def _chunk_loss(
     }
     for k in range(ahead):
         metrics[f"talk_loss_{k + 1}"] = scores.nats[..., k].sum() / (settings.count * counts.targets[k])
-    return loss, jax.lax.stop_gradient(metrics)
+    return loss, jax.lax.stop_gradient(metrics), scores.layers

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.models.decoder import Layers
 from quietstar_jax.models.linear import cross_entropy, pick
 from quietstar_jax.thoughts.chains import chain_pass
 from quietstar_jax.thoughts.mixing import mix_hidden_states, mix_log_probabilities, mixing_weight
@@ -25,6 +26,7 @@ class Scores(NamedTuple):
       weight: [B, R, J, K] mixing weight.
       correct: [B, R, J, K] bool, x[j+1+k] is the most likely token; False where it is not real text.
       log_scores: [B, R, J, K, V] of every token at x[j+1+k], as from `talk`.
+      layers: the weights of the decoder's layers, as from `run_layers`.
     """
 
     nats: jax.Array
@@ -32,13 +34,14 @@ class Scores(NamedTuple):
     weight: jax.Array
     correct: jax.Array
     log_scores: jax.Array
+    layers: Layers
 
 
 def score_thoughts(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings
 ) -> Scores:
     """Scores thoughts [B, R, J, T] at positions [J] or [B, J] of the text. All results are float32."""
-    thought_hidden, talk_hidden = think(model, text, positions, thoughts, settings)
+    thought_hidden, talk_hidden, layers = think(model, text, positions, thoughts, settings)
     logits = mask_meta_tokens(model.decoder.logits(thought_hidden), settings.meta_tokens)
     log_probs = -cross_entropy(logits / settings.config.score_temperature, thoughts)
 
@@ -51,7 +54,7 @@ def score_thoughts(
         nats = cross_entropy(log_scores, targets)
     real = real_ahead(text.mask, positions, ahead)[:, None]
     correct = (log_scores.argmax(axis=-1) == targets) & real
-    return Scores(jnp.where(real, nats, 0.0), log_probs, weight, correct, log_scores)
+    return Scores(jnp.where(real, nats, 0.0), log_probs, weight, correct, log_scores, layers)
 
 
 def talk(
@@ -89,7 +92,7 @@ def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing
 
 def think(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Layers]:
     """Runs the chains of given thoughts.
 
     Args:
@@ -97,7 +100,8 @@ def think(
 
     Returns:
       (hidden states [B, R, J, T, D] at `start, t_1 .. t_{T-1}`, from which the thought tokens were drawn,
-       hidden states [B, R, J, K, D] at `end, x[j+1] .. x[j+K-1]`, which predict x[j+1] .. x[j+K]).
+       hidden states [B, R, J, K, D] at `end, x[j+1] .. x[j+K-1]`, which predict x[j+1] .. x[j+K],
+       layers as from `run_layers`).
     """
     batch, count, chunk, length = thoughts.shape
     scale, dtype = settings.config.embedding_scale, settings.dtype
@@ -116,7 +120,7 @@ def think(
         ],
         axis=3,
     )
-    hidden = chain_pass(
+    hidden, layers = chain_pass(
         model.decoder, embeddings, positions, text.prefix, text.mask, rematerialize=settings.rematerialize
     )
-    return hidden[..., :length, :], hidden[..., length + 1 :, :]
+    return hidden[..., :length, :], hidden[..., length + 1 :, :], layers

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.models.decoder import Decoder, KeyValues, base_pass
+from quietstar_jax.models.decoder import Decoder, KeyValues, Layers, base_pass
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.parallel.axes import collect_rows, constrain, spread_rows, ways
 
@@ -23,6 +23,7 @@ class Text(NamedTuple):
       prefix: keys and values [layers, B, L, G, H].
       nats: [B, L] float32, cross-entropy of x[j+1] given x[0..j]; 0 where x[j+1] is not real text.
       entropy: [B, L] float32 nats of the prediction of x[j+1], without gradient; None where nobody asked for it.
+      layers: the weights of the decoder's layers, as from `run_layers`.
     """
 
     tokens: jax.Array
@@ -31,6 +32,7 @@ class Text(NamedTuple):
     prefix: KeyValues
     nats: jax.Array
     entropy: jax.Array | None = None
+    layers: Layers | None = None
 
 
 def read_text(
@@ -43,7 +45,7 @@ def read_text(
     the backward pass.
     """
     tokens, mask = (constrain(x, "batch", "keys") for x in (tokens, mask))
-    hidden, prefix = base_pass(decoder, tokens, mask, dtype=dtype, rematerialize=rematerialize)
+    hidden, prefix, layers = base_pass(decoder, tokens, mask, dtype=dtype, rematerialize=rematerialize)
     batch, length = tokens.shape
     targets = tokens_ahead(tokens, jnp.arange(length), 1, fill=0)[..., 0]
 
@@ -62,7 +64,7 @@ def read_text(
         nats, spread = jax.tree.map(collect_rows, scored)
     nats = jnp.where(real_ahead(mask, jnp.arange(length), 1)[..., 0], nats, 0.0)
     nats, spread = jax.tree.map(lambda x: constrain(x, "batch", "keys"), (nats, spread))
-    return Text(tokens, mask, constrain(hidden, "batch", "keys", "hidden"), prefix, nats, spread)
+    return Text(tokens, mask, constrain(hidden, "batch", "keys", "hidden"), prefix, nats, spread, layers)
 
 
 def entropy(logits: jax.Array) -> jax.Array:

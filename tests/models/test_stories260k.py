@@ -26,7 +26,7 @@ def forward(folder):
 
     @jax.jit
     def run(tokens, mask):
-        hidden, _ = base_pass(decoder, tokens, mask, dtype=jnp.float32)
+        hidden, *_ = base_pass(decoder, tokens, mask, dtype=jnp.float32)
         return hidden, decoder.logits(hidden)
 
     return run

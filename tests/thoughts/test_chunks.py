@@ -31,15 +31,15 @@ def test_mapping_joins_and_cuts(chunk: int) -> None:
     np.testing.assert_array_equal(found, inputs * 10 + jnp.arange(7.0))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sum_and_gradient_equal_the_plain_sum(dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "carried"), [("float32", ()), ("float32", ("a",)), ("bfloat16", ())])
+def test_sum_and_gradient_equal_the_plain_sum(dtype: str, carried: tuple[str, ...]) -> None:
     weights = {"a": jnp.array([0.5, -1.0], dtype), "unused": jnp.ones(3, dtype)}
     data, ids = jnp.arange(7.0), jnp.arange(7)
 
     def piece(weights, constants, start):
         x, i = take_chunk(constants, start, 3, 0)
         value = (weights["a"][i % 2].astype(jnp.float32) * x).sum() ** 2
-        return value, {"seen": x.sum()}
+        return value, {"seen": x.sum()}, {name: weights[name] for name in carried}
 
     def chunked(weights):
         total, aux = sum_chunks(piece, weights, (data, ids), 7, 3)

@@ -122,7 +122,7 @@ def test_chain_steps_equal_the_chain_pass(model: QuietStar, dtype: jnp.dtype) ->
     text = read_text(model.decoder, tokens, mask, dtype=dtype)
     shape = (CASE.batch, 2, positions.size, length, CASE.decoder.hidden_size)
     embeddings = jax.random.normal(jax.random.key(0), shape).astype(dtype)
-    at_once = chain_pass(model.decoder, embeddings, positions, text.prefix, mask)
+    at_once, _ = chain_pass(model.decoder, embeddings, positions, text.prefix, mask)
     own = empty_chains(model.decoder, *shape[:4], dtype)
     step = jax.jit(chain_step)
     for c in range(length):
