@@ -5,6 +5,7 @@ QUIETSTAR_GOLDEN names a folder with more such files.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -130,11 +131,11 @@ def test_golden_second_rows_of_the_thought_embeddings_are_unused(golden: Golden)
         assert not golden.arrays[f"grad/{name}"][1].any()
 
 
-@pytest.mark.parametrize("chunked", [False, True], ids=["whole_text", "uneven_chunks"])
-def test_golden_loss_terms_and_gradients(golden: Golden, chunked: bool) -> None:
-    s, length = golden.settings, golden.tokens.shape[1]
+@pytest.mark.parametrize("way", ["whole_text", "uneven_chunks", "rematerialized"])
+def test_golden_loss_terms_and_gradients(golden: Golden, way: str) -> None:
+    length, s = golden.tokens.shape[1], dataclasses.replace(golden.settings, rematerialize=way == "rematerialized")
     # The smallest chunk that leaves a remainder, a few positions wide.
-    chunk = next((n for n in range(4, length) if length % n), length - 1) if chunked else length
+    chunk = length if way == "whole_text" else next((n for n in range(4, length) if length % n), length - 1)
 
     @jax.jit
     def objective(model: QuietStar, tokens: jax.Array, mask: jax.Array, thoughts: jax.Array) -> Any:
