@@ -5,6 +5,7 @@ Prints one JSON object on the last line with `--json`. Run it with nothing else 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import resource
 import statistics
@@ -49,6 +50,7 @@ class Sizes:
     positions_per_chunk: int = 0
     positions: str = "all"
     position_fraction: float = 1.0
+    profile: str = ""  # folder for a trace of the timed steps, to open in XProf or Perfetto
 
 
 _QUICKSTART = Sizes(
@@ -59,8 +61,10 @@ PRESETS = {
     "paper_cpu": Sizes(),  # the paper's (12, 4) on a model that two cores can train
     "quickstart": _QUICKSTART,
     "quickstart_plain": dataclasses.replace(_QUICKSTART, batch=64, thought_length=0),
+    "half_billion": Sizes(layers=24, hidden=1024, heads=16, kv_heads=8, head_dim=64, mlp=4096, vocab=32000, length=1024,
+                          batch=8, dtype="bfloat16", chunk_megabytes=8192),
     "mistral_7b": Sizes(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, mlp=14336, vocab=32000, batch=8,
-                        dtype="bfloat16", rematerialize=True, chunk_megabytes=8192),
+                        dtype="bfloat16", rematerialize=True, chunk_megabytes=4096),
 }  # fmt: skip
 
 
@@ -100,15 +104,17 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
     compiled = step.lower(state, *arguments).compile()
     compile_seconds = time.perf_counter() - start
     seconds = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
-        state, metrics = compiled(state, *arguments)
-        jax.block_until_ready((state, metrics))
-        seconds.append(time.perf_counter() - start)
-    step_seconds = statistics.median(seconds[1:])
+    state, metrics = jax.block_until_ready(compiled(state, *arguments))
+    with jax.profiler.trace(s.profile) if s.profile else contextlib.nullcontext():
+        for _ in range(steps):
+            start = time.perf_counter()
+            state, metrics = jax.block_until_ready(compiled(state, *arguments))
+            seconds.append(time.perf_counter() - start)
+    step_seconds = statistics.median(seconds)
 
     flops = step_flops(architecture, settings, s.batch, s.length)
     rate = matmul_rate(s.dtype)
+    thought_tokens = s.batch * settings.thinking_positions(s.length) * s.thoughts * s.thought_length
     memory = compiled.memory_analysis()
     return {
         "step_seconds": step_seconds,
@@ -120,11 +126,7 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "thought_tokens_per_second": s.batch
-        * settings.thinking_positions(s.length)
-        * s.thoughts
-        * s.thought_length
-        / step_seconds,
+        "thought_tokens_per_second": thought_tokens / step_seconds,
         "positions_per_chunk": positions_per_chunk(architecture, settings, s.batch // s.microbatches, s.length),
         "loss": float(metrics["loss"]),
         "device": jax.devices()[0].device_kind,
