@@ -82,6 +82,8 @@ def run_study(runs: Sequence[PlannedRun], wanted: Callable[[PlannedRun], bool], 
                 ended = subprocess.run(run.command, stdout=log, stderr=subprocess.STDOUT, check=False, pass_fds=(lock,))
             if ended.returncode or run.summary is None:
                 status = f"FAILED with status {ended.returncode}"
+                if not ended.returncode:  # the files of a study, or this program, changed while it ran
+                    status = "ended, but its summary.json is not of this configuration: run the study again"
                 say(f"{run.variant}, seed {run.seed} {status}; see {run.workdir / 'log.txt'}")
         yield run
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.hf.save import ExportOptions
 from quietstar_jax.report import main
 from quietstar_jax.reports.make import MOST_TOKENS
+from quietstar_jax.training.export import export
 from quietstar_jax.training.loop import train
 from tests.training.tiny import tiny_config
 
@@ -62,6 +64,17 @@ def test_other_text_and_other_thoughts(run: Path, tmp_path: Path) -> None:
     assert [len(thought[3]) for thought in data["tokens"][0]["k"]] == [3]
     assert 'type="radio"' not in html
     assert "the first 2 of 2 documents" in html
+
+
+def test_an_export_thinks_as_the_run_does(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "exported", ExportOptions("quietstar", "float32", "1GB"), None)
+    pages = [tmp_path / "run.html", tmp_path / "export.html"]
+    text = ["--data", "synthetic", "--documents", "2", "--tokens-ahead", "2"]
+    for checkpoint, page in zip((run, tmp_path / "exported"), pages, strict=True):
+        main(["--checkpoint", str(checkpoint), *text, "--output", str(page)])
+    of_run, of_export = map(data_of, pages)
+    assert of_run["tokens"] == of_export["tokens"]
+    assert "no training records beside this checkpoint" in pages[1].read_text()
 
 
 @pytest.mark.parametrize(
