@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quietstar_jax.config import DataConfig
 from quietstar_jax.data.preparation import prepare
+from quietstar_jax.data.sources.files import is_url
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import ConfigError, run_command
 
@@ -19,7 +20,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--source", nargs="+", action="extend", required=True, help="as in data.train; one or more")
     parser.add_argument("--tokenizer", required=True, help="folder, hub id, or `synthetic`")
     parser.add_argument("--revision", default="", help="branch, tag or commit of the tokenizer's hub id")
-    parser.add_argument("--output", required=True, type=Path, help="folder to be made, or to go on with")
+    parser.add_argument("--output", required=True, help="folder to be made, or to go on with")
     parser.add_argument("--text-key", default="text", help="field of a JSON line, a row or an example")
     parser.add_argument("--shards", type=int, default=0, help="files; unless given, one for each 256 MB of text")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; unless given, all cores")
@@ -28,8 +29,12 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.shards < 0 or given.workers < 1:
         raise ConfigError(f"--shards is {given.shards}, --workers {given.workers}; they take 0 or more and 1 or more.")
+    if is_url(given.output):
+        raise ConfigError(
+            f"--output {given.output} is a URL; shards are written to a disk. Copy the folder afterwards."
+        )
     config = DataConfig(text_key=given.text_key, data_dir=given.data_dir, cache_dir=given.cache_dir)
-    output = given.output.expanduser()
+    output = Path(given.output).expanduser()
     tokenizer = load_tokenizer(given.tokenizer, given.revision)
     manifest = prepare(
         given.source, tokenizer, given.revision, output, config, shards=given.shards, workers=given.workers

@@ -266,6 +266,8 @@ def test_broken_documents_and_workers(tmp_path: Path) -> None:
             main([*arguments[:-1], f"{arguments[-1]}{more[1]}", *more])
     with pytest.raises(ConfigError, match="--shards is -1"):
         main([*arguments, "--shards", "-1"])
+    with pytest.raises(ConfigError, match="is a URL; shards are written to a disk"):
+        main([*arguments[:-1], "gs://bucket/tokens"])
 
 
 def test_command_line(corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
