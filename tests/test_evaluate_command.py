@@ -41,7 +41,7 @@ def evaluate(capsys, folder, *more, checkpoint="run", task="gsm8k", data="number
 def test_numbers_with_and_without_thoughts(folder, capsys, tmp_path):
     found = evaluate(capsys, folder, "--output", str(tmp_path / "result.json"))
     assert found == json.loads((tmp_path / "result.json").read_text())
-    assert (found["questions"], found["too_long"]) == (12, 0)
+    assert (found["questions"], found["too_long"], found["thoughts"]) == (12, 0, "both")
     for mode in ("without_thoughts", "with_thoughts"):
         rates = found[mode]
         assert 0 < rates["official_probability"] < 1
@@ -74,7 +74,7 @@ def test_own_fields_and_choices(folder, capsys):
     fields = ["--field", "question=prompt", "--field", "choices=options", "--field", "answer=key"]
     found = evaluate(capsys, folder, *fields, task="multiple_choice", data="choices.jsonl", checkpoint="plain")
     assert found["questions"] == 6
-    assert found["thoughts"] == "auto"
+    assert found["thoughts"] == "off"
     assert "with_thoughts" not in found
     assert 0 <= found["accuracy"] <= 1
 

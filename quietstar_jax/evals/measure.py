@@ -103,7 +103,7 @@ def measure(options: Options) -> dict[str, Any]:
     return {
         "task": options.task,
         "data": options.data,
-        "thoughts": options.thoughts,
+        "thoughts": "both" if len(modes) > 1 else {"without_thoughts": "off", "with_thoughts": "on"}[modes[0]],
         **{name: value for name, value in primary.items() if not isinstance(value, dict)},
         **found,
         "checkpoint_hash": model.fingerprint,
