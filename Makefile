@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 SEED ?= 0
+# What the tests want installed; with `test,tpu` they also compile for TPUs, which takes no TPU but 700 MB.
+TEST_EXTRAS ?= test
 # How a test process shares the machine; tests are many small compilations.
 PYTEST_FLAGS ?= -n 2
 
@@ -36,7 +38,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[test]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[$(TEST_EXTRAS)]
 	touch $@
 
 clean:

@@ -1,6 +1,7 @@
 """Errors that a user can mend, and the exit statuses of command lines.
 
-A launcher starts a run again that ended with any status but 0 (done) and `MEND_FIRST`: with `START_AGAIN`, or killed.
+A launcher starts a run again that ended with `START_AGAIN`, or was killed (a status above 128); with 0 it is done, with
+any other something is to be mended first.
 """
 
 import sys

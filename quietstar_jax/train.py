@@ -5,7 +5,7 @@ from __future__ import annotations
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from quietstar_jax.config import from_config_dict
+from quietstar_jax.config import Config, from_config_dict
 from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.parallel.processes import is_first, stop_together
 from quietstar_jax.training.loop import train
@@ -22,14 +22,22 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}. Settings are given as --config.NAME=VALUE.")
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file it writes
-    try:
-        config = from_config_dict(_CONFIG.value)
-    except OSError as error:  # a file that cannot be loaded shows only when a setting of it is read
-        raise ConfigError(f"--config cannot be read: {str(error).splitlines()[-1].strip()}. Check its path.") from error
     with stop_together():
-        summary = train(config)
+        summary = train(given_config())
     if is_first():
         print(format_summary(summary))
+
+
+def given_config() -> Config:
+    """The configuration of the command line.
+
+    Raises:
+      ConfigError: its file cannot be read, or a setting is impossible.
+    """
+    try:
+        return from_config_dict(_CONFIG.value)
+    except OSError as error:  # a file that cannot be loaded shows only when a setting of it is read
+        raise ConfigError(f"--config cannot be read: {str(error).splitlines()[-1].strip()}. Check its path.") from error
 
 
 def parse(arguments: list[str]) -> list[str]:

@@ -1,0 +1,67 @@
+"""Shapes of well-known models by hub id, so that they can be planned for without a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quietstar_jax.config import Architecture, ModelConfig
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.hf.files import read_json
+from quietstar_jax.models.families import architecture_from_hf
+
+_LLAMA_3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def _hf(model_type: str, sizes: tuple[int, ...], **more: Any) -> dict[str, Any]:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+    return {"model_type": model_type, **dict(zip(names, sizes, strict=True)), "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False, **more}  # fmt: skip
+
+
+KNOWN: dict[str, dict[str, Any]] = {
+    "mistralai/Mistral-7B-v0.1": _hf(
+        "mistral", (32_000, 4096, 14_336, 32, 32, 8, 32_768), rope_theta=10_000.0, sliding_window=4096
+    ),
+    "mistralai/Mistral-7B-v0.3": _hf(
+        "mistral", (32_768, 4096, 14_336, 32, 32, 8, 32_768), rope_theta=1e6, sliding_window=None
+    ),
+    "meta-llama/Llama-2-7b-hf": _hf("llama", (32_000, 4096, 11_008, 32, 32, 32, 4096), rope_theta=10_000.0),
+    "meta-llama/Llama-3.1-8B": _hf(
+        "llama", (128_256, 4096, 14_336, 32, 32, 8, 131_072), rope_parameters={**_LLAMA_3_ROPE, "factor": 8.0}
+    ),
+    "meta-llama/Llama-3.2-1B": _hf(
+        "llama", (128_256, 2048, 8192, 16, 32, 8, 131_072), head_dim=64, tie_word_embeddings=True,
+        rope_parameters={**_LLAMA_3_ROPE, "factor": 32.0},
+    ),
+    "Qwen/Qwen2.5-7B": _hf("qwen2", (152_064, 3584, 18_944, 28, 28, 4, 131_072), rope_theta=1e6, rms_norm_eps=1e-6),
+    "Qwen/Qwen3-8B": _hf(
+        "qwen3", (151_936, 4096, 12_288, 36, 32, 8, 40_960), head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6
+    ),
+}  # fmt: skip
+
+
+def planned_architecture(model: ModelConfig) -> Architecture:
+    """The shape of the model of a run, without its weights and without a network.
+
+    Of a folder, its config.json; of a hub id, the table above, or what `model.architecture` says; else that.
+
+    Raises:
+      ConfigError: the hub id is not in the table, and no architecture is written out.
+      CheckpointError: the folder has no readable config.json, or one of a family that is not supported.
+    """
+    folder = Path(model.checkpoint).expanduser()
+    if model.checkpoint and folder.is_dir():
+        return architecture_from_hf(read_json(folder / "config.json"))
+    if model.checkpoint in KNOWN:
+        return architecture_from_hf(KNOWN[model.checkpoint])
+    if model.checkpoint and model.architecture == Architecture():
+        raise ConfigError(
+            f"config.model.checkpoint is {model.checkpoint!r}, whose shape is not known without its config.json. "
+            f"Give a folder that holds it, write config.model.architecture out, or take one of {', '.join(KNOWN)}."
+        )
+    return model.architecture

@@ -1,0 +1,50 @@
+"""Published rates of accelerators.
+
+TPUs: the pages v4, v5e, v5p and v6e of https://docs.cloud.google.com/tpu/docs (peak bf16 FLOP/s, HBM capacity and
+bandwidth, inter-chip interconnect; that is given there for all links of a chip together, one way). GPUs: NVIDIA's data
+sheets of the SXM modules (dense bf16 FLOP/s without sparsity, NVLink one way: half of the figure that counts both).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+NETWORK_RATE = 50e9  # bytes per second and GPU between nodes: one 400 Gbit/s adapter for each
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator.
+
+    Attributes:
+      flops: peak bf16 FLOP/s; hbm: bytes of memory, 0 = not stated; hbm_rate: bytes per second from it.
+      link_rate: bytes per second that it sends over all its links together.
+      torus: dimensions of the torus that these links span; 1 = every chip reaches every other at the full rate.
+    """
+
+    name: str
+    flops: float
+    hbm: float
+    hbm_rate: float
+    link_rate: float
+    torus: int = 1
+
+    @property
+    def axis_rate(self) -> float:
+        """Bytes per second that a chip sends along one dimension of the torus, both ways round."""
+        return self.link_rate / self.torus
+
+
+TPUS = {
+    "v4": Chip("TPU v4", 275e12, 32 * GIB, 1228e9, 300e9, torus=3),
+    "v5e": Chip("TPU v5e", 197e12, 16 * GIB, 819e9, 200e9, torus=2),
+    "v5p": Chip("TPU v5p", 459e12, 95 * GIB, 2765e9, 600e9, torus=3),
+    "v6e": Chip("TPU v6e", 918e12, 32 * GIB, 1640e9, 448e9, torus=2),
+}
+GPUS = {
+    "a100": Chip("A100 80 GB", 312e12, 80e9, 2039e9, 300e9),
+    "h100": Chip("H100 80 GB", 989e12, 80e9, 3350e9, 450e9),
+    "h200": Chip("H200 141 GB", 989e12, 141e9, 4800e9, 450e9),
+}
+CPU = Chip("CPU", 0.0, 0.0, 0.0, 0.0)

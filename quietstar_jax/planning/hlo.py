@@ -1,0 +1,181 @@
+"""What a compiled program sends between devices, read from its HLO text, loops multiplied out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
+_LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONSTANT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
+_COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[subf]\d+|bf16|f8\w*|c64|c128)\[([\d,]*)\]")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+
+
+class Collective(NamedTuple):
+    """A kind of communication, summed over a program.
+
+    Attributes:
+      times: how often each device takes part in one.
+      sent: bytes that each device sends in all of them, in the way that needs fewest (rings).
+      unknown: how many of them stand in a loop whose number of turns is not known, and count as one turn.
+    """
+
+    times: int = 0
+    sent: float = 0.0
+    unknown: int = 0
+
+
+def collectives(text: str, devices: int) -> dict[str, Collective]:
+    """Communication of a compiled program (`compiled.as_text()`) by kind.
+
+    Args:
+      devices: of the whole program; the size of groups that the text leaves out.
+    """
+    bodies, entry = _computations(text)
+    turns, unknown = _turns(bodies, entry)
+    found: dict[str, Collective] = defaultdict(Collective)
+    for kind, sent, at in _instances(bodies, turns, devices):
+        times = turns[at]
+        before = found[kind]
+        found[kind] = Collective(
+            before.times + times, before.sent + sent * times, before.unknown + (times if at in unknown else 0)
+        )
+    return {kind: found[kind] for kind in KINDS if kind in found}
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Instructions by computation, and the name of the first one to run."""
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        head = _COMPUTATION.match(line)
+        if head:
+            current = head.group(2)
+            bodies[current] = []
+            entry = current if head.group(1) else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None:
+            bodies[current].append(line)
+    return bodies, entry
+
+
+def _turns(bodies: Mapping[str, list[str]], entry: str) -> tuple[dict[str, int], set[str]]:
+    """How often each computation runs, and those inside loops whose number of turns is not known."""
+    turns: dict[str, int] = defaultdict(int)
+    unknown: set[str] = set()
+
+    def visit(name: str, times: int, uncertain: bool) -> None:
+        turns[name] += times
+        if uncertain:
+            unknown.add(name)
+        for line in bodies.get(name, ()):
+            loop = _LOOP.search(line)
+            if loop:
+                trips = _trips(line, bodies.get(loop.group(1), []))
+                visit(loop.group(2), times * (trips or 1), uncertain or trips is None)
+                continue
+            called = _CALLED.findall(line)
+            for branches in _BRANCHES.findall(line):
+                called += [branch.strip().removeprefix("%") for branch in branches.split(",")]
+            for callee in called:
+                visit(callee, times, uncertain)
+
+    visit(entry, 1, False)
+    return turns, unknown
+
+
+def _trips(loop: str, condition: list[str]) -> int | None:
+    """Turns of a loop: as the compiler says, or the one constant that its counter, from 0 on, is held against."""
+    known = _KNOWN_TRIPS.search(loop)
+    if known:
+        return int(known.group(1))
+    constants = {int(number) for line in condition for number in _CONSTANT.findall(line)}
+    return constants.pop() if len(constants) == 1 else None
+
+
+def _instances(
+    bodies: Mapping[str, list[str]], turns: Mapping[str, int], devices: int
+) -> Iterator[tuple[str, float, str]]:
+    """(kind, bytes sent by a device, computation) of every collective.
+
+    A TPU program writes an asynchronous one down several times, in the computations between which it is under way; its
+    channel tells that these are one.
+    """
+    seen: set[tuple[str, str]] = set()
+    for name, lines in bodies.items():
+        if not turns.get(name):
+            continue
+        for line in lines:
+            match = _COLLECTIVE.search(line)
+            if match is None:
+                continue
+            channel = _CHANNEL.search(line)
+            if channel and (match.group(1), channel.group(1)) in seen:
+                continue
+            if channel:
+                seen.add((match.group(1), channel.group(1)))
+            kind = match.group(1)
+            # A TPU program writes a reduce-scatter as the all-reduce inside a fusion of that name.
+            if kind == "all-reduce" and "reduce-scatter" in name:
+                kind = "reduce-scatter"
+            size = _result_bytes(line, match)
+            yield kind, sent_bytes(kind, size, _group_size(line, devices), scattered=kind != match.group(1)), name
+
+
+def sent_bytes(kind: str, size: float, group: int, *, scattered: bool = False) -> float:
+    """Bytes that a device sends for one collective.
+
+    Args:
+      size: bytes of its result on a device; of a reduce-scatter those of what is reduced where `scattered`.
+      group: devices that take part.
+    """
+    if group <= 1:
+        return 0.0
+    rest = (group - 1) / group
+    if kind == "all-reduce":
+        return 2 * size * rest
+    if kind == "reduce-scatter":
+        return size * rest if scattered else size * (group - 1)
+    return size if kind == "collective-permute" else size * rest
+
+
+def _result_bytes(line: str, match: re.Match) -> float:
+    result = line[line.index("=") + 1 : match.start()].strip()
+    arrays = [_bytes(*found) for found in _ARRAY.findall(result)]
+    if match.group(2) and match.group(1) != "all-reduce":
+        return max(arrays)  # the start of an asynchronous one hands its operands on beside the result
+    return sum(arrays)
+
+
+def _bytes(dtype: str, dimensions: str) -> float:
+    digits = re.search(r"\d+", dtype)
+    bits = 8 if dtype == "pred" or dtype.startswith("f8") else int(digits.group()) if digits else 8
+    return bits / 8 * math.prod(int(size) for size in dimensions.split(",") if size)
+
+
+def _group_size(line: str, devices: int) -> int:
+    """Devices that take part in a collective, from the three ways in which HLO writes that down."""
+    listed = _LISTED_GROUPS.search(line)
+    if listed:
+        return listed.group(1).count(",") + 1
+    iota = _IOTA_GROUPS.search(line)
+    if iota:
+        return int(iota.group(1))
+    mesh = _MESH_GROUPS.search(line)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
+    return 2 if "source_target_pairs" in line else devices

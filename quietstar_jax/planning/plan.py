@@ -1,0 +1,161 @@
+"""Compiles a program and says what it takes: memory, communication, time by published rates."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from quietstar_jax.config import Config
+from quietstar_jax.parallel.mesh import resolve
+from quietstar_jax.planning.chips import Chip
+from quietstar_jax.planning.hlo import collectives
+from quietstar_jax.planning.programs import Program, generate_program, train_program
+from quietstar_jax.planning.targets import Target
+
+PROGRAMS: dict[str, Callable[[Config, Target, str], Program]] = {"train": train_program, "generate": generate_program}
+# The two ways in which the compiler for TPUs says so, before and after it has laid out what is needed meanwhile.
+_TEMPORARIES = re.compile(r"for HLO temporaries \(([\d.]+)([KMG]?)\) exceeds available HBM \(([\d.]+)([KMG]?)\)")
+_USED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def plan(config: Config, target: Target, program: str = "train", phase: str = "") -> dict[str, Any]:
+    """What the program takes on each device; JSON values only.
+
+    Where it does not fit, `fits` is False, `out_of_memory` the message of the compiler (of a target that has none for
+    its memory, that the sum is too large), and `suggestions` what to change.
+
+    Raises:
+      ConfigError: the configuration does not fit the devices.
+    """
+    built = PROGRAMS[program](config, target, phase)
+    chip = target.chip
+    result: dict[str, Any] = {
+        "topology": target.name,
+        "devices": len(target.devices),
+        "chip": chip.name,
+        "compiler": target.compiler,
+        "note": target.note,
+        "program": program,
+        "work": built.what,
+        "model": config.model.checkpoint or "random weights",
+        "mesh": mesh_sizes(config, len(target.devices)),
+        "chunk_megabytes": config.thought.chunk_megabytes,
+        **built.sizes,
+        "bytes_per_chip": dict(built.bytes_per_device),
+        "hbm_bytes": chip.hbm or None,
+        "necessary_flops": built.flops,
+        "recomputed_flops": built.recomputed,
+        "tokens": built.tokens,
+    }
+    begun = time.perf_counter()
+    try:
+        compiled = built.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        result |= {"compile_seconds": time.perf_counter() - begun, "fits": False, "out_of_memory": str(error)}
+        result["bytes_per_chip"] |= _memory_that_is_missing(str(error), result["bytes_per_chip"])
+        return result | {"suggestions": suggestions(config, result)}
+    result |= {"compile_seconds": time.perf_counter() - begun}
+    result["bytes_per_chip"] |= _memory(compiled.memory_analysis())
+    total = result["bytes_per_chip"]["total"]
+    result["fits"] = not chip.hbm or total <= chip.hbm
+    if not result["fits"]:
+        result["out_of_memory"] = f"{total / 1e9:.1f} GB are needed, {chip.name} has {chip.hbm / 1e9:.1f} GB."
+        result["suggestions"] = suggestions(config, result)
+    sent = collectives(compiled.as_text(), len(target.devices))
+    result["collectives"] = {kind: found._asdict() for kind, found in sent.items()}
+    if chip.flops:
+        result |= seconds(built, chip, len(target.devices), sum(found.sent for found in sent.values()))
+    return result
+
+
+def _memory(memory: Any) -> dict[str, float]:
+    """Bytes per device by the compiler. What is given up (donated) is counted once."""
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    return {
+        "arguments": float(arguments),
+        "temporaries": float(temporaries),
+        "results": float(results),
+        "code": float(code),
+        "total": float(arguments + temporaries + results + code),
+    }
+
+
+def _memory_that_is_missing(message: str, arguments: dict[str, float]) -> dict[str, float]:
+    """What an out-of-memory message says in numbers."""
+    used, temporaries = _USED.search(message), _TEMPORARIES.search(message)
+    if used:
+        return {"total": _bytes(used[1], used[2]), "usable": _bytes(used[3], used[4])}
+    if temporaries:
+        meanwhile = _bytes(temporaries[1], temporaries[2])
+        return {
+            "temporaries": meanwhile,
+            "total": meanwhile + sum(arguments.values()),
+            "usable": _bytes(temporaries[3], temporaries[4]),
+        }
+    return {}
+
+
+def _bytes(number: str, unit: str) -> float:
+    return float(number) * _UNITS[unit]
+
+
+def seconds(program: Program, chip: Chip, devices: int, sent: float) -> dict[str, Any]:
+    """Estimated times of one run of the program, each as if it were all there is to do, at the published rates.
+
+    The best case overlaps all three; the other does one after the other. Weights are the only traffic with the memory
+    that is counted, and each byte sent goes along one dimension of the torus.
+    """
+    compute = (program.flops + program.recomputed) / (devices * chip.flops)
+    memory, network = program.weight_reads / chip.hbm_rate, sent / chip.axis_rate
+    best, worst = max(compute, memory, network), compute + memory + network
+    return {
+        "seconds": {"compute": compute, "weights": memory, "communication": network, "best": best, "summed": worst},
+        "tokens_per_second_per_chip": {
+            "best": program.tokens / best / devices,
+            "summed": program.tokens / worst / devices,
+        },
+        "bound_by": max(("compute", compute), ("weights", memory), ("communication", network), key=lambda x: x[1])[0],
+    }
+
+
+def mesh_sizes(config: Config, devices: int) -> dict[str, int]:
+    """Sizes of the mesh with the free one filled in."""
+    return resolve(config.mesh, devices)
+
+
+def suggestions(config: Config, result: dict[str, Any]) -> list[str]:
+    """What may make a program fit, likeliest first."""
+    mesh, bytes_per_chip = result["mesh"], result["bytes_per_chip"]
+    hbm = bytes_per_chip.get("usable", result["hbm_bytes"])
+    state = bytes_per_chip["parameters"] + bytes_per_chip.get("optimizer", 0.0)
+    ways = mesh["fsdp"] * mesh["tensor"]
+    lines = []
+    if state > 0.4 * hbm:
+        needed = max(2 * ways, 1 << int(ways * state / (0.3 * hbm)).bit_length())
+        others = "" if needed <= result["devices"] else f", which takes more than these {result['devices']} chips"
+        lines.append(
+            f"more fsdp or tensor: weights and Adam moments are split in {ways} (fsdp {mesh['fsdp']} x tensor "
+            f"{mesh['tensor']}) and take {state / 2**30:.1f} GiB of {hbm / 2**30:.1f}; try fsdp x tensor = "
+            f"{needed}{others}"
+        )
+    if result["program"] == "generate":
+        return [*lines, "fewer texts at once (evaluation.batch_size), or shorter ones (data.sequence_length)"]
+    if not config.model.rematerialize:
+        lines.append("recompute layers in the backward pass: --config.model.rematerialize=True")
+    if result.get("positions_per_chunk", 1) > 1:
+        lines.append(
+            f"a smaller chunk: --config.thought.chunk_megabytes={max(1, config.thought.chunk_megabytes // 2)} (now "
+            f"{config.thought.chunk_megabytes}, {result['positions_per_chunk']} positions at once)"
+        )
+    lines.append("fewer sequences at once: more phases[i].microbatches, where a device has more than one")
+    lines.append("shorter or fewer thoughts: phases[i].thought_length, num_thoughts, tokens_ahead")
+    return lines

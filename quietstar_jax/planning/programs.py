@@ -1,0 +1,215 @@
+"""The programs that training and generation run, laid out over a mesh of devices that need not be here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from quietstar_jax.config import Architecture, Config, Phase
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.generation.cache import empty_cache
+from quietstar_jax.generation.engine import Engine
+from quietstar_jax.generation.steps import Knobs, Plan, State
+from quietstar_jax.parallel.layout import ROWS, find_reader
+from quietstar_jax.parallel.mesh import check_batches, make_mesh
+from quietstar_jax.planning.architectures import planned_architecture
+from quietstar_jax.planning.targets import Target
+from quietstar_jax.thoughts.chunks import positions_per_chunk, sampled_positions_per_chunk
+from quietstar_jax.thoughts.flops import Flops, decoder_flops, step_flops
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.training.evaluation import evaluation_settings
+from quietstar_jax.training.setup import abstract_state, abstract_structure, check_length
+from quietstar_jax.training.step import Batch, TrainState, Vocabulary, compile_train_step, phase_settings
+
+# Which ids these are changes neither memory nor time.
+VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(1, 2), start_tokens=(1,), end_tokens=(2,))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program before it is compiled.
+
+    Attributes:
+      what: one line about the work; sizes: facts about how it is split.
+      lowered: to be compiled.
+      bytes_per_device: of its arguments, by kind.
+      flops: of all devices, necessary; recomputed: those done a second time.
+      tokens: of text, that it gets through.
+      weight_reads: bytes of weights that each device reads from its memory, in all passes.
+    """
+
+    what: str
+    sizes: dict[str, Any]
+    lowered: Any
+    bytes_per_device: dict[str, float]
+    flops: float
+    recomputed: float
+    tokens: int
+    weight_reads: float
+
+
+def generate_program(config: Config, target: Target, phase_name: str = "") -> Program:
+    """One call of the decoder: a token for each of `evaluation.batch_size` texts, after a thought as in evaluation.
+
+    The cache has room for `data.sequence_length` tokens, as `generation/engine.py` rounds that up, and lies where it
+    puts it.
+    """
+    architecture, mesh = plan_mesh(config, target)
+    batch, settings = config.evaluation.batch_size, evaluation_settings(config, VOCABULARY)
+    with jax.set_mesh(mesh):
+        params = abstract_state(config, architecture, mesh).params
+        structure = abstract_structure(architecture)
+        engine = Engine(params, structure, architecture, config.model.compute_dtype, batch)
+        length = engine.cache_length(config.data.sequence_length)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+
+        def inputs() -> tuple[State, jax.Array, Knobs]:
+            rows, scalar = jnp.zeros(batch, jnp.int32), jnp.float32(0)
+            cache = empty_cache(
+                architecture, batch, length, settings.dtype, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            )
+            keys = jax.random.wrap_key_data(jnp.zeros((batch, 2), jnp.uint32), impl="threefry2x32")
+            return State(cache, rows, rows, rows), rows > 0, Knobs(scalar, scalar, scalar, keys)
+
+        state, wanted, knobs = jax.tree.map(lambda x: _abstract(x, everywhere), jax.eval_shape(inputs))
+        lowered = engine.step(Plan(thought=settings)).lower(params, state, wanted, knobs)
+    tokens = 1 + (settings.length + 1 if settings.length else 0)
+    head = 2.0 * architecture.hidden_size * architecture.vocab_size
+    gathered = sum(math.prod(x.shape) for x in params.values()) * settings.dtype.itemsize
+    return Program(
+        what=f"one token for {batch} texts of up to {length}, T {settings.length}",
+        sizes={},
+        lowered=lowered,
+        bytes_per_device={"parameters": bytes_per_device(params), "cache": bytes_per_device(state.cache)},
+        flops=batch * (tokens * decoder_flops(architecture, length / 2) + (settings.length + 1) * head),
+        recomputed=0.0,
+        tokens=batch,
+        weight_reads=(settings.length + 1) * gathered / (mesh.shape["tensor"] * mesh.shape["group"]),
+    )
+
+
+def find_phase(config: Config, architecture: Architecture, name: str = "") -> Phase:
+    """The phase of that name; without one, the phase whose steps cost most.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    if not name:
+        return max(config.phases, key=lambda phase: _flops(config, architecture, phase).necessary)
+    for phase in config.phases:
+        if phase.name == name:
+            return phase
+    raise ConfigError(f"--phase {name!r} is none of config.phases: {', '.join(phase.name for phase in config.phases)}.")
+
+
+def plan_mesh(config: Config, target: Target) -> tuple[Architecture, Mesh]:
+    """Shape of the model and mesh of a run on these devices.
+
+    Raises:
+      ConfigError: as when training starts.
+    """
+    architecture = planned_architecture(config.model)
+    check_length(config, architecture)
+    mesh = make_mesh(config.mesh, architecture, target.devices)
+    check_batches(config, mesh)
+    return architecture, mesh
+
+
+def train_program(config: Config, target: Target, phase_name: str = "") -> Program:
+    """The step of a phase, as `training/loop.py` compiles it."""
+    architecture, mesh = plan_mesh(config, target)
+    phase = find_phase(config, architecture, phase_name)
+    structure = abstract_structure(architecture)
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, architecture, mesh)
+        step = compile_train_step(
+            config, phase, structure, architecture, VOCABULARY, state, find_reader(mesh).numbers(phase.batch_size)
+        )
+        rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
+        shape = (phase.batch_size, config.data.sequence_length)
+        rows_of = [jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, bool)]
+        batch = Batch(*cast(Any, rows_of))
+        key, start = (_abstract(x, everywhere) for x in jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0))))
+        lowered = step.lower(state, batch, key, start)
+        chunks = chunk_sizes(config, phase, architecture)
+    flops = _flops(config, architecture, phase)
+    settings = phase_settings(config, phase, VOCABULARY)
+    return Program(
+        what=f"step of phase {phase.name!r}: batch {phase.batch_size} x {shape[1]}, R {phase.num_thoughts}, "
+        f"T {phase.thought_length}, K {phase.tokens_ahead}, microbatches {phase.microbatches}",
+        sizes=chunks,
+        lowered=lowered,
+        bytes_per_device={
+            "parameters": bytes_per_device(state.params),
+            "optimizer": bytes_per_device(state.opt_state),
+            "batch": bytes_per_device(batch),
+        },
+        flops=flops.necessary,
+        recomputed=flops.recomputation,
+        tokens=math.prod(shape),
+        weight_reads=_weight_reads(state, settings, phase, mesh, chunks, shape[1]),
+    )
+
+
+def chunk_sizes(config: Config, phase: Phase, architecture: Architecture) -> dict[str, int]:
+    """Positions of a device at once under the mesh of the context, while sampling and while scoring."""
+    if not phase.thought_length:
+        return {}
+    settings = phase_settings(config, phase, VOCABULARY)
+    shape = (phase.batch_size // phase.microbatches, config.data.sequence_length)
+    return {
+        "positions_per_chunk": positions_per_chunk(architecture, settings, *shape),
+        "sampled_positions_per_chunk": sampled_positions_per_chunk(architecture, settings, *shape),
+    }
+
+
+def passes(settings: ThoughtSettings, microbatches: int, chunks: dict[str, int], own: int) -> tuple[int, int]:
+    """How often a step goes through all layers without and with a gradient to come, forward.
+
+    Args:
+      own: positions of a device.
+    """
+    if not settings.length:
+        return 0, microbatches
+    sampled = settings.length * math.ceil(own / chunks["sampled_positions_per_chunk"])
+    return microbatches * sampled, microbatches * (1 + math.ceil(own / chunks["positions_per_chunk"]))
+
+
+def bytes_per_device(tree: Any) -> float:
+    """Bytes of the largest part of each array with a sharding that a device holds."""
+    return float(
+        sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    )  # fmt: skip
+
+
+def _weight_reads(
+    state: TrainState, settings: ThoughtSettings, phase: Phase, mesh: Mesh, chunks: dict[str, int], length: int
+) -> float:
+    """Every pass reads all weights in the compute dtype, gathered; the update reads and writes the state."""
+    own = math.ceil(settings.thinking_positions(length) / mesh.shape["position"])
+    without, with_gradient = passes(settings, phase.microbatches, chunks, own)
+    each = without + with_gradient * (4 if settings.rematerialize else 3)
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    gathered = count * settings.dtype.itemsize / (mesh.shape["tensor"] * mesh.shape["group"])
+    return each * gathered + 2.5 * bytes_per_device((state.params, state.opt_state))
+
+
+def _flops(config: Config, architecture: Architecture, phase: Phase) -> Flops:
+    settings = phase_settings(config, phase, VOCABULARY)
+    learns = phase.rates.decoder > 0
+    return step_flops(architecture, settings, phase.batch_size, config.data.sequence_length, decoder_learns=learns)
+
+
+def _abstract(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def with_mesh(config: Config, sizes: dict[str, int]) -> Config:
+    """The configuration with other sizes of the mesh."""
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))

@@ -1,0 +1,130 @@
+"""Which mesh and which chunks: tries the promising ones, best first."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from quietstar_jax.config import Architecture, Config, Phase
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.planning.plan import plan
+from quietstar_jax.planning.programs import VOCABULARY, chunk_sizes, find_phase, passes, plan_mesh, with_mesh
+from quietstar_jax.planning.targets import Target
+from quietstar_jax.training.step import phase_settings
+
+SIZES = ("data", "fsdp", "tensor", "position")
+STATE_BYTES = 16  # of a parameter: float32 master weight, gradient and two moments
+LARGEST_SHARE = 0.9  # of the memory, that weights, gradients and moments may take
+CHUNKS = (1.0, 0.5, 0.25, 2.0)  # of the configured `chunk_megabytes`, in the order tried for a mesh
+
+
+class Candidate(NamedTuple):
+    """A configuration to try, and a rough guess of its step in seconds."""
+
+    config: Config
+    guess: float
+
+
+def search(
+    config: Config, target: Target, phase: str = "", *, tries: int, say: Callable[[str], object] = lambda line: None
+) -> list[dict[str, Any]]:
+    """Compiles up to `tries` configurations; the plans of those that fit come first, fastest first.
+
+    Every shape of the mesh over these devices is looked at. Those whose weights cannot fit are left out, the others
+    tried in the order of a guess that counts bytes sent and arithmetic; a mesh that does not fit is tried with smaller
+    chunks before the next one, one that fits with larger ones too.
+
+    Raises:
+      ConfigError: no mesh shape suits model, batch and devices.
+    """
+    candidates = list(_meshes(config, target, phase))
+    if not candidates:
+        raise ConfigError(
+            f"No mesh of {len(target.devices)} devices suits the model and its batch, or all keep too much on each. "
+            "Take more devices, or a batch size that they can share."
+        )
+    found: list[dict[str, Any]] = []
+    for candidate in sorted(candidates, key=lambda candidate: candidate.guess):
+        for share in CHUNKS:
+            if len(found) == tries:
+                return ranked(found)
+            tried = plan(_with_chunk(candidate.config, share), target, "train", phase)
+            found.append(tried)
+            say(f"{len(found)}/{tries}: mesh {tried['mesh']}, chunk {tried['chunk_megabytes']} MB: "
+                f"{'fits' if tried['fits'] else 'does not fit'}")  # fmt: skip
+            if tried["fits"]:
+                break
+    return ranked(found)
+
+
+def ranked(plans: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that fit first; of these the fastest, of the others the smallest."""
+
+    def order(plan: dict[str, Any]) -> tuple[bool, float]:
+        if plan["fits"]:
+            return False, plan.get("seconds", {}).get("summed", plan["bytes_per_chip"]["total"])
+        return True, plan["bytes_per_chip"].get("total", math.inf)
+
+    return sorted(plans, key=order)
+
+
+def _with_chunk(config: Config, share: float) -> Config:
+    megabytes = max(1, int(config.thought.chunk_megabytes * share))
+    return dataclasses.replace(config, thought=dataclasses.replace(config.thought, chunk_megabytes=megabytes))
+
+
+def _meshes(config: Config, target: Target, phase_name: str) -> Iterator[Candidate]:
+    """All shapes of the mesh that training would accept and whose weights may fit."""
+    count = len(target.devices)
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    for sizes in itertools.product(divisors, repeat=len(SIZES)):
+        if math.prod(sizes) != count:
+            continue
+        candidate = with_mesh(config, dict(zip(SIZES, sizes, strict=True)))
+        try:
+            architecture, mesh = plan_mesh(candidate, target)
+        except ConfigError:
+            continue
+        if target.chip.hbm and _state_bytes(architecture) / (sizes[1] * sizes[2]) > LARGEST_SHARE * target.chip.hbm:
+            continue
+        phase = find_phase(candidate, architecture, phase_name)
+        with jax.set_mesh(mesh):
+            chunks = chunk_sizes(candidate, phase, architecture)
+        yield Candidate(candidate, _guess(candidate, architecture, phase, target, chunks))
+
+
+def _parameters(a: Architecture) -> float:
+    attention = a.hidden_size * a.head_dim * 2 * (a.num_heads + a.num_kv_heads)
+    heads = (1 if a.tie_embeddings else 2) * a.vocab_size * a.hidden_size
+    return a.num_layers * (attention + 3 * a.hidden_size * a.intermediate_size) + heads
+
+
+def _state_bytes(architecture: Architecture) -> float:
+    return STATE_BYTES * _parameters(architecture)
+
+
+def _guess(
+    config: Config, a: Architecture, phase: Phase, target: Target, chunks: dict[str, int]
+) -> float:  # fmt: skip
+    """Seconds of communication of a step; where rates are not known, bytes.
+
+    Weights are gathered over fsdp in every pass and their gradients scattered in every one with a gradient, sums over
+    tensor are taken twice a layer each way, and the gradients summed over data and position once.
+    """
+    mesh, settings = config.mesh, phase_settings(config, phase, VOCABULARY)
+    length = config.data.sequence_length
+    without, with_gradient = passes(settings, phase.microbatches, chunks, math.ceil(length / mesh.position))
+    weights = _parameters(a) / mesh.tensor
+    width, recompute = settings.dtype.itemsize, int(settings.rematerialize)
+    gathered = weights * (1 - 1 / mesh.fsdp) * (width * (without + (2 + recompute) * with_gradient) + 4 * with_gradient)
+    per_row = settings.count * (settings.length + settings.chain_length * (2 + recompute)) if settings.length else 0
+    rows = phase.batch_size * length / (mesh.data * mesh.fsdp * mesh.position)
+    summed = rows * (per_row + 3) * a.hidden_size * a.num_layers * width * 4 * (1 - 1 / mesh.tensor)
+    copies = mesh.data * mesh.position
+    gradients = 8 * weights / mesh.fsdp * (1 - 1 / copies)
+    return (gathered + summed + gradients) / (target.chip.axis_rate or 1.0)

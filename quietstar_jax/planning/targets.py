@@ -1,0 +1,125 @@
+"""What a program is compiled for: `v5e:8x8`, `v5p:2x2x4*2` (two slices), `gpu:h100x8`, `cpu:8`.
+
+TPUs are compiled for by libtpu itself. For GPUs no compiler runs without one, so the program is compiled for as many
+TPU v5p chips instead: what it is given lies in the same parts, what it needs meanwhile is an estimate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.planning.chips import CPU, GPUS, NETWORK_RATE, TPUS, Chip
+
+KNOWN = {
+    "v4": "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16",
+    "v5e": "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+    "v5p": "1x1x1 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16",
+    "v6e": "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+}
+STAND_INS = {1: "1x1x1", 2: "1x2x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8"}
+GPUS_PER_NODE = 8
+_TPU = re.compile(r"(v\w+):(\d+(?:x\d+)+)(?:\*(\d+))?")
+_GPU = re.compile(r"gpu:(\w+?)x(\d+)")
+_CPU = re.compile(r"cpu:(\d+)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """name: as asked for; chip: whose memory and rates count; devices: compiled for; note: what is not exact, or ""."""
+
+    name: str
+    chip: Chip
+    devices: Sequence[Any]
+    note: str = ""
+    compiler: str = "TPU"
+
+
+def compile_only() -> None:
+    """Makes this process one that compiles for accelerators it does not have; before JAX is used otherwise."""
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is touched: another process may have libtpu loaded too
+    # What machine this is does not matter; unanswered, libtpu asks for each of these and complains.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+    jax.config.update("jax_platforms", "cpu")
+
+
+def find_target(name: str) -> Target:
+    """Resolves the name of a topology.
+
+    Raises:
+      ConfigError: there is none of that name, or what compiles for it is not installed.
+    """
+    tpu, gpu, cpu = (pattern.fullmatch(name) for pattern in (_TPU, _GPU, _CPU))
+    if tpu and tpu[1] in TPUS:
+        devices = _tpu_devices(name, tpu[1], tpu[2], int(tpu[3] or 1))
+        note = "" if not tpu[3] else "Bytes between slices count as if sent between chips: the network is slower."
+        return Target(name, TPUS[tpu[1]], devices, note)
+    if gpu and gpu[1] in GPUS:
+        return _gpu_target(name, GPUS[gpu[1]], int(gpu[2]))
+    if cpu:
+        return Target(name, CPU, _cpu_devices(int(cpu[1])), "Memory by the compiler for CPUs, rates unknown.", "CPU")
+    raise _unknown(name)
+
+
+def _gpu_target(name: str, chip: Chip, count: int) -> Target:
+    note = (
+        f"Nothing can be compiled for {chip.name} here: arguments are exact, temporaries are those of the {{}} "
+        "compiler for the same layout, and kernels of the GPU may need more or less."
+    )
+    if count > GPUS_PER_NODE:
+        chip = dataclasses.replace(chip, link_rate=NETWORK_RATE)
+        note += f" Beyond {GPUS_PER_NODE} GPUs all traffic counts at the rate between nodes."
+    if count in STAND_INS and importlib.util.find_spec("libtpu"):
+        devices = _tpu_devices(name, "v5p", STAND_INS[count], 1)
+        return Target(name, chip, devices, note.format("TPU v5p"))
+    return Target(name, chip, _cpu_devices(count), note.format("CPU"), "CPU")
+
+
+def _tpu_devices(name: str, generation: str, shape: str, slices: int) -> Sequence[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            f"--topology {name}: compiling for TPUs needs libtpu, which is not installed: pip install "
+            "'quietstar_jax[tpu]' (or pip install libtpu). No TPU is needed."
+        )
+    sizes = [int(size) for size in shape.split("x")]
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if generation == "v4":
+        options["chip_config_name"] = "megacore"  # its two cores are one device
+    if min(sizes[:2]) < 2:
+        options["chips_per_host_bounds"] = (min(sizes[0], 2), min(sizes[1], 2), 1)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{shape}", **options)
+    except Exception as error:  # of several types, none of them public
+        raise _unknown(name) from error
+    return found.devices
+
+
+def _cpu_devices(count: int) -> Sequence[Any]:
+    """That many devices of the CPU, which takes as many as are asked for before it is first used."""
+    with contextlib.suppress(RuntimeError):  # it has been used: then those that it has must do
+        jax.config.update("jax_num_cpu_devices", count)
+    if not 0 < count <= len(jax.devices("cpu")):
+        raise ConfigError(f"This process has {len(jax.devices('cpu'))} CPU devices, and cannot have {count} any more.")
+    return jax.devices("cpu")[:count]
+
+
+def _unknown(name: str) -> ConfigError:
+    lines = [f"  {generation}: {shapes}" for generation, shapes in KNOWN.items()]
+    return ConfigError(
+        f"--topology {name!r} is not known. There are (append *2 for two slices):\n"
+        + "\n".join(lines)
+        + f"\n  gpu: {', '.join(f'{card}x8' for card in GPUS)}, any number of them\n  cpu: 1, 2, ... devices"
+        + "\nas in v5e:4x4, v5p:2x2x4, gpu:h100x8, cpu:8."
+    )

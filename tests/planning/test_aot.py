@@ -1,0 +1,127 @@
+"""The command line, on programs that compilers need seconds for: for CPUs, and where libtpu is installed for TPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quietstar_jax.errors import MEND_FIRST, ConfigError
+from quietstar_jax.planning.programs import find_phase, plan_mesh
+from quietstar_jax.planning.targets import find_target
+from quietstar_jax.training.setup import abstract_params
+from tests.training.tiny import tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra tpu) is absent")
+
+
+def aot(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    config = folder / "tiny.py"
+    config.write_text(
+        "from pathlib import Path\n"
+        "from tests.training.tiny import tiny_config_dict\n"
+        f"def get_config():\n    return tiny_config_dict(Path({str(folder / 'run')!r}))\n"
+    )
+    # The least effort of the compiler: what it finds is checked, not how good the program is.
+    effort = {"JAX_OPTIMIZATION_LEVEL": "O0", "JAX_MEMORY_FITTING_LEVEL": "O0"}
+    return subprocess.run(
+        [sys.executable, "-m", "quietstar_jax.aot", "--config", str(config), *arguments],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**os.environ, **effort, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": ""},
+    )  # fmt: skip
+
+
+def planned(folder: Path, *arguments: str, status: int = 0) -> dict[str, Any]:
+    ended = aot(folder, "--json", *arguments)
+    assert ended.returncode == status, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def parameters(tmp_path: Path) -> int:
+    params, _ = abstract_params(tiny_config(tmp_path).model.architecture)
+    return sum(value.size for value in params.values())
+
+
+def test_weights_and_moments_are_counted_as_they_are_split(tmp_path):
+    plan = planned(tmp_path, "--topology", "cpu:4", "--phase", "plain", "--config.mesh.fsdp=4")
+    sizes = plan["bytes_per_chip"]
+    # All but norms of 16 values and the like are split in four; moments are twice the weights, and a count of updates.
+    assert parameters(tmp_path) <= sizes["parameters"] < 1.4 * parameters(tmp_path)
+    assert sizes["optimizer"] == 2 * sizes["parameters"] + 4
+    assert sizes["total"] >= sizes["arguments"] + sizes["temporaries"]
+    assert plan["mesh"] == {"data": 1, "position": 1, "fsdp": 4, "tensor": 1}
+    assert plan["collectives"]["all-gather"]["sent"] > 0
+    assert plan["tokens"] == 4 * 24
+    assert "seconds" not in plan  # rates of CPUs are not known
+
+
+def test_a_search_ranks_mesh_shapes(tmp_path):
+    plans = planned(tmp_path, "--topology", "cpu:2", "--phase", "plain", "--search", "--tries", "2")["plans"]
+    assert len(plans) == 2
+    shapes = [tuple(plan["mesh"].values()) for plan in plans]
+    assert len(set(shapes)) == 2
+    totals = [plan["bytes_per_chip"]["total"] for plan in plans]
+    assert totals == sorted(totals)  # without rates, the smallest first
+
+
+def test_bad_input_is_one_clear_error(tmp_path):
+    ended = aot(tmp_path, "--topology", "v5e:3x3x3x3")
+    assert ended.returncode == MEND_FIRST, ended.stderr
+    assert "is not known" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_phases_and_meshes_that_do_not_exist_are_refused(tmp_path):
+    config, target = tiny_config(tmp_path, mesh__fsdp=2), find_target("cpu:1")
+    with pytest.raises(ConfigError, match="plain, thoughts"):
+        find_phase(config, config.model.architecture, "third")
+    assert find_phase(config, config.model.architecture).name == "thoughts"  # costs most
+    with pytest.raises(ConfigError, match="the product of the sizes must be 1"):
+        plan_mesh(config, target)
+
+
+def test_the_decoder_is_planned_for_too(tmp_path):
+    ended = aot(tmp_path, "--topology", "cpu:2", "--program", "generate")
+    assert ended.returncode == 0, ended.stderr
+    assert "one token for 50 texts" in ended.stdout  # evaluation.batch_size
+    assert "rates unknown" in ended.stdout
+    rows = {line.split()[0]: float(line.split()[1]) for line in ended.stdout.splitlines() if line.startswith("  ")}
+    a = tiny_config(tmp_path).model.architecture
+    cache = 2 * a.num_layers * 50 * a.num_kv_heads * 512 * a.head_dim * 4  # room for 512 tokens is the least
+    assert rows["cache"] == pytest.approx(cache / 2**30, abs=0.005)
+    assert rows["total"] >= rows["arguments"] >= rows["cache"]
+
+
+@needs_libtpu
+def test_a_step_with_thoughts_is_compiled_for_a_tpu(tmp_path):
+    plan = planned(tmp_path, "--topology", "v5e:2x2", "--config.mesh.fsdp=2", "--config.mesh.position=2")
+    assert plan["fits"]
+    assert plan["chip"] == "TPU v5e"
+    assert plan["devices"] == 4
+    assert plan["work"].startswith("step of phase 'thoughts'")
+    sizes = plan["bytes_per_chip"]
+    assert sizes["arguments"] >= sizes["parameters"] + sizes["optimizer"] + sizes["batch"]
+    assert sizes["total"] >= sizes["arguments"] + sizes["temporaries"]
+    assert sizes["parameters"] < 4 * parameters(tmp_path) < sizes["arguments"] * 4
+    assert plan["collectives"]["all-gather"]["times"] > 10  # in loops over layers and over tokens of a thought
+    assert 0 < plan["seconds"]["best"] <= plan["seconds"]["summed"]
+    assert plan["compile_seconds"] > 0
+
+
+@needs_libtpu
+def test_too_large_a_model_gets_the_message_of_the_compiler_and_what_may_help(tmp_path):
+    large = ("--config.model.architecture.hidden_size=8192", "--config.model.architecture.intermediate_size=65536",
+             "--config.model.architecture.num_layers=4")  # fmt: skip
+    arguments = ("--topology", "v5e:2x2", "--phase", "plain", "--config.mesh.fsdp=2", *large)
+    plan = planned(tmp_path, *arguments, status=1)
+    assert not plan["fits"]
+    assert "RESOURCE_EXHAUSTED" in plan["out_of_memory"]
+    assert plan["bytes_per_chip"]["total"] > plan["bytes_per_chip"]["usable"] > 15 * 2**30
+    assert "more fsdp or tensor" in plan["suggestions"][0]
