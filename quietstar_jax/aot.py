@@ -12,11 +12,13 @@ from typing import Any
 
 from absl import app, flags
 
-from quietstar_jax.errors import run_command
+from quietstar_jax.config import Config, MeshConfig
+from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.planning.plan import PROGRAMS, plan
-from quietstar_jax.planning.search import search
+from quietstar_jax.planning.programs import plan_mesh
+from quietstar_jax.planning.search import SIZES, candidates, search
 from quietstar_jax.planning.table import format_plan, format_search
-from quietstar_jax.planning.targets import compile_only, find_target
+from quietstar_jax.planning.targets import Target, compile_only, find_target
 from quietstar_jax.train import given_config, parse
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -41,10 +43,27 @@ def main(argv: list[str]) -> int:
         fits, text = plans[0]["fits"], format_search(plans) + "\n\n" + format_plan(plans[0])
         result = {"plans": plans}
     else:
-        result = plan(config, target, _PROGRAM.value, _PHASE.value)
+        result = plan(_suited(config, target), target, _PROGRAM.value, _PHASE.value)
         fits, text = result["fits"], format_plan(result)
     print(json.dumps(result) if _JSON.value else text)
     return 0 if fits else 1
+
+
+def _suited(config: Config, target: Target) -> Config:
+    """The configuration; where it says nothing of the mesh and the default does not suit, with the best guess."""
+    if config.mesh != MeshConfig():
+        return config
+    try:
+        plan_mesh(config, target)
+    except ConfigError:
+        most = config.thought.chunk_megabytes
+        configs = candidates(config, target, _PHASE.value)[0].configs
+        guess = next((guess for guess in configs if guess.thought.chunk_megabytes <= most), configs[-1])
+        said = [f"--config.mesh.{name}={getattr(guess.mesh, name)}" for name in SIZES]
+        said.append(f"--config.thought.chunk_megabytes={guess.thought.chunk_megabytes}")
+        print(f"The default mesh does not suit {target.name}. This is for {' '.join(said)}", file=sys.stderr)
+        return guess
+    return config
 
 
 if __name__ == "__main__":

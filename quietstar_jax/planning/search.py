@@ -18,16 +18,16 @@ from quietstar_jax.planning.targets import Target
 from quietstar_jax.training.step import phase_settings
 
 SIZES = ("data", "fsdp", "tensor", "position")
-STATE_BYTES = 16  # of a parameter: float32 master weight, gradient and two moments
-LARGEST_SHARE = 0.9  # of the memory, that weights, gradients and moments may take
-CHUNKS = (1.0, 0.5, 0.25, 2.0)  # of the configured `chunk_megabytes`, in the order tried for a mesh
+STATE_BYTES = 24  # of a parameter, all in float32: weight, two moments, gradient of a chunk, their sum, and updates
+CHUNKS = (2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)  # of the configured `chunk_megabytes`
+CHUNK_COST = 2  # times `chunk_megabytes` is what a chunk may need, with the gathered weights
 
 
 class Candidate(NamedTuple):
-    """A configuration to try, and a rough guess of its step in seconds."""
+    """A mesh to try: a rough guess of what its step sends in seconds, and configurations with ever smaller chunks."""
 
-    config: Config
     guess: float
+    configs: tuple[Config, ...]
 
 
 def search(
@@ -36,30 +36,39 @@ def search(
     """Compiles up to `tries` configurations; the plans of those that fit come first, fastest first.
 
     Every shape of the mesh over these devices is looked at. Those whose weights cannot fit are left out, the others
-    tried in the order of a guess that counts bytes sent and arithmetic; a mesh that does not fit is tried with smaller
-    chunks before the next one, one that fits with larger ones too.
+    tried in the order of a guess of what they send; each with the largest chunks that may fit, and where these do not,
+    with smaller ones.
 
     Raises:
       ConfigError: no mesh shape suits model, batch and devices.
     """
-    candidates = list(_meshes(config, target, phase))
-    if not candidates:
-        raise ConfigError(
-            f"No mesh of {len(target.devices)} devices suits the model and its batch, or all keep too much on each. "
-            "Take more devices, or a batch size that they can share."
-        )
     found: list[dict[str, Any]] = []
-    for candidate in sorted(candidates, key=lambda candidate: candidate.guess):
-        for share in CHUNKS:
+    for candidate in candidates(config, target, phase):
+        for attempt in candidate.configs:
             if len(found) == tries:
                 return ranked(found)
-            tried = plan(_with_chunk(candidate.config, share), target, "train", phase)
+            tried = plan(attempt, target, "train", phase)
             found.append(tried)
             say(f"{len(found)}/{tries}: mesh {tried['mesh']}, chunk {tried['chunk_megabytes']} MB: "
                 f"{'fits' if tried['fits'] else 'does not fit'}")  # fmt: skip
             if tried["fits"]:
                 break
     return ranked(found)
+
+
+def candidates(config: Config, target: Target, phase: str = "") -> list[Candidate]:
+    """The meshes that training would accept and whose weights may fit, those that send least first.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    found = sorted(_meshes(config, target, phase), key=lambda candidate: candidate.guess)
+    if not found:
+        raise ConfigError(
+            f"No mesh of {len(target.devices)} devices suits the model and its batch, or all keep too much on each. "
+            "Take more devices, or a batch size that they can share."
+        )
+    return found
 
 
 def ranked(plans: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -90,22 +99,23 @@ def _meshes(config: Config, target: Target, phase_name: str) -> Iterator[Candida
             architecture, mesh = plan_mesh(candidate, target)
         except ConfigError:
             continue
-        if target.chip.hbm and _state_bytes(architecture) / (sizes[1] * sizes[2]) > LARGEST_SHARE * target.chip.hbm:
+        state = STATE_BYTES * _parameters(architecture) / (sizes[1] * sizes[2])
+        left = (target.chip.hbm or math.inf) - state
+        if left < 0:
             continue
+        chunk = CHUNK_COST * config.thought.chunk_megabytes * 2**20
+        shares = [share for share in CHUNKS if chunk * share <= left] or CHUNKS[-1:]
+        configs = tuple(_with_chunk(candidate, share) for share in shares)
         phase = find_phase(candidate, architecture, phase_name)
         with jax.set_mesh(mesh):
-            chunks = chunk_sizes(candidate, phase, architecture)
-        yield Candidate(candidate, _guess(candidate, architecture, phase, target, chunks))
+            chunks = chunk_sizes(configs[0], phase, architecture)
+        yield Candidate(_guess(candidate, architecture, phase, target, chunks), configs)
 
 
 def _parameters(a: Architecture) -> float:
     attention = a.hidden_size * a.head_dim * 2 * (a.num_heads + a.num_kv_heads)
     heads = (1 if a.tie_embeddings else 2) * a.vocab_size * a.hidden_size
     return a.num_layers * (attention + 3 * a.hidden_size * a.intermediate_size) + heads
-
-
-def _state_bytes(architecture: Architecture) -> float:
-    return STATE_BYTES * _parameters(architecture)
 
 
 def _guess(
