@@ -59,7 +59,7 @@ def _suited(config: Config, target: Target) -> Config:
         most = config.thought.chunk_megabytes
         configs = candidates(config, target, _PHASE.value)[0].configs
         guess = next((guess for guess in configs if guess.thought.chunk_megabytes <= most), configs[-1])
-        said = [f"--config.mesh.{name}={getattr(guess.mesh, name)}" for name in SIZES]
+        said = [f"--config.mesh.{name}={getattr(guess.mesh, name)}" for name in (*SIZES, "dcn_data", "dcn_fsdp")]
         said.append(f"--config.thought.chunk_megabytes={guess.thought.chunk_megabytes}")
         print(f"The default mesh does not suit {target.name}. This is for {' '.join(said)}", file=sys.stderr)
         return guess

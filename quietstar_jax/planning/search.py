@@ -90,11 +90,13 @@ def _with_chunk(config: Config, share: float) -> Config:
 def _meshes(config: Config, target: Target, phase_name: str) -> Iterator[Candidate]:
     """All shapes of the mesh that training would accept and whose weights may fit."""
     count = len(target.devices)
+    slices = len({getattr(device, "slice_index", 0) for device in target.devices})
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     for sizes in itertools.product(divisors, repeat=len(SIZES)):
         if math.prod(sizes) != count:
             continue
-        candidate = with_mesh(config, dict(zip(SIZES, sizes, strict=True)))
+        across = {"dcn_data": slices} if sizes[0] % slices == 0 else {"dcn_fsdp": slices}
+        candidate = with_mesh(config, dict(zip(SIZES, sizes, strict=True)) | across)
         try:
             architecture, mesh = plan_mesh(candidate, target)
         except ConfigError:

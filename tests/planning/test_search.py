@@ -49,3 +49,10 @@ def test_what_fits_comes_first_and_of_that_the_fastest():
     plans = [plan("too large", False, 1.0, 9e9), plan("slow", True, 3.0, 1e9), plan("fast", True, 2.0, 2e9)]
     plans.append({"name": "failed", "fits": False, "bytes_per_chip": {}})
     assert [item["name"] for item in ranked(plans)] == ["fast", "slow", "too large", "failed"]
+
+
+@needs_libtpu
+def test_slices_are_crossed_by_data_where_it_can_be_and_else_by_fsdp():
+    meshes = [item.configs[0].mesh for item in candidates(from_config_dict(get_config()), find_target("v5p:2x2x2*2"))]
+    assert {(mesh.dcn_data, mesh.dcn_fsdp) for mesh in meshes} == {(2, 1), (1, 2)}
+    assert all(mesh.dcn_data == 2 for mesh in meshes if mesh.data > 1)
