@@ -47,11 +47,6 @@ class Target:
 
 def compile_only() -> None:
     """Makes this process one that compiles for accelerators it does not have; before JAX is used otherwise."""
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is touched: another process may have libtpu loaded too
-    # What machine this is does not matter; unanswered, libtpu asks for each of these and complains.
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
-    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     jax.config.update("jax_platforms", "cpu")
 
 
@@ -93,6 +88,11 @@ def _tpu_devices(name: str, generation: str, shape: str, slices: int) -> Sequenc
             f"--topology {name}: compiling for TPUs needs libtpu, which is not installed: pip install "
             "'quietstar_jax[tpu]' (or pip install libtpu). No TPU is needed."
         )
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is touched: another process may have libtpu loaded too
+    # What machine this is does not matter; unanswered, libtpu asks for each of these and complains.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     sizes = [int(size) for size in shape.split("x")]
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if generation == "v4":
