@@ -8,24 +8,26 @@ from types import TracebackType
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+from jax._src import distributed  # the store of the processes has no public name; orbax uses it as well
+
+NOTICES = "quietstar_jax/stop/"
+AHEAD = 4  # calls by which no process is ahead of another: each reads the results of the last step but one
 
 
 class PreemptionNotice:
     """Listens for SIGTERM while it is entered.
 
-    With several processes, JAX's coordination service listens on each of them, and makes all agree on the point of the
-    run at which they hear of it.
+    With several processes, one that hears it says so in the store that they share, with a point of the run a few calls
+    ahead, which no process has reached yet; there all stop together.
     """
 
     def __init__(self) -> None:
         self._asked = 0
-        self._signalled = False
+        self._signalled = self._said = False
         self._before: Any = None
 
     def __enter__(self) -> PreemptionNotice:
-        alone = not jax.distributed.is_initialized()
-        if alone and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._hear)
         return self
 
@@ -38,7 +40,14 @@ class PreemptionNotice:
     def given(self) -> bool:
         """Whether to stop now. Every process must ask equally often."""
         self._asked += 1
-        return self._signalled or multihost_utils.reached_preemption_sync_point(self._asked)
+        if jax.process_count() == 1:
+            return self._signalled
+        store: Any = distributed.global_state.client
+        if self._signalled and not self._said:
+            self._said = True
+            store.key_value_set(f"{NOTICES}{jax.process_index()}", str(self._asked + AHEAD))
+        points = [int(point) for _, point in store.key_value_dir_get(NOTICES)]
+        return bool(points) and self._asked >= min(points)
 
     def _hear(self, number: int, frame: Any) -> None:
         self._signalled = True

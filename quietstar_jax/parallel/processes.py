@@ -25,6 +25,7 @@ def start(config: DistributedConfig) -> None:
     if config.processes == "single" or jax.distributed.is_initialized():
         return
     given = config.processes == "given"
+    jax.config.update("jax_enable_preemption_service", False)  # `parallel.preemption` listens for SIGTERM instead
     try:
         jax.distributed.initialize(
             coordinator_address=config.coordinator if given else None,
