@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 
@@ -26,6 +28,8 @@ def start(config: DistributedConfig) -> None:
         return
     given = config.processes == "given"
     jax.config.update("jax_enable_preemption_service", False)  # `parallel.preemption` listens for SIGTERM instead
+    if given and config.process_id:
+        _reach(config.coordinator, config.start_seconds)
     try:
         jax.distributed.initialize(
             coordinator_address=config.coordinator if given else None,
@@ -48,6 +52,22 @@ def start(config: DistributedConfig) -> None:
             "Open MPI or a Kubernetes job is recognised by its environment; else set it to 'given' and "
             "say coordinator, num_processes and process_id."
         ) from error
+
+
+def _reach(coordinator: str, seconds: int) -> None:
+    """Waits until process 0 listens; JAX would end this process without a word that helps."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"Nobody answers at config.distributed.coordinator {coordinator} for {seconds} s: {error}. Start "
+                    "process 0 too, and check its address and that the port is open."
+                ) from error
+        time.sleep(0.2)
 
 
 def is_first() -> bool:
