@@ -129,7 +129,9 @@ def shard(fn: Callable[..., Any], over: Sequence[str], in_axes: Any, out_axes: A
         jax.tree.map(lambda axes: _only(partition_spec(axes), manual), tree, is_leaf=_is_axes)
         for tree in (in_axes, out_axes)
     ]
-    return jax.shard_map(own, in_specs=specs[0], out_specs=specs[1], axis_names=manual, check_vma=False)
+    # Axes of one device split nothing, but kernels take no program that has any axis left to the compiler.
+    alone = {axis for axis in mesh.auto_axes if mesh.shape[axis] == 1}
+    return jax.shard_map(own, in_specs=specs[0], out_specs=specs[1], axis_names=manual | alone, check_vma=False)
 
 
 def spread_rows(x: jax.Array, pieces: int) -> jax.Array:

@@ -10,8 +10,10 @@ import pytest
 from configs.mistral_7b_openwebmath import get_config
 from quietstar_jax.config import from_config_dict
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.planning.programs import train_program
 from quietstar_jax.planning.search import candidates, ranked
 from quietstar_jax.planning.targets import find_target
+from tests.training.tiny import tiny_config
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra tpu) is absent")
 
@@ -31,6 +33,16 @@ def test_meshes_share_the_batch_and_their_weights_fit(topology, devices):
         chunks = [attempt.thought.chunk_megabytes for attempt in item.configs]
         assert chunks == sorted(chunks, reverse=True)
         assert chunks[0] < 8 * 1024 or topology.startswith("v5p")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 1), (4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 1, 4), (1, 1, 2, 2)])
+def test_kernels_stand_on_every_mesh(tmp_path, sizes):
+    """A kernel under an axis that is left to the compiler is refused when the step is lowered."""
+    changes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor", "mesh__position"), sizes, strict=True))
+    heads = {"model__architecture__num_heads": 4, "model__architecture__num_kv_heads": 2}
+    config = tiny_config(tmp_path, **changes, **heads)
+    assert "tpu_custom_call" in train_program(config, find_target("v5e:2x2"), "thoughts").lowered.as_text()
 
 
 @needs_libtpu
