@@ -202,8 +202,7 @@ def _weight_reads(
 
 def _flops(config: Config, architecture: Architecture, phase: Phase) -> Flops:
     settings = phase_settings(config, phase, VOCABULARY)
-    learns = phase.rates.decoder > 0
-    return step_flops(architecture, settings, phase.batch_size, config.data.sequence_length, decoder_learns=learns)
+    return step_flops(architecture, settings, phase.batch_size, config.data.sequence_length, phase.rates)
 
 
 def _abstract(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import Thoughts, sample_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import Text
+from quietstar_jax.thoughts.text import Text, here_and_ahead
 
 
 def think(
@@ -37,7 +37,10 @@ def think(
     if control == "random":
         return _given(random_tokens(uniforms, model.decoder.architecture.vocab_size, settings.meta_tokens))
     thoughts = sample_thoughts(model, text, positions, None if greedy else uniforms, settings, positions_per_chunk)
-    return jax.tree.map(lambda x: shuffle_positions(x, uniforms), thoughts) if control == "shuffled" else thoughts
+    if control == "shuffled":
+        real = here_and_ahead(text.mask, positions, 1)[:, None, :, 0]  # [B, 1, J]
+        thoughts = jax.tree.map(lambda x: shuffle_positions(x, uniforms, real), thoughts)
+    return thoughts
 
 
 def random_tokens(uniforms: jax.Array, vocab_size: int, meta_tokens: tuple[int, ...]) -> jax.Array:
@@ -46,10 +49,17 @@ def random_tokens(uniforms: jax.Array, vocab_size: int, meta_tokens: tuple[int, 
     return allowed[jnp.minimum((uniforms * allowed.size).astype(jnp.int32), allowed.size - 1)]
 
 
-def shuffle_positions(values: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Values [B, R, J, T] of other positions of the same thought number, in an order drawn from the uniforms."""
-    order = jnp.argsort(uniforms[..., 0], axis=-1)  # [B, R, J]
-    other = jnp.roll(order, 1, axis=-1)  # the one before in a random cycle: never the position itself
+def shuffle_positions(values: jax.Array, uniforms: jax.Array, real: jax.Array) -> jax.Array:
+    """Values [B, R, J, T] of other real positions of the same thought number, in an order drawn from the uniforms.
+
+    Args:
+      real: [B, 1, J] bool; positions that are no text keep what they have, and give it to no other.
+    """
+    order = jnp.argsort(jnp.where(real, uniforms[..., 0], 2.0), axis=-1)  # [B, R, J], real ones first
+    number, count = jnp.arange(order.shape[-1]), real.sum(axis=-1, keepdims=True)
+    before = jnp.where(number < count, (number - 1) % jnp.maximum(count, 1), number)
+    # The one before in a random cycle: never the position itself, where there is another.
+    other = jnp.take_along_axis(order, jnp.broadcast_to(before, order.shape), axis=-1)
     source = jnp.take_along_axis(other, jnp.argsort(order, axis=-1), axis=-1)
     return jnp.take_along_axis(values, source[..., None], axis=2)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from quietstar_jax.config import Architecture, Config, Phase
+from quietstar_jax.config import Architecture, Config, Phase, RateScales
 from quietstar_jax.thoughts.settings import ThoughtSettings
+
+EVERYTHING_LEARNS = RateScales()
 
 
 class Flops(NamedTuple):
@@ -47,16 +49,17 @@ def phase_flops(config: Config, phase: Phase) -> float:
     """Necessary FLOPs of all steps of a phase of a run that starts from `model.architecture`."""
     a, length = config.model.architecture, config.data.sequence_length
     settings = ThoughtSettings(phase.thought_length, phase.num_thoughts, phase.tokens_ahead, config=config.thought)
-    step = step_flops(a, settings, phase.batch_size, length, decoder_learns=phase.rates.decoder > 0)
+    step = step_flops(a, settings, phase.batch_size, length, phase.rates)
     return phase.steps * step.necessary
 
 
 def step_flops(
-    a: Architecture, settings: ThoughtSettings, batch: int, length: int, *, decoder_learns: bool = True
+    a: Architecture, settings: ThoughtSettings, batch: int, length: int, rates: RateScales = EVERYTHING_LEARNS
 ) -> Flops:
     """FLOPs of one training step on `batch` sequences of `length` tokens.
 
-    Where thoughts are trained but the decoder is frozen, backward is that of the mixing head alone.
+    Where the decoder is frozen, backward is that of the mixing head, and the way through the chains to the embeddings
+    of start and end where these learn.
     """
     head = 2.0 * a.hidden_size * a.vocab_size
     prefix = (length + 1) / 2
@@ -72,6 +75,8 @@ def step_flops(
     mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # the half of the text is shared by all thoughts
     mixing = chains * settings.tokens_ahead * mixing + thinking * 2.0 * a.hidden_size**2
     heads = chains * (settings.length + settings.tokens_ahead) * head + mixing
-    backward = 2 * (base + scoring + heads if decoder_learns else mixing)
+    backward = 2 * (base + scoring + heads if rates.decoder else mixing)
+    if rates.thought_embeddings and not rates.decoder:
+        backward += scoring + heads - mixing
     recomputation = (texts * decoder_flops(a, prefix) + scoring) if settings.rematerialize else 0.0
     return Flops(base, sampling, scoring, heads, backward, recomputation)

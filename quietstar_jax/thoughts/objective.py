@@ -29,29 +29,20 @@ class Counts(NamedTuple):
     rewarded: jax.Array | float
 
 
-def count_targets(mask: jax.Array, tokens_ahead: int, thinking: int | None = None) -> Counts:
+def count_targets(mask: jax.Array, tokens_ahead: int, chosen: jax.Array | None = None) -> Counts:
     """Counts of a batch with mask [B, L].
 
     Args:
-      thinking: positions chosen to think in every sequence; None = all of them.
+      chosen: [B] how many positions of each sequence think, all K targets of which are real; None = all of them.
     """
     chex.assert_rank(mask, 2)
     batch, length = mask.shape
     real = jnp.stack([mask[:, 1 + k :].sum() for k in range(tokens_ahead)])
     real = jnp.maximum(real, 1).astype(jnp.float32)
-    if thinking is None:
+    if chosen is None:
         return Counts(real[0], real, float(batch * max(length - 1 - tokens_ahead, 1)))
-    chosen = jnp.minimum(eligible_positions(mask, tokens_ahead).sum(axis=1), thinking).sum()
-    chosen = jnp.maximum(chosen, 1).astype(jnp.float32)
-    return Counts(real[0], jnp.broadcast_to(chosen, (tokens_ahead,)), chosen)
-
-
-def eligible_positions(mask: jax.Array, tokens_ahead: int) -> jax.Array:
-    """Positions j [B, L] among which a choice is made: x[j+1] .. x[j+K] are real text and a reward is given."""
-    length = mask.shape[1]
-    padded = jnp.pad(mask, ((0, 0), (0, tokens_ahead)))
-    real = jnp.stack([padded[:, 1 + k : 1 + k + length] for k in range(tokens_ahead)]).all(axis=0)
-    return real & (jnp.arange(length) <= length - 2 - tokens_ahead)
+    total = jnp.maximum(chosen.sum(), 1).astype(jnp.float32)
+    return Counts(real[0], jnp.broadcast_to(total, (tokens_ahead,)), total)
 
 
 def talk_loss(nats: jax.Array, counts: Counts) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Which positions think: all of them, or a fraction, at a fraction of the cost.
+"""Which positions think: all of them, or a fraction of those of each text, at a fraction of the cost.
 
-| `thought.positions` | which of the positions whose K true tokens exist |
+| `thought.positions` | which of the positions whose K true tokens are real |
 |---|---|
 | `all` | every position of the text, as published |
 | `stride` | every n-th, n = 1 / `position_fraction`, from an offset drawn anew for every sequence and step |
@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.thoughts.chunks import PAST_THE_TEXT
-from quietstar_jax.thoughts.objective import eligible_positions
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text
 
@@ -40,20 +39,38 @@ def choose(text: Text, draws: jax.Array, settings: ThoughtSettings) -> jax.Array
       [L], or [B, `settings.thinking_positions(L)`] in ascending order; `PAST_THE_TEXT` where a sequence has fewer
       positions to choose from.
     """
-    how, length = settings.config.positions, text.tokens.shape[1]
+    how, at_most = settings.config.positions, settings.thinking_positions(text.tokens.shape[1])
     if how == "all":
         return every_position(text)
     rank = draws
-    if how == "stride":
-        stride = round(1 / settings.config.position_fraction)
-        offset = (draws[:, :1] * stride).astype(jnp.int32)
-        rank = -((jnp.arange(length) - offset) % stride).astype(jnp.float32)
     if how == "entropy":
         chex.assert_shape(text.entropy, draws.shape)
         rank = text.entropy  # type: ignore[assignment]  # not None, as just checked
-    rank = jnp.where(eligible_positions(text.mask, settings.tokens_ahead), rank, -jnp.inf)
-    best, positions = jax.lax.top_k(rank, settings.thinking_positions(length))
-    return jnp.sort(jnp.where(jnp.isfinite(best), positions, PAST_THE_TEXT), axis=1)
+    _, positions = jax.lax.top_k(jnp.where(candidates(text.mask, draws, settings), rank, -jnp.inf), at_most)
+    taken = jnp.arange(at_most) < count_chosen(text.mask, draws, settings)[:, None]
+    return jnp.sort(jnp.where(taken, positions, PAST_THE_TEXT), axis=1)
+
+
+def count_chosen(mask: jax.Array, draws: jax.Array, settings: ThoughtSettings) -> jax.Array:
+    """How many positions of each sequence `choose` takes, int32 [B]; known before the text is read."""
+    found = candidates(mask, draws, settings).sum(axis=1)
+    if settings.config.positions == "stride":
+        return found
+    wanted = jnp.ceil(settings.config.position_fraction * found.astype(jnp.float32) - 1e-4).astype(jnp.int32)
+    return jnp.minimum(wanted, settings.thinking_positions(mask.shape[1]))
+
+
+def candidates(mask: jax.Array, draws: jax.Array, settings: ThoughtSettings) -> jax.Array:
+    """Positions j [B, L] among which a choice is made: x[j+1] .. x[j+K] are real text and a reward is given."""
+    length, ahead = mask.shape[1], settings.tokens_ahead
+    padded = jnp.pad(mask, ((0, 0), (0, ahead)))
+    real = jnp.stack([padded[:, 1 + k : 1 + k + length] for k in range(ahead)]).all(axis=0)
+    real &= jnp.arange(length) <= length - 2 - ahead
+    if settings.config.positions == "stride":
+        stride = round(1 / settings.config.position_fraction)
+        offset = (draws[:, :1] * stride).astype(jnp.int32)
+        real &= (jnp.arange(length) - offset) % stride == 0
+    return real
 
 
 def at_positions(values: jax.Array, positions: jax.Array) -> jax.Array:

@@ -16,10 +16,10 @@ from quietstar_jax.errors import CheckpointError, DivergedError, PreemptedError
 from quietstar_jax.settings import differences, to_mapping
 from quietstar_jax.training.step import TrainState
 
-# What changes nothing that a run computes, chunk sizes and meshes only through rounding.
+# What changes nothing that a run computes; chunks, meshes and rematerialisation only through rounding.
 UNRELATED = ("config.workdir", "config.logging", "config.checkpoint", "config.data.workers", "config.data.data_dir",
-             "config.data.cache_dir", "config.thought.chunk_megabytes",
-             "config.thought.positions_per_chunk", "config.mesh", "config.distributed")  # fmt: skip
+             "config.data.cache_dir", "config.thought.chunk_megabytes", "config.thought.positions_per_chunk",
+             "config.mesh", "config.distributed", "config.model.rematerialize")  # fmt: skip
 MEASUREMENT = ("config.evaluation", "config.data.validation")  # touches figures, not the course of training
 FREE = UNRELATED + MEASUREMENT  # may change between the runs that share a work directory
 THINKING = tuple(
@@ -175,11 +175,12 @@ def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _begun(phases: Any, step: int) -> list[dict[str, Any]]:
-    """The phases of which a step is done. The steps of the last are left out where its rate does not depend on them."""
+    """The phases of which a step is done. Microbatches, which only round, are left out, and so are the steps of the
+    last phase where its rate does not depend on them."""
     begun, start = [], 0
     for phase in phases:
         if start < step:
             open_ended = start + phase["steps"] >= step and phase["decay"] == "constant"
-            begun.append({**phase, "steps": "open"} if open_ended else dict(phase))
+            begun.append({**phase, "microbatches": "any", **({"steps": "open"} if open_ended else {})})
         start += phase["steps"]
     return begun

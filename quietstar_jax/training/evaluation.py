@@ -14,7 +14,7 @@ from quietstar_jax.config import Architecture, Config
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.parallel.layout import row_ways
-from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
+from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk, sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import think
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
@@ -49,12 +49,12 @@ class TokenScores(NamedTuple):
 
 
 def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettings:
-    """One thought at every position."""
+    """One thought at every position. No gradient is to come, so a chunk needs room for one layer only, as with
+    rematerialisation."""
     length, ahead = config.evaluation_thought_length, config.evaluation.tokens_ahead
     everywhere = dataclasses.replace(config.thought, positions="all", position_fraction=1.0)
-    return thought_settings(
-        dataclasses.replace(config, thought=everywhere), vocabulary, length=length, tokens_ahead=ahead
-    )
+    config = dataclasses.replace(config, thought=everywhere)
+    return thought_settings(config, vocabulary, length=length, tokens_ahead=ahead, rematerialize=True)
 
 
 def make_token_scorer(structure: Structure, architecture: Architecture, settings: ThoughtSettings) -> Scorer:
@@ -68,13 +68,14 @@ def make_token_scorer(structure: Structure, architecture: Architecture, settings
         text = read_text(model.decoder, *batch, dtype=settings.dtype)
         rows, length = batch.tokens.shape
         chunk = positions_per_chunk(architecture, settings, rows, length)
+        sampled = sampled_positions_per_chunk(architecture, settings, rows, length)
         ahead = settings.tokens_ahead
         draws = jax.random.key(0) if key is None else key  # greedy thoughts need none, but some controls do
         uniforms = jax.random.uniform(draws, (rows, 1, length, settings.length))
         everywhere = jnp.arange(length)
         thoughts = None
         if settings.length:
-            thoughts = think(model, text, everywhere, uniforms, settings, chunk, greedy=key is None)
+            thoughts = think(model, text, everywhere, uniforms, settings, sampled, greedy=key is None)
 
         def of_chunk(model: QuietStar, text: Text, positions: jax.Array, thoughts: Any) -> TokenScores:
             real = real_ahead(text.mask, positions, 1)[..., 0]

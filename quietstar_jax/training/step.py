@@ -20,7 +20,7 @@ from quietstar_jax.thoughts.controls import think
 from quietstar_jax.thoughts.loss import Metrics, language_model_loss, quiet_star_loss
 from quietstar_jax.thoughts.model import QuietStar, mean_embedding
 from quietstar_jax.thoughts.objective import Counts, count_targets
-from quietstar_jax.thoughts.positions import at_positions, choose
+from quietstar_jax.thoughts.positions import at_positions, choose, count_chosen
 from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text
@@ -114,13 +114,15 @@ def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> Th
 
 def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> ThoughtSettings:
     """The thoughts of one phase."""
+    # Pauses are all alike: that one is better than another is rounding, and nothing to learn from.
+    policy_weight = 0.0 if config.thought.control == "pause" else phase.policy_weight
     return thought_settings(
         config,
         vocabulary,
         length=phase.thought_length,
         count=phase.num_thoughts,
         tokens_ahead=phase.tokens_ahead,
-        policy_weight=phase.policy_weight,
+        policy_weight=policy_weight,
         rematerialize=config.model.rematerialize,
     )
 
@@ -174,9 +176,10 @@ def make_train_step(
         return add_up((constrain_tree(gradients, axes), metrics), "data")
 
     def step(state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array) -> tuple[TrainState, Metrics]:
-        thinking = None if config.thought.positions == "all" else settings.thinking_positions(batch.tokens.shape[1])
-        counts = count_targets(batch.mask, phase.tokens_ahead, thinking)
         draws = draw(jax.random.fold_in(key, state.step), batch.tokens.shape, settings, row_numbers)
+        some = config.thought.positions != "all"
+        chosen = count_chosen(batch.mask, draws.positions, settings) if some else None
+        counts = count_targets(batch.mask, phase.tokens_ahead, chosen)
         over_data = shard(own_rows, ("data",), ((), ("rows",), ("rows",), ()), ())
         gradients, metrics = over_data(state.params, batch, draws, counts)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

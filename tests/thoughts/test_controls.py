@@ -49,9 +49,20 @@ def test_shuffled_thoughts_are_those_of_other_positions(greedy: bool) -> None:
 def test_no_position_keeps_its_thought() -> None:
     numbers = jnp.broadcast_to(jnp.arange(9)[None, None, :, None], (2, 3, 9, 1))
     uniforms = jax.random.uniform(jax.random.key(1), (2, 3, 9, 4))
-    shuffled = shuffle_positions(numbers, uniforms)
+    shuffled = shuffle_positions(numbers, uniforms, jnp.ones((2, 1, 9), bool))
     assert not np.any(shuffled == numbers)
     assert all(set(row.tolist()) == set(range(9)) for row in np.asarray(shuffled).reshape(6, 9))
+
+
+def test_padding_gives_its_thoughts_to_no_other_position() -> None:
+    numbers = jnp.broadcast_to(jnp.arange(9)[None, None, :, None], (2, 3, 9, 1))
+    real = jnp.array([[1, 1, 1, 0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0]], bool)[:, None]
+    shuffled = shuffle_positions(numbers, jax.random.uniform(jax.random.key(1), (2, 3, 9, 4)), real)[..., 0]
+    np.testing.assert_array_equal(shuffled[0][:, [3, 6, 7, 8]], [[3, 6, 7, 8]] * 3)
+    moved = np.asarray(shuffled[0][:, [0, 1, 2, 4, 5]])
+    assert all(set(row.tolist()) == {0, 1, 2, 4, 5} for row in moved)
+    assert not np.any(moved == [0, 1, 2, 4, 5])
+    np.testing.assert_array_equal(shuffled[1], [range(9)] * 3)  # there is no other
 
 
 def test_random_tokens_are_uniform_without_meta_tokens() -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.config import Architecture, RateScales
 from quietstar_jax.thoughts.flops import decoder_flops, step_flops
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
@@ -39,6 +39,15 @@ def test_a_step_part_by_part() -> None:
     lean = step_flops(SMALL, dataclasses.replace(settings, rematerialize=True), batch=1, length=7)
     assert lean.recomputation == 7 * decoder_flops(SMALL, 4) + found.scoring
     assert lean.necessary == found.necessary
+
+
+def test_a_frozen_decoder_costs_the_way_to_what_learns() -> None:
+    settings = ThoughtSettings(length=2, count=3, tokens_ahead=2)
+    head_only = step_flops(SMALL, settings, 1, 7, RateScales(decoder=0.0, thought_embeddings=0.0))
+    mixing = 7 * 3 * 2 * 2 * (4 * 4 + 4 * 4 + 4) + 7 * 2 * 4 * 4
+    assert head_only.backward == 2 * mixing
+    embeddings_too = step_flops(SMALL, settings, 1, 7, RateScales(decoder=0.0))
+    assert embeddings_too.backward == mixing + head_only.scoring + head_only.scoring_heads
 
 
 def test_a_plain_step() -> None:

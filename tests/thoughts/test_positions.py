@@ -15,7 +15,7 @@ from quietstar_jax.thoughts.chunks import PAST_THE_TEXT
 from quietstar_jax.thoughts.flops import step_flops
 from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.objective import advantages, count_targets, rewards
-from quietstar_jax.thoughts.positions import at_positions, choose
+from quietstar_jax.thoughts.positions import at_positions, choose, count_chosen
 from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -47,6 +47,7 @@ def chosen(how: str, fraction: float, draws: list[list[float]], text: Text) -> l
 def test_every_nth_position_from_a_drawn_offset() -> None:
     draws = [[0.0] * 9, [0.4] * 9, [0.99] * 9]
     assert chosen("stride", 1 / 3, draws, text_of(["1" * 9] * 3)) == [[0, 3], [1, 4], [2, 5]]
+    assert chosen("stride", 1 / 3, draws, text_of(["111111000"] * 3)) == [[0, 3], [1], [2]]
 
 
 def test_random_positions_are_those_of_the_largest_draws() -> None:
@@ -57,7 +58,7 @@ def test_random_positions_are_those_of_the_largest_draws() -> None:
 def test_the_least_certain_positions_whose_targets_are_real() -> None:
     entropy = [[1.0, 5.0, 2.0, 4.0, 3.0, 0.0, 9.0, 9.0, 9.0]] * 2
     text = text_of(["111111111", "111110000"], entropy)
-    assert chosen("entropy", 0.5, [[0.0] * 9] * 2, text) == [[1, 3, 4], [0, 1, 2]]
+    assert chosen("entropy", 0.5, [[0.0] * 9] * 2, text) == [[1, 3, 4], [1, 2]]
     assert chosen("entropy", 0.01, [[0.0] * 9] * 2, text) == [[1], [1]]
 
 
@@ -75,7 +76,7 @@ def test_loss_and_gradients_are_those_of_the_chosen_positions(how: str, fraction
     params, structure = disassemble(random_model(c.decoder, config.embedding_scale))
     (tokens, mask), draws = c.text(), jax.random.uniform(jax.random.key(5), (c.batch, c.length))
     thoughts = c.thoughts()
-    counts = count_targets(mask, s.tokens_ahead, s.thinking_positions(c.length))
+    counts = count_targets(mask, s.tokens_ahead, count_chosen(mask, draws, s))
 
     def given(model: Any, text: Text, positions: jax.Array) -> Any:
         return jax.tree.map(lambda x: at_positions(x, positions), thoughts)
