@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 from quietstar_jax.errors import DataError
 
 
-def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def read_objects(path: Path, kind: str, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not blank.
+
+    Args:
+      kind: what the lines are, e.g. `prompts`, for messages; limit: how many to read at most.
 
     Raises:
       DataError: names the file, and the line that holds no JSON object.
@@ -18,16 +22,15 @@ def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         raise DataError(f"{path} is {'a folder' if path.is_dir() else 'missing'}. Give a file of JSON lines.")
     try:
-        lines = path.read_text("utf-8-sig").split("\n")
+        with path.open(encoding="utf-8-sig") as file:
+            lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+            rows = [(n, _object(line, f"{path}, line {n}")) for n, line in itertools.islice(lines, limit)]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    rows = [
-        (number, _object(line, f"{path}, line {number}")) for number, line in enumerate(lines, start=1) if line.strip()
-    ]
     if not rows:
-        raise DataError(f"{path} is empty. Every line holds one JSON object.")
+        raise DataError(f"{path} is empty: it holds no {kind}. Every line holds one JSON object.")
     return rows
 
 

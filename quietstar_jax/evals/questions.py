@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quietstar_jax.data.json_lines import read_objects
 from quietstar_jax.errors import DataError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -63,7 +64,7 @@ def read_questions(path: Path, layouts: Sequence[Layout], limit: int | None = No
     Raises:
       DataError: the file is missing, empty, or a line is not what the layout says; names the line.
     """
-    rows = _read_lines(path, limit)
+    rows = read_objects(path, "questions", limit)
     layout = next((known for known in layouts if _has(rows[0][1], known.question, str)), layouts[-1])
     read = _numeric if layout.choices is None else _choice_reader(rows, layout, path)
     return [read(_Line(path, line, row, layout)) for line, row in rows]
@@ -115,36 +116,6 @@ class _Line:
             place = getattr(self.layout, name)
             raise DataError(f"{self}: the field {place!r} is {_shown(value)}; the {name} must be a text.")
         return value
-
-
-def _read_lines(path: Path, limit: int | None) -> list[tuple[int, dict[str, Any]]]:
-    """(number, object) of each line that is not blank."""
-    if not path.is_file():
-        kind = "a folder, not a file" if path.is_dir() else "missing"
-        raise DataError(f"The question set {path} is {kind}. Give a file of JSON lines with --data.")
-    rows: list[tuple[int, dict[str, Any]]] = []
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if limit is not None and len(rows) >= limit:
-                    break
-                if line.strip():
-                    rows.append((number, _object(line, f"{path}, line {number}")))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}. Give a file of JSON lines.") from error
-    if not rows:
-        raise DataError(f"{path} holds no questions. Every line is one JSON object.")
-    return rows
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: broken JSON ({error}). Every line holds one JSON object.") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON {type(row).__name__}, not an object with the fields of a question.")
-    return row
 
 
 def _at(row: Any, place: str) -> Any:

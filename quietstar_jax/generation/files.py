@@ -47,7 +47,7 @@ def generate_file(
         raise DataError(f"{output} exists already. Remove it, or choose another file.")
     if not output.absolute().parent.is_dir():
         raise DataError(f"{output}: the folder {output.absolute().parent} is missing. Make it first.")
-    rows = read_objects(source)
+    rows = read_objects(source, "prompts")
     requests = _requests(generator, rows, source, job, seed)
     record = {
         "model": generator.model.record,
