@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 from quietstar_jax.errors import DataError
 
 
-def read_objects(path: Path, kind: str, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
+def read_objects(path: Path, kind: str) -> list[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not blank.
 
     Args:
-      kind: what the lines are, e.g. `prompts`, for messages; limit: how many to read at most.
+      kind: what the lines are, e.g. `prompts`, for messages.
 
     Raises:
       DataError: names the file, and the line that holds no JSON object.
@@ -24,7 +23,7 @@ def read_objects(path: Path, kind: str, limit: int | None = None) -> list[tuple[
     try:
         with path.open(encoding="utf-8-sig") as file:
             lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-            rows = [(n, _object(line, f"{path}, line {n}")) for n, line in itertools.islice(lines, limit)]
+            rows = [(n, _object(line, f"{path}, line {n}")) for n, line in lines]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from error
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ class Layout:
 
     Attributes:
       choices: None = answers are numbers.
-      answer_key: how answers name a choice, one of `ANSWER_KEYS`; `auto` takes what fits every question.
+      answer_key: how answers name a choice, one of `ANSWER_KEYS`; `auto` finds what fits every question of
+        the file.
     """
 
     question: str
@@ -59,15 +60,18 @@ def read_questions(path: Path, layouts: Sequence[Layout], limit: int | None = No
 
     Args:
       layouts: the first one whose question lies in the first line is taken.
-      limit: that many from the beginning; None = all.
+      limit: that many from the beginning; None = all. How answers name choices is found from the whole file.
 
     Raises:
       DataError: the file is missing, empty, or a line is not what the layout says; names the line.
     """
-    rows = read_objects(path, "questions", limit)
+    rows = read_objects(path, "questions")
     layout = next((known for known in layouts if _has(rows[0][1], known.question, str)), layouts[-1])
-    read = _numeric if layout.choices is None else _choice_reader(rows, layout, path)
-    return [read(_Line(path, line, row, layout)) for line, row in rows]
+    lines = [_Line(path, number, row, layout) for number, row in rows]
+    if layout.choices is None:
+        return [_numeric(line) for line in lines[:limit]]
+    key = layout.answer_key if layout.answer_key != "auto" else _find_key(lines)  # the same whatever the limit
+    return [_with_choices(line, key) for line in lines[:limit]]
 
 
 def parse_number(text: str) -> str | None:
@@ -154,40 +158,38 @@ def _plain(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _choice_reader(rows: Sequence[tuple[int, Any]], layout: Layout, path: Path) -> Callable[[_Line], Question]:
-    """Reads questions with choices, after it is known how all answers of the file name theirs."""
-    lines = [_Line(path, number, row, layout) for number, row in rows]
-    sets = [_choices(line) for line in lines]
-    answers = [line.field("answer") for line in lines]
-    key = layout.answer_key if layout.answer_key != "auto" else _find_key(lines, sets, answers)
-
-    def read(line: _Line) -> Question:
-        labels, texts = sets[where[line.number]]
-        place = _chosen(key, labels, texts, line.field("answer"))
-        if place is None:
-            raise DataError(_bad_answer(line, key, labels, texts))
-        listed = "".join(f"\n({label}) {text}" for label, text in zip(labels, texts, strict=True))
-        return Question(line.text("question").strip() + listed, labels[place], tuple(labels), line.number)
-
-    where = {line.number: place for place, line in enumerate(lines)}
-    return read
+def _with_choices(line: _Line, key: str) -> Question:
+    labels, texts = _choices(line)
+    place = _chosen(key, labels, texts, line.field("answer"))
+    if place is None:
+        raise DataError(_bad_answer(line, key, labels, texts))
+    listed = "".join(f"\n({label}) {text}" for label, text in zip(labels, texts, strict=True))
+    return Question(line.text("question").strip() + listed, labels[place], tuple(labels), line.number)
 
 
-def _find_key(lines: Sequence[_Line], sets: Sequence[tuple[list[str], list[str]]], answers: Sequence[Any]) -> str:
-    """What fits every question: JSON integers count choices from 0, anything else is a label or a text first."""
-    counted = all(isinstance(answer, int) for answer in answers)
-    order = ("index", "label", "text") if counted else ("label", "text", "index")
-    misfits = {}
-    for key in order:
-        pairs = enumerate(zip(sets, answers, strict=True))
-        wrong = [i for i, ((labels, texts), answer) in pairs if _chosen(key, labels, texts, answer) is None]
-        if not wrong:
-            return key
-        misfits[key] = wrong
-    best = min(order, key=lambda key: len(misfits[key]))
-    number = misfits[best][0]
-    labels, texts = sets[number]
-    raise DataError(_bad_answer(lines[number], best, labels, texts))
+def _find_key(lines: Sequence[_Line]) -> str:
+    """What names a choice in every question.
+
+    Raises:
+      DataError: nothing does, or several do and name different choices.
+    """
+    rows = [(*_choices(line), line.field("answer")) for line in lines]
+    chosen = {key: [_chosen(key, *row) for row in rows] for key in ("label", "text", "index")}
+    fitting = [key for key, places in chosen.items() if None not in places]
+    if not fitting:
+        best = min(chosen, key=lambda key: chosen[key].count(None))
+        wrong = chosen[best].index(None)
+        raise DataError(_bad_answer(lines[wrong], best, *rows[wrong][:2]))
+    first = fitting[0]
+    for other in fitting[1:]:
+        for line, (_, texts, answer), one, two in zip(lines, rows, chosen[first], chosen[other], strict=True):
+            if one != two and one is not None and two is not None:
+                raise DataError(
+                    f"{line}: the answer {_shown(answer)} is {_shown(texts[one])} read as {first} and "
+                    f"{_shown(texts[two])} read as {other}, and all of the file can be read either way. "
+                    f"Say which it is with --answer-key {'|'.join(ANSWER_KEYS[1:])} (index counts from 0)."
+                )
+    return first
 
 
 def _chosen(key: str, labels: Sequence[str], texts: Sequence[str], answer: Any) -> int | None:
@@ -201,7 +203,7 @@ def _chosen(key: str, labels: Sequence[str], texts: Sequence[str], answer: Any) 
     if key == "text":
         found = [i for i, choice in enumerate(texts) if choice.strip() == text]
         return found[0] if len(found) == 1 else None
-    if not re.fullmatch(r"\d+", text):
+    if not re.fullmatch(r"\d{1,9}", text):
         return None
     place = int(text) - (key == "index-from-1")
     return place if 0 <= place < len(texts) else None

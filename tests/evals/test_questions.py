@@ -82,6 +82,25 @@ def test_the_whole_file_decides_what_a_key_means(tmp_path):
     assert "names none of the choices" in refusal(tmp_path, twice, layout)
 
 
+def test_a_limit_does_not_change_what_a_key_means(tmp_path):
+    named = {"label": ["1", "2", "3", "4"], "text": ["red", "green", "blue", "grey"]}
+    path = write_lines(tmp_path / "set.jsonl", [{"q": "?", "c": named, "a": key} for key in (2, 1, 4)])
+    layout = Layout("q", "a", "c")
+    assert [question.answer for question in read_questions(path, [layout])] == ["2", "1", "4"]
+    assert [question.answer for question in read_questions(path, [layout], limit=2)] == ["2", "1"]
+
+
+def test_two_keys_that_name_different_choices_are_refused(tmp_path):
+    rows = [{"q": "?", "c": [1, 2, 3, 4], "a": key} for key in (2, 3)]
+    said = refusal(tmp_path, rows, Layout("q", "a", "c"))
+    assert 'line 1: the answer 2 is "2" read as text and "3" read as index' in said
+    assert "--answer-key" in said
+    for key, answers in (("text", ["B", "C"]), ("index", ["C", "D"])):
+        assert [one.answer for one in questions_of(tmp_path, rows, Layout("q", "a", "c", key))] == answers
+    named = [{"q": "?", "c": {"1": "red", "2": "green", "3": "blue"}, "a": 1}]
+    assert '"red" read as label and "green" read as index' in refusal(tmp_path, named, Layout("q", "a", "c"))
+
+
 def test_both_spellings_of_commonsense_qa(tmp_path):
     published = {"answerKey": "A", "question": {"stem": "s", "choices": [{"label": x, "text": x} for x in "ABC"]}}
     on_the_hub = {"answerKey": "A", "question": "s", "choices": {"label": list("ABC"), "text": list("ABC")}}
@@ -119,9 +138,11 @@ def test_refusals_say_where_and_what_to_do(tmp_path):
         read_questions(tmp_path / "none.jsonl", [layout])
 
 
-def test_limit_counts_questions_and_reads_no_further(tmp_path):
+def test_limit_counts_questions(tmp_path):
     path = tmp_path / "set.jsonl"
-    path.write_text('{"question": "a", "answer": 1}\n\n{"question": "b", "answer": 2}\nbroken\n')
+    path.write_text(
+        '{"question": "a", "answer": 1}\n\n{"question": "b", "answer": 2}\n{"question": "c", "answer": 3}\n'
+    )
     found = read_questions(path, [Layout("question", "answer")], limit=2)
     assert [(question.text, question.line) for question in found] == [("a", 1), ("b", 3)]
 
