@@ -123,8 +123,9 @@ def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> d
     kept = ("loss_without_thoughts", "loss_with_thoughts", "mixing_weight") if thinks else ("loss_without_thoughts",)
     found["deciles"] = [{name: row[name] for name in kept} for row in summary["deciles"]]
     if thinks:
-        means = nats["with_thoughts"] / counts, nats["without_thoughts"] / counts
-        found["comparison"] = {"nats_per_token": compare_paired(*means, seed)}
+        # Over the mean count, not each window's own: the difference is then that of the two figures above.
+        shares = nats["with_thoughts"] / counts.mean(), nats["without_thoughts"] / counts.mean()
+        found["comparison"] = {"nats_per_token": compare_paired(*shares, seed)}
         found |= {name: summary[name] for name in ("mixing_weight", "thought_entropy", "unique_thought_rate")}
     return found
 

@@ -52,9 +52,17 @@ def test_figures_by_hand():
     assert found["without_thoughts"]["nats_per_token"] == pytest.approx(3.0)
     assert found["with_thoughts"]["nats_per_token"] == pytest.approx(2.0)
     assert found["without_thoughts"]["bits_per_byte"] == pytest.approx(12 / math.log(2) / 10)
-    # Means of the windows: 2 and 6 without, 4/3 and 4 with.
-    assert found["comparison"]["nats_per_token"]["difference"] == pytest.approx((4 / 3 - 2 + 4 - 6) / 2)
+    assert found["comparison"]["nats_per_token"]["difference"] == pytest.approx(2.0 - 3.0)
     assert [row["loss_with_thoughts"] for row in found["deciles"]] == [1, 1, 2, 4]
+
+
+def test_a_short_window_counts_in_the_comparison_as_its_tokens_do():
+    # Thoughts help by 0.1 nats in each of 30 tokens and harm by 1 in a single one: 31 tokens, 2 nats less in all.
+    columns = [column([2] * 30, [1.9] * 30), column([1], [2])]
+    found = summarize_windows(columns, size=100, seed=0)
+    change = found["with_thoughts"]["nats_per_token"] - found["without_thoughts"]["nats_per_token"]
+    assert change == pytest.approx(-2 / 31)
+    assert found["comparison"]["nats_per_token"]["difference"] == pytest.approx(change)
 
 
 def measured(model, texts, windows, **changes):
