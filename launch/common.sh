@@ -6,6 +6,7 @@ START_AGAIN=75 # exit status of a run that saved where it is (quietstar_jax/erro
 
 DRY_RUN=false
 ARGUMENTS=() # of the training command
+TOLD_TO_LEAVE=false # `again` ended because of SIGTERM or SIGINT, not by itself
 
 # Takes --dry-run and --help away; everything else is for the training command.
 parse_arguments() {
@@ -77,16 +78,16 @@ wait_for() {
 }
 
 # Runs a command, and starts it again while `goes_on` says so, at most MAX_RESTARTS times, with pauses that double.
-# SIGTERM and SIGINT are handed on, and end it.
+# SIGTERM and SIGINT are handed on, and end it; TOLD_TO_LEAVE is then true.
 again() {
-  local child status leaving=false restarts=0 pause=$RESTART_SECONDS begun
+  local child status restarts=0 pause=$RESTART_SECONDS begun
   while true; do
     begun=$SECONDS
     "$@" &
     child=$!
-    trap 'leaving=true; kill -TERM "$child" 2>/dev/null || true' TERM INT
+    trap 'TOLD_TO_LEAVE=true; kill -TERM "$child" 2>/dev/null || true' TERM INT
     wait_for "$child" && status=0 || status=$?
-    if $leaving || ! goes_on "$status"; then return "$status"; fi
+    if $TOLD_TO_LEAVE || ! goes_on "$status"; then return "$status"; fi
     if ((restarts == MAX_RESTARTS)); then
       echo "launch: status $status after $restarts restarts; giving up" >&2
       return "$status"
@@ -97,7 +98,7 @@ again() {
     sleep "$pause" &
     child=$!
     wait_for "$child" || true
-    if $leaving; then return "$status"; fi
+    if $TOLD_TO_LEAVE; then return "$status"; fi
     pause=$((pause * 2 < MAX_RESTART_SECONDS ? pause * 2 : MAX_RESTART_SECONDS))
   done
 }
