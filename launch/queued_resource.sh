@@ -22,12 +22,13 @@ SOURCE=${SOURCE:-} # gs://bucket/quietstar_jax.tar.gz: where this repository is 
 SHARED=${SHARED:-} # NFS export (Filestore), mounted at /runs on every host; give --config.workdir=/runs/...
 SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-} # reads SOURCE; empty = the project's default
 POLL_SECONDS=${POLL_SECONDS:-60}
+IDLE_SECONDS=${IDLE_SECONDS:-1800} # slices that are there, but run nothing and say no status, are given back after so long
 
 parse_arguments "$@"
-need PROJECT ZONE NAME ACCELERATOR_TYPE RUNTIME_VERSION SLICES SOURCE SHARED POLL_SECONDS
+need PROJECT ZONE NAME ACCELERATOR_TYPE RUNTIME_VERSION SLICES SOURCE SHARED POLL_SECONDS IDLE_SECONDS
 
 queued=(gcloud compute tpus queued-resources)
-where=(--project="$PROJECT" --zone="$ZONE")
+where=(--project="$PROJECT" --zone="$ZONE" --quiet)
 node=$NAME
 nodes=(--node-id="$NAME")
 if ((SLICES > 1)); then
@@ -38,20 +39,53 @@ options=(--accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERS
 [[ $SPOT != true ]] || options+=(--spot)
 [[ -z $SERVICE_ACCOUNT ]] || options+=(--service-account="$SERVICE_ACCOUNT")
 
-startup=$(mktemp)
-trap 'rm -f "$startup"' EXIT
+startup=$(mktemp) errors=$(mktemp)
+trap 'rm -f "$startup" "$errors"' EXIT
 printf '#!/usr/bin/env bash\n%s\n' "$(start_command)" >"$startup"
 
 create() {
   run "${queued[@]}" create "$NAME" "${where[@]}" "${nodes[@]}" "${options[@]}" \
     --metadata-from-file=startup-script="$startup"
 }
-delete() { run "${queued[@]}" delete "$NAME" "${where[@]}" --force --quiet; }
-state() { run "${queued[@]}" describe "$NAME" "${where[@]}" --format='value(state.state)'; }
-# The status that the first host ended with; empty while it runs, or cannot be reached.
+delete() { run "${queued[@]}" delete "$NAME" "${where[@]}" --force; }
+describe() { run "${queued[@]}" describe "$NAME" "${where[@]}" --format='value(state.state)'; }
+# The status that the first host ended with, else what systemd says of its unit.
 status() {
   run gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=0 \
-    --command='cat /opt/quietstar_jax/exit_status 2>/dev/null || true'
+    --command='cat /opt/quietstar_jax/exit_status 2>/dev/null || systemctl is-active quietstar || true' </dev/null
+}
+
+# The state of the request. ABSENT only where the service says that there is none: no other error says anything about
+# the slices, so the answer is then UNKNOWN.
+state() {
+  local said
+  if said=$(describe 2>"$errors"); then
+    echo "${said:-UNKNOWN}"
+  elif grep -q NOT_FOUND "$errors"; then
+    echo ABSENT
+  else
+    echo "launch: the state cannot be read: $(<"$errors")" >&2
+    echo UNKNOWN
+  fi
+}
+
+# What the first host says, its last line; empty where it cannot be reached.
+host_says() {
+  local said
+  if said=$(status 2>"$errors"); then
+    echo "${said##*$'\n'}"
+  else
+    echo "launch: the first host cannot be reached: $(<"$errors")" >&2
+  fi
+}
+
+# Slices are paid for until they are gone, so this does not end before they are.
+give_back() {
+  while true; do
+    delete || echo "launch: the slices could not be deleted" >&2
+    [[ $(state) != ABSENT ]] || return 0
+    sleep "$POLL_SECONDS"
+  done
 }
 
 if $DRY_RUN; then
@@ -61,13 +95,14 @@ if $DRY_RUN; then
   echo "EOF"
   create
   echo "# every $POLL_SECONDS s:"
-  state
+  describe
   echo "# when that says ACTIVE: has it ended?"
   status
-  echo "# when it says SUSPENDED or FAILED, at most $MAX_RESTARTS times:"
+  echo "# when it says SUSPENDED or FAILED:"
   delete
+  echo "# when there is none, at most $MAX_RESTARTS times:"
   create
-  echo "# when it has ended:"
+  echo "# when the run has ended, or nothing has run for $IDLE_SECONDS s, until there is none:"
   delete
   exit 0
 fi
@@ -75,21 +110,38 @@ fi
 put_source
 asked=0
 pause=$RESTART_SECONDS
+idle_since="" # seconds of this script; empty while something runs
 while true; do
-  case $(state 2>/dev/null || echo ABSENT) in
+  now=$(state)
+  [[ $now == ACTIVE ]] || idle_since=""
+  case $now in
     ACTIVE)
       pause=$RESTART_SECONDS
-      ended=$(status 2>/dev/null || true)
-      if [[ $ended =~ ^[0-9]+$ ]]; then
-        echo "launch: the run ended with status $ended; the slices are given back" >&2
-        delete
-        exit "$ended"
-      fi
+      host=$(host_says)
+      case $host in
+        [0-9] | [0-9][0-9] | [0-9][0-9][0-9])
+          echo "launch: the run ended with status $host; the slices are given back" >&2
+          give_back
+          exit "$host"
+          ;;
+        inactive | failed | unknown)
+          : "${idle_since:=$SECONDS}"
+          if ((SECONDS - idle_since >= IDLE_SECONDS)); then
+            give_back
+            fail "nothing ran on the slices for $IDLE_SECONDS s, so they were given back. Was the unit stopped? If not," \
+              "the startup script failed: can the service account read $SOURCE?"
+          fi
+          ;;
+        active | activating | deactivating) idle_since="" ;;
+      esac
       ;;
-    SUSPENDED | FAILED | ABSENT)
+    SUSPENDED | FAILED) # asked for again once they are gone
+      echo "launch: the slices are $now" >&2
+      delete || echo "launch: they could not be deleted; again in $POLL_SECONDS s" >&2
+      ;;
+    ABSENT)
       ((asked <= MAX_RESTARTS)) || fail "asked for slices $asked times; giving up"
       echo "launch: request $((asked += 1)), of at most $((MAX_RESTARTS + 1))" >&2
-      if state >/dev/null 2>&1; then delete; fi
       create || { echo "launch: refused; again in $pause s" >&2 && sleep "$pause"; }
       pause=$((pause * 2 < MAX_RESTART_SECONDS ? pause * 2 : MAX_RESTART_SECONDS))
       ;;

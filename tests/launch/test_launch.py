@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,110 @@ def test_queued_resources_are_asked_for_again():
     assert {"--node-count=2", "--node-prefix=quietstar", "--spot", "--scopes=cloud-platform"} <= set(creates[0])
     [single] = {line for line in dry_run("queued_resource").splitlines() if "queued-resources create" in line}
     assert "--node-id=quietstar" in single
+
+
+def tools(folder: Path, **scripts: str) -> str:
+    """A PATH on which the tools named (- written as _) are these bash scripts."""
+    folder.mkdir(exist_ok=True)
+    for tool, script in scripts.items():
+        path = folder / tool.replace("_", "-")
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+GONE = "!(describe) NOT_FOUND: Resource was not found"
+RUNS = ["ACTIVE", "active"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "calls", "status"),
+    [
+        ([GONE, "ACTIVE", "", "ACTIVE", "inactive", *RUNS, "ACTIVE", "0", GONE], "create delete", 0),
+        (["ACTIVE", "1", "ACTIVE", GONE], "delete delete", 1),  # the first deletion fails
+        ([*RUNS, "!quota exceeded", "!503", *RUNS, "ACTIVE", "!ssh: timed out", "ACTIVE", "0", GONE], "delete", 0),
+        ([*RUNS, "SUSPENDING", "SUSPENDED", "SUSPENDED", GONE, *RUNS, "ACTIVE", "0", GONE],
+         "delete delete create delete", 0),
+        (["FAILED", "!503", GONE, "PROVISIONING", "ACTIVE", "2", GONE], "delete create delete", MEND_FIRST),
+        (["ACTIVE", "inactive", GONE], "delete", MEND_FIRST),  # nothing has run for IDLE_SECONDS
+        ([GONE, GONE, GONE], "create create", MEND_FIRST),  # refused, until MAX_RESTARTS
+    ],
+    ids=["ends", "delete-fails", "errors", "preempted", "failed", "idle", "refused"],
+)  # fmt: skip
+def test_slices_are_deleted_only_when_lost_or_done(tmp_path, answers, calls, status):
+    """A gcloud that gives these answers, in turn, to `describe` and `ssh`; one with ! is an error."""
+    (tmp_path / "answers").write_text("\n".join(answers) + "\n")
+    gcloud = f"""cd {shlex.quote(str(tmp_path))}
+    case "$4" in
+      describe | ssh)
+        read -r answer <answers && sed -i 1d answers || {{ kill $PPID; exit 1; }}
+        if [[ $answer == !* ]]; then echo "ERROR: ${{answer#!}}" >&2; exit 1; fi
+        echo "$answer" ;;
+      create) echo create >>calls; [[ $(head -1 answers) != !* ]] ;;
+      delete) echo delete >>calls; [[ $(head -1 answers) == !* ]] ;;
+    esac"""
+    ended = launch(
+        "queued_resource", "--config", "c.py", PATH=tools(tmp_path / "bin", gcloud=gcloud, git="exit 0"),
+        POLL_SECONDS="0.02", IDLE_SECONDS="0" if answers[1] == "inactive" else "9", MAX_RESTARTS="1",
+        RESTART_SECONDS="0", MAX_RESTART_SECONDS="0",
+    )  # fmt: skip
+    assert ended.returncode == status, ended.stderr
+    assert (tmp_path / "calls").read_text().split() == calls.split()
+    assert all(answer[1:] in ended.stderr for answer in answers if answer.startswith("!") and answer != GONE)
+
+
+HOST = {
+    "mountpoint": "exit 1", "mkdir": "exit 0", "mount": "exit 0", "apt_get": "exit 0", "python3": "exit 0",
+}  # fmt: skip
+
+
+def tpu_host(tmp_path: Path, train: str, **scripts: str) -> subprocess.Popen:
+    repository = tmp_path / "repository"
+    shutil.copytree(LAUNCH, repository / "launch")
+    (repository / ".venv").mkdir()
+    tools(repository / ".venv/bin", python=train)
+    path = tools(tmp_path / "bin", **{**HOST, **scripts})
+    return subprocess.Popen(
+        [repository / "launch/tpu_host.sh", "--config", "c.py"], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **VARIABLES, "PATH": path, "RESTART_SECONDS": "0", "MAX_RESTART_SECONDS": "0"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [0, 1, MEND_FIRST])
+def test_a_host_leaves_the_status_of_its_run(tmp_path, status):
+    host = tpu_host(tmp_path, f"exit {status}")
+    host.communicate(timeout=30)
+    assert host.returncode == status
+    assert (tmp_path / "repository/exit_status").read_text() == f"{status}\n"
+
+
+@pytest.mark.parametrize(("failures", "status"), [(3, 0), (4, 100)])
+def test_a_host_insists_on_its_installation_and_says_when_it_failed(tmp_path, failures, status):
+    count = shlex.quote(str(tmp_path / "count"))
+    fails = f'[[ "$*" != *install* ]] || {{ echo x >>{count}; (($(wc -l <{count}) > {failures})) || exit 100; }}'
+    host = tpu_host(tmp_path, "exit 0", apt_get=fails)
+    _, said = host.communicate(timeout=30)
+    assert host.returncode == status, said
+    assert (tmp_path / "repository/exit_status").read_text() == f"{status}\n"
+
+
+@pytest.mark.parametrize(
+    ("during", "leaves", "left"),
+    [("train", START_AGAIN, None), ("train", 143, None), ("train", 0, "0\n"), ("train", 1, "1\n"),
+     ("install", START_AGAIN, None)],
+)  # fmt: skip
+def test_a_host_told_to_leave_does_not_say_that_the_run_ended(tmp_path, during, leaves, left):
+    up = tmp_path / "up"
+    train = f"trap 'exit {leaves}' TERM; touch {shlex.quote(str(up))}; while true; do sleep 0.05; done"
+    install = f"touch {shlex.quote(str(up))}; sleep 0.5"
+    host = tpu_host(tmp_path, train, **({"apt_get": install} if during == "install" else {}))
+    while not up.exists():
+        time.sleep(0.02)
+    host.terminate()
+    host.communicate(timeout=30)
+    file = tmp_path / "repository/exit_status"
+    assert host.returncode == leaves
+    assert (file.read_text() if file.exists() else None) == left
 
 
 def again(script: str, **variables: str) -> subprocess.CompletedProcess:
