@@ -2,6 +2,7 @@
 # A TPU slice of the Cloud TPU API that exists already: starts the run on all its hosts, and follows the log of the first.
 #   launch/tpu_vm.sh [--dry-run] --config configs/mistral_7b_openwebmath.py [--config.NAME=VALUE ...]
 # The run is a systemd unit on each host: it goes on when you log out, and ends with `systemctl stop quietstar`.
+# A host that reboots does not take it up again: run this script again.
 # A slice that may be taken away as a whole (Spot) is for queued_resource.sh.
 
 set -euo pipefail
@@ -20,7 +21,9 @@ SHARED=${SHARED:-} # NFS export (Filestore), mounted at /runs on every host; giv
 parse_arguments "$@"
 need PROJECT ZONE NAME SOURCE SHARED
 
-on() { run gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --worker="$1" --command="$2"; }
+on() {
+  run gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --quiet --worker="$1" --command="$2" </dev/null
+}
 
 put_source
 on all "sudo bash -c $(quote "$(start_command)")"
