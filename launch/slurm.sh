@@ -3,6 +3,7 @@
 #   launch/slurm.sh [--dry-run] --config configs/mistral_7b_openwebmath.py [--config.NAME=VALUE ...]
 # Run it where REPOSITORY, with its .venv, and config.workdir are on a file system that all nodes see.
 # SIGTERM comes SAVE_SECONDS before the time limit, or from a preemption; the job then saves, and requeues itself.
+# scancel is a SIGTERM too: to end job N for good, `scontrol update jobid=N requeue=0 && scancel N`.
 
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -24,7 +25,8 @@ LOGS=${LOGS:-$REPOSITORY/runs/logs}
 parse_arguments "$@"
 need NAME NODES GPUS CPUS TIME SAVE_SECONDS REPOSITORY PYTHON LOGS
 
-command=(srun --kill-on-bad-exit=0 --gpu-bind=none "$PYTHON" -m quietstar_jax.train "${ARGUMENTS[@]}"
+# srun does not take --cpus-per-task over from sbatch
+command=(srun --cpus-per-task="$CPUS" --kill-on-bad-exit=0 --gpu-bind=none "$PYTHON" -m quietstar_jax.train "${ARGUMENTS[@]}"
   --config.distributed.processes=cluster)
 options=(--job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$GPUS" --gpus-per-node="$GPUS"
   --cpus-per-task="$CPUS" --exclusive --time="$TIME" --signal="TERM@$SAVE_SECONDS" --requeue --open-mode=append
@@ -40,7 +42,9 @@ trap : TERM
 $(quote "${command[@]}") &
 wait_for \$! && status=0 || status=\$?
 echo \"launch: status \$status, \${SLURM_RESTART_COUNT:-0} restarts so far\"
-if goes_on \"\$status\" && ((\${SLURM_RESTART_COUNT:-0} < $MAX_RESTARTS)); then scontrol requeue \"\$SLURM_JOB_ID\"; fi
+if goes_on \"\$status\" && ((\${SLURM_RESTART_COUNT:-0} < $MAX_RESTARTS)); then
+  scontrol requeue \"\$SLURM_JOB_ID\" || echo \"launch: not requeued\"
+fi
 exit \"\$status\""
 
 run mkdir -p "$LOGS"
