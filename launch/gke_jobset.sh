@@ -35,6 +35,8 @@ json() {
   printf '"%s"' "${text//$'\n'/\\n}"
 }
 
+# Pods whose nodes are there first wait for the others; to give up would use up a restart.
+[[ " ${ARGUMENTS[*]}" == *" --config.distributed.start_seconds"* ]] || ARGUMENTS+=(--config.distributed.start_seconds=86400)
 arguments=""
 for argument in "${ARGUMENTS[@]}" --config.distributed.processes=cluster; do
   arguments+="
@@ -54,7 +56,7 @@ queue=""
 if [[ -n $QUEUE ]]; then
   queue="
   labels:
-    kueue.x-k8s.io/queue-name: $QUEUE"
+    kueue.x-k8s.io/queue-name: $(json "$QUEUE")"
 fi
 
 # A pod that ends with a status that starting again would not change fails its Job for the reason PodFailurePolicy, and
@@ -62,8 +64,8 @@ fi
 manifest="apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $NAME
-  namespace: $NAMESPACE$queue
+  name: $(json "$NAME")
+  namespace: $(json "$NAMESPACE")$queue
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
@@ -93,7 +95,7 @@ spec:
                 onExitCodes:
                   containerName: train
                   operator: NotIn
-                  values: [$START_AGAIN, 134, 135, 137, 139, 143]
+                  values: [$(seq -s ', ' 129 159), $START_AGAIN] # goes_on: 128 and a signal
           template:
             spec:
               restartPolicy: Never
@@ -124,7 +126,7 @@ spec:
               volumes:
                 - name: runs
                   persistentVolumeClaim:
-                    claimName: $CLAIM"
+                    claimName: $(json "$CLAIM")"
 
 run_with_input "$manifest" kubectl apply --filename=-
-echo "# logs: kubectl --namespace=$NAMESPACE logs --follow --prefix --selector=jobset.sigs.k8s.io/jobset-name=$NAME"
+echo "# logs: kubectl $(quote --namespace="$NAMESPACE" logs --follow --prefix --selector="jobset.sigs.k8s.io/jobset-name=$NAME")"

@@ -108,7 +108,7 @@ def test_slurm_runs_a_task_per_gpu_and_requeues():
     step = shlex.split(next(line for line in batch.splitlines() if line.startswith("srun")).removesuffix("&"))
     assert all(argument in step for argument in AWKWARD)
     assert step[-1] == "--config.distributed.processes=cluster"
-    assert "--gpu-bind=none" in step
+    assert {"--gpu-bind=none", "--cpus-per-task=12"} <= set(step)
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, 0), (START_AGAIN, 1), (137, 1), (MEND_FIRST, 0), (1, 0)])
@@ -149,7 +149,8 @@ def test_a_jobset_has_a_job_per_slice_and_a_pod_per_host(topology, chips, slices
     }
     [container] = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": int(chips)}
-    assert container["args"] == [*AWKWARD, "--config.distributed.processes=cluster"]
+    patient = "--config.distributed.start_seconds=86400"
+    assert container["args"] == [*AWKWARD, patient, "--config.distributed.processes=cluster"]
     assert {item["name"] for item in pod["volumes"]} == {item["name"] for item in container["volumeMounts"]}
 
 
@@ -165,9 +166,21 @@ def test_a_jobset_starts_again_what_saved_or_was_killed_and_nothing_else():
     assert ended["action"] == "FailJob"
     assert ended["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
     assert ended["onExitCodes"]["operator"] == "NotIn"
-    assert {START_AGAIN, 137, 143} <= set(ended["onExitCodes"]["values"])
+    assert {START_AGAIN, 129, 130, 132, 134, 136, 137, 139, 141, 143} <= set(ended["onExitCodes"]["values"])
     assert not {1, MEND_FIRST} & set(ended["onExitCodes"]["values"])
     assert job["backoffLimit"] == 0
+
+
+def test_a_jobset_waits_as_long_as_it_is_told_and_takes_any_name():
+    names = {"NAME": "no", "NAMESPACE": "1e3", "QUEUE": "on", "CLAIM": "0x1f"}  # YAML sees no strings in these
+    own = ["--config", "c.py", "--config.distributed.start_seconds=60"]
+    jobset = yaml.safe_load(heredoc(dry_run("gke_jobset", *own, **names)))
+    assert jobset["metadata"]["name"] == "no"
+    assert jobset["metadata"]["namespace"] == "1e3"
+    assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "on"}
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "0x1f"}
+    assert pod["containers"][0]["args"] == [*own, "--config.distributed.processes=cluster"]
 
 
 def test_a_topology_that_is_none_is_refused():
@@ -192,7 +205,7 @@ def test_hosts_of_a_slice_are_given_the_arguments_as_they_were(script, tmp_path)
                        ("systemd-run", f'printf "%s\\0" "$@" >{shlex.quote(str(tmp_path / "unit"))}')):  # fmt: skip
         (tmp_path / tool).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / tool).chmod(0o755)
-    printed = dry_run(script)
+    printed = dry_run(script, PYTHON_VERSION="3.12", RESTART_SECONDS="7", MAX_RESTART_SECONDS="8")
     if script == "tpu_vm":
         ssh = next(line for line in printed.splitlines() if "--worker=all" in line)
         text = next(word for word in shell_words(ssh) if word.startswith("--command=")).removeprefix("--command=")
@@ -201,7 +214,14 @@ def test_hosts_of_a_slice_are_given_the_arguments_as_they_were(script, tmp_path)
     subprocess.run(["bash", "-c", text], check=True, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     unit = (tmp_path / "unit").read_bytes().decode().split("\0")[:-1]
     assert [word.replace("$$", "$") for word in unit[-len(AWKWARD) :]] == AWKWARD  # systemd reads $$ as $
-    assert "--setenv=SHARED=10.0.0.2:/runs" in unit
+    given = (
+        "SHARED=10.0.0.2:/runs",
+        "MAX_RESTARTS=50",
+        "PYTHON_VERSION=3.12",
+        "RESTART_SECONDS=7",
+        "MAX_RESTART_SECONDS=8",
+    )
+    assert {f"--setenv={variable}" for variable in given} <= set(unit)
 
 
 def test_queued_resources_are_asked_for_again():
