@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from quietstar_jax.data.json_lines import read_objects
 from quietstar_jax.errors import DataError
 
@@ -18,8 +20,9 @@ ANSWER_MARK = "####"  # GSM8K: what follows it is the answer, what precedes it h
 ANSWER_KEYS = ("auto", "label", "text", "index", "index-from-1")
 FIELDS = ("question", "choices", "answer")
 
-# a sign, digits that commas may group, a fraction
-NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d])|-?\d+(?:\.\d+)?")
+MINUS = "\N{MINUS SIGN}"
+# a sign, digits that commas may group, a fraction; a fraction alone, but where its point ends a word
+NUMBER = re.compile(rf"[-{MINUS}]?(?:\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|(?<![\w.])\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def parse_number(text: str) -> str | None:
     found = NUMBER.search(text)
     if found is None:
         return None
-    number = found.group().replace(",", "")
+    number = found.group().replace(",", "").replace(MINUS, "-")
     whole, _, fraction = number.partition(".")
     fraction = fraction.rstrip("0")
     sign, digits = ("-", whole[1:]) if whole.startswith("-") else ("", whole)
@@ -142,7 +145,8 @@ def _has(row: Any, place: str, kind: type) -> bool:
 def _numeric(line: _Line) -> Question:
     asked = line.text("question").strip()
     value = line.field("answer")
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, float) and math.isfinite(value)
+    number |= isinstance(value, int) and not isinstance(value, bool)
     text = _plain(value) if number else str(value).rsplit(ANSWER_MARK, maxsplit=1)[-1].strip()
     if parse_number(text) is None or isinstance(value, bool | list | dict):
         raise DataError(
@@ -154,8 +158,7 @@ def _numeric(line: _Line) -> Question:
 
 def _plain(value: float) -> str:
     """A JSON number as people write it: no exponent, no `.0`."""
-    text = format(value, "f") if isinstance(value, float) else str(value)
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    return np.format_float_positional(value, trim="-") if isinstance(value, float) else str(value)
 
 
 def _with_choices(line: _Line, key: str) -> Question:
@@ -198,7 +201,7 @@ def _chosen(key: str, labels: Sequence[str], texts: Sequence[str], answer: Any) 
         return None
     text = answer.strip() if isinstance(answer, str) else _plain(answer)
     if key == "label":
-        bare = text.strip("().").upper()
+        bare = _bare(text).upper()
         return next((i for i, label in enumerate(labels) if label.upper() == bare), None)
     if key == "text":
         found = [i for i, choice in enumerate(texts) if choice.strip() == text]
@@ -207,6 +210,11 @@ def _chosen(key: str, labels: Sequence[str], texts: Sequence[str], answer: Any) 
         return None
     place = int(text) - (key == "index-from-1")
     return place if 0 <= place < len(texts) else None
+
+
+def _bare(label: str) -> str:
+    """`A` of `(A)`, `A.` and `A)`."""
+    return label.strip().strip("().") or label
 
 
 def _bad_answer(line: _Line, key: str, labels: Sequence[str], texts: Sequence[str]) -> str:
@@ -237,7 +245,7 @@ def _choices(line: _Line) -> tuple[list[str], list[str]]:
             f"{line}: the choices are {_shown(value)}; they take a list of 2 to {len(LETTERS)} texts, a list of "
             'objects with "label" and "text", or an object from labels to texts.'
         )
-    names = [str(label) for label in labels] if labels is not None else list(LETTERS[: len(texts)])
+    names = [_bare(str(label)) for label in labels] if labels is not None else list(LETTERS[: len(texts)])
     if len(set(names)) != len(names):
         raise DataError(f"{line}: the labels of the choices are {', '.join(names)}; they must all differ.")
     return names, [text if isinstance(text, str) else _plain(text) for text in texts]

@@ -27,6 +27,8 @@ def refusal(path, rows, layout):
     [
         ("18", "18"), (" $1,234.50 a day", "1234.5"), ("-3", "-3"), ("it is 007.0.", "7"), ("2,125,000", "2125000"),
         ("1, 2 and 3", "1"), ("-0", "0"), (".", None), ("none", None), ("0.05", "0.05"), ("10,20", "10"), ("5-3", "5"),
+        (".5", "0.5"), ("$.75", "0.75"), ("-.50", "-0.5"), ("\u22127", "-7"), ("\u22121,000.5", "-1000.5"),
+        ("It is.5", "5"), ("...5", "5"), ("1.5", "1.5"),
     ],
 )  # fmt: skip
 def test_numbers(text, number):
@@ -41,9 +43,13 @@ def test_numeric_answers_in_every_spelling(tmp_path):
         {"question": "d", "answer": 2.5},
         {"question": "e", "answer": 3.0},
         {"question": "f", "answer": "$18 "},
+        {"question": "g", "answer": 1e-7},
+        {"question": "h", "answer": 1.5e22},
+        {"question": "i", "answer": 10**400},
     ]
     found = questions_of(tmp_path, rows, Layout("question", "answer"))
-    assert [question.answer for question in found] == ["5", "1,000", "7", "2.5", "3", "$18"]
+    large_and_small = ["0.0000001", "15000000000000000000000", "1" + 400 * "0"]
+    assert [question.answer for question in found] == ["5", "1,000", "7", "2.5", "3", "$18", *large_and_small]
     assert found[1].line == 2
 
 
@@ -55,6 +61,8 @@ CHOICES = ["red", "green", "blue"]
     [
         CHOICES,
         {"label": ["A", "B", "C"], "text": CHOICES},
+        {"label": ["(A)", "(B)", "(C)"], "text": CHOICES},
+        {"A.": "red", "B.": "green", "C.": "blue"},
         [{"label": label, "text": text} for label, text in zip("ABC", CHOICES, strict=True)],
         dict(zip("ABC", CHOICES, strict=True)),
     ],
