@@ -16,7 +16,7 @@ def read_objects(path: Path, kind: str) -> list[tuple[int, dict[str, Any]]]:
       kind: what the lines are, e.g. `prompts`, for messages.
 
     Raises:
-      DataError: names the file, and the line that holds no JSON object.
+      DataError: names the file, and the line that holds no JSON object or a text that UTF-8 cannot hold.
     """
     if not path.is_file():
         raise DataError(f"{path} is {'a folder' if path.is_dir() else 'missing'}. Give a file of JSON lines.")
@@ -36,6 +36,13 @@ def read_objects(path: Path, kind: str) -> list[tuple[int, dict[str, Any]]]:
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(
+            f"{where}: a text holds \\u{ord(half):04x}, half of a character, which can be neither read as tokens nor "
+            "written. Remove it or complete its pair."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: broken JSON ({error}). Every line holds one JSON object.") from error
     if not isinstance(row, dict):

@@ -142,6 +142,10 @@ def test_refusals_say_where_and_what_to_do(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}\n')
     with pytest.raises(DataError, match="not UTF-8"):
         read_questions(tmp_path / "latin.jsonl", [layout])
+    for row in ('"question": "half \\ud83d"', '"question": "a", "more": [{"\\udE00": 1}]'):
+        (tmp_path / "half.jsonl").write_text(f'{{"question": "\\ud83d\\ude00", "answer": 1}}\n{{"answer": 1, {row}}}\n')
+        with pytest.raises(DataError, match=r"half.jsonl, line 2: a text holds \\ud"):
+            read_questions(tmp_path / "half.jsonl", [layout])
     with pytest.raises(DataError, match="missing"):
         read_questions(tmp_path / "none.jsonl", [layout])
 
