@@ -172,6 +172,7 @@ def _votes(options: Options, model: TrainedModel, modes: tuple[str, ...], questi
         "checkpoint_hash": model.fingerprint,
         "dtype": model.dtype,
         "texts": [STEPS, CONCLUSION, ANSWER_TOKENS],
+        "longest_tokens": longest,
         **dataclasses.asdict(sampling),
     }
     path = Path(options.records).expanduser() if options.records else _records_file(options.task, measurement)

@@ -77,7 +77,8 @@ def measure_votes(
         done(len(fitting) - len(open_questions))
         for start in range(0, len(open_questions), at_once):
             group = open_questions[start : start + at_once]
-            for question, vote in zip(group, ask(group, generator, sampling, mode == "with_thoughts"), strict=True):
+            votes_of = ask(group, generator, sampling, mode == "with_thoughts", longest)
+            for question, vote in zip(group, votes_of, strict=True):
                 records.append({"mode": mode, "line": question.line, **vote._asdict()})
                 known[mode, question.line] = vote
             done(len(group))
@@ -86,7 +87,9 @@ def measure_votes(
     return found | summarize_votes(votes, [question.answer for question in fitting], sampling.seed)
 
 
-def ask(group: Sequence[Question], generator: Generator, sampling: Sampling, thoughts: bool) -> list[Vote]:
+def ask(
+    group: Sequence[Question], generator: Generator, sampling: Sampling, thoughts: bool, longest: int
+) -> list[Vote]:
     """The samples of some questions; neither depends on the others."""
     prompts = [f"{QUESTION}{question.text}{STEPS}" for question in group for _ in range(sampling.samples)]
     settings: dict[str, Any] = {
@@ -98,13 +101,16 @@ def ask(group: Sequence[Question], generator: Generator, sampling: Sampling, tho
     begin = generator.model.tokenizer.fast.bos_token  # some models begin another text where they should end one
     stop = STOPS if begin is None else (*STOPS, begin)
     steps = generator.generate(prompts, max_tokens=sampling.max_tokens, stop=stop, **settings)
-    texts = [(prompt + one.text).rstrip() + CONCLUSION for prompt, one in zip(prompts, steps, strict=True)]
+    written = [
+        _steps_that_fit(generator, prompt, one.text, longest) for prompt, one in zip(prompts, steps, strict=True)
+    ]
+    texts = [(prompt + text).rstrip() + CONCLUSION for prompt, text in zip(prompts, written, strict=True)]
     answers = generator.generate(texts, max_tokens=ANSWER_TOKENS, stop=("\n",), **settings)
     votes = []
     for start in range(0, len(texts), sampling.samples):
         own = range(start, start + sampling.samples)
-        written = [steps[i].text.rstrip() + CONCLUSION + answers[i].text for i in own]
-        votes.append(Vote([parse_number(answers[i].text) for i in own], written))
+        whole = [written[i].rstrip() + CONCLUSION + answers[i].text for i in own]
+        votes.append(Vote([parse_number(answers[i].text) for i in own], whole))
     return votes
 
 
@@ -133,6 +139,17 @@ def summarize_votes(votes: dict[str, list[Vote]], answers: Sequence[str], seed: 
 def _tokens(generator: Generator, question: Question) -> int:
     """Of everything but the steps."""
     return len(generator.encode(f"{QUESTION}{question.text}{STEPS}{CONCLUSION}")) + ANSWER_TOKENS
+
+
+def _steps_that_fit(generator: Generator, prompt: str, steps: str, longest: int) -> str:
+    """Without their end where they leave no room for the answer: read again, a text can be more tokens than before."""
+    while steps:
+        asked = generator.encode((prompt + steps).rstrip() + CONCLUSION)
+        excess = len(asked) + ANSWER_TOKENS - longest
+        if excess <= 0:
+            break
+        steps = steps[: -max(1, excess // 4)]  # a character is at most four tokens
+    return steps
 
 
 def _seed(seed: int, line: int, sample: int) -> int:

@@ -29,6 +29,7 @@ class Scripted:
 
     answers: dict[str, list[str]]
     batch_size: int = 6
+    steps: str = " step {}.\n\n"
 
     def __post_init__(self):
         self.calls = []
@@ -40,7 +41,7 @@ class Scripted:
     def generate(self, prompts, **settings):
         self.calls.append((prompts, settings))
         if prompts[0].endswith(STEPS):
-            return [Generation(f" step {i}.\n\n", (), "stop") for i, _ in enumerate(prompts)]
+            return [Generation(self.steps.format(i), (), "stop") for i, _ in enumerate(prompts)]
 
         def question(prompt):
             return prompt.removeprefix("Q: ").partition("\n")[0]
@@ -101,6 +102,20 @@ def test_questions_that_leave_no_room_are_counted(tmp_path):
     assert (found["questions"], found["too_long"]) == (1, 1)
     with pytest.raises(DataError, match="Lower --max-tokens"):
         measured(Scripted({}), asked, tmp_path / "more.jsonl", longest=50)
+
+
+def test_steps_that_read_again_leave_no_room_lose_their_end(tmp_path):
+    # 10 tokens were allowed; read again, the steps are 31.
+    generator = Scripted({"a": [" 18"] * 3}, steps=" " + "é" * 15)
+    longest = len("Q: a" + STEPS + CONCLUSION) + SAMPLING.max_tokens + 12
+    found = measured(generator, questions(("a", "18")), tmp_path / "records.jsonl", longest=longest)
+    assert found["without_thoughts"]["accuracy"] == 1
+    (conclusion, *_), _ = generator.calls[1]
+    assert conclusion.startswith("Q: a" + STEPS + " é")
+    assert conclusion.endswith("é" + CONCLUSION)
+    assert len(conclusion.encode()) + 12 <= longest
+    (record,) = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()][1:]
+    assert record["texts"] == [conclusion.removeprefix("Q: a" + STEPS) + " 18"] * 3
 
 
 def test_records_of_something_else_are_refused(tmp_path):
