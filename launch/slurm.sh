@@ -26,8 +26,8 @@ parse_arguments "$@"
 need NAME NODES GPUS CPUS TIME SAVE_SECONDS REPOSITORY PYTHON LOGS
 
 # srun does not take --cpus-per-task over from sbatch
-command=(srun --cpus-per-task="$CPUS" --kill-on-bad-exit=0 --gpu-bind=none "$PYTHON" -m quietstar_jax.train "${ARGUMENTS[@]}"
-  --config.distributed.processes=cluster)
+step=(srun --cpus-per-task="$CPUS" --kill-on-bad-exit=0 --gpu-bind=none "$REPOSITORY/launch/slurm_task.sh")
+train=("$PYTHON" -m quietstar_jax.train "${ARGUMENTS[@]}" --config.distributed.processes=cluster)
 options=(--job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$GPUS" --gpus-per-node="$GPUS"
   --cpus-per-task="$CPUS" --exclusive --time="$TIME" --signal="TERM@$SAVE_SECONDS" --requeue --open-mode=append
   --chdir="$REPOSITORY" --output="$LOGS/%x-%j.log")
@@ -39,8 +39,11 @@ batch="#!/usr/bin/env bash
 set -euo pipefail
 source $(quote "$REPOSITORY/launch/common.sh")
 trap : TERM
-$(quote "${command[@]}") &
+# of a task which must not be started again; a new name each time, since file systems remember what they did not find
+final=$(quote "$LOGS/$NAME")-\$SLURM_JOB_ID-\${SLURM_RESTART_COUNT:-0}.status
+$(quote "${step[@]}") \"\$final\" $(quote "${train[@]}") &
 wait_for \$! && status=0 || status=\$?
+if [[ -s \$final ]]; then status=\$(<\"\$final\") && rm -f \"\$final\"; fi
 echo \"launch: status \$status, \${SLURM_RESTART_COUNT:-0} restarts so far\"
 if goes_on \"\$status\" && ((\${SLURM_RESTART_COUNT:-0} < $MAX_RESTARTS)); then
   scontrol requeue \"\$SLURM_JOB_ID\" || echo \"launch: not requeued\"

@@ -128,6 +128,42 @@ def test_a_slurm_job_requeues_itself_when_that_helps(tmp_path, status, requeued,
 
 
 @pytest.mark.parametrize(
+    ("statuses", "final", "requeued"),
+    [([1, 134], 1, False), ([START_AGAIN, MEND_FIRST], MEND_FIRST, False), ([START_AGAIN, 137], 137, True),
+     ([0, START_AGAIN], START_AGAIN, True), ([0, 0], 0, False)],
+)  # fmt: skip
+def test_a_slurm_job_is_not_requeued_for_the_error_of_one_task(tmp_path, statuses, final, requeued):
+    """With an srun that runs the tasks and, as the real one does, ends with the highest status."""
+    python = tmp_path / "my python"
+    python.write_text("#!/bin/sh\nexit $RANK_STATUS\n")
+    python.chmod(0o755)
+    srun = f"""while [[ $1 == --* ]]; do shift; done
+    for status in {" ".join(map(str, statuses))}; do RANK_STATUS=$status "$@"; done
+    exit {max(statuses)}"""
+    mark = shlex.quote(str(tmp_path / "requeued"))
+    path = tools(tmp_path / "bin", srun=srun, scontrol=f"touch {mark}")
+    (tmp_path / "my logs").mkdir()
+    batch = heredoc(dry_run("slurm", PYTHON=str(python), LOGS=str(tmp_path / "my logs")))
+    ended = subprocess.run(
+        ["bash", "-c", batch], check=False, capture_output=True, env={**os.environ, "PATH": path, "SLURM_JOB_ID": "7"}
+    )
+    assert ended.returncode == final, ended.stderr
+    assert (tmp_path / "requeued").exists() == requeued
+    assert not list((tmp_path / "my logs").iterdir())
+
+
+def test_a_slurm_task_hands_sigterm_on_and_waits(tmp_path):
+    up = shlex.quote(str(tmp_path / "up"))
+    run = f"trap 'sleep 0.3; exit {START_AGAIN}' TERM; touch {up}; while true; do sleep 0.05; done"
+    task = subprocess.Popen([LAUNCH / "slurm_task.sh", tmp_path / "final", "bash", "-c", run])
+    while not (tmp_path / "up").exists():
+        time.sleep(0.02)
+    task.terminate()
+    assert task.wait(timeout=30) == START_AGAIN
+    assert not (tmp_path / "final").exists()
+
+
+@pytest.mark.parametrize(
     ("topology", "chips", "slices", "hosts"), [("4x4", "4", "1", 4), ("2x2x4", "4", "3", 4), ("2x4", "8", "1", 1)]
 )
 def test_a_jobset_has_a_job_per_slice_and_a_pod_per_host(topology, chips, slices, hosts):
