@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,9 +33,9 @@ def cached_array(directory: str, name: str, make: Callable[[], np.ndarray]) -> n
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes an .npy file that is complete as soon as it has its name."""
+    """Writes an .npy file that is complete as soon as it has its name; several hosts may write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.incomplete")
     try:
         with partial.open("wb") as stream:
             np.save(stream, array)
