@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from quietstar_jax.evals.tails import TailScorer, longest_text
 from quietstar_jax.evals.tasks import DIRECT, TEXT, VOTING, find_task, with_fields
 from quietstar_jax.evals.voting import ANSWER_TOKENS, CONCLUSION, STEPS, Sampling, measure_votes
 from quietstar_jax.generation.generator import Generator
+from quietstar_jax.generation.sampling import TEMPERATURES, is_temperature
 from quietstar_jax.training.trained import TrainedModel, open_model
 
 MODES = ("auto", "on", "off", "both")
@@ -75,8 +75,8 @@ class Options:
             if getattr(self, name) < (name in positive):
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} is {getattr(self, name)}; it takes {int(name in positive)} or more.")
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"--temperature is {self.temperature}; it takes 0 (greedy) or a temperature.")
+        if not is_temperature(self.temperature):
+            raise ConfigError(f"--temperature is {self.temperature}; it takes {TEMPERATURES}.")
 
 
 def measure(options: Options) -> dict[str, Any]:

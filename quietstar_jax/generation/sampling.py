@@ -12,6 +12,8 @@ from quietstar_jax.models.attention import MASKED
 from quietstar_jax.settings import require
 from quietstar_jax.thoughts.sample import draw_tokens
 
+TEMPERATURES = "0 (greedy), or 1e-6 up to 1e6"
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -28,15 +30,20 @@ class Sampling:
 
     def __post_init__(self) -> None:
         problems = [
-            *require(0 <= self.temperature < 1e6, "temperature", self.temperature, "0 (greedy) or more"),
+            *require(is_temperature(self.temperature), "temperature", self.temperature, TEMPERATURES),
             *require(0 < self.top_p <= 1, "top_p", self.top_p, "a probability above 0, up to 1"),
             *require(
-                0 <= self.thought_temperature < 1e6, "thought_temperature", self.thought_temperature,
-                "0 (greedy) or more",
+                is_temperature(self.thought_temperature), "thought_temperature", self.thought_temperature,
+                TEMPERATURES,
             ),
         ]  # fmt: skip
         if problems:
             raise ConfigError("; ".join(problems) + ".")
+
+
+def is_temperature(value: float) -> bool:
+    """Whether it is one of `TEMPERATURES`: logits over a smaller or larger one are no longer finite or apart."""
+    return value == 0 or 1e-6 <= value <= 1e6
 
 
 def choose(

@@ -174,6 +174,7 @@ def test_bfloat16(generator):
         (dict(max_tokens=0), "max_tokens is 0"),
         (dict(temperature=-1.0), "temperature is -1.0"),
         (dict(temperature=float("nan")), "temperature is nan"),
+        (dict(temperature=1e-7), "temperature is 1e-07"),
         (dict(top_p=0.0), "top_p is 0.0"),
         (dict(thought_temperature=-0.1), "thought_temperature"),
         (dict(thought_length=0), "thought_length is 0"),
