@@ -56,6 +56,8 @@ def parse(arguments: list[str]) -> list[str]:
             reason = reason.args[0]
         said = " ".join(str(part) for part in reason.args).replace("\n", " ")
         settings = [argument for argument in arguments if argument.startswith("--config.")]
+        if isinstance(reason, IndexError):
+            said = "a number in brackets is beyond the end of its list, as phases[1] is where there is one phase"
         raise ConfigError(
             f"A setting does not exist: {said} (given were {' '.join(settings) or 'none on the command line'}). "
             "Settings are given as --config.NAME=VALUE; quietstar_jax/config.py has all names."

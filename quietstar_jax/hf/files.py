@@ -97,7 +97,10 @@ def download(name: str, revision: str = "") -> Path:
     """
     looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name
     if looks_like_path or Path(name).exists():
-        raise CheckpointError(f"{name!r} is not a folder. Give a Hugging Face folder, or a hub id such as NAME/MODEL.")
+        raise CheckpointError(
+            f"{name!r} is not a folder. Give a run's work directory, a Hugging Face folder, or a hub id "
+            "such as NAME/MODEL."
+        )
     import huggingface_hub
 
     try:

@@ -48,8 +48,9 @@ def resolve(config: MeshConfig, devices: int) -> dict[str, int]:
     if math.prod(sizes.values()) != devices:
         given = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(
-            f"config.mesh is {given}, but there are {devices} devices (on {jax.process_count()} processes): the "
-            f"product of the sizes must be {devices}. Change the sizes; one of them may be -1 to take what is left."
+            f"config.mesh is {given}, but the devices are {devices} in number (processes: {jax.process_count()}): the "
+            f"product of the sizes must be {devices}. Change the sizes; one of them may be -1 to take what is left. "
+            "To try a mesh on a CPU, set JAX_NUM_CPU_DEVICES."
         )
     return sizes
 
