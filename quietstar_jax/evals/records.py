@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from quietstar_jax.data.json_lines import lock
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.settings import differences
 
@@ -45,12 +45,7 @@ class Records:
             raise
 
     def _begin(self, measurement: dict[str, Any]) -> list[dict[str, Any]]:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"Another process is writing {self._path}. Wait for it, or choose another file."
-            ) from error
+        lock(self._file, self._path)
         self._file.seek(0)
         whole, records = 0, []
         for line in self._file:

@@ -8,11 +8,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from quietstar_jax.data.json_lines import read_objects
+from quietstar_jax.data.json_lines import lock, read_objects
 from quietstar_jax.errors import DataError, UserError
 from quietstar_jax.generation.batch import Generation, Job
 from quietstar_jax.generation.engine import Request
@@ -62,18 +62,20 @@ def generate_file(
         "max_length": generator.max_length,
     }
     partial = Path(f"{output}.partial")
-    done = _resume(partial, json.loads(json.dumps(record)))
     size = generator.batch_size
-    with partial.open("a", encoding="utf-8") as file, _bar(len(rows), done, quiet) as bar:
-        for first in range(done, len(rows), size):
-            found = generator.run(requests[first : first + size], job).finish()
-            for (_, row), one in zip(rows[first : first + size], found, strict=True):
-                file.write(json.dumps(row | _fields(one, show_thoughts), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update(len(found))
-    os.replace(partial, output)
-    _record_file(partial).unlink()
+    with partial.open("a+b") as file:
+        lock(file, partial)
+        done = _resume(file, partial, json.loads(json.dumps(record)))
+        with _bar(len(rows), done, quiet) as bar:
+            for first in range(done, len(rows), size):
+                found = generator.run(requests[first : first + size], job).finish()
+                for (_, row), one in zip(rows[first : first + size], found, strict=True):
+                    file.write(json.dumps(row | _fields(one, show_thoughts), ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+                bar.update(len(found))
+        os.replace(partial, output)
+        _record_file(partial).unlink()
     return len(rows)
 
 
@@ -97,15 +99,15 @@ def _requests(
     return generator.requests([row[PROMPT] for _, row in rows], job, seed)
 
 
-def _resume(partial: Path, record: Mapping[str, Any]) -> int:
-    """How many rows are done; drops a line that was being written.
+def _resume(file: BinaryIO, partial: Path, record: Mapping[str, Any]) -> int:
+    """How many rows are done; drops a line that was being written. `file` is `partial`, open to append.
 
     Raises:
       DataError: they were made with other settings.
     """
     record_file = _record_file(partial)
     if not record_file.exists():
-        partial.unlink(missing_ok=True)
+        file.truncate(0)
         _write_record(record_file, record)
         return 0
     try:
@@ -119,11 +121,10 @@ def _resume(partial: Path, record: Mapping[str, Any]) -> int:
             + "\n".join(f"  - {line.removeprefix('.')}" for line in changed)
             + f"\nSet these back to go on, or remove {partial} and {record_file} to start afresh."
         )
-    kept = partial.read_bytes() if partial.exists() else b""
-    whole = kept[: kept.rfind(b"\n") + 1]
-    with partial.open("wb") as file:
-        file.write(whole)
-    return whole.count(b"\n")
+    file.seek(0)
+    kept = file.read()
+    file.truncate(kept.rfind(b"\n") + 1)
+    return kept.count(b"\n")
 
 
 def _record_file(partial: Path) -> Path:

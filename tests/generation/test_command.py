@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from quietstar_jax.data.json_lines import lock
 from quietstar_jax.errors import ConfigError, DataError, UserError
 from quietstar_jax.generate import Generator, Token, main
 from quietstar_jax.generation.files import generate_file
@@ -164,6 +165,26 @@ def test_prompts_that_cannot_be_read(generator, tmp_path, lines, message):
     with pytest.raises(DataError, match=message):
         generate_file(generator, source, tmp_path / "out.jsonl", job)
     assert not list(tmp_path.glob("out*")), "nothing is left"
+
+
+def test_an_output_that_another_process_writes_is_left_alone(generator, tmp_path):
+    source, output = write_lines(tmp_path / "in.jsonl", [{"prompt": "sum"}]), tmp_path / "out.jsonl"
+    job = generator.job(1, 5, None, None, 0.0, 1.0, 0.0, ())
+    partial = Path(f"{output}.partial")
+    with partial.open("wb") as file:
+        lock(file, partial)
+        file.write(b'{"prompt": "half')
+        file.flush()
+        with pytest.raises(ConfigError, match="Another process is writing"):
+            generate_file(generator, source, output, job)
+        assert partial.read_bytes() == b'{"prompt": "half'
+    generate_file(generator, source, output, job)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    with partial.open("wb") as file:
+        os.replace(partial, output)
+        partial.touch()
+        with pytest.raises(ConfigError, match="has finished"):
+            lock(file, partial)
 
 
 def test_outputs_that_cannot_be_written(generator, tmp_path):
