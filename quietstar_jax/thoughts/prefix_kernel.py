@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from quietstar_jax.models.attention import MASKED
 from quietstar_jax.thoughts.prefix_blocks import Sums
 from quietstar_jax.thoughts.seen import Seen
 
 ROW_BLOCK, KEY_BLOCK = 256, 128
-LOWEST = -1e30
 
 
 class Range(NamedTuple):
@@ -62,7 +62,7 @@ def forward(
 ) -> Sums:  # fmt: skip
     """Softmax sums of scaled queries [B, G, N, H] over keys and values [B, G, P, H].
 
-    A row that sees no key has the peak `LOWEST` and the total 0.
+    A row that sees no key has the peak `MASKED` and the total 0.
     """
     rows, length = q.shape[2], keys.shape[2]
     q, keys, values, seen = _pad(q, keys, values, seen)
@@ -163,7 +163,7 @@ def _forward_kernel(
 
     @pl.when(step == 0)
     def _() -> None:
-        peak[...] = jnp.full_like(peak, LOWEST)
+        peak[...] = jnp.full_like(peak, MASKED)
         total[...] = jnp.zeros_like(total)
         context[...] = jnp.zeros_like(context)
 
@@ -172,7 +172,7 @@ def _forward_kernel(
     @pl.when(block <= last[pl.program_id(0), row_block])
     def _() -> None:
         scores, visible = _scores(q, keys, low, high, mask, block)
-        higher = jnp.maximum(peak[...], jnp.where(visible, scores, LOWEST).max(axis=1, keepdims=True))
+        higher = jnp.maximum(peak[...], jnp.where(visible, scores, MASKED).max(axis=1, keepdims=True))
         weights = jnp.where(visible, jnp.exp(scores - higher), 0.0)
         shrink = jnp.exp(peak[...] - higher)
         total[...] = total[...] * shrink + weights.sum(axis=1, keepdims=True)
@@ -241,7 +241,7 @@ def _through_softmax(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(weights, gradient of scores) of a block in the compute dtype."""
     scores, visible = _scores(q, keys, low, high, mask, block)
-    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, LOWEST) - log_total[0, 0]), 0.0)
+    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, MASKED) - log_total[0, 0]), 0.0)
     to_weights = _dot(gradient[0, 0], values[0, 0], 1, 1)
     return weights.astype(q.dtype), (weights * (to_weights - mean[0, 0])).astype(q.dtype)
 
