@@ -24,9 +24,11 @@ MEASUREMENT = ("config.evaluation", "config.data.validation")  # touches figures
 FREE = UNRELATED + MEASUREMENT  # may change between the runs that share a work directory
 THINKING = tuple(
     f"config.thought.{name}"
-    for name in ("sampling_temperature", "score_temperature", "positive_only", "policy_reduction", "mixing", "control",
-                 "base_loss_weight", "positions", "position_fraction")
-)  # fmt: skip  # touches nothing before the first phase that thinks
+    for name in ("sampling_temperature", "mixing", "control", "base_loss_weight", "positions", "position_fraction")
+)  # touches nothing before the first phase that thinks
+REINFORCE = tuple(
+    f"config.thought.{name}" for name in ("score_temperature", "positive_only", "policy_reduction")
+)  # touches no weight before the first phase whose thoughts are trained
 ARRAYS, RECORDS = ("params", "opt_state"), ("data", "config", "progress")
 LARGE_BYTES = 2**26  # stacked layers beyond it are stored apart, so that an export need not hold them all
 
@@ -151,13 +153,14 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: in
 def course_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> list[str]:
     """Lines `setting: saved -> wanted` for all that makes two configurations differ in what they do up to a step.
 
-    Settings in `FREE` may change, and so may phases that had not begun, and those in `THINKING` where none that thinks
-    had; the last phase that had begun may get more steps.
+    Settings in `FREE` may change, and so may phases that had not begun, those in `THINKING` where none that thinks had,
+    and those in `REINFORCE` where none that trains thoughts had; the last phase that had begun may get more steps.
     """
     saved, wanted = _completed(saved), _completed(wanted)
     before, after = _begun(saved["phases"], step), _begun(wanted["phases"], step)
-    thinks = any(phase["thought_length"] for phase in (*before, *after))
-    free = FREE if thinks else FREE + THINKING
+    thinking = [phase for phase in (*before, *after) if phase["thought_length"]]
+    free = FREE if thinking else FREE + THINKING
+    free += () if any(phase["policy_weight"] for phase in thinking) else REINFORCE
     found = differences({**saved, "phases": before}, {**wanted, "phases": after})
     return [line for line in found if not line.startswith(free)]
 

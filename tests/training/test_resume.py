@@ -118,6 +118,12 @@ def test_what_may_change_between_runs():
     check_same_run(record(phases, thought={"control": "none"}), record(phases, **pause), step=4)
     with pytest.raises(CheckpointError, match=r"config\.thought\.control: 'none' -> 'pause'"):
         check_same_run(record(phases, thought={"control": "none"}), record(phases, **pause), step=5)
+    all_rewards, untrained = {"thought": {"positive_only": False}}, [phase(thought_length=6, policy_weight=0.0)]
+    check_same_run(record(untrained), record(untrained, **all_rewards), step=2)
+    trained = [*untrained, phase(thought_length=6, policy_weight=1.0)]
+    check_same_run(record(trained), record(trained, **all_rewards), step=4)
+    with pytest.raises(CheckpointError, match=r"config\.thought\.positive_only: True -> False"):
+        check_same_run(record(trained), record(trained, **all_rewards), step=5)
     with pytest.raises(CheckpointError, match=r"config\.thought\.embedding_scale: 1 -> 2"):
         check_same_run(record([phase()], thought={"embedding_scale": 1}),
                        record([phase()], thought={"embedding_scale": 2}), step=2)  # fmt: skip
