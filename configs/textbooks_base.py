@@ -10,7 +10,7 @@ from quietstar_jax.config import default_config, phase
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """A Llama of 4.2 M parameters, on 5.7 M of the 9.4 M tokens there are."""
+    """A Llama of 4.2 M parameters, on 4.1 M of the 9.4 M tokens there are."""
     config = default_config()
     config.workdir = "runs/textbooks_base"
 
@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.thought.initial_end_token = ">>"
     config.optimizer.weight_decay = 0.01
     config.phases = [
-        phase(name="pretrain", steps=700, batch_size=32, thought_length=0, learning_rate=3e-3, warmup_steps=60,
+        phase(name="pretrain", steps=500, batch_size=32, thought_length=0, learning_rate=3e-3, warmup_steps=60,
               decay="cosine", final_rate_fraction=0.03),
     ]  # fmt: skip
     config.evaluation.every_steps = 250

@@ -143,6 +143,8 @@ class Trainer:
     def run_phases(self, state: TrainState) -> TrainState:
         """All steps that are left."""
         run = self._run
+        if int(state.step):
+            self._metrics.say(f"going on from step {int(state.step)} of {run.config.total_steps}")
         self._catch_up(state)
         for phase, start, end in phases_left(run.config, int(state.step)):
             if phase.fresh_optimizer and int(state.step) == start:
