@@ -36,7 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
         phase(name="open_the_mixing_head", steps=34, policy_weight=0.0, learning_rate=3e-3, fresh_optimizer=True,
               rates={"decoder": 0.0, "mixing_head": 1.0, "thought_embeddings": 0.0}, **thinking),
         # The embeddings of start and end move a hundred times faster than their rate says.
-        phase(name="thoughts", steps=44, policy_weight=10.0, learning_rate=3e-4, fresh_optimizer=True,
+        phase(name="thoughts", steps=70, policy_weight=100.0, learning_rate=3e-4, decay="cosine",
+              final_rate_fraction=0.1, fresh_optimizer=True,
               rates={"decoder": 1.0, "mixing_head": 1.0, "thought_embeddings": 0.01}, **thinking),
     ]  # fmt: skip
     config.evaluation.every_steps = 0

@@ -22,12 +22,12 @@ def get_study() -> Study:
     }  # fmt: skip
     variants |= {f"thoughts_{n}": both("num_thoughts", n) for n in (1, 2)}
     variants |= {f"ahead_{n}": both("tokens_ahead", n) for n in (1, 4)}
-    variants |= {f"policy_weight_{w:g}": {"phases[2].policy_weight": w} for w in (0.0, 0.1, 1.0, 100.0, 1000.0)}
+    variants |= {f"policy_weight_{w:g}": {"phases[2].policy_weight": w} for w in (0.0, 0.1, 1.0, 10.0, 1000.0)}
     variants["negative_rewards_too"] = {"thought.positive_only": False}
     variants["sum_over_thought_tokens"] = {"thought.policy_reduction": "sum"}
     variants["score_temperature_1"] = {"thought.score_temperature": 1.0}
     return Study(
-        base="configs/quickstart.py",
+        base="configs/small_quickstart.py",
         baseline="quickstart",
         variants=variants,
         metrics=(

@@ -1,4 +1,4 @@
-"""What the quickstart's gains are worth: the same run with something else in the thoughts' place.
+"""What the gains of thoughts are worth: the same run with something else in the thoughts' place.
 
 `python -m quietstar_jax.study --study configs/studies/controls.py --workdir runs/controls`
 """
@@ -6,7 +6,7 @@
 import dataclasses
 import math
 
-from configs import quickstart
+from configs import small_quickstart
 from quietstar_jax.config import from_config_dict
 from quietstar_jax.studies.study import Study
 from quietstar_jax.thoughts.flops import phase_flops
@@ -19,7 +19,7 @@ PLAIN = {  # the thinking phases become plain language modelling; evaluation sti
 
 def plain_steps_of_equal_flops() -> int:
     """Steps of pre-training that cost what it and thinking cost, less what `PLAIN` does in the place of thinking."""
-    config = from_config_dict(quickstart.get_config())
+    config = from_config_dict(small_quickstart.get_config())
     pretrain, *thinking = config.phases
     plain = [dataclasses.replace(phase, thought_length=0) for phase in thinking]
     total, spent, once = (
@@ -32,7 +32,7 @@ def plain_steps_of_equal_flops() -> int:
 def get_study() -> Study:
     """Every control of the box."""
     return Study(
-        base="configs/quickstart.py",
+        base="configs/small_quickstart.py",
         baseline="thoughts",
         variants={
             "thoughts": {},
