@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from quietstar_jax.errors import ConfigError, run_command
+from quietstar_jax.reports.drawings import write_drawings
 from quietstar_jax.reports.make import MOST_TOKENS, TextOptions, report_checkpoint, report_study
 from quietstar_jax.reports.page import write_page
 
@@ -18,6 +19,7 @@ def main(arguments: list[str]) -> None:
     what.add_argument("--checkpoint", help="a run's workdir, a Hugging Face folder or hub id")
     what.add_argument("--study", type=_path, help="the workdir of python -m quietstar_jax.study")
     parser.add_argument("--output", type=_path, required=True, help="the page to be written")
+    parser.add_argument("--figures", type=_path, help="a folder for the charts of the page, as SVG files")
     text = parser.add_argument_group("with --checkpoint")
     text.add_argument("--data", nargs="+", default=[], help="files, folders, globs, tfds:NAME:SPLIT, or synthetic")
     text.add_argument("--step", type=int, help="of the checkpoint; the newest unless told otherwise")
@@ -43,6 +45,8 @@ def main(arguments: list[str]) -> None:
         options = TextOptions(data=tuple(given.data), **{name: getattr(given, name) for name in names})
         html = report_checkpoint(given.checkpoint, options, given.step)
     write_page(given.output, html)
+    for figure in write_drawings(given.figures, html) if given.figures else ():
+        print(figure)
     print(f"{given.output} ({len(html.encode()) / 2**20:.1f} MB)")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -25,13 +26,13 @@ def render(title: str, body: str, data: Mapping[str, Any] | None = None) -> str:
     script = ""
     if data is not None:
         script = (
-            f'<script type="application/json" id="data">{for_script(data)}</script><script>{_asset("page.js")}</script>'
+            f'<script type="application/json" id="data">{for_script(data)}</script><script>{asset("page.js")}</script>'
         )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_asset('page.css')}</style></head>\n<body><main>{body}</main>{script}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{asset('chart.css')}{asset('page.css')}</style></head>\n<body><main>{body}</main>{script}</body></html>\n"
     )
 
 
@@ -64,8 +65,8 @@ def tiles(items: list[tuple[str, str]]) -> str:
     return f'<div class="tiles">{inner}</div>'
 
 
-def write_page(path: Path, html: str) -> None:
-    """Writes the file whole or not at all.
+def write_page(path: Path, html: str, flag: str = "--output") -> None:
+    """Writes the file whole or not at all; `flag` is what its path was given as, for the message.
 
     Raises:
       ConfigError: it cannot be written.
@@ -76,9 +77,11 @@ def write_page(path: Path, html: str) -> None:
         partial.write_text(html, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"--output {path} cannot be written: {error}. Choose another file.") from error
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise ConfigError(f"{flag} {path} cannot be written: {error}. Choose another file.") from error
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file that lies beside this one."""
     return resources.files(__package__).joinpath(name).read_text("utf-8")

@@ -88,7 +88,9 @@ def _differences(
         variant: {seed: x - base[seed] for seed, x in _of(metric, variant, runs).items() if seed in base}
         for variant in others
     }
-    chart = _rows_chart(metric, others, [0.0, *(x for found in pairs.values() for x in found.values())], right=140)
+    chart = _rows_chart(
+        f"{metric}, differences", others, [0.0, *(x for found in pairs.values() for x in found.values())], right=140
+    )
     chart.line([(0, 0), (0, len(others))], "reference")
     for place, variant in enumerate(others):
         y, row = len(others) - place - 0.5, own[variant]
@@ -101,11 +103,11 @@ def _differences(
     return figure(f"Differences from {baseline}", chart.x_axis(f"difference in {metric.replace('_', ' ')}").svg(), "")
 
 
-def _rows_chart(metric: str, names: Sequence[str], values: Sequence[float], right: int = 16) -> Chart:
+def _rows_chart(label: str, names: Sequence[str], values: Sequence[float], right: int = 16) -> Chart:
     low, high = min(values), max(values)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     size = dict(width=580, height=ROW * len(names) + 58, left=180, right=right)
-    chart = Chart(metric, (low - room, high + room), (0, len(names)), **size)
+    chart = Chart(label, (low - room, high + room), (0, len(names)), **size)
     return chart.y_names([(len(names) - place - 0.5, name) for place, name in enumerate(names)]).x_grid()
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from quietstar_jax.errors import DataError
+from quietstar_jax.errors import ConfigError, DataError
+from quietstar_jax.report import main
+from quietstar_jax.reports.drawings import drawings
 from quietstar_jax.reports.make import report_study
 from quietstar_jax.reports.page import write_page
 from quietstar_jax.studies.results import RESULTS
@@ -58,6 +61,23 @@ def test_every_run_and_every_difference_is_drawn(page: str) -> None:
     assert page.count("<svg") == 2  # what no run has measured is left out
 
 
+def test_charts_are_files_of_their_own(page: str, tmp_path: Path) -> None:
+    found = drawings(page)
+    assert list(found) == ["accuracy.svg", "accuracy_differences.svg"]
+    assert list(drawings(page + page)) == [*found, "accuracy_2.svg", "accuracy_differences_2.svg"]
+    for svg in found.values():
+        root = ElementTree.fromstring(svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        colours = root.find("{http://www.w3.org/2000/svg}style").text
+        assert ":root" in colours
+        assert "svg .seed" in colours
+    command = ["--study", str(tmp_path), "--output", str(tmp_path / "page.html")]
+    main([*command, "--figures", str(tmp_path / "figures")])
+    assert {path.name: path.read_text("utf-8") for path in (tmp_path / "figures").iterdir()} == found
+    with pytest.raises(ConfigError, match=r"--figures .*page\.html.* cannot be written"):
+        main([*command, "--figures", str(tmp_path / "page.html")])
+
+
 def test_a_single_run_is_shown_too(tmp_path: Path) -> None:
     found = results()
     found["runs"] = [run for run in found["runs"] if run["variant"] == "pause" and run["seed"] == 0]
@@ -81,4 +101,9 @@ def test_in_a_browser(page: str, tmp_path: Path) -> None:
         browser.open(tmp_path / "page.html")
         assert browser.run("document.querySelectorAll('circle.seed').length") == 13
         assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+        for name, svg in drawings(page).items():
+            write_page(tmp_path / name, svg)
+            browser.open(tmp_path / name)
+            seen = "getComputedStyle(document.querySelector('circle.mean')).stroke"
+            assert browser.run(seen) in ("rgb(31, 111, 174)", "rgb(116, 185, 238)")
         assert browser.complaints == []
