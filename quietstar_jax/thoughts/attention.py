@@ -3,7 +3,7 @@
 All chains of a position are extra query rows against the same prefix keys, which are never copied. They meet them
 block by block with a running maximum and sum (as in FlashAttention), so that scores over the whole prefix never
 exist at once, and blocks that no chain of the chunk can see are never computed. The backward pass computes the
-scores again from the saved log-sum-exp. The part over the prefix is `prefix_kernel` on TPU, `prefix_blocks` elsewhere.
+scores again from the saved log-sum-exp. The part over the prefix is `prefix_tpu` on TPU, `prefix_blocks` elsewhere.
 
 Axis letters: B batch, G key/value heads, M query heads of each, R thoughts, J positions, C chain tokens, X = M * C
 query rows of a chain and head, P prefix keys, E chain keys, H head width. Scores and sums are float32.
@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from quietstar_jax.models.attention import ATTENTION, MASKED, split_heads
 from quietstar_jax.parallel.axes import shard
-from quietstar_jax.thoughts import prefix_blocks, prefix_kernel
+from quietstar_jax.thoughts import prefix_blocks, prefix_tpu
 from quietstar_jax.thoughts.prefix_blocks import Sums, add_blocks, dot, through_softmax
 from quietstar_jax.thoughts.seen import Seen, own_visible
 
@@ -129,7 +129,7 @@ def _attend(
     """(context like q, log-sum-exp [B, G, R, J, X, 1])."""
     sums = jax.lax.platform_dependent(
         q, keys, values, seen, _own_sums(q, own_keys, own_values, seen),
-        tpu=prefix_kernel.add_prefix, default=prefix_blocks.add_prefix,
+        tpu=prefix_tpu.add_prefix, default=prefix_blocks.add_prefix,
     )  # fmt: skip
     return _finish(sums, own_values.dtype), sums.peak + jnp.log(sums.total)
 
@@ -147,7 +147,7 @@ def _gradients(
     to_q = dot("bgrjxe,bgrjeh->bgrjxh", to_scores, own_keys)
     from_prefix, *to_prefix = jax.lax.platform_dependent(
         q, keys, values, seen, log_total, mean, gradient,
-        tpu=prefix_kernel.prefix_gradients, default=prefix_blocks.prefix_gradients,
+        tpu=prefix_tpu.prefix_gradients, default=prefix_blocks.prefix_gradients,
     )  # fmt: skip
     # Devices that hold query heads of the same key/value heads.
     to_keys = add_up((*to_prefix, *to_own), "group")

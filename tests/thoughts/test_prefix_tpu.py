@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.thoughts import prefix_blocks, prefix_kernel
+from quietstar_jax.thoughts import prefix_blocks, prefix_tpu
 from quietstar_jax.thoughts.prefix_blocks import Sums
-from quietstar_jax.thoughts.prefix_kernel import Range
+from quietstar_jax.thoughts.prefix_rows import Range
 from quietstar_jax.thoughts.seen import Seen
 
 MASK = jnp.array(np.random.default_rng(0).random((2, 21)) > 0.2)
@@ -29,8 +29,8 @@ def normal(seed: int, *shape: int) -> jax.Array:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of rows and keys, the last ones not whole."""
-    monkeypatch.setattr(prefix_kernel, "ROW_BLOCK", 16)
-    monkeypatch.setattr(prefix_kernel, "KEY_BLOCK", 8)
+    monkeypatch.setattr(prefix_tpu, "ROW_BLOCK", 16)
+    monkeypatch.setattr(prefix_tpu, "KEY_BLOCK", 8)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -50,17 +50,17 @@ def test_kernels_equal_the_blocks(name: str, scale: float) -> None:
             np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(y).max())))
 
     sums = prefix_blocks.add_prefix(q, *text, seen, own)
-    check(prefix_kernel.add_prefix(q, *text, seen, own, interpret=True), sums)
+    check(prefix_tpu.add_prefix(q, *text, seen, own, interpret=True), sums)
     saved = (sums.peak + jnp.log(sums.total), normal(5, *shape)[..., :1], normal(6, *shape))
     gradients = prefix_blocks.prefix_gradients(q, *text, seen, *saved)
-    check(prefix_kernel.prefix_gradients(q, *text, seen, *saved, interpret=True), gradients)
+    check(prefix_tpu.prefix_gradients(q, *text, seen, *saved, interpret=True), gradients)
     assert all(np.any(x) for x in gradients)
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_row_without_keys_adds_nothing() -> None:
     seen = Range(jnp.array([[0, 5, 3]]), jnp.array([[4, 4, 3]]), jnp.ones((1, 9), bool).at[0, 3].set(False))
-    sums = prefix_kernel.forward(
+    sums = prefix_tpu.forward(
         normal(0, 1, 1, 3, 4), normal(1, 1, 1, 9, 4), normal(2, 1, 1, 9, 4), seen, interpret=True
     )
     assert sums.total[0, 0, :, 0].tolist()[1:] == [0.0, 0.0]
@@ -73,7 +73,7 @@ def test_blocks_that_no_row_sees_are_not_computed() -> None:
     """Rubbish in them must not reach the sums."""
     seen = Range(jnp.full((1, 20), 8), jnp.full((1, 20), 15), jnp.ones((1, 32), bool))
     q, keys, values = normal(0, 1, 1, 20, 4), normal(1, 1, 1, 32, 4), normal(2, 1, 1, 32, 4)
-    clean = prefix_kernel.forward(q, keys, values, seen, interpret=True)
+    clean = prefix_tpu.forward(q, keys, values, seen, interpret=True)
     hidden = (jnp.arange(32) < 8) | (jnp.arange(32) >= 16)
     dirty = [jnp.where(hidden[:, None], jnp.nan, x) for x in (keys, values)]
-    jax.tree.map(np.testing.assert_array_equal, prefix_kernel.forward(q, *dirty, seen, interpret=True), clean)
+    jax.tree.map(np.testing.assert_array_equal, prefix_tpu.forward(q, *dirty, seen, interpret=True), clean)

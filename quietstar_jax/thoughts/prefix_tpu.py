@@ -1,16 +1,14 @@
 """The prefix part of chain attention as Pallas kernels for TPU: scores of a block never leave the chip's fast memory.
 
-`add_prefix` and `prefix_gradients` compute what those of `thoughts/prefix_blocks.py` do. All query rows of a key/value
-head, of whatever thought, position, chain token and query head, are one long axis; each knows the first and last key
-it may see. A block of rows visits only blocks of keys that one of its rows may see: the others are not computed.
-
-Axis letters: B batch, G key/value heads, N query rows, P prefix keys, H head width. Scores and sums are float32.
+`add_prefix` and `prefix_gradients` compute what those of `thoughts/prefix_blocks.py` do, over the rows and blocks of
+`thoughts/prefix_rows.py`: blocks of keys that no row of a block sees are not computed. Axis letters as there; scores
+and sums are float32.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,33 +16,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from quietstar_jax.models.attention import MASKED
+from quietstar_jax.thoughts import prefix_rows
 from quietstar_jax.thoughts.prefix_blocks import Sums
+from quietstar_jax.thoughts.prefix_rows import Range, bounds, dot, pad, pad_axis
 from quietstar_jax.thoughts.seen import Seen
 
 ROW_BLOCK, KEY_BLOCK = 256, 128
-
-
-class Range(NamedTuple):
-    """Which keys a row sees: real ones among low .. high.
-
-    Attributes:
-      low, high: [B, N] int32, both included; mask: [B, P] bool.
-    """
-
-    low: jax.Array
-    high: jax.Array
-    mask: jax.Array
 
 
 def add_prefix(
     q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, own: Sums, *, interpret: bool = False
 ) -> Sums:
     """As `prefix_blocks.add_prefix`; `interpret` runs the kernel on any device."""
-    found = forward(_as_rows(q), keys, values, _range(q, seen), interpret=interpret)
-    prefix = Sums(*(x.reshape(mine.shape) for x, mine in zip(found, own, strict=True)))
-    higher = jnp.maximum(own.peak, prefix.peak)
-    kept, added = jnp.exp(own.peak - higher), jnp.exp(prefix.peak - higher)
-    return Sums(higher, own.total * kept + prefix.total * added, own.context * kept + prefix.context * added)
+    return prefix_rows.add_prefix(functools.partial(forward, interpret=interpret), q, keys, values, seen, own)
 
 
 def prefix_gradients(
@@ -52,9 +36,8 @@ def prefix_gradients(
     gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """As `prefix_blocks.prefix_gradients`."""
-    rows = (_as_rows(x) for x in (log_total, mean, gradient))
-    to_q, to_keys, to_values = backward(_as_rows(q), keys, values, _range(q, seen), *rows, interpret=interpret)
-    return to_q.reshape(q.shape), to_keys, to_values
+    kernels = functools.partial(backward, interpret=interpret)
+    return prefix_rows.prefix_gradients(kernels, q, keys, values, seen, log_total, mean, gradient)
 
 
 def forward(
@@ -65,7 +48,7 @@ def forward(
     A row that sees no key has the peak `MASKED` and the total 0.
     """
     rows, length = q.shape[2], keys.shape[2]
-    q, keys, values, seen = _pad(q, keys, values, seen)
+    q, keys, values, seen = pad(q, keys, values, seen, ROW_BLOCK, KEY_BLOCK)
     batch, groups, padded, width = q.shape
     grid = (batch, groups, padded // ROW_BLOCK, keys.shape[2] // KEY_BLOCK)
     sums = pl.pallas_call(
@@ -81,7 +64,7 @@ def forward(
         compiler_params=_parallel_but_last(grid),
         interpret=interpret,
         name="prefix_attention_forward",
-    )(*_bounds(seen, length), q, keys, values, *_columns(seen))
+    )(*bounds(seen, length, ROW_BLOCK, KEY_BLOCK), q, keys, values, *_columns(seen))
     return Sums(*(x[:, :, :rows] for x in sums))
 
 
@@ -97,12 +80,12 @@ def backward(
     """
     rows, length = q.shape[2], keys.shape[2]
     unpadded = keys.shape
-    q, keys, values, seen = _pad(q, keys, values, seen)
-    log_total, mean, gradient = (_pad_axis(x, 2, ROW_BLOCK) for x in (log_total, mean, gradient))
+    q, keys, values, seen = pad(q, keys, values, seen, ROW_BLOCK, KEY_BLOCK)
+    log_total, mean, gradient = (pad_axis(x, 2, ROW_BLOCK) for x in (log_total, mean, gradient))
     batch, groups, padded, width = q.shape
     grid = (batch, groups, padded // ROW_BLOCK, keys.shape[2] // KEY_BLOCK)
-    bounds, columns = _bounds(seen, length), _columns(seen)
-    operands = (*bounds, q, keys, values, *columns, log_total, mean, gradient)
+    visited = bounds(seen, length, ROW_BLOCK, KEY_BLOCK)
+    operands = (*visited, q, keys, values, *_columns(seen), log_total, mean, gradient)
 
     to_q = pl.pallas_call(
         _query_gradient_kernel,
@@ -143,19 +126,6 @@ def backward(
     return to_q[:, :, :rows], to_keys[:, :, : unpadded[2]], to_values[:, :, : unpadded[2]]
 
 
-def _as_rows(x: jax.Array) -> jax.Array:
-    """[B, G, R, J, X, H] -> [B, G, N, H]."""
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-
-def _range(q: jax.Array, seen: Seen) -> Range:
-    """Which prefix keys every row of q [B, G, R, J, X, H] sees."""
-    batch, _, count, chunk, rows, _ = q.shape
-    position = jnp.broadcast_to(seen.positions[..., None, :, None], (batch, count, chunk, rows))
-    low = jnp.maximum(position + 2 + seen.offsets - seen.window, 0)
-    return Range(low.reshape(batch, -1), position.reshape(batch, -1), seen.mask)
-
-
 def _forward_kernel(
     first, last, q, keys, values, low, high, mask, peak_out, total_out, context_out, peak, total, context
 ):
@@ -176,7 +146,7 @@ def _forward_kernel(
         weights = jnp.where(visible, jnp.exp(scores - higher), 0.0)
         shrink = jnp.exp(peak[...] - higher)
         total[...] = total[...] * shrink + weights.sum(axis=1, keepdims=True)
-        context[...] = context[...] * shrink + _dot(weights.astype(values.dtype), values[0, 0], 1, 0)
+        context[...] = context[...] * shrink + dot(weights.astype(values.dtype), values[0, 0], 1, 0)
         peak[...] = higher
 
     @pl.when(step == pl.num_programs(3) - 1)
@@ -198,7 +168,7 @@ def _query_gradient_kernel(
     @pl.when(block <= last[pl.program_id(0), row_block])
     def _() -> None:
         _, to_scores = _through_softmax(q, keys, values, low, high, mask, log_total, mean, gradient, block)
-        total[...] += _dot(to_scores, keys[0, 0], 1, 0)
+        total[...] += dot(to_scores, keys[0, 0], 1, 0)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _() -> None:
@@ -220,8 +190,8 @@ def _key_gradient_kernel(
     @pl.when((first[batch, row_block] <= block) & (block <= last[batch, row_block]))
     def _() -> None:
         weights, to_scores = _through_softmax(q, keys, values, low, high, mask, log_total, mean, gradient, block)
-        keys_sum[...] += _dot(to_scores, q[0, 0], 0, 0)
-        values_sum[...] += _dot(weights, gradient[0, 0], 0, 0)
+        keys_sum[...] += dot(to_scores, q[0, 0], 0, 0)
+        values_sum[...] += dot(weights, gradient[0, 0], 0, 0)
 
     @pl.when(row_block == pl.num_programs(3) - 1)
     def _() -> None:
@@ -230,7 +200,7 @@ def _key_gradient_kernel(
 
 def _scores(q: Any, keys: Any, low: Any, high: Any, mask: Any, block: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scores of a block of rows and one of keys, and which of them count: [rows, keys]."""
-    scores = _dot(q[0, 0], keys[0, 0], 1, 1)
+    scores = dot(q[0, 0], keys[0, 0], 1, 1)
     number = block * KEY_BLOCK + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     return scores, (number >= low[0]) & (number <= high[0]) & (mask[0] != 0)
 
@@ -242,42 +212,12 @@ def _through_softmax(
     """(weights, gradient of scores) of a block in the compute dtype."""
     scores, visible = _scores(q, keys, low, high, mask, block)
     weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, MASKED) - log_total[0, 0]), 0.0)
-    to_weights = _dot(gradient[0, 0], values[0, 0], 1, 1)
+    to_weights = dot(gradient[0, 0], values[0, 0], 1, 1)
     return weights.astype(q.dtype), (weights * (to_weights - mean[0, 0])).astype(q.dtype)
-
-
-def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _bounds(seen: Range, length: int) -> tuple[jax.Array, jax.Array]:
-    """First and last key block that some row of each block of rows sees: two int32 [B, row blocks]."""
-    batch = seen.low.shape[0]
-    low, high = (x.reshape(batch, -1, ROW_BLOCK) for x in (seen.low, seen.high))
-    sees = low <= high
-    first = jnp.where(sees, low, length).min(axis=-1) // KEY_BLOCK
-    last = jnp.where(sees, jnp.minimum(high, length - 1), -KEY_BLOCK).max(axis=-1) // KEY_BLOCK
-    return first.astype(jnp.int32), last.astype(jnp.int32)
 
 
 def _columns(seen: Range) -> tuple[jax.Array, jax.Array, jax.Array]:
     return seen.low[:, :, None], seen.high[:, :, None], seen.mask.astype(jnp.int32)[:, None]
-
-
-def _pad(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range
-) -> tuple[jax.Array, jax.Array, jax.Array, Range]:
-    """Whole blocks: added rows see nothing, added keys are not real."""
-    low, high = _pad_axis(seen.low, 1, ROW_BLOCK, fill=1), _pad_axis(seen.high, 1, ROW_BLOCK)
-    added = jnp.arange(low.shape[1]) >= q.shape[2]
-    high = jnp.where(added, 0, high)
-    keys, values = _pad_axis(keys, 2, KEY_BLOCK), _pad_axis(values, 2, KEY_BLOCK)
-    return _pad_axis(q, 2, ROW_BLOCK), keys, values, Range(low, high, _pad_axis(seen.mask, 1, KEY_BLOCK))
-
-
-def _pad_axis(x: jax.Array, axis: int, multiple: int, fill: int = 0) -> jax.Array:
-    missing = -x.shape[axis] % multiple
-    return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
 
 
 def _parallel_but_last(grid: tuple[int, ...]) -> pltpu.CompilerParams:
