@@ -19,11 +19,15 @@ record() {  # NAME MODULE FLAGS...
     fi
 }
 
-record train_half_billion benchmarks.train_step --preset half_billion --profile "$out/trace_half_billion"
+for attention in blocks kernel; do  # the loss must be the same to rounding
+    record "train_half_billion_$attention" benchmarks.train_step --preset half_billion --prefix-attention "$attention" \
+        --profile "$out/trace_half_billion_$attention"
+done
 record train_half_billion_quarter benchmarks.train_step --preset half_billion --positions entropy --position-fraction 0.25
 record generate_half_billion benchmarks.generate --preset half_billion
 record generate_mistral_7b benchmarks.generate --preset mistral_7b
 for megabytes in 2048 4096 8192; do
     record "train_mistral_7b_$megabytes" benchmarks.train_step --preset mistral_7b --chunk-megabytes "$megabytes"
 done
+record train_mistral_7b_kernel benchmarks.train_step --preset mistral_7b --prefix-attention kernel
 record train_mistral_7b_trace benchmarks.train_step --preset mistral_7b --profile "$out/trace_mistral_7b"

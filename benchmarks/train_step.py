@@ -45,6 +45,7 @@ class Sizes:
     tokens_ahead: int = 4
     dtype: str = "float32"
     rematerialize: bool = False
+    prefix_attention: str = ModelConfig.prefix_attention
     mixing_only: bool = False  # only the mixing head learns; necessary_flops still counts every gradient
     chunk_megabytes: int = ThoughtConfig.chunk_megabytes
     positions_per_chunk: int = 0
@@ -79,7 +80,10 @@ def config_of(s: Sizes) -> Config:
         tokens_ahead=s.tokens_ahead, policy_weight=1.0,
         rates=RateScales(decoder=0.0, thought_embeddings=0.0) if s.mixing_only else RateScales(),
     )  # fmt: skip
-    model = ModelConfig(architecture=architecture, compute_dtype=s.dtype, rematerialize=s.rematerialize)
+    model = ModelConfig(
+        architecture=architecture, compute_dtype=s.dtype, rematerialize=s.rematerialize,
+        prefix_attention=s.prefix_attention,
+    )  # fmt: skip
     shared = ("chunk_megabytes", "positions_per_chunk", "positions", "position_fraction")
     thought = ThoughtConfig(**{name: getattr(s, name) for name in shared})
     return Config(model=model, thought=thought, phases=(phase,), data=DataConfig(sequence_length=s.length))

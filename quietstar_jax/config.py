@@ -105,6 +105,9 @@ class Architecture:
         ]  # fmt: skip
 
 
+PREFIX_ATTENTION = ("auto", "blocks", "kernel")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Where the decoder comes from and how it computes."""
@@ -114,9 +117,14 @@ class ModelConfig:
     architecture: Architecture = field(default_factory=Architecture)  # used only without `checkpoint`
     compute_dtype: str = "float32"  # float32 | bfloat16; master weights, logits and losses are always float32
     rematerialize: bool = False  # recompute whole layers in the backward pass, those of the text and of the chains
+    prefix_attention: str = "auto"  # how thoughts attend to the text before them: blocks (XLA) | kernel (Pallas: TPU,
+    # NVIDIA GPU) | auto (the kernel on TPU, blocks elsewhere)
 
     def problems(self) -> list[str]:
-        return one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        return [
+            *one_of("compute_dtype", self.compute_dtype, ("float32", "bfloat16")),
+            *one_of("prefix_attention", self.prefix_attention, PREFIX_ATTENTION),
+        ]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from quietstar_jax.config import PREFIX_ATTENTION
 from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.evals.measure import MODES, Options, measure
 from quietstar_jax.evals.questions import ANSWER_KEYS
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--step", type=int, help="of a run's checkpoint; the newest unless told otherwise")
     add("--revision", default="", help="of a hub id")
     add("--dtype", default="float32", help="of the computation: float32, bfloat16")
+    add("--prefix-attention", default="auto", help=f"of thoughts: {', '.join(PREFIX_ATTENTION)} (see the README)")
     add("--thought-length", type=int, default=0, help="sampled tokens of a thought; 0 = as trained")
     add("--batch-size", type=int, default=Options.batch_size, help="texts at once, over all devices")
     add("--limit", type=int, default=0, help="questions or texts from the beginning; 0 = all")

@@ -48,6 +48,7 @@ class Options:
     step: int | None = None
     revision: str = ""
     dtype: str = "float32"
+    prefix_attention: str = "auto"
     thought_length: int = 0
     batch_size: int = 16
     limit: int = 0
@@ -95,7 +96,10 @@ def measure(options: Options) -> dict[str, Any]:
     data = Path(options.data).expanduser()
     questions = read_questions(data, layouts, options.limit or None) if layouts else []
     started = time.monotonic()
-    model = open_model(options.checkpoint, step=options.step, revision=options.revision, dtype=options.dtype)
+    model = open_model(
+        options.checkpoint, step=options.step, revision=options.revision, dtype=options.dtype,
+        prefix_attention=options.prefix_attention,
+    )  # fmt: skip
     modes = thought_modes(options.thoughts, model)
     kinds = {DIRECT: _answers, VOTING: _votes, TEXT: _text}
     found = kinds[task.kind](options, model, modes, questions)

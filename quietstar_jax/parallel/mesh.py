@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from quietstar_jax.config import Architecture, Config, MeshConfig
+from quietstar_jax.config import PREFIX_ATTENTION, Architecture, Config, MeshConfig
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.parallel.axes import MESH_AXES
 
@@ -105,6 +105,17 @@ def check_batches(config: Config, mesh: Mesh) -> None:
                 f"{mesh.shape['fsdp']}) cannot share evenly. Take a batch_size that is a multiple of "
                 f"{ways * phase.microbatches}, fewer microbatches, or give devices to config.mesh.tensor or position."
             )
+
+
+def check_kernels(prefix_attention: str, device: Any) -> None:
+    """Raises ConfigError where `ModelConfig.prefix_attention` is no choice, or none that such a device has."""
+    if prefix_attention not in PREFIX_ATTENTION:
+        raise ConfigError(f"prefix_attention is {prefix_attention!r}; it takes one of {', '.join(PREFIX_ATTENTION)}.")
+    if prefix_attention == "kernel" and device.platform not in ("tpu", "gpu"):
+        raise ConfigError(
+            f"prefix_attention is 'kernel', but there is none for the platform {device.platform!r}, only for TPUs and "
+            "NVIDIA GPUs. Set it to 'auto' or 'blocks'."
+        )
 
 
 def _arrange(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:

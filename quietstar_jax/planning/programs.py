@@ -17,7 +17,7 @@ from quietstar_jax.generation.cache import empty_cache
 from quietstar_jax.generation.engine import Engine
 from quietstar_jax.generation.steps import Knobs, Plan, State
 from quietstar_jax.parallel.layout import ROWS, find_reader
-from quietstar_jax.parallel.mesh import check_batches, make_mesh
+from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
 from quietstar_jax.planning.architectures import planned_architecture
 from quietstar_jax.planning.targets import Target
 from quietstar_jax.thoughts.chunks import positions_per_chunk, sampled_positions_per_chunk
@@ -118,6 +118,7 @@ def plan_mesh(config: Config, target: Target) -> tuple[Architecture, Mesh]:
     check_length(config, architecture)
     mesh = make_mesh(config.mesh, architecture, target.devices)
     check_batches(config, mesh)
+    check_kernels(config.model.prefix_attention, mesh.devices.flat[0])
     return architecture, mesh
 
 

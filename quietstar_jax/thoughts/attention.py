@@ -3,7 +3,8 @@
 All chains of a position are extra query rows against the same prefix keys, which are never copied. They meet them
 block by block with a running maximum and sum (as in FlashAttention), so that scores over the whole prefix never
 exist at once, and blocks that no chain of the chunk can see are never computed. The backward pass computes the
-scores again from the saved log-sum-exp. The part over the prefix is `prefix_tpu` on TPU, `prefix_blocks` elsewhere.
+scores again from the saved log-sum-exp. The part over the prefix has three forms that give the same: `prefix_blocks`
+for any device, and the kernels `prefix_tpu` and `prefix_gpu`; `ModelConfig.prefix_attention` says which.
 
 Axis letters: B batch, G key/value heads, M query heads of each, R thoughts, J positions, C chain tokens, X = M * C
 query rows of a chain and head, P prefix keys, E chain keys, H head width. Scores and sums are float32.
@@ -11,6 +12,8 @@ query rows of a chain and head, P prefix keys, E chain keys, H head width. Score
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from quietstar_jax.models.attention import ATTENTION, MASKED, split_heads
 from quietstar_jax.parallel.axes import shard
-from quietstar_jax.thoughts import prefix_blocks, prefix_tpu
+from quietstar_jax.thoughts import prefix_blocks, prefix_gpu, prefix_tpu
 from quietstar_jax.thoughts.prefix_blocks import Sums, add_blocks, dot, through_softmax
 from quietstar_jax.thoughts.seen import Seen, own_visible
 
@@ -31,20 +34,21 @@ _KEYS, _OWN_KEYS = ("batch", "kv_heads", None, None), ("batch", "kv_heads", None
 
 def attend_chains(
     queries: jax.Array, prefix_keys: jax.Array, prefix_values: jax.Array, own_keys: jax.Array, own_values: jax.Array,
-    seen: Seen,
+    seen: Seen, prefix_attention: str = "auto",
 ) -> jax.Array:  # fmt: skip
     """One layer's attention of chains.
 
     Args:
       queries: [B, R, J, C, G * M, H]; prefix_keys, prefix_values: [B, P, G, H], of the base pass.
       own_keys, own_values: [B, G, R, J, E, H], of the chains themselves; see `to_chain_layout`.
+      prefix_attention: as in `ModelConfig`.
 
     Returns:
       [B, R, J, C, G * M, H] in the dtype of the values.
     """
     rows, seen = _query_rows(queries, prefix_keys.shape[-2], seen)
     prefix = (prefix_keys.swapaxes(1, 2), prefix_values.swapaxes(1, 2))
-    return _from_query_rows(_attention(rows, *prefix, own_keys, own_values, seen), queries)
+    return _from_query_rows(_attention(prefix_attention, rows, *prefix, own_keys, own_values, seen), queries)
 
 
 def attend_cache(
@@ -94,23 +98,26 @@ def to_chain_layout(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 4, 1)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: Seen
-):
+    prefix_attention: str, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own_values: jax.Array,
+    seen: Seen,
+):  # fmt: skip
     """q [B, G, R, J, X, H] scaled; keys, values [B, G, P, H]; own [B, G, R, J, E, H] -> context like q."""
-    return _forward(q, keys, values, own_keys, own_values, seen)[0]
+    return _forward(prefix_attention, q, keys, values, own_keys, own_values, seen)[0]
 
 
-def _forward(*arguments: Any) -> tuple[jax.Array, tuple]:
-    context, log_total = shard(_attend, _OVER, _arguments(arguments[-1]), (_QUERIES, _QUERIES))(*arguments)
+def _forward(prefix_attention: str, *arguments: Any) -> tuple[jax.Array, tuple]:
+    attend = functools.partial(_attend, prefix_attention)
+    context, log_total = shard(attend, _OVER, _arguments(arguments[-1]), (_QUERIES, _QUERIES))(*arguments)
     context = checkpoint_name(context, ATTENTION)
     return context, (*arguments, context, checkpoint_name(log_total, ATTENTION))
 
 
-def _backward(saved: tuple, gradient: jax.Array) -> tuple:
+def _backward(prefix_attention: str, saved: tuple, gradient: jax.Array) -> tuple:
+    differentiate = functools.partial(_gradients, prefix_attention)
     axes, gradients = (*_arguments(saved[5]), *(_QUERIES,) * 3), (_QUERIES, _KEYS, _KEYS, _OWN_KEYS, _OWN_KEYS)
-    return *shard(_gradients, _OVER, axes, gradients)(*saved, gradient), None
+    return *shard(differentiate, _OVER, axes, gradients)(*saved, gradient), None
 
 
 _attention.defvjp(_forward, _backward)
@@ -123,20 +130,29 @@ def _arguments(seen: Seen) -> tuple[Any, ...]:
     return _QUERIES, _KEYS, _KEYS, _OWN_KEYS, _OWN_KEYS, Seen(**axes)
 
 
+def _choose(
+    prefix_attention: str, blocks: Callable[..., Any], tpu: Callable[..., Any], gpu: Callable[..., Any]
+) -> Callable[..., Any]:
+    """One function that is what `ModelConfig.prefix_attention` names on the device that a program is compiled for."""
+    if prefix_attention == "blocks":
+        return blocks
+    branches = {"tpu": tpu, "cuda": gpu} if prefix_attention == "kernel" else {"tpu": tpu, "default": blocks}
+    return functools.partial(jax.lax.platform_dependent, **branches)
+
+
 def _attend(
-    _: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: Seen
-) -> tuple[jax.Array, jax.Array]:
+    prefix_attention: str, _: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array,
+    own_values: jax.Array, seen: Seen,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(context like q, log-sum-exp [B, G, R, J, X, 1])."""
-    sums = jax.lax.platform_dependent(
-        q, keys, values, seen, _own_sums(q, own_keys, own_values, seen),
-        tpu=prefix_tpu.add_prefix, default=prefix_blocks.add_prefix,
-    )  # fmt: skip
+    add = _choose(prefix_attention, prefix_blocks.add_prefix, prefix_tpu.add_prefix, prefix_gpu.add_prefix)
+    sums = add(q, keys, values, seen, _own_sums(q, own_keys, own_values, seen))
     return _finish(sums, own_values.dtype), sums.peak + jnp.log(sums.total)
 
 
 def _gradients(
-    add_up: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own_values: jax.Array,
-    seen: Seen, context: jax.Array, log_total: jax.Array, gradient: jax.Array,
+    prefix_attention: str, add_up: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array,
+    own_values: jax.Array, seen: Seen, context: jax.Array, log_total: jax.Array, gradient: jax.Array,
 ) -> tuple:  # fmt: skip
     """Of q, keys, values, own_keys and own_values."""
     mean = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-1, keepdims=True)
@@ -145,10 +161,10 @@ def _gradients(
     weights, to_scores = through_softmax(scores, to_weights, log_total, mean, q.dtype)
     to_own = dot("bgrjxe,bgrjxh->bgrjeh", to_scores, q), dot("bgrjxe,bgrjxh->bgrjeh", weights, gradient)
     to_q = dot("bgrjxe,bgrjeh->bgrjxh", to_scores, own_keys)
-    from_prefix, *to_prefix = jax.lax.platform_dependent(
-        q, keys, values, seen, log_total, mean, gradient,
-        tpu=prefix_tpu.prefix_gradients, default=prefix_blocks.prefix_gradients,
-    )  # fmt: skip
+    through_prefix = _choose(
+        prefix_attention, prefix_blocks.prefix_gradients, prefix_tpu.prefix_gradients, prefix_gpu.prefix_gradients
+    )
+    from_prefix, *to_prefix = through_prefix(q, keys, values, seen, log_total, mean, gradient)
     # Devices that hold query heads of the same key/value heads.
     to_keys = add_up((*to_prefix, *to_own), "group")
     return tuple(x.astype(q.dtype) for x in (to_q + from_prefix, *to_keys))

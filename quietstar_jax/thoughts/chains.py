@@ -18,12 +18,13 @@ from quietstar_jax.thoughts.seen import Seen
 
 def chain_pass(
     decoder: Decoder, embeddings: jax.Array, positions: jax.Array, prefix: KeyValues, mask: jax.Array, *,
-    rematerialize: bool = False,
+    rematerialize: bool = False, prefix_attention: str = "auto",
 ) -> tuple[jax.Array, Layers]:  # fmt: skip
     """All tokens of all chains of J positions at once.
 
     Args:
       embeddings: [B, R, J, C, D]; positions: [J] or [B, J]; prefix: [layers, B, P, G, H]; mask: [B, P] bool.
+      rematerialize, prefix_attention: as in `ModelConfig`.
 
     Returns:
       (final-norm hidden states [B, R, J, C, D], layers as from `run_layers`).
@@ -31,8 +32,8 @@ def chain_pass(
     offsets = jnp.arange(embeddings.shape[3])
 
     def attend_chain(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, base: KeyValues) -> Any:
-        own = to_chain_layout(k), to_chain_layout(v)
-        return attend_chains(q, base.keys, base.values, *own, Seen(mask, positions, offsets, window)), None
+        own, seen = (to_chain_layout(k), to_chain_layout(v)), Seen(mask, positions, offsets, window)
+        return attend_chains(q, base.keys, base.values, *own, seen, prefix_attention), None
 
     rotary = positions[..., None, :, None] + 1 + offsets
     hidden, _, layers = run_layers(decoder, embeddings, rotary, attend_chain, prefix, rematerialize=rematerialize)
@@ -48,13 +49,13 @@ def empty_chains(decoder: Decoder, batch: int, count: int, positions: int, lengt
 
 def chain_step(
     decoder: Decoder, embeddings: jax.Array, offset: jax.Array, positions: jax.Array, prefix: KeyValues,
-    mask: jax.Array, own: KeyValues,
+    mask: jax.Array, own: KeyValues, *, prefix_attention: str = "auto",
 ) -> tuple[jax.Array, KeyValues]:  # fmt: skip
     """The next token of every chain.
 
     Args:
-      embeddings: [B, R, J, D]; offset: scalar c of these tokens; positions, prefix, mask: as in `chain_pass`;
-        own: keys and values of tokens 0 .. c - 1.
+      embeddings: [B, R, J, D]; offset: scalar c of these tokens; positions, prefix, mask, prefix_attention: as in
+        `chain_pass`; own: keys and values of tokens 0 .. c - 1.
 
     Returns:
       (final-norm hidden states [B, R, J, D], own with token c written).
@@ -67,7 +68,7 @@ def chain_step(
             jax.lax.dynamic_update_slice_in_dim(written.values, to_chain_layout(v), offset, axis=4),
         )
         seen = Seen(mask, positions, offset[None], window)
-        return attend_chains(q, base.keys, base.values, *written, seen), written
+        return attend_chains(q, base.keys, base.values, *written, seen, prefix_attention), written
 
     rotary = positions[..., None, :, None] + 1 + offset
     hidden, own, _ = run_layers(decoder, embeddings[..., None, :], rotary, attend_step, (prefix, own))

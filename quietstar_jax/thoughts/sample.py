@@ -60,7 +60,10 @@ def _sample_chunk(
     def step(carry, inputs):
         embeddings, own = carry
         offset, draws = inputs
-        hidden, own = chain_step(model.decoder, embeddings, offset, positions, text.prefix, text.mask, own)
+        hidden, own = chain_step(
+            model.decoder, embeddings, offset, positions, text.prefix, text.mask, own,
+            prefix_attention=settings.prefix_attention,
+        )  # fmt: skip
         logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
         logits = constrain(logits / settings.config.sampling_temperature, "batch", ..., None)  # whole where drawn from
         tokens = jnp.argmax(logits, axis=-1) if draws is None else draw_tokens(logits, draws)

@@ -121,6 +121,7 @@ def think(
         axis=3,
     )
     hidden, layers = chain_pass(
-        model.decoder, embeddings, positions, text.prefix, text.mask, rematerialize=settings.rematerialize
-    )
+        model.decoder, embeddings, positions, text.prefix, text.mask, rematerialize=settings.rematerialize,
+        prefix_attention=settings.prefix_attention,
+    )  # fmt: skip
     return hidden[..., :length, :], hidden[..., length + 1 :, :], layers

@@ -24,6 +24,7 @@ class ThoughtSettings:
       pause_id: id that fills thoughts under the control `pause`.
       compute_dtype: dtype of activations; logits, losses and rewards are float32.
       rematerialize: recompute layers in the backward pass.
+      prefix_attention: auto, blocks or kernel; see `ModelConfig`.
     """
 
     length: int
@@ -35,6 +36,7 @@ class ThoughtSettings:
     pause_id: int = 0
     compute_dtype: str = "float32"
     rematerialize: bool = False
+    prefix_attention: str = "auto"
     config: ThoughtConfig = field(default_factory=ThoughtConfig)
 
     @property

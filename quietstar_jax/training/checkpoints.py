@@ -16,10 +16,11 @@ from quietstar_jax.errors import CheckpointError, DivergedError, PreemptedError
 from quietstar_jax.settings import differences, to_mapping
 from quietstar_jax.training.step import TrainState
 
-# What changes nothing that a run computes; chunks, meshes and rematerialisation only through rounding.
+# What changes nothing that a run computes; chunks, meshes, rematerialisation and kernels only through rounding.
 UNRELATED = ("config.workdir", "config.logging", "config.checkpoint", "config.data.workers", "config.data.data_dir",
              "config.data.cache_dir", "config.thought.chunk_megabytes", "config.thought.positions_per_chunk",
-             "config.mesh", "config.distributed", "config.model.rematerialize")  # fmt: skip
+             "config.mesh", "config.distributed", "config.model.rematerialize",
+             "config.model.prefix_attention")  # fmt: skip
 MEASUREMENT = ("config.evaluation", "config.data.validation")  # touches figures, not the course of training
 FREE = UNRELATED + MEASUREMENT  # may change between the runs that share a work directory
 THINKING = tuple(

@@ -22,7 +22,7 @@ from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import Structure, disassemble
 from quietstar_jax.parallel.layout import on_mesh
-from quietstar_jax.parallel.mesh import check_batches, make_mesh
+from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
 from quietstar_jax.settings import to_mapping
 from quietstar_jax.thoughts.model import QuietStar, fresh, initialize
 from quietstar_jax.training.step import TrainState, Vocabulary, initial_state, state_specs
@@ -74,6 +74,7 @@ def prepare(config: Config) -> Run:
     end_tokens = _embedding_tokens(tokenizer, config.thought.initial_end_token, "initial_end_token")
     mesh = make_mesh(config.mesh, architecture)
     check_batches(config, mesh)
+    check_kernels(config.model.prefix_attention, mesh.devices.flat[0])
     return Run(
         config=config,
         tokenizer=tokenizer,

@@ -107,6 +107,7 @@ def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> Th
         pad_id=vocabulary.pad_id,
         pause_id=vocabulary.pause_id,
         compute_dtype=config.model.compute_dtype,
+        prefix_attention=config.model.prefix_attention,
         config=config.thought,
         **shape,
     )

@@ -24,6 +24,7 @@ from quietstar_jax.hf.load import EMBEDDING, LM_HEAD, Info, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import Structure
+from quietstar_jax.parallel.mesh import check_kernels
 from quietstar_jax.settings import from_mapping, to_mapping
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.training.saved_run import SavedRun, is_run, open_run, run_tokenizer
@@ -51,6 +52,7 @@ class TrainedModel:
       bos: ids that begin a text, as in training; eos_ids: any of them ends it.
       suppressed_ids: what the checkpoint's generation_config.json says must not be generated.
       path: as given; step: of a run's checkpoint, else None; commit: of a hub id, else empty.
+      prefix_attention: as in `ModelConfig`.
     """
 
     params: dict[str, jax.Array]
@@ -68,6 +70,7 @@ class TrainedModel:
     path: str
     step: int | None
     commit: str
+    prefix_attention: str = "auto"
 
     @property
     def can_think(self) -> bool:
@@ -92,7 +95,8 @@ class TrainedModel:
                 f"{self.path} cannot think: it has no mixing head that was trained. Turn thoughts off, or give a run "
                 "or an export that has learned to think."
             )
-        config = Config(model=ModelConfig(compute_dtype=self.dtype), thought=self.thought)
+        model = ModelConfig(compute_dtype=self.dtype, prefix_attention=self.prefix_attention)
+        config = Config(model=model, thought=self.thought)
         return thought_settings(config, self.vocabulary, length=length, tokens_ahead=tokens_ahead)
 
     @functools.cached_property
@@ -122,7 +126,7 @@ class TrainedModel:
 
 def open_model(
     path: str | Path, *, step: int | None = None, revision: str = "", dtype: str = "float32",
-    layout: Layout | None = None,
+    prefix_attention: str = "auto", layout: Layout | None = None,
 ) -> TrainedModel:  # fmt: skip
     """Opens a model; changes nothing where it lies.
 
@@ -132,6 +136,7 @@ def open_model(
       step: of a run's checkpoint; None = the newest.
       revision: of a hub id.
       dtype: of the computation, `float32` or `bfloat16`.
+      prefix_attention: as in `ModelConfig`, for this machine: what a run was trained with does not matter.
       layout: from the abstract parameters to their shardings; None = all on the first device.
 
     Raises:
@@ -139,16 +144,19 @@ def open_model(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"The dtype is {dtype!r}; it takes one of {', '.join(DTYPES)}.")
+    check_kernels(prefix_attention, jax.devices()[0])
     folder = Path(path).expanduser()
     if is_run(folder):
         if revision:
             raise CheckpointError(f"{path} is a run and has no revision {revision!r}. Leave the revision out.")
-        return _of_run(str(path), open_run(folder, step), dtype, layout)
+        model = _of_run(str(path), open_run(folder, step), dtype, layout)
+        return dataclasses.replace(model, prefix_attention=prefix_attention)
     if step is not None:
         raise CheckpointError(
             f"{path} is not a run with checkpoints, so it has no step {step}. Leave the step out, or give a workdir."
         )
-    return _of_files(str(path), open_checkpoint(str(path), revision), revision, dtype, layout)
+    model = _of_files(str(path), open_checkpoint(str(path), revision), revision, dtype, layout)
+    return dataclasses.replace(model, prefix_attention=prefix_attention)
 
 
 def stored_dtype(name: str, dtype: str) -> str:

@@ -107,6 +107,7 @@ def test_settings(places):
     assert open_model(places["folder"] / "quietstar").settings(2).meta_tokens == (20, 21)
     with pytest.raises(ConfigError, match="-1"):
         open_model(places["folder"] / "run").settings(-1)
+    assert open_model(places["folder"] / "run", prefix_attention="blocks").settings().prefix_attention == "blocks"
 
 
 @pytest.mark.parametrize("name", ["run", "quietstar"])
@@ -172,6 +173,8 @@ def test_other_ids_that_end_a_text(places, tmp_path):
         ("run", {"step": 3}, "no checkpoint of step 3"),
         ("run", {"revision": "main"}, "no revision"),
         ("run", {"dtype": "float16"}, "float16"),
+        ("run", {"prefix_attention": "kernels"}, "one of auto, blocks, kernel"),
+        ("run", {"prefix_attention": "kernel"}, "none for the platform 'cpu'"),
         ("empty", {}, "config.json is missing"),
         ("begun", {}, "holds no checkpoint"),
     ],

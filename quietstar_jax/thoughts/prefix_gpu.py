@@ -1,0 +1,303 @@
+"""The prefix part of chain attention as Pallas kernels for NVIDIA GPUs, compiled by Triton.
+
+`add_prefix` and `prefix_gradients` compute what those of `thoughts/prefix_blocks.py` do, over the rows and blocks of
+`thoughts/prefix_rows.py`: blocks of keys that no row of a block sees are neither read nor computed. A program sums over
+keys for its own rows, or over rows for its own keys, so that nothing is added atomically and results repeat. Products
+are of the compute dtype, on tensor cores (float32 as XLA's own products: `jax.default_matmul_precision`); scores and
+sums are float32. Axis letters as in `thoughts/prefix_rows.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.models.attention import MASKED
+from quietstar_jax.thoughts import prefix_rows
+from quietstar_jax.thoughts.prefix_blocks import Sums, through_softmax
+from quietstar_jax.thoughts.prefix_rows import Range, bounds, dot, pad, pad_axis
+from quietstar_jax.thoughts.seen import Seen
+
+
+class Blocks(NamedTuple):
+    """rows, keys: of a block, powers of two from 16 on (Triton's products take no less); warps: 32 threads each, of the
+    program that computes one."""
+
+    rows: int
+    keys: int
+    warps: int
+
+
+# By the bytes of one head in the compute dtype, which a block has for each of its rows and keys. What a program holds
+# for all its turns and twice what it fetches for one (STAGES) come to 96 KiB of shared memory in each line; weights on
+# their way into a product add at most 32. A100 has 163 KiB for a program, H100 227.
+#   forward: rows of q, 2 x keys and values of a block        bytes x (rows + 4 keys)
+#   gradient of q: rows of q and of the gradient, the same    bytes x (2 rows + 4 keys)
+#   gradients of keys and values: these, 2 x the rows         bytes x (2 keys + 4 rows)
+FORWARD = {256: Blocks(128, 64, 8), 512: Blocks(64, 32, 8), 1024: Blocks(32, 16, 4)}
+BACKWARD = {256: Blocks(64, 64, 8), 512: Blocks(32, 32, 4), 1024: Blocks(16, 16, 4)}
+STAGES = 2
+LEAST = 16  # numbers along each axis of a product
+
+
+def add_prefix(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, own: Sums, *, interpret: bool = False
+) -> Sums:
+    """As `prefix_blocks.add_prefix`; `interpret` runs the kernel on any device.
+
+    Raises:
+      ConfigError: heads are wider than the kernels' blocks.
+    """
+    return prefix_rows.add_prefix(functools.partial(forward, interpret=interpret), q, keys, values, seen, own)
+
+
+def prefix_gradients(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, log_total: jax.Array, mean: jax.Array,
+    gradient: jax.Array, *, interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """As `prefix_blocks.prefix_gradients`."""
+    kernels = functools.partial(backward, interpret=interpret)
+    return prefix_rows.prefix_gradients(kernels, q, keys, values, seen, log_total, mean, gradient)
+
+
+def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, interpret: bool = False) -> Sums:
+    """Softmax sums of scaled queries [B, G, N, H] over keys and values [B, G, P, H].
+
+    A row that sees no key has the peak `MASKED` and the total 0.
+    """
+    rows, width, length = q.shape[2], q.shape[3], keys.shape[2]
+    blocks = _blocks(FORWARD, q)
+    q, keys, values = _pad_heads(q, keys, values)
+    q, keys, values, seen = pad(q, keys, values, seen, blocks.rows, blocks.keys)
+    batch, groups, padded, full_width = q.shape
+    of_rows, numbers = _of_head(blocks.rows), _of_sequence(blocks.rows)
+    all_keys = _all_of_head(*keys.shape[2:])
+    sums = _call(
+        _forward_kernel,
+        "prefix_attention_forward",
+        blocks,
+        grid=(padded // blocks.rows, groups, batch),
+        in_specs=[
+            _of_sequence(1), _of_sequence(1), _of_head(blocks.rows, full_width), numbers, numbers, all_keys, all_keys,
+            _all_of_sequence(keys.shape[2]),
+        ],
+        out_specs=[of_rows, of_rows, _of_head(blocks.rows, full_width)],
+        out_shapes=[(batch, groups, padded), (batch, groups, padded), q.shape],
+        interpret=interpret,
+    )(
+        *bounds(seen, length, blocks.rows, blocks.keys), q, seen.low, seen.high, keys, values,
+        seen.mask.astype(jnp.int32),
+    )  # fmt: skip
+    peak, total, context = (x[:, :, :rows] for x in sums)
+    return Sums(peak[..., None], total[..., None], context[..., :width])
+
+
+def backward(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, log_total: jax.Array, mean: jax.Array,
+    gradient: jax.Array, *, interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Gradients of queries, keys and values, float32, from scores that are computed again.
+
+    Args:
+      log_total: [B, G, N, 1] log-sum-exp over prefix and chain; mean: [B, G, N, 1] the gradient times the context,
+        summed; gradient: [B, G, N, H] of the context.
+    """
+    rows, length, width = q.shape[2], keys.shape[2], q.shape[3]
+    blocks = _blocks(BACKWARD, q)
+    q, keys, values, gradient = _pad_heads(q, keys, values, gradient)
+    q, keys, values, seen = pad(q, keys, values, seen, blocks.rows, blocks.keys)
+    log_total, mean, gradient = (pad_axis(x, 2, blocks.rows) for x in (log_total, mean, gradient))
+    batch, groups, padded, full_width = q.shape
+    full_length = keys.shape[2]
+    visited = bounds(seen, length, blocks.rows, blocks.keys)
+    of_rows = (q, gradient, log_total[..., 0], mean[..., 0], seen.low, seen.high)
+    of_keys = (keys, values, seen.mask.astype(jnp.int32))
+
+    own_rows, row_numbers = _of_head(blocks.rows, full_width), _of_sequence(blocks.rows)
+    all_keys = _all_of_head(full_length, full_width)
+    (to_q,) = _call(
+        _query_gradient_kernel,
+        "prefix_attention_query_gradient",
+        blocks,
+        grid=(padded // blocks.rows, groups, batch),
+        in_specs=[
+            _of_sequence(1), _of_sequence(1), own_rows, own_rows, _of_head(blocks.rows), _of_head(blocks.rows),
+            row_numbers, row_numbers, all_keys, all_keys, _all_of_sequence(full_length),
+        ],
+        out_specs=[own_rows],
+        out_shapes=[q.shape],
+        interpret=interpret,
+    )(*visited, *of_rows, *of_keys)  # fmt: skip
+
+    own_keys, all_rows, all_numbers = _of_head(blocks.keys, full_width), _all_of_head(padded), _all_of_sequence(padded)
+    every_row = _all_of_head(padded, full_width)
+    to_keys, to_values = _call(
+        _key_gradient_kernel,
+        "prefix_attention_key_gradient",
+        blocks,
+        grid=(full_length // blocks.keys, groups, batch),
+        in_specs=[
+            _of_sequence(1), _of_sequence(1, padded // blocks.rows), every_row, every_row, all_rows, all_rows,
+            all_numbers, all_numbers, own_keys, own_keys, _of_sequence(blocks.keys),
+        ],
+        out_specs=[own_keys, own_keys],
+        out_shapes=[keys.shape, keys.shape],
+        interpret=interpret,
+    )(*_visitors(*visited, full_length // blocks.keys), *of_rows, *of_keys)  # fmt: skip
+    return to_q[:, :, :rows, :width], to_keys[:, :, :length, :width], to_values[:, :, :length, :width]
+
+
+def _forward_kernel(first, last, q, low, high, keys, values, mask, peak_out, total_out, context_out, *, blocks: Blocks):
+    rows, seen = q[...], (low[...][:, None], high[...][:, None])
+
+    def block(i: jax.Array, sums: tuple) -> tuple:
+        peak, total, context = sums
+        at = pl.ds(i * blocks.keys, blocks.keys)
+        visible = _visible(_numbers(i, blocks.keys)[None, :], *seen, mask[at][None, :])
+        scores = dot(rows, keys[at, :], 1, 1)
+        higher = jnp.maximum(peak, jnp.where(visible, scores, MASKED).max(axis=1))
+        weights = jnp.where(visible, jnp.exp(scores - higher[:, None]), 0.0)
+        shrink = jnp.exp(peak - higher)
+        added = dot(weights.astype(values.dtype), values[at, :], 1, 0)
+        return higher, total * shrink + weights.sum(axis=1), context * shrink[:, None] + added
+
+    none = jnp.full((blocks.rows,), MASKED, jnp.float32), jnp.zeros((blocks.rows,), jnp.float32)
+    sums = jax.lax.fori_loop(first[0], last[0] + 1, block, (*none, jnp.zeros(rows.shape, jnp.float32)))
+    peak_out[...], total_out[...], context_out[...] = sums
+
+
+def _query_gradient_kernel(
+    first, last, q, gradient, log_total, mean, low, high, keys, values, mask, to_q, *, blocks: Blocks
+):
+    rows, of_context, seen = q[...], gradient[...], (low[...][:, None], high[...][:, None])
+    saved = log_total[...][:, None], mean[...][:, None]
+
+    def block(i: jax.Array, total: jax.Array) -> jax.Array:
+        at = pl.ds(i * blocks.keys, blocks.keys)
+        block_keys = keys[at, :]
+        visible = _visible(_numbers(i, blocks.keys)[None, :], *seen, mask[at][None, :])
+        scores = jnp.where(visible, dot(rows, block_keys, 1, 1), MASKED)
+        to_weights = dot(of_context, values[at, :], 1, 1)
+        _, to_scores = through_softmax(scores, to_weights, *saved, q.dtype)
+        return total + dot(to_scores, block_keys, 1, 0)
+
+    to_q[...] = jax.lax.fori_loop(first[0], last[0] + 1, block, jnp.zeros(rows.shape, jnp.float32))
+
+
+def _key_gradient_kernel(
+    count, order, q, gradient, log_total, mean, low, high, keys, values, mask, to_keys, to_values, *, blocks: Blocks
+):
+    """Scores lie [keys, rows] here, so that what goes into the products that are summed need not be transposed."""
+    own_keys, own_values = keys[...], values[...]
+    numbers, real = _numbers(pl.program_id(0), blocks.keys)[:, None], mask[...][:, None]
+
+    def block(i: jax.Array, sums: tuple) -> tuple:
+        at = pl.ds(order[0, i] * blocks.rows, blocks.rows)
+        rows, of_context = q[at, :], gradient[at, :]
+        visible = _visible(numbers, low[at][None, :], high[at][None, :], real)
+        scores = jnp.where(visible, dot(own_keys, rows, 1, 1), MASKED)
+        to_weights = dot(own_values, of_context, 1, 1)
+        weights, to_scores = through_softmax(scores, to_weights, log_total[at][None, :], mean[at][None, :], q.dtype)
+        return sums[0] + dot(to_scores, rows, 1, 0), sums[1] + dot(weights, of_context, 1, 0)
+
+    zeros = jnp.zeros(own_keys.shape, jnp.float32)
+    to_keys[...], to_values[...] = jax.lax.fori_loop(0, count[0], block, (zeros, zeros))
+
+
+def _visible(numbers: jax.Array, low: jax.Array, high: jax.Array, real: jax.Array) -> jax.Array:
+    return (numbers >= low) & (numbers <= high) & (real != 0)
+
+
+def _numbers(block: jax.Array, size: int) -> jax.Array:
+    """Of the keys in a block."""
+    return block * size + jax.lax.iota(jnp.int32, size)
+
+
+def _visitors(first: jax.Array, last: jax.Array, key_blocks: int) -> tuple[jax.Array, jax.Array]:
+    """Which blocks of rows see each block of keys, from the bounds [B, row blocks] of what each sees.
+
+    Returns:
+      how many [B, key blocks], and these before the others [B, key blocks, row blocks], int32.
+    """
+    number = jnp.arange(key_blocks)[:, None]
+    sees = (first[:, None] <= number) & (number <= last[:, None])
+    order = jnp.argsort(~sees, axis=-1, stable=True)
+    return sees.sum(axis=-1, dtype=jnp.int32), order.astype(jnp.int32)
+
+
+def _blocks(sizes: Mapping[int, Blocks], q: jax.Array) -> Blocks:
+    needed = _full_width(q.shape[-1]) * q.dtype.itemsize
+    for size, blocks in sizes.items():
+        if needed <= size:
+            return blocks
+    raise ConfigError(
+        f"model.prefix_attention is 'kernel', but heads of {q.shape[-1]} numbers in {q.dtype} are wider than the GPU "
+        f"kernel's blocks ({max(sizes)} bytes). Set it to 'blocks'."
+    )
+
+
+def _pad_heads(*arrays: jax.Array) -> Sequence[jax.Array]:
+    """Arrays [.., H] with zeros up to a width that Triton takes."""
+    return [pad_axis(x, x.ndim - 1, _full_width(x.shape[-1])) for x in arrays]
+
+
+def _full_width(width: int) -> int:
+    """The next power of two."""
+    return max(LEAST, 1 << (width - 1).bit_length())
+
+
+def _call(
+    kernel: Callable[..., None], name: str, blocks: Blocks, *, grid: tuple[int, int, int],
+    in_specs: list[pl.BlockSpec], out_specs: list[pl.BlockSpec], out_shapes: list[tuple[int, ...]], interpret: bool,
+) -> Callable[..., Any]:  # fmt: skip
+    """The kernel over a grid (block of its own axis, head, sequence); neighbours on it share what else they read."""
+    return pl.pallas_call(
+        functools.partial(kernel, blocks=blocks),
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in out_shapes],
+        compiler_params=_triton().CompilerParams(num_warps=blocks.warps, num_stages=STAGES),
+        interpret=interpret,
+        name=name,
+    )
+
+
+def _triton() -> Any:
+    """JAX's own, which 0.12 calls deprecated: looked for where it is used, so that nothing else depends on it.
+
+    Raises:
+      ConfigError: this JAX has none.
+    """
+    try:
+        from jax.experimental.pallas import triton
+    except ImportError as error:
+        raise ConfigError(
+            f"model.prefix_attention is 'kernel', but jax {jax.__version__} cannot compile the kernels for GPUs: it no "
+            "longer has Triton. Set it to 'auto' or 'blocks', or install jax 0.12 or older."
+        ) from error
+    return triton
+
+
+def _of_head(size: int, *width: int) -> pl.BlockSpec:
+    """A program's own block of an array [B, G, N or P, ...]."""
+    return pl.BlockSpec((None, None, size, *width), lambda i, g, b: (b, g, i, *(0,) * len(width)))
+
+
+def _all_of_head(*shape: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, *shape), lambda i, g, b: (b, g, *(0,) * len(shape)))
+
+
+def _of_sequence(size: int, *width: int) -> pl.BlockSpec:
+    """A program's own block of an array [B, N or P, ...]."""
+    return pl.BlockSpec((None, size, *width), lambda i, g, b: (b, i, *(0,) * len(width)))
+
+
+def _all_of_sequence(size: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, size), lambda i, g, b: (b, 0))

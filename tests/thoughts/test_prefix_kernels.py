@@ -1,0 +1,93 @@
+"""The TPU and GPU kernels, interpreted on CPU, against the blocks that any device computes."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from quietstar_jax.thoughts import prefix_blocks, prefix_gpu, prefix_tpu
+from quietstar_jax.thoughts.prefix_blocks import Sums
+from quietstar_jax.thoughts.prefix_gpu import Blocks
+from quietstar_jax.thoughts.prefix_rows import Range
+from quietstar_jax.thoughts.seen import Seen
+
+MASK = jnp.array(np.random.default_rng(0).random((2, 21)) > 0.2)
+CASES = {
+    "shared positions": (jnp.arange(5, 12), 2**31 - 1),
+    "positions of their own": (jnp.array([[0, 3, 4, 9, 13, 19, 20], [1, 2, 8, 8, 11, 15, 2**30]]), 2**31 - 1),
+    "windows that end before the prefix": (jnp.arange(8, 15), 3),
+}
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.fixture(params=[prefix_tpu, prefix_gpu], ids=["tpu", "gpu"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """With several blocks of rows and keys, the last ones not whole."""
+    monkeypatch.setattr(prefix_tpu, "ROW_BLOCK", 16)
+    monkeypatch.setattr(prefix_tpu, "KEY_BLOCK", 8)
+    monkeypatch.setattr(prefix_gpu, "FORWARD", {1024: Blocks(32, 8, 4)})
+    monkeypatch.setattr(prefix_gpu, "BACKWARD", {1024: Blocks(16, 8, 4)})
+    return request.param
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["small_scores", "large_scores"])
+def test_kernels_equal_the_blocks(kernel: Any, name: str, scale: float) -> None:
+    positions, window = CASES[name]
+    batch, groups, rows, width, length = 2, 2, 6, 8, MASK.shape[1]
+    shape = (batch, groups, 2, positions.shape[-1], rows, width)
+    text = (normal(1, batch, groups, length, width), normal(2, batch, groups, length, width))
+    seen = Seen(MASK, positions, jnp.tile(jnp.arange(3), 2), jnp.int32(window))
+    q, own = scale * normal(0, *shape), Sums(normal(3, *shape)[..., :1], jnp.ones((*shape[:-1], 1)), normal(4, *shape))
+    tolerance = 1e-3 if scale > 1 else 2e-5
+
+    def check(found: Any, wanted: Any) -> None:
+        for x, y in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(y).max())))
+
+    sums = prefix_blocks.add_prefix(q, *text, seen, own)
+    check(kernel.add_prefix(q, *text, seen, own, interpret=True), sums)
+    saved = (sums.peak + jnp.log(sums.total), normal(5, *shape)[..., :1], normal(6, *shape))
+    gradients = prefix_blocks.prefix_gradients(q, *text, seen, *saved)
+    check(kernel.prefix_gradients(q, *text, seen, *saved, interpret=True), gradients)
+    assert all(np.any(x) for x in gradients)
+
+
+def test_a_row_without_keys_adds_nothing(kernel: Any) -> None:
+    seen = Range(jnp.array([[0, 5, 3]]), jnp.array([[4, 4, 3]]), jnp.ones((1, 9), bool).at[0, 3].set(False))
+    sums = kernel.forward(normal(0, 1, 1, 3, 4), normal(1, 1, 1, 9, 4), normal(2, 1, 1, 9, 4), seen, interpret=True)
+    assert sums.total[0, 0, :, 0].tolist()[1:] == [0.0, 0.0]
+    np.testing.assert_array_equal(sums.context[0, 0, 1:], 0.0)
+    assert np.all(np.asarray(sums.peak[0, 0, 1:]) <= -1e29)
+
+
+def test_blocks_that_no_row_sees_are_not_computed(kernel: Any) -> None:
+    """Rows 0 .. 31 see keys 8 .. 15, the others none: rubbish in what is not seen must reach no result, and what sees
+    nothing gets no gradient."""
+    high = jnp.where(jnp.arange(48) < 32, 15, 7)
+    seen = Range(jnp.full((1, 48), 8), high[None], jnp.ones((1, 32), bool))
+    q, keys, values, gradient = (normal(i, 1, 1, n, 4) for i, n in enumerate((48, 32, 32, 48)))
+    saved = normal(4, 1, 1, 48, 1), normal(5, 1, 1, 48, 1)
+
+    def both(q: jax.Array, keys: jax.Array, values: jax.Array, gradient: jax.Array) -> tuple[Any, Any]:
+        sums = kernel.forward(q, keys, values, seen, interpret=True)
+        return sums, kernel.backward(q, keys, values, seen, *saved, gradient, interpret=True)
+
+    clean = both(q, keys, values, gradient)
+    blind = (jnp.arange(48) >= 32)[:, None]
+    hidden = ((jnp.arange(32) < 8) | (jnp.arange(32) >= 16))[:, None]
+    dirty = both(*(jnp.where(unseen, jnp.nan, x) for unseen, x in
+                   ((blind, q), (hidden, keys), (hidden, values), (blind, gradient))))  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+    to_q, to_keys, to_values = clean[1]
+    for x, unseen in ((to_q, blind), (to_keys, hidden), (to_values, hidden)):
+        assert not np.any(np.where(unseen, x, 0))
+        assert np.all(np.any(np.where(unseen, 1, x), axis=-1))
