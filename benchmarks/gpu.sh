@@ -19,7 +19,7 @@ record() {  # NAME MODULE FLAGS...
     fi
 }
 
-for attention in blocks kernel; do  # the loss must be the same to rounding
+for attention in blocks triton; do  # the loss must be the same to rounding
     record "train_half_billion_$attention" benchmarks.train_step --preset half_billion --prefix-attention "$attention" \
         --profile "$out/trace_half_billion_$attention"
 done
@@ -29,5 +29,5 @@ record generate_mistral_7b benchmarks.generate --preset mistral_7b
 for megabytes in 2048 4096 8192; do
     record "train_mistral_7b_$megabytes" benchmarks.train_step --preset mistral_7b --chunk-megabytes "$megabytes"
 done
-record train_mistral_7b_kernel benchmarks.train_step --preset mistral_7b --prefix-attention kernel
+record train_mistral_7b_triton benchmarks.train_step --preset mistral_7b --prefix-attention triton
 record train_mistral_7b_trace benchmarks.train_step --preset mistral_7b --profile "$out/trace_mistral_7b"

@@ -1,6 +1,6 @@
 """What the studies on the embedded corpus vary: the quickstart with half the sequences and fewer steps where it thinks.
 
-A study is dozens of runs; this makes each cost half.
+A study is dozens of runs.
 """
 
 import ml_collections
@@ -11,6 +11,7 @@ from configs import quickstart
 def get_config() -> ml_collections.ConfigDict:
     """8 instead of 16 sequences in the phases that think, 50 steps of REINFORCE."""
     config = quickstart.get_config()
+    config.workdir = "runs/small_quickstart"
     _, opening, thoughts = config.phases
     opening.batch_size = thoughts.batch_size = 8
     thoughts.steps = 50

@@ -1,7 +1,7 @@
 """Continues the base of `configs/textbooks_base.py` with thoughts, on the same real text.
 
 The base is exported first: `python -m quietstar_jax.export --checkpoint runs/textbooks_base --output
-runs/textbooks_base_hf --format base` (see the README).
+runs/textbooks_base_hf --format base`.
 """
 
 import ml_collections

@@ -1,6 +1,7 @@
-"""Pre-trains a small base on real text: textbooks (OpenStax) and worked problems (GSM8K). Under an hour on two cores.
+"""Pre-trains a small base on real text: textbooks (OpenStax) and worked problems (GSM8K).
 
-GSM8K is read as a tensorflow-datasets dataset, made once from its published files:
+Set `--config.data.tokenizer`, `--config.data.train` and `--config.data.validation` to where yours lie. GSM8K is read as
+a tensorflow-datasets dataset, made once from its published files:
 `python -m quietstar_jax.data.build gsm8k --data-dir ~/tensorflow_datasets --split train=gsm8k/train.jsonl`
 """
 

@@ -15,7 +15,7 @@ from absl import app, flags
 from quietstar_jax.config import Config, MeshConfig
 from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.planning.plan import PROGRAMS, plan
-from quietstar_jax.planning.programs import plan_mesh
+from quietstar_jax.planning.programs import plan_mesh, planned_for
 from quietstar_jax.planning.search import SIZES, candidates, search
 from quietstar_jax.planning.table import format_plan, format_search
 from quietstar_jax.planning.targets import Target, compile_only, find_target
@@ -36,7 +36,8 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}. Settings are given as --config.NAME=VALUE.")
     compile_only()
-    config, target = given_config(), find_target(_TOPOLOGY.value)
+    target = find_target(_TOPOLOGY.value)
+    config = planned_for(given_config(), target)
     result: dict[str, Any]
     if _SEARCH.value:
         plans = search(config, target, _PHASE.value, tries=_TRIES.value, say=lambda line: print(line, file=sys.stderr))

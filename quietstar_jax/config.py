@@ -105,7 +105,7 @@ class Architecture:
         ]  # fmt: skip
 
 
-PREFIX_ATTENTION = ("auto", "blocks", "kernel")
+PREFIX_ATTENTION = ("auto", "blocks", "triton")
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ class ModelConfig:
     architecture: Architecture = field(default_factory=Architecture)  # used only without `checkpoint`
     compute_dtype: str = "float32"  # float32 | bfloat16; master weights, logits and losses are always float32
     rematerialize: bool = False  # recompute whole layers in the backward pass, those of the text and of the chains
-    prefix_attention: str = "auto"  # how thoughts attend to the text before them: blocks (XLA) | kernel (Pallas: TPU,
-    # NVIDIA GPU) | auto (the kernel on TPU, blocks elsewhere)
+    prefix_attention: str = "auto"  # how thoughts attend to the text before them: auto (a Pallas kernel on TPUs, XLA
+    # elsewhere) | blocks (XLA) | triton (a Pallas kernel for NVIDIA's A100, H100 and others with 163 KiB
+    # of shared memory for a program)
 
     def problems(self) -> list[str]:
         return [

@@ -34,7 +34,7 @@ def test_defaults_survive_the_round_trip():
         ({"thought": {"mixing": "logits"}}, r"it takes one of hidden_states, log_probabilities"),
         ({"model": {"architecture": {"num_heads": 4, "num_kv_heads": 3}}}, r"a divisor of num_heads \(4\)"),
         ({"model": {"architecture": {"rope_scaling": {"kind": "llama3"}}}}, r"a positive length for llama3 scaling"),
-        ({"model": {"prefix_attention": "triton"}}, r"model\.prefix_attention is 'triton'; it takes one of auto"),
+        ({"model": {"prefix_attention": "kernel"}}, r"model\.prefix_attention is 'kernel'; it takes one of auto"),
         ({"data": {"packing": "loose"}}, r"one of random_span, consecutive_spans, packed"),
         ({"data": {"weights": (1.0, 2.0)}}, r"config\.data\.weights .* a positive number for each of the 1 train"),
         ({"data": {"weights": (0.0,)}}, r"config\.data\.weights is \(0\.0,\)"),

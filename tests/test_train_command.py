@@ -29,7 +29,7 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
         (["--config.data.tokenizer=/no/such/folder"], "/no/such/folder"),
         (["--config.model.architecture.vocab_size=50"], "50"),
         (["--config.model.checkpoint=/no/such/model"], "/no/such/model"),
-        (["--config.model.prefix_attention=kernel"], "none for the platform 'cpu', only for TPUs and NVIDIA GPUs"),
+        (["--config.model.prefix_attention=triton"], "a kernel for NVIDIA GPUs, and the platform is 'cpu'"),
         (["--config.thought.initial_start_token="], "initial_start_token"),
     ],
 )

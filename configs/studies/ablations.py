@@ -15,7 +15,7 @@ def both(name: str, value: Any) -> dict[str, Any]:
 
 def get_study() -> Study:
     """One setting changed at a time."""
-    variants = {"quickstart": {}}
+    variants = {"baseline": {}}
     variants |= {f"length_{n}": both("thought_length", n) for n in (2, 4, 8, 12)}
     variants["length_0"] = both("thought_length", 0) | {
         "phases[1].rates.decoder": 1.0, "phases[1].learning_rate": 3e-4, "evaluation.thought_length": 6,
@@ -28,7 +28,7 @@ def get_study() -> Study:
     variants["score_temperature_1"] = {"thought.score_temperature": 1.0}
     return Study(
         base="configs/small_quickstart.py",
-        baseline="quickstart",
+        baseline="baseline",
         variants=variants,
         metrics=(
             "answer_accuracy_with_thoughts", "useful_thought_rate", "useful_sampled_thought_rate", "loss_with_thoughts",

@@ -111,10 +111,12 @@ def check_kernels(prefix_attention: str, device: Any) -> None:
     """Raises ConfigError where `ModelConfig.prefix_attention` is no choice, or none that such a device has."""
     if prefix_attention not in PREFIX_ATTENTION:
         raise ConfigError(f"prefix_attention is {prefix_attention!r}; it takes one of {', '.join(PREFIX_ATTENTION)}.")
-    if prefix_attention == "kernel" and device.platform not in ("tpu", "gpu"):
+    if prefix_attention == "triton" and (
+        device.platform != "gpu" or "rocm" in getattr(device.client, "platform_version", "")
+    ):
         raise ConfigError(
-            f"prefix_attention is 'kernel', but there is none for the platform {device.platform!r}, only for TPUs and "
-            "NVIDIA GPUs. Set it to 'auto' or 'blocks'."
+            f"prefix_attention is 'triton', a kernel for NVIDIA GPUs, and the platform is {device.platform!r} "
+            f"({device.device_kind}). Set it to 'auto' or 'blocks'."
         )
 
 

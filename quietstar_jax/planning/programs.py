@@ -108,6 +108,13 @@ def find_phase(config: Config, architecture: Architecture, name: str = "") -> Ph
     raise ConfigError(f"--phase {name!r} is none of config.phases: {', '.join(phase.name for phase in config.phases)}.")
 
 
+def planned_for(config: Config, target: Target) -> Config:
+    """The configuration that is compiled: where another device stands in for a GPU, it must not bring its kernels."""
+    if not target.name.startswith("gpu"):
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, prefix_attention="blocks"))
+
+
 def plan_mesh(config: Config, target: Target) -> tuple[Architecture, Mesh]:
     """Shape of the model and mesh of a run on these devices.
 

@@ -71,7 +71,7 @@ def find_target(name: str) -> Target:
 def _gpu_target(name: str, chip: Chip, count: int) -> Target:
     note = (
         f"Nothing can be compiled for {chip.name} here: arguments are exact, temporaries are those of the {{}} "
-        "compiler for the same layout, and kernels of the GPU may need more or less."
+        "compiler for the same layout, and kernels of the GPU may need more or less. Thoughts attend in XLA's blocks."
     )
     if count > GPUS_PER_NODE:
         chip = dataclasses.replace(chip, link_rate=NETWORK_RATE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from html import escape, unescape
 from pathlib import Path
@@ -13,16 +14,17 @@ _FONT = "svg { font-family: system-ui, sans-serif; background: var(--paper); }"
 
 
 def drawings(html: str) -> dict[str, str]:
-    """File name -> SVG of every chart of a page; two that show the same have numbers."""
+    """File name -> SVG of every chart of a page; two of the same name have numbers."""
     found: dict[str, str] = {}
+    style = escape(asset("chart.css"), quote=False) + _FONT
     for view, label, marks in _SVG.findall(html):
         stem = re.sub(r"\W+", "_", unescape(label)).strip("_").lower()
-        same = sum(re.fullmatch(rf"{stem}(_\d+)?\.svg", name) is not None for name in found)
-        name = f"{stem}_{same + 1}.svg" if same else f"{stem}.svg"
+        names = itertools.chain([f"{stem}.svg"], (f"{stem}_{i}.svg" for i in itertools.count(2)))
+        name = next(name for name in names if name not in found)
         width, height = view.split()[2:]
         found[name] = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}" width="{width}" height="{height}" role="img" '
-            f'aria-label="{label}"><style>{escape(asset("chart.css"), quote=False)}{_FONT}</style>{marks}</svg>\n'
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}" style="width:{width}px;height:{height}px" '
+            f'role="img" aria-label="{label}"><style>{style}</style>{marks}</svg>\n'
         )
     return found
 

@@ -106,8 +106,8 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for phase in dict.fromkeys(record["phase"] for record in train):
         own = [record for record in train if record["phase"] == phase]
-        charts = [_curve(own, title, series) for title, series in CURVES.items() if series[-1][0] in own[0]]
-        charts = charts or [_curve(own, "loss, nats per token", (("base_loss", "a"),))]
+        charts = [_curve(own, phase, title, series) for title, series in CURVES.items() if series[-1][0] in own[0]]
+        charts = charts or [_curve(own, phase, "loss, nats per token", (("base_loss", "a"),))]
         parts.append(
             figure(
                 f"Phase “{phase}”, up to step {own[-1]['step']:,}", f'<div class="small">{"".join(charts)}</div>', ""
@@ -116,7 +116,9 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> str:
     return "".join(parts) + _held_out([record for record in records if record["kind"] == "evaluation"])
 
 
-def _curve(records: Sequence[Mapping[str, Any]], title: str, series: Sequence[tuple[str, str]]) -> str:
+def _curve(
+    records: Sequence[Mapping[str, Any]], phase: str, title: str, series: Sequence[tuple[str, str]]
+) -> str:  # fmt: skip
     lines = []
     for name, kind in series:
         points = [(float(record["step"]), float(record[name])) for record in records if name in record]
@@ -126,7 +128,8 @@ def _curve(records: Sequence[Mapping[str, Any]], title: str, series: Sequence[tu
     values = np.array([y for _, points in lines for _, y in points])
     low, high = np.quantile(values, [0.01, 0.99])
     steps = (lines[0][1][0][0], lines[0][1][-1][0])
-    chart = Chart(title, steps, _padded(float(low), float(high)), width=300, height=190, left=52).y_axis()
+    label = f"{title}, {phase}"
+    chart = Chart(label, steps, _padded(float(low), float(high)), width=300, height=190, left=52).y_axis()
     for kind, points in lines:
         chart.line(points, f"raw-{kind}")
     for kind, points in smooth:

@@ -106,7 +106,8 @@ def _differences(
 def _rows_chart(label: str, names: Sequence[str], values: Sequence[float], right: int = 16) -> Chart:
     low, high = min(values), max(values)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    size = dict(width=580, height=ROW * len(names) + 58, left=180, right=right)
+    left = max(120, 24 + 8 * max(map(len, names)))  # pixels: names are 13 high
+    size = dict(width=400 + left, height=ROW * len(names) + 58, left=left, right=right)
     chart = Chart(label, (low - room, high + room), (0, len(names)), **size)
     return chart.y_names([(len(names) - place - 0.5, name) for place, name in enumerate(names)]).x_grid()
 

@@ -134,10 +134,9 @@ def _choose(
     prefix_attention: str, blocks: Callable[..., Any], tpu: Callable[..., Any], gpu: Callable[..., Any]
 ) -> Callable[..., Any]:
     """One function that is what `ModelConfig.prefix_attention` names on the device that a program is compiled for."""
-    if prefix_attention == "blocks":
-        return blocks
-    branches = {"tpu": tpu, "cuda": gpu} if prefix_attention == "kernel" else {"tpu": tpu, "default": blocks}
-    return functools.partial(jax.lax.platform_dependent, **branches)
+    if prefix_attention == "auto":
+        return functools.partial(jax.lax.platform_dependent, tpu=tpu, default=blocks)
+    return {"blocks": blocks, "triton": gpu}[prefix_attention]
 
 
 def _attend(

@@ -110,10 +110,11 @@ def _chunk_loss(
     rewarded = (positions <= length - 2 - ahead)[..., None, :]  # [1, J] or [B, 1, J]
     base_nats = here_and_ahead(text.nats, positions, ahead)
     reward = jnp.where(rewarded, rewards(base_nats, scores.nats), 0.0)
-    advantage = advantages(reward, positive_only=config.positive_only)
-    policy = policy_loss(advantage, scores.log_probs, counts, reduction=config.policy_reduction)
-
-    loss = (1.0 - config.base_loss_weight) * talk + settings.policy_weight * policy
+    loss, trained = (1.0 - config.base_loss_weight) * talk, {}
+    if settings.policy_weight:
+        advantage = advantages(reward, positive_only=config.positive_only)
+        policy = policy_loss(advantage, scores.log_probs, counts, reduction=config.policy_reduction)
+        loss, trained = loss + settings.policy_weight * policy, {"policy_loss": policy}
     real = real_ahead(text.mask, positions, ahead)[:, None]
     first = real[..., 0]
 
@@ -122,7 +123,7 @@ def _chunk_loss(
 
     metrics = {
         "talk_loss": talk,
-        "policy_loss": policy,
+        **trained,
         "reward": reward.sum() / (settings.count * counts.rewarded),
         "reward_std_within_position": reward.std(axis=1).sum() / counts.rewarded,
         "mixing_weight": mean_where_real(scores.weight[..., 0]),

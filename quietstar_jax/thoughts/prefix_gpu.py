@@ -237,7 +237,7 @@ def _blocks(sizes: Mapping[int, Blocks], q: jax.Array) -> Blocks:
         if needed <= size:
             return blocks
     raise ConfigError(
-        f"model.prefix_attention is 'kernel', but heads of {q.shape[-1]} numbers in {q.dtype} are wider than the GPU "
+        f"model.prefix_attention is 'triton', but heads of {q.shape[-1]} numbers in {q.dtype} are wider than the GPU "
         f"kernel's blocks ({max(sizes)} bytes). Set it to 'blocks'."
     )
 
@@ -279,7 +279,7 @@ def _triton() -> Any:
         from jax.experimental.pallas import triton
     except ImportError as error:
         raise ConfigError(
-            f"model.prefix_attention is 'kernel', but jax {jax.__version__} cannot compile the kernels for GPUs: it no "
+            f"model.prefix_attention is 'triton', but jax {jax.__version__} cannot compile the kernels for GPUs: it no "
             "longer has Triton. Set it to 'auto' or 'blocks', or install jax 0.12 or older."
         ) from error
     return triton

@@ -24,7 +24,7 @@ class ThoughtSettings:
       pause_id: id that fills thoughts under the control `pause`.
       compute_dtype: dtype of activations; logits, losses and rewards are float32.
       rematerialize: recompute layers in the backward pass.
-      prefix_attention: auto, blocks or kernel; see `ModelConfig`.
+      prefix_attention: auto, blocks or triton; see `ModelConfig`.
     """
 
     length: int

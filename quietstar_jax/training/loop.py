@@ -143,7 +143,7 @@ class Trainer:
     def run_phases(self, state: TrainState) -> TrainState:
         """All steps that are left."""
         run = self._run
-        if int(state.step):
+        if 0 < int(state.step) < run.config.total_steps:
             self._metrics.say(f"going on from step {int(state.step)} of {run.config.total_steps}")
         self._catch_up(state)
         for phase, start, end in phases_left(run.config, int(state.step)):

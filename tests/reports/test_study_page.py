@@ -65,6 +65,8 @@ def test_charts_are_files_of_their_own(page: str, tmp_path: Path) -> None:
     found = drawings(page)
     assert list(found) == ["accuracy.svg", "accuracy_differences.svg"]
     assert list(drawings(page + page)) == [*found, "accuracy_2.svg", "accuracy_differences_2.svg"]
+    charts = [f'<svg viewBox="0 0 1 1" role="img" aria-label="{label}"></svg>' for label in ("x 2", "x", "x")]
+    assert list(drawings("".join(charts))) == ["x_2.svg", "x.svg", "x_3.svg"]
     for svg in found.values():
         root = ElementTree.fromstring(svg)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"

@@ -33,6 +33,7 @@ def get_config():
     config = tiny_config_dict(Path("set on the command line"))
     config.data.synthetic.validation_documents = 6
     config.phases.append(phase(**(config.phases[1].to_dict() | dict(name="more", steps=2, fresh_optimizer=True))))
+    config.phases[1].policy_weight = 0.0
     config.evaluation.every_steps = 2
     return config
 """
@@ -40,6 +41,7 @@ VARIANTS = {
     "pause": {"thought.control": "pause"},  # first phase as the baseline, measured in another way
     "baseline": {},
     "no_policy": {"phases[2].policy_weight": 0.0},  # two phases as the baseline
+    "all_rewards": {"thought.positive_only": False},  # two phases, in which no thought is trained
     "short": {"phases[0].steps": 2},  # nothing in common
 }
 
@@ -71,19 +73,20 @@ def weights(workdir: Path) -> dict[str, bytes]:
 
 def test_shared_phases_are_done_once_to_the_same_bits(study: Study, in_this_process: None, tmp_path: Path) -> None:
     runs, said = plan(study, tmp_path / "study"), []
-    assert [(run.seed, run.variant) for run in runs[:5]] == [
-        (0, "baseline"), (0, "pause"), (0, "no_policy"), (0, "short"), (1, "baseline"),
+    assert [(run.seed, run.variant) for run in runs[:6]] == [
+        (0, "baseline"), (0, "pause"), (0, "no_policy"), (0, "all_rewards"), (0, "short"), (1, "baseline"),
     ]  # fmt: skip
     first = [run for run in runs if run.seed == 0]
     assert list(run_study(runs, first.__contains__, said.append)) == first
     begun = {entry["variant"]: entry["begun_from"] for entry in collect(study, runs)["runs"]}
     assert begun == {
         "baseline": None, "pause": {"run": "baseline/seed_0", "step": 3},
-        "no_policy": {"run": "baseline/seed_0", "step": 7}, "short": None,
+        "no_policy": {"run": "baseline/seed_0", "step": 7}, "all_rewards": {"run": "baseline/seed_0", "step": 7},
+        "short": None,
     }  # fmt: skip
-    assert len(collect(study, runs)["missing"]) == 4
+    assert len(collect(study, runs)["missing"]) == 5
 
-    for run, alone in zip(first[1:3], plan(study, tmp_path / "alone")[1:3], strict=True):
+    for run, alone in zip(first[1:4], plan(study, tmp_path / "alone")[1:4], strict=True):
         whole = train(alone.config)
         assert {**run.summary, "paths": 0} == {**whole, "paths": 0}, run.variant
         assert weights(run.workdir) == weights(alone.workdir), run.variant

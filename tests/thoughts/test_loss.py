@@ -54,6 +54,22 @@ def test_gradient_is_the_derivative(mixing: str) -> None:
         assert found == pytest.approx(slope, rel=0.01, abs=3e-4)
 
 
+def test_weight_zero_leaves_the_policy_out() -> None:
+    """Phases in which no thought is trained do the same whatever REINFORCE is set to."""
+
+    def run(**config) -> tuple:
+        case = Case("untrained", settings={"policy_weight": 0.0}, config=config)
+        params, structure = disassemble(random_model(case.decoder, case.thought.config.embedding_scale))
+        (tokens, mask), thoughts = case.text(), case.thoughts()
+        loss = loss_of(case, structure, tokens, mask, thoughts, count_targets(mask, case.thought.tokens_ahead))
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    (_, metrics), _ = mine = run()
+    assert "policy_loss" not in metrics
+    other = run(score_temperature=1.0, positive_only=False, policy_reduction="sum")
+    assert jax.tree.map(np.array_equal, mine, other) == jax.tree.map(lambda _: True, mine)
+
+
 def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     case = Case("parts", batch=4, mask=("1111111", "1100000", "1111000", "0111111"))
     params, structure = disassemble(random_model(case.decoder, case.thought.config.embedding_scale))

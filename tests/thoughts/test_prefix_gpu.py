@@ -102,12 +102,12 @@ def lowered(fn: Callable[..., Any], arguments: list[Any], platform: str) -> str:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_attention_of_mistral_lowers_to_three_kernels(dtype) -> None:
     """Forward, gradient of queries, gradients of keys and values."""
-    assert lowered(*chains(128, dtype, "kernel"), "cuda").count(TRITON) == 3
+    assert lowered(*chains(128, dtype, "triton"), "cuda").count(TRITON) == 3
 
 
 @pytest.mark.parametrize(
     ("prefix_attention", "platform", "kernels"),
-    [("auto", "cuda", {}), ("auto", "tpu", {MOSAIC: 3}), ("kernel", "tpu", {MOSAIC: 3}), ("blocks", "tpu", {}),
+    [("auto", "cuda", {}), ("auto", "tpu", {MOSAIC: 3}), ("blocks", "tpu", {}),
      ("auto", "cpu", {})],
 )  # fmt: skip
 def test_what_is_chosen(prefix_attention, platform, kernels) -> None:
