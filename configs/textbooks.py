@@ -28,6 +28,5 @@ def get_config() -> ml_collections.ConfigDict:
     ]  # fmt: skip
     config.evaluation.every_steps = 0
     config.evaluation.batches = 16
-    config.evaluation.batch_size = 8
     config.checkpoint.every_steps = 50
     return config
