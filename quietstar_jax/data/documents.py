@@ -90,7 +90,11 @@ class TextDocuments:
         return self._source.pieces()
 
     def counts(self) -> np.ndarray:
-        known = fingerprint(self._spec, self.pieces(), len(self)), self._tokenizer.fingerprint, self._config.text_key
+        known = (
+            fingerprint(self._spec, self.pieces(), len(self)),
+            self._tokenizer.vocabulary_fingerprint,
+            self._config.text_key,
+        )
         key = hashlib.sha256(repr(known).encode()).hexdigest()
         return cached_array(self._config.cache_dir, f"token-counts-{key}", self._count)
 

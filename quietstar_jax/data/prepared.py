@@ -141,7 +141,7 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """What a manifest says of the tokenizer, JSON-able."""
     return {
         "name": tokenizer.name,
-        "fingerprint": tokenizer.fingerprint,
+        "fingerprint": tokenizer.vocabulary_fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "added_tokens": dict(sorted(tokenizer.fast.get_added_vocab().items())),
     }

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -76,8 +76,18 @@ class Tokenizer:
         """Highest token id + 1, added tokens included: the rows that an embedding needs at least."""
         return max(self.fast.get_vocab().values()) + 1
 
-    @functools.cached_property
     def fingerprint(self) -> str:
+        """Hash of all that decides ids and text: vocabulary, added tokens, splitting, decoding, begin and end tokens.
+
+        The same after `save` and `load_tokenizer`, whatever the folder is called.
+        """
+        content = _set_fields(json.loads(self.fast.backend_tokenizer.to_str()))
+        content["post_processor"] = None  # adds begin and end tokens only, which are named here
+        decided = [content, self.bos_id, self.eos_id, self.pad_id, self.adds_bos]
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+    @functools.cached_property
+    def vocabulary_fingerprint(self) -> str:
         """Hash of the vocabulary and of how a text of many kinds is split: equal where text becomes the same ids.
 
         Added tokens are left out: only text that spells them out is affected.
@@ -151,6 +161,13 @@ def load_tokenizer(name: str, revision: str = "") -> Tokenizer:
             raise DataError(f"There is no tokenizer folder {name!r}. Check the path, or give a hub id (`owner/name`).")
         folder = _download(name, revision)
     return Tokenizer(name, _read_folder(folder))
+
+
+def _set_fields(value: Any) -> Any:
+    """JSON without the fields that are null or false: a later version of the library may add such ones."""
+    if isinstance(value, dict):
+        return {name: _set_fields(item) for name, item in value.items() if item is not None and item is not False}
+    return [_set_fields(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_folder(folder: Path) -> PreTrainedTokenizerFast:

@@ -123,6 +123,31 @@ def test_pickle_and_save(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert stock(TEXTS[1], add_special_tokens=False)["input_ids"] == tokenizer.encode(TEXTS[1])
 
 
+def test_fingerprint(tokenizer: Tokenizer, folder: Path, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(str(tmp_path / "saved")).fingerprint() == tokenizer.fingerprint()
+    content, config = json.loads((folder / "tokenizer.json").read_text()), {"bos_token": "<s>", "eos_token": "</s>"}
+    first, second = content["added_tokens"]
+    swapped = {**content["model"]["vocab"], "a": content["model"]["vocab"]["b"], "b": content["model"]["vocab"]["a"]}
+    changed = [
+        ({**content, "model": {**content["model"], "vocab": swapped}}, config),
+        ({**content, "model": {**content["model"], "merges": content["model"]["merges"][:-1]}}, config),
+        ({**content, "added_tokens": [{**first, "lstrip": True}, second]}, config),
+        ({**content, "normalizer": {"type": "NFC"}}, config),
+        ({**content, "decoder": None}, config),
+        ({**content, "post_processor": None}, config),  # no longer begins texts
+        (content, {**config, "eos_token": "<s>"}),
+    ]  # fmt: skip
+    found = {tokenizer.fingerprint()}
+    for number, (file, settings_) in enumerate(changed):
+        path = tmp_path / str(number)
+        path.mkdir()
+        (path / "tokenizer.json").write_text(json.dumps(file))
+        (path / "tokenizer_config.json").write_text(json.dumps(settings_))
+        found.add(load_tokenizer(str(path)).fingerprint())
+    assert len(found) == 1 + len(changed)
+
+
 def test_synthetic() -> None:
     found = load_tokenizer("synthetic")
     assert found.name == "synthetic"
