@@ -77,8 +77,8 @@ def measure_text(
 
     Returns:
       `texts`, `tokens`, `bytes`; by `without_thoughts` and `with_thoughts` `nats_per_token` with its interval,
-      `bits_per_byte`, and `accuracy` of the likeliest token; `comparison` over windows; `deciles` by difficulty without
-      thoughts; `helped` and `harmed`.
+      `bits_per_byte`, and `accuracy` of the likeliest token; `comparison` over windows; `deciles` (see
+      `training.evaluation.summarize`); `helped` and `harmed`.
 
     Raises:
       DataError: there is nothing to score.
@@ -120,8 +120,8 @@ def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> d
             "bits_per_byte": float(per_window.sum() / math.log(2) / size),
             "accuracy": summary[f"accuracy_{mode}"],
         }
-    kept = ("loss_without_thoughts", "loss_with_thoughts", "mixing_weight") if thinks else ("loss_without_thoughts",)
-    found["deciles"] = [{name: row[name] for name in kept} for row in summary["deciles"]]
+    dropped = () if thinks else ("loss_with_thoughts", "mixing_weight")
+    found["deciles"] = [{name: row[name] for name in row if name not in dropped} for row in summary["deciles"]]
     if thinks:
         # Over the mean count, not each window's own: the difference is then that of the two figures above.
         shares = nats["with_thoughts"] / counts.mean(), nats["without_thoughts"] / counts.mean()
@@ -154,6 +154,7 @@ def _column(tail: Tail, score: TailScores) -> TokenScores:
     return TokenScores(
         real=np.ones(tail.last, bool),
         base_nats=without.nats,
+        base_entropy=score.base_entropy,
         talk_nats=after.nats,
         base_correct=without.best == truth,
         talk_correct=after.best == truth,

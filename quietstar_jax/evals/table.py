@@ -80,7 +80,10 @@ def _comparison(result: Mapping[str, Any]) -> list[str]:
 def _deciles(result: Mapping[str, Any], modes: list[str]) -> list[str]:
     if "deciles" not in result:
         return []
-    lines = ["", "nats per token by tenth of the tokens, from easiest to hardest without thoughts:"]
+    lines = [
+        "",
+        "nats per token by tenth of the tokens, by entropy of the prediction without thoughts, lowest first:",
+    ]
     for number, row in enumerate(result["deciles"], start=1):
         cells = [row[f"loss_{mode}"] for mode in modes]
         lines.append(f"{'    ' + str(number):<36}" + "".join(f"{cell:>26.4f}" for cell in cells))

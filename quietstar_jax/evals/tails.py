@@ -28,7 +28,7 @@ from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
 from quietstar_jax.thoughts.score import talk, think
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import Text, here_and_ahead, read_text, tokens_ahead
+from quietstar_jax.thoughts.text import Text, entropy, here_and_ahead, read_text, tokens_ahead
 from quietstar_jax.training.trained import TrainedModel
 
 SHORTEST = 16  # of the grid of text lengths
@@ -67,11 +67,13 @@ class TailScores(NamedTuple):
 
     Attributes:
       without: without thoughts; with_thoughts: after one greedy thought each, None where nothing thinks.
+      base_entropy: [P] nats, of the predictions without thoughts.
       weight: [P] mixing weight; entropy: [P] mean nats per thought token; thoughts: [P, T] their tokens.
     """
 
     without: View
     with_thoughts: View | None
+    base_entropy: Any
     weight: Any
     entropy: Any
     thoughts: Any
@@ -123,17 +125,20 @@ def make_tail_scorer(
             model, text, candidates = read
             hidden = here_and_ahead(text.hidden, positions, 1)[..., 0, :]
             targets = tokens_ahead(text.tokens, positions, 1, fill=0)[..., 0]
-            without = view(model.decoder.logits(hidden), targets, candidates, normalized=False)
+            logits = model.decoder.logits(hidden)
+            without, uncertainty = view(logits, targets, candidates, normalized=False), entropy(logits)
             if thoughts is None:
                 nothing = jnp.zeros(targets.shape, jnp.float32)
-                return TailScores(without, None, nothing, nothing, jnp.zeros((*targets.shape, 0), jnp.int32))
+                return TailScores(
+                    without, None, uncertainty, nothing, nothing, jnp.zeros((*targets.shape, 0), jnp.int32)
+                )
             talk_hidden = think(model, text, positions, thoughts.tokens[:, None], settings)[1]
             scores, weight = talk(model, text, positions, talk_hidden, settings)
             normalized = settings.config.mixing == "log_probabilities"
             with_thoughts = view(scores[:, 0, :, 0], targets, candidates, normalized)
             return TailScores(
-                without, with_thoughts, weight[:, 0, :, 0], thoughts.entropy.mean(axis=-1), thoughts.tokens
-            )  # fmt: skip
+                without, with_thoughts, uncertainty, weight[:, 0, :, 0], thoughts.entropy.mean(axis=-1), thoughts.tokens
+            )
 
         thoughts = _greedy_thoughts(model, text, positions, settings, chunk)
         return map_chunks(at, (model, text, candidates), positions, chunk, thoughts, axis=1)
@@ -195,7 +200,7 @@ class TailScorer:
                     return View(view.nats[row, -last:], view.best[row, -last:], view.candidates[row, -last:, :known])
 
                 after = scores.with_thoughts
-                rest = (x[row, -last:] for x in (scores.weight, scores.entropy, scores.thoughts))
+                rest = (x[row, -last:] for x in (scores.base_entropy, scores.weight, scores.entropy, scores.thoughts))
                 found[number] = TailScores(own(scores.without), None if after is None else own(after), *rest)
             done(len(rows))
         return found

@@ -54,7 +54,7 @@ def checkpoint_page(observed: Observed, metrics: Sequence[Mapping[str, Any]]) ->
         _examples(observed, pieces, gain),
         "<h2>The same in figures</h2>",
         '<div class="charts">',
-        gain_by_decile(joined.base_nats, gain),
+        gain_by_decile(joined.base_entropy, joined.base_nats, gain),
         reward_histogram(joined.reward.reshape(-1), observed.settings.tokens_ahead),
         weight_histogram(joined.weight.reshape(-1)),
         "</div>",

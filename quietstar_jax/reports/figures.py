@@ -17,9 +17,9 @@ BINS = 25
 POINTS = 300  # of a training curve; more are averaged
 
 
-def gain_by_decile(base_nats: np.ndarray, gain: np.ndarray) -> str:
-    """Mean gain in every tenth of the tokens, from the easiest without thoughts to the hardest; both [tokens], nats."""
-    order = np.argsort(base_nats, kind="stable")
+def gain_by_decile(base_entropy: np.ndarray, base_nats: np.ndarray, gain: np.ndarray) -> str:
+    """Mean gain in every tenth of the tokens, by the entropy of the prediction without thoughts; all [tokens], nats."""
+    order = np.argsort(base_entropy, kind="stable")
     parts = [part for part in np.array_split(order, DECILES) if part.size]
     means = [float(gain[part].mean()) for part in parts]
     errors = [float(gain[part].std(ddof=1) / np.sqrt(part.size)) if part.size > 1 else 0.0 for part in parts]
@@ -28,17 +28,21 @@ def gain_by_decile(base_nats: np.ndarray, gain: np.ndarray) -> str:
     span = _padded(min(0.0, *bottoms), max(0.0, *tops))
     chart = Chart("Mean gain by tenth of the tokens", (0, len(parts)), span, bottom=62).y_axis("gain, nats")
     for i, part in enumerate(parts):
-        loss = float(base_nats[part].mean())
-        tip = f"tenth {i + 1}: mean loss without thoughts {loss:.3f} nats, mean gain {means[i]:+.4f} nats"
+        loss, uncertainty = float(base_nats[part].mean()), float(base_entropy[part].mean())
+        tip = (
+            f"tenth {i + 1}: mean entropy {uncertainty:.3f} and mean loss {loss:.3f} nats without thoughts, "
+            f"mean gain {means[i]:+.4f} nats"
+        )
         chart.bar(i + 0.12, i + 0.88, means[i], "up" if means[i] >= 0 else "down", tip)
         chart.line([(i + 0.5, bottoms[i]), (i + 0.5, tops[i])], "whisker")
         chart.text(i + 0.5, span[0], number(loss, 2), dy=32)
     chart.text(0, span[0], "loss", anchor="end", dy=32)
     ticks = [(i + 0.5, str(i + 1)) for i in range(len(parts))]
-    chart.x_axis("tenth of the tokens, from easiest (1) to hardest (10)", ticks)
+    chart.x_axis("tenth of the tokens, from most certain (1) to least certain (10)", ticks)
     return figure(
         "Where thoughts help", chart.svg(),
-        "Tokens are sorted by how hard they were to predict without a thought and cut into ten equal groups. A bar "
+        "Tokens are sorted by how uncertain the prediction without a thought was (its entropy, which does not depend "
+        "on the token that followed) and cut into ten equal groups. A bar "
         "shows how many nats the greedy thought gained on average in a group (below zero: lost); the thin line is ± "
         "one standard "
         "error. The lower row of numbers is the mean loss of the group without thoughts.",

@@ -18,7 +18,7 @@ from quietstar_jax.thoughts.controls import think
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import Text, here_and_ahead, read_text
+from quietstar_jax.thoughts.text import Text, entropy, here_and_ahead, read_text
 from quietstar_jax.training.step import Batch, to_device
 from quietstar_jax.training.trained import TrainedModel
 
@@ -40,7 +40,8 @@ class Observation(NamedTuple):
     R thoughts, the first greedy, the others sampled; T tokens each.
 
     Attributes:
-      base_nats: [n-1] without thoughts; nats: [n-1, R] of the same token with each thought.
+      base_nats, base_entropy: [n-1] loss and entropy of the prediction without thoughts.
+      nats: [n-1, R] of the same token with each thought.
       reward: [n-1, R] nats by which the thought made the next K tokens more likely.
       weight: [n-1, R] mixing weight; thoughts: [n-1, R, T] ids.
       base_ids, base_probabilities, ids, probabilities: [n-1, LIKELIEST] the likeliest next tokens without a thought,
@@ -48,6 +49,7 @@ class Observation(NamedTuple):
     """
 
     base_nats: Any
+    base_entropy: Any
     nats: Any
     reward: Any
     weight: Any
@@ -144,6 +146,7 @@ def _look(
         probabilities, ids = jax.lax.top_k(mixed, LIKELIEST)
         return Observation(
             base_nats=base[..., 0],
+            base_entropy=entropy(logits),
             nats=scores.nats[..., 0].swapaxes(1, 2),
             reward=(base[:, None] - scores.nats).sum(axis=-1).swapaxes(1, 2),
             weight=scores.weight[..., 0].swapaxes(1, 2),

@@ -19,7 +19,7 @@ from quietstar_jax.thoughts.controls import think
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import Text, here_and_ahead, read_text, real_ahead, tokens_ahead
+from quietstar_jax.thoughts.text import Text, entropy, here_and_ahead, read_text, real_ahead, tokens_ahead
 from quietstar_jax.training.step import Batch, Vocabulary, thought_settings, to_device
 
 DECILES = 10
@@ -32,6 +32,7 @@ class TokenScores(NamedTuple):
     Attributes:
       real: x[j+1] exists and is not padding.
       base_nats, talk_nats: cross-entropy without and with the thought; base_correct, talk_correct: argmax is right.
+      base_entropy: entropy in nats of the prediction without the thought, whatever the true token is.
       reward: nats by which the thought made the next K tokens more likely.
       weight: mixing weight of the first token; entropy: mean nats per thought token.
       thoughts: [B, L, T] thought tokens.
@@ -39,6 +40,7 @@ class TokenScores(NamedTuple):
 
     real: Any
     base_nats: Any
+    base_entropy: Any
     talk_nats: Any
     base_correct: Any
     talk_correct: Any
@@ -80,17 +82,19 @@ def make_token_scorer(structure: Structure, architecture: Architecture, settings
         def of_chunk(model: QuietStar, text: Text, positions: jax.Array, thoughts: Any) -> TokenScores:
             real = real_ahead(text.mask, positions, 1)[..., 0]
             base_nats = here_and_ahead(text.nats, positions, ahead)
-            guess = model.decoder.logits(here_and_ahead(text.hidden, positions, 1)[..., 0, :]).argmax(axis=-1)
-            correct = (guess == tokens_ahead(text.tokens, positions, 1, fill=0)[..., 0]) & real
+            logits = model.decoder.logits(here_and_ahead(text.hidden, positions, 1)[..., 0, :])
+            uncertainty = entropy(logits)
+            correct = (logits.argmax(axis=-1) == tokens_ahead(text.tokens, positions, 1, fill=0)[..., 0]) & real
             zero = jnp.zeros_like(base_nats[..., 0])
             if thoughts is None:
                 nothing = jnp.zeros((*zero.shape, 0), jnp.int32)
                 first = base_nats[..., 0]
-                return TokenScores(real, first, first, correct, correct, zero, zero, zero, nothing)
+                return TokenScores(real, first, uncertainty, first, correct, correct, zero, zero, zero, nothing)
             scores = score_thoughts(model, text, positions, thoughts.tokens, settings)
             return TokenScores(
                 real=real,
                 base_nats=base_nats[..., 0],
+                base_entropy=uncertainty,
                 talk_nats=scores.nats[:, 0, :, 0],
                 base_correct=correct,
                 talk_correct=scores.correct[:, 0, :, 0],
@@ -134,16 +138,20 @@ def score_batches(
 def summarize(scores: TokenScores) -> dict[str, Any]:
     """Means over all real tokens: nats per token, nats, rates.
 
-    `deciles` has one row per tenth of the tokens, from easiest to hardest by the loss without thoughts.
+    `deciles` has one row per tenth of the tokens, from the lowest to the highest entropy of the prediction without
+    thoughts. An order by its loss would select tokens by the outcome that is compared: any change that only makes
+    predictions less certain, such as a higher temperature, would then seem to help the hard tokens.
     """
     real = scores.real
     base, talk = scores.base_nats[real], scores.talk_nats[real]
     if not base.size:
         return {"tokens": 0}
     thoughts = scores.thoughts[real]
-    order = np.argsort(base, kind="stable")
+    uncertainty = scores.base_entropy[real]
+    order = np.argsort(uncertainty, kind="stable")
     rows = [
         {
+            "entropy_without_thoughts": float(uncertainty[part].mean()),
             "loss_without_thoughts": float(base[part].mean()),
             "loss_with_thoughts": float(talk[part].mean()),
             "mixing_weight": float(scores.weight[real][part].mean()),

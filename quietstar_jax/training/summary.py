@@ -66,7 +66,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         sampled = 100 * summary["useful_sampled_thought_rate"]
         lines.append(f"{'    of sampled thoughts, %':<34}{'':>18}{sampled:>16.1f}")
     if summary.get("deciles"):
-        lines += ["", "loss by tenth of the tokens, from easiest to hardest without thoughts:"]
+        lines += ["", "loss by tenth of the tokens, by entropy of the prediction without thoughts, lowest first:"]
         for i, decile in enumerate(summary["deciles"]):
             pair = f"{decile['loss_without_thoughts']:>18.4f}{decile['loss_with_thoughts']:>16.4f}"
             lines.append(f"{'    ' + str(i + 1):<34}{pair}")

@@ -42,7 +42,7 @@ def column(base, talk):
     base, talk = np.array(base, np.float32), np.array(talk, np.float32)
     zeros = np.zeros(base.size, np.float32)
     right, thoughts = np.zeros(base.size, bool), np.zeros((base.size, 2), int)
-    return TokenScores(np.ones(base.size, bool), base, talk, right, right, base - talk, zeros, zeros, thoughts)
+    return TokenScores(np.ones(base.size, bool), base, base, talk, right, right, base - talk, zeros, zeros, thoughts)
 
 
 def test_figures_by_hand():

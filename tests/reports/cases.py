@@ -77,6 +77,7 @@ def observed(tokenizer: Tokenizer, texts: list[str], gains: list[float], thought
         seen.append(
             Observation(
                 base_nats=base,
+                base_entropy=base,
                 nats=np.stack([base - gain, base], axis=1),
                 reward=np.stack([gain, 0 * gain], axis=1),
                 weight=np.full((count, 2), 0.25),

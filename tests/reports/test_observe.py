@@ -36,7 +36,8 @@ def test_greedy_thoughts_are_those_of_evaluation(windows: list[Window], seen: li
         last = len(window.tokens) - 1
         np.testing.assert_array_equal(observation.thoughts[:, 0], scores.thoughts[0, :last])
         pairs = [
-            (observation.base_nats, scores.base_nats), (observation.nats[:, 0], scores.talk_nats),
+            (observation.base_nats, scores.base_nats), (observation.base_entropy, scores.base_entropy),
+            (observation.nats[:, 0], scores.talk_nats),
             (observation.reward[:, 0], scores.reward), (observation.weight[:, 0], scores.weight),
         ]  # fmt: skip
         for mine, theirs in pairs:

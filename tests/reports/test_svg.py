@@ -50,15 +50,15 @@ def test_ticks_are_round() -> None:
     assert (number(-0.001, 2), number(-1234.5, 1)) == ("0.00", "−1,234.5")
 
 
-def test_gain_by_decile_sorts_by_loss() -> None:
+def test_gain_by_decile_sorts_by_entropy() -> None:
     base = np.arange(100.0)[::-1]
     gain = np.where(base >= 90, 1.0, np.where(base < 10, -0.5, 0.0))
-    html = figures.gain_by_decile(base, gain)
+    html = figures.gain_by_decile(base, base[::-1], gain)
     found = bars(html)
     assert [kind for kind, _ in found] == ["down", *["up"] * 9]
     assert found[9][1] == pytest.approx(2 * found[0][1], abs=0.2)
-    assert "tenth 10: mean loss without thoughts 94.500 nats, mean gain +1.0000 nats" in html
-    assert len(bars(figures.gain_by_decile(base[:3], gain[:3]))) == 3
+    assert "tenth 10: mean entropy 94.500 and mean loss 4.500 nats without thoughts, mean gain +1.0000 nats" in html
+    assert len(bars(figures.gain_by_decile(base[:3], base[:3], gain[:3]))) == 3
 
 
 def test_rewards_help_on_one_side_and_harm_on_the_other() -> None:

@@ -1,12 +1,15 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from quietstar_jax.config import Phase
+from quietstar_jax.models.parameters import assemble
+from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.training.evaluation import TokenScores, evaluation_settings, make_token_scorer, summarize
 from quietstar_jax.training.setup import first_state, prepare
-from quietstar_jax.training.step import Batch
+from quietstar_jax.training.step import Batch, to_device
 from quietstar_jax.training.summary import most_helpful_thoughts
 from tests.training.tiny import tiny_config
 
@@ -14,7 +17,7 @@ from tests.training.tiny import tiny_config
 def scores_of(base, talk, real, thoughts):
     zeros = np.zeros_like(base)
     return TokenScores(
-        real=real, base_nats=base, talk_nats=talk, base_correct=base < 0.5, talk_correct=talk < 0.5,
+        real=real, base_nats=base, base_entropy=base, talk_nats=talk, base_correct=base < 0.5, talk_correct=talk < 0.5,
         reward=base - talk, weight=zeros + 0.25, entropy=zeros + 2.0, thoughts=thoughts,
     )  # fmt: skip
 
@@ -38,6 +41,30 @@ def test_summary_by_hand():
     assert found["deciles"][-1]["loss_without_thoughts"] == pytest.approx(18.0)
 
 
+def test_flatter_predictions_do_not_seem_to_help_the_hard_tokens():
+    # Tokens drawn from the predictions themselves; instead of thoughts, the same logits at a temperature of 1.05.
+    draw = np.random.default_rng(0)
+    logits = draw.gumbel(size=(20_000, 40)) * draw.uniform(0.1, 3.0, (20_000, 1))
+    base, flat = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (logits, logits / 1.05))
+    tokens = (base + draw.gumbel(size=base.shape)).argmax(axis=1)
+    base_nats, flat_nats = (-x[np.arange(len(x)), tokens] for x in (base, flat))
+    uncertainty = -(np.exp(base) * base).sum(axis=1)
+    divergence = (np.exp(base) * (base - flat)).sum(axis=1)  # what the flattening costs on average, at every token
+
+    def tenths(by):
+        row = scores_of(base_nats[None], flat_nats[None], np.ones((1, base_nats.size), bool), np.zeros((1, 20_000, 1)))
+        rows = summarize(row._replace(base_entropy=by[None]))["deciles"]
+        return np.array([row["loss_with_thoughts"] - row["loss_without_thoughts"] for row in rows])
+
+    parts = np.array_split(np.argsort(uncertainty, kind="stable"), 10)
+    noise = np.array([(flat_nats - base_nats)[part].std() / np.sqrt(part.size) for part in parts])
+    expected = np.array([divergence[part].mean() for part in parts])
+    assert (np.abs(tenths(uncertainty) - expected) < 4 * noise).all()
+    by_outcome = tenths(base_nats)  # the order that this replaces
+    assert by_outcome[-1] < -0.1
+    assert by_outcome[:5].min() > 0
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return prepare(tiny_config(tmp_path_factory.mktemp("evaluation")))
@@ -55,6 +82,12 @@ def test_an_untrained_mixing_head_changes_nothing(run):
     scores = make_token_scorer(run.structure, run.architecture, settings)(first_state(run).params, batch(run))
     np.testing.assert_allclose(scores.talk_nats, scores.base_nats, atol=1e-5)
     np.testing.assert_array_equal(scores.talk_correct, scores.base_correct)
+    model = assemble(run.structure, first_state(run).params)
+    logits = model.decoder.logits(
+        read_text(model.decoder, *to_device(batch(run)._asdict()), dtype=settings.dtype).hidden
+    )
+    log_probs = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(scores.base_entropy, -(np.exp(log_probs) * log_probs).sum(-1), atol=1e-4)
     np.testing.assert_array_equal(scores.real[1], np.arange(24) < 8)
     assert scores.thoughts.shape == (2, 24, 2)
     assert not np.isin(scores.thoughts, run.vocabulary.meta_tokens).any()
