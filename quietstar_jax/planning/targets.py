@@ -57,7 +57,7 @@ def find_target(name: str) -> Target:
       ConfigError: there is none of that name, or what compiles for it is not installed.
     """
     tpu, gpu, cpu = (pattern.fullmatch(name) for pattern in (_TPU, _GPU, _CPU))
-    if tpu and tpu[1] in TPUS:
+    if tpu and tpu[1] in TPUS and tpu[2].count("x") == KNOWN[tpu[1]].split()[0].count("x"):
         devices = _tpu_devices(name, tpu[1], tpu[2], int(tpu[3] or 1))
         note = "" if not tpu[3] else "Bytes between slices count as if sent between chips: the network is slower."
         return Target(name, TPUS[tpu[1]], devices, note)

@@ -16,8 +16,15 @@ from quietstar_jax.planning.targets import find_target
 from tests.training.tiny import tiny_config
 
 
-@pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v9:2x2", "gpu:tx8", "tpu", "cpu:0x2", "gpu:h100", "v5e:4x4*"])
-def test_an_unknown_topology_lists_the_known_ones(name):
+UNKNOWN = ["", "v5e", "v5e:", "v9:2x2", "gpu:tx8", "tpu", "cpu:0x2", "gpu:h100", "v5e:4x4*", "v5e:3x3x3x3", "v5p:2x2"]
+
+
+@pytest.mark.parametrize("compiler", ["installed or not", "absent"])
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_topology_lists_the_known_ones(monkeypatch, name, compiler):
+    """The name is checked before libtpu is needed, so that the message is the same on every machine."""
+    if compiler == "absent":
+        monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"(?s)is not known.*v5e: .*16x16.*v5p: .*gpu: .*h100x8.*cpu"):
         find_target(name)
 
