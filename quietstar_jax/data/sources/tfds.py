@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from quietstar_jax.data.sources.tfrecord import Stretch, TfRecords
 from quietstar_jax.errors import DataError
 
 TFDS = "tfds:"
-INFO = "dataset_info.json"
+INFO, FEATURES = "dataset_info.json", "features.json"
 
 _PREPARE = "Prepare it: `tfds build NAME --file_format=array_record --data_dir=DIR`."
 # Versions begin with a digit, splits with a letter; a split may hold a colon itself: `train[:90%]`.
@@ -71,15 +73,49 @@ class TfdsExamples:
 def _builder(tfds: Any, spec: str, directory: str) -> Any:
     """The builder of a prepared dataset; of one behind a URL only what describes it is fetched."""
     try:
-        if not is_url(directory):
-            return tfds.builder_from_directory(directory)
-        system, path = file_system(directory)
         with tempfile.TemporaryDirectory() as folder:
-            for name in (INFO, "features.json"):
-                (Path(folder) / name).write_bytes(system.cat_file(f"{path}/{name}"))
-            return tfds.builder_from_directory(folder)
+            if is_url(directory):
+                system, path = file_system(directory)
+                for name in (INFO, FEATURES):
+                    (Path(folder) / name).write_bytes(system.cat_file(f"{path}/{name}"))
+            local = folder if is_url(directory) else directory
+            _require_own_features(tfds, spec, f"{directory}/{FEATURES}", Path(local) / FEATURES)
+            return tfds.builder_from_directory(local)
+    except DataError:
+        raise
     except Exception as error:  # JSON, protocol buffers and file systems, each with errors of its own
         raise DataError(f"{spec}: {directory} cannot be read as a dataset: {error}. {_PREPARE}") from error
+
+
+def _require_own_features(tfds: Any, spec: str, name: str, path: Path) -> None:
+    """Refuses a dataset with a feature class of anyone else: tensorflow_datasets imports what the file names.
+
+    Raises:
+      DataError: names the class.
+    """
+    exported = (kind for kind in vars(tfds.features).values() if isinstance(kind, type))
+    own = {f"{kind.__module__}.{kind.__name__}" for kind in exported if issubclass(kind, tfds.features.FeatureConnector)}
+    for found in _feature_classes(json.loads(path.read_text("utf-8"))):
+        if found not in own:
+            raise DataError(
+                f"{spec}: {name} names the feature class {found!r}, which is not one of tensorflow_datasets. Classes "
+                "of other packages are code and are not imported. Prepare the dataset with features of "
+                "tensorflow_datasets, or export its text as JSON lines."
+            )
+
+
+def _feature_classes(value: Any) -> Iterator[object]:
+    """The class names in a features.json, in all spellings that its reader accepts; also in JSON inside of texts."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return
+    if isinstance(value, dict):
+        named = ("pythonClassName", "python_class_name", *(("type",) if "content" in value else ()))
+        yield from (value[key] for key in named if isinstance(value.get(key), str))
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _feature_classes(inner)
 
 
 def _stretches(spec: str, builder: Any, split: str, directory: str) -> list[Stretch]:

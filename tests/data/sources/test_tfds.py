@@ -101,6 +101,41 @@ def test_errors_of_tfds(prepared: Path, tmp_path: Path) -> None:
     fails(f"tfds:{tmp_path}:train", "cannot be read as a dataset: ")
 
 
+OWN = "tensorflow_datasets.core.features.text_feature.Text"
+
+
+@pytest.mark.parametrize("spelling", ["class", "nested", "snake_case", "legacy", "json_in_text"])
+@pytest.mark.parametrize("behind_url", [False, True])
+def test_a_dataset_runs_no_code(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str, behind_url: bool
+) -> None:
+    """A module inside of the folder would be imported, as the working directory is where modules are looked for."""
+    whole, folder = prepared / "tiny/de/1.0.0", tmp_path / "hostile"
+    for item in whole.iterdir():
+        put(folder / item.name, item.read_bytes())
+    put(folder / "own.py", f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Text: pass\n".encode())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    features = json.loads((whole / "features.json").read_text())
+    inner = features["featuresDict"]["features"]
+    if spelling == "class":
+        inner["text"]["pythonClassName"] = "hostile.own.Text"
+    elif spelling == "nested":
+        sequence = "tensorflow_datasets.core.features.sequence_feature.Sequence"
+        inner["n"] = {"pythonClassName": sequence, "sequence": {"feature": {"pythonClassName": "hostile.own.Text"}}}
+    elif spelling == "snake_case":
+        inner["text"]["python_class_name"] = inner["text"].pop("pythonClassName").replace(OWN, "hostile.own.Text")
+    else:
+        legacy = {"type": "hostile.own.Text", "content": {}}
+        features = {"type": features["pythonClassName"], "content": {"text": legacy}}
+        if spelling == "json_in_text":
+            features = {"pythonClassName": features["type"], "jsonFeature": {"json": json.dumps({"text": legacy})}}
+    put(folder / "features.json", json.dumps(features).encode())
+    spec = f"tfds:file://{folder}:train" if behind_url else f"tfds:{folder}:train"
+    fails(spec, r"features\.json names the feature class 'hostile\.own\.Text', which is not one of tensorflow_datasets")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_broken_array_records(prepared: Path, tmp_path: Path) -> None:
     whole = prepared / "tiny/de/1.0.0"
     for item in whole.iterdir():
