@@ -103,8 +103,8 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Final-norm hidden states [..., D] -> float32 logits [..., V]."""
         tied = self.architecture.tie_embeddings
-        weight = self.embedding[...].T if tied else self.lm_head[...]
-        return constrain(linear(hidden, weight, 1, jnp.float32), ..., "vocab")
+        weight = self.embedding[...] if tied else self.lm_head[...]
+        return constrain(linear(hidden, weight, 1, jnp.float32, tied), ..., "vocab")
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -22,24 +22,35 @@ def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, inp
     return y if bias is None else y + bias.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def linear(x: jax.Array, weight: jax.Array, inputs: int, dtype: jnp.dtype) -> jax.Array:
-    """x [..., I] times weight [I, O] -> [..., O] in `dtype`; I stands for `inputs` axes, O for any number."""
-    return _linear_forward(x, weight, inputs, dtype)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def linear(x: jax.Array, weight: jax.Array, inputs: int, dtype: jnp.dtype, transposed: bool = False) -> jax.Array:
+    """x [..., I] times weight [I, O] -> [..., O] in `dtype`; I stands for `inputs` axes, O for any number.
+
+    Args:
+      transposed: the weight is [O, I]. Its gradient is computed in that layout: a transpose of the product would be
+        merged into the product by XLA, and the CPU has no bfloat16 product of that form with a float32 result.
+    """
+    return _linear_forward(x, weight, inputs, dtype, transposed)[0]
 
 
-def _linear_forward(x: jax.Array, weight: jax.Array, inputs: int, dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
+def _linear_forward(
+    x: jax.Array, weight: jax.Array, inputs: int, dtype: jnp.dtype, transposed: bool
+) -> tuple[jax.Array, tuple]:
     # Not `linear` itself: a rematerialisation policy must see the product.
-    return _contract(x, weight.astype(x.dtype), _last(x, inputs), range(inputs), dtype), (x, weight)
+    contracted = _last(weight, inputs) if transposed else range(inputs)
+    return _contract(x, weight.astype(x.dtype), _last(x, inputs), contracted, dtype), (x, weight)
 
 
-def _linear_backward(inputs: int, dtype: jnp.dtype, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _linear_backward(
+    inputs: int, dtype: jnp.dtype, transposed: bool, saved: tuple, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, weight = saved
     gradient = gradient.astype(x.dtype)
-    outputs = range(inputs, weight.ndim)
+    outputs = range(weight.ndim - inputs) if transposed else range(inputs, weight.ndim)
     to_x = _contract(gradient, weight.astype(x.dtype), _last(gradient, len(outputs)), outputs, x.dtype)
     lead = range(x.ndim - inputs)
-    return to_x, _contract(x, gradient, lead, lead, weight.dtype)
+    first, second = (gradient, x) if transposed else (x, gradient)
+    return to_x, _contract(first, second, lead, lead, weight.dtype)
 
 
 linear.defvjp(_linear_forward, _linear_backward)

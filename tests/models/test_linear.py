@@ -34,6 +34,19 @@ def test_linear_and_its_gradients(x, weight, inputs, equation) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_transposed_weight(dtype) -> None:
+    x, weight = normal(0, 2, 5, 4).astype(dtype), normal(1, 4, 3)
+    wanted, wanted_back = jax.vjp(lambda x, weight: linear(x, weight, 1, jnp.float32), x, weight)
+    y, back = jax.jit(lambda x, weight: jax.vjp(lambda x, w: linear(x, w, 1, jnp.float32, True), x, weight))(
+        x, weight.T
+    )
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+    (to_x, to_weight), (wanted_x, wanted_weight) = jax.jit(back)(y), jax.jit(wanted_back)(y)
+    np.testing.assert_allclose(to_x.astype(jnp.float32), wanted_x.astype(jnp.float32), rtol=1e-2, atol=1e-5)
+    np.testing.assert_allclose(to_weight, wanted_weight.T, rtol=1e-5, atol=1e-5)
+
+
 def test_dtypes_of_bfloat16_compute() -> None:
     x, weight = normal(0, 1000, 4).astype(jnp.bfloat16), normal(1, 4, 3)
     y, back = jax.vjp(lambda x, weight: linear(x, weight, 1, jnp.float32), x, weight)
