@@ -13,7 +13,7 @@ from quietstar_jax.evals.measure import MODES, Options, measure
 from quietstar_jax.evals.questions import ANSWER_KEYS
 from quietstar_jax.evals.table import format_result
 from quietstar_jax.evals.tasks import TASKS
-from quietstar_jax.training.metrics import write_json
+from quietstar_jax.io import write_json
 
 
 def main(arguments: list[str]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from absl import logging
+
+from quietstar_jax.io import replacing
 
 
 def cached_array(directory: str, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -35,14 +36,8 @@ def cached_array(directory: str, name: str, make: Callable[[], np.ndarray]) -> n
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes an .npy file that is complete as soon as it has its name; several hosts may write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.incomplete")
-    try:
-        with partial.open("wb") as stream:
-            np.save(stream, array)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, array)
 
 
 def _default_directory() -> Path:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from quietstar_jax.errors import ConfigError, DataError
+from quietstar_jax.errors import DataError
 
 
 def read_objects(path: Path, kind: str) -> list[tuple[int, dict[str, Any]]]:
@@ -33,23 +31,6 @@ def read_objects(path: Path, kind: str) -> list[tuple[int, dict[str, Any]]]:
     if not rows:
         raise DataError(f"{path} is empty: it holds no {kind}. Every line holds one JSON object.")
     return rows
-
-
-def lock(file: IO[bytes], path: Path) -> None:
-    """Keeps other processes from writing an open file until it is closed.
-
-    Raises:
-      ConfigError: another process has it, or had it and has given it another name; or the file system has no
-        locks.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"Another process is writing {path}. Wait for it, or choose another file.") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be locked ({error}). Choose a file on another file system.") from error
-    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-        raise ConfigError(f"Another process was writing {path} and has finished. Look at what it made.")
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

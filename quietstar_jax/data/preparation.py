@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import itertools
@@ -33,6 +32,7 @@ from quietstar_jax.data.parts import Input, Part, read_input
 from quietstar_jax.data.prepared import COUNTS, FORMAT, MANIFEST, PLAN, describe_tokenizer, read_manifest
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import DataError
+from quietstar_jax.io import TEMPORARY, locked, replacing, write_json
 from quietstar_jax.settings import differences
 
 SHARD_BYTES = 1 << 28  # of text in a shard, where their number is not given
@@ -146,16 +146,16 @@ def _plan(
 @contextlib.contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """The folder, made if need be, for one preparation at a time; a killed one lets go of it."""
+
+    def busy() -> None:
+        raise DataError(f"{output} is being prepared by another process. Wait for it, or stop it.")
+
     try:
         output.mkdir(parents=True, exist_ok=True)
-        stream = (output / _LOCK).open("w")
+        (output / _LOCK).touch()
     except OSError as error:
         raise DataError(f"The folder {output} cannot be written to: {error}. Choose another one.") from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"{output} is being prepared by another process. Wait for it, or stop it.") from error
+    with locked(output / _LOCK, busy):
         yield
 
 
@@ -169,11 +169,12 @@ def _begin(output: Path, plan: dict[str, Any]) -> None:
             raise DataError(f"{path} cannot be read: {error}. Remove the folder to begin anew.") from error
         _require_same(output, found, plan)
         return
-    there = sorted(item.name for item in output.iterdir() if item.name != _LOCK)
+    names = (item.name for item in output.iterdir() if item.name != _LOCK)
+    there = sorted(name for name in names if not (name.startswith(".") and name.endswith(TEMPORARY)))
     if there:
         (output / _LOCK).unlink()
         raise DataError(f"{output} is not empty (it has {', '.join(there[:5])}). Choose a new folder.")
-    _write_json(path, plan)
+    write_json(path, plan)
 
 
 def _require_same(output: Path, found: dict[str, Any], plan: dict[str, Any]) -> None:
@@ -221,30 +222,29 @@ def _work(shard: Shard) -> None:
 
 def write_shard(shard: Shard, tokenizer: Tokenizer) -> None:
     """Tokenizes the documents of a shard. Those without a token are left out and counted."""
-    partial = shard.folder / f"{shard.name}.incomplete"
     final = shard.folder / f"{shard.name}.array_record"
     counts: list[int] = []
     empty = 0
-    writer = ArrayRecordWriter(str(partial), WRITER)
-    for texts in _batched(itertools.chain.from_iterable(part.documents() for part in shard.parts)):
-        for ids in tokenizer.encode_many(texts):
-            if ids:
-                writer.write(np.asarray(ids, shard.dtype).tobytes())
-                counts.append(len(ids))
-            else:
-                empty += 1
-    writer.close()
-    record = {
-        "file": final.name,
-        "documents": len(counts),
-        "tokens": sum(counts),
-        "empty_documents": empty,
-        "bytes": partial.stat().st_size,
-        "sha256": _sha256(partial),
-    }
-    os.replace(partial, final)
+    with replacing(final) as temporary:
+        writer = ArrayRecordWriter(str(temporary), WRITER)
+        for texts in _batched(itertools.chain.from_iterable(part.documents() for part in shard.parts)):
+            for ids in tokenizer.encode_many(texts):
+                if ids:
+                    writer.write(np.asarray(ids, shard.dtype).tobytes())
+                    counts.append(len(ids))
+                else:
+                    empty += 1
+        writer.close()
+        record = {
+            "file": final.name,
+            "documents": len(counts),
+            "tokens": sum(counts),
+            "empty_documents": empty,
+            "bytes": temporary.stat().st_size,
+            "sha256": _sha256(temporary),
+        }
     write_array(shard.counts, np.asarray(counts, np.int32))
-    _write_json(shard.done, record)
+    write_json(shard.done, record)
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -261,7 +261,7 @@ def _finish(output: Path, plan: dict[str, Any], shards: Sequence[Shard]) -> dict
         raise DataError(f"The sources {[item['source'] for item in plan['sources']]} hold no token. Check --text-key.")
     write_array(output / COUNTS, np.concatenate([np.load(shard.counts) for shard in shards]))
     manifest = {**plan, **totals, "shards": records}
-    _write_json(output / MANIFEST, manifest)
+    write_json(output / MANIFEST, manifest)
     _clean(output)
     return manifest
 
@@ -271,9 +271,7 @@ def _clean(output: Path) -> None:
     for pattern in (
         "tokens-*.json",
         "tokens-*.npy",
-        "tokens-*.incomplete",
-        "*.npy.*.incomplete",
-        ".*.incomplete",
+        f".*{TEMPORARY}",
         PLAN,
         _LOCK,
     ):
@@ -284,9 +282,3 @@ def _clean(output: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.incomplete")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(partial, path)

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from quietstar_jax.data.json_lines import lock
 from quietstar_jax.errors import ConfigError, DataError
+from quietstar_jax.io import lock_file
 from quietstar_jax.settings import differences
 
 
@@ -45,7 +45,7 @@ class Records:
             raise
 
     def _begin(self, measurement: dict[str, Any]) -> list[dict[str, Any]]:
-        lock(self._file, self._path)
+        lock_file(self._file, self._path)
         self._file.seek(0)
         whole, records = 0, []
         for line in self._file:

@@ -12,11 +12,12 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from quietstar_jax.data.json_lines import lock, read_objects
+from quietstar_jax.data.json_lines import read_objects
 from quietstar_jax.errors import DataError, UserError
 from quietstar_jax.generation.batch import Generation, Job
 from quietstar_jax.generation.engine import Request
 from quietstar_jax.generation.generator import Generator
+from quietstar_jax.io import lock_file, write_json
 from quietstar_jax.settings import differences
 
 PROMPT = "prompt"
@@ -64,7 +65,7 @@ def generate_file(
     partial = Path(f"{output}.partial")
     size = generator.batch_size
     with partial.open("a+b") as file:
-        lock(file, partial)
+        lock_file(file, partial)
         done = _resume(file, partial, json.loads(json.dumps(record)))
         with _bar(len(rows), done, quiet) as bar:
             for first in range(done, len(rows), size):
@@ -108,7 +109,7 @@ def _resume(file: BinaryIO, partial: Path, record: Mapping[str, Any]) -> int:
     record_file = _record_file(partial)
     if not record_file.exists():
         file.truncate(0)
-        _write_record(record_file, record)
+        write_json(record_file, record)
         return 0
     try:
         made_with = json.loads(record_file.read_text("utf-8"))
@@ -129,13 +130,6 @@ def _resume(file: BinaryIO, partial: Path, record: Mapping[str, Any]) -> int:
 
 def _record_file(partial: Path) -> Path:
     return Path(f"{partial}.json")
-
-
-def _write_record(file: Path, record: Mapping[str, Any]) -> None:
-    """Complete, or not there."""
-    written = Path(f"{file}.writing")
-    written.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-    os.replace(written, file)
 
 
 def _fields(one: Generation, show_thoughts: bool) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from html import escape
 from importlib import resources
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.io import write_text
 
 # A browser that obeys this fetches nothing, whatever stands in the page.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -71,14 +70,10 @@ def write_page(path: Path, html: str, flag: str = "--output") -> None:
     Raises:
       ConfigError: it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(html, encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, html)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise ConfigError(f"{flag} {path} cannot be written: {error}. Choose another file.") from error
 
 

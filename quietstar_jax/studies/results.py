@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from quietstar_jax.errors import DataError
+from quietstar_jax.io import write_json
 from quietstar_jax.studies.runner import PlannedRun
 from quietstar_jax.studies.study import Study
 from quietstar_jax.studies.table import compare, format_table
-from quietstar_jax.training.metrics import write_json
 
 RESULTS, TABLE = "study.json", "table.md"
 

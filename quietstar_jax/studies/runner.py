@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -17,10 +16,11 @@ import orbax.checkpoint as ocp
 
 from quietstar_jax.config import Config
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.io import locked, write_json
 from quietstar_jax.settings import differences, from_mapping, to_mapping
 from quietstar_jax.studies.study import Study, command, configuration
 from quietstar_jax.training.checkpoints import MEASUREMENT, THINKING, UNRELATED, course_changes
-from quietstar_jax.training.metrics import read_metrics, write_json, write_metrics
+from quietstar_jax.training.metrics import read_metrics, write_metrics
 
 Say = Callable[[str], None]
 
@@ -94,13 +94,10 @@ def _alone(workdir: Path, say: Say) -> Iterator[int]:
 
     A study that was killed may have left a training process behind: whoever comes next waits for it.
     """
-    with (workdir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"{workdir} is in use by another process; waiting until it ends.")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
+    with locked(
+        workdir / "lock", lambda: say(f"{workdir} is in use by another process; waiting until it ends.")
+    ) as lock:
+        yield lock
 
 
 def _saved_steps(workdir: Path) -> list[int]:

@@ -16,13 +16,14 @@ import numpy as np
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
 from quietstar_jax.errors import ConfigError, DataError, DivergedError, PreemptedError
+from quietstar_jax.io import write_json
 from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.layout import Reader, find_reader
 from quietstar_jax.parallel.preemption import PreemptionNotice
 from quietstar_jax.training.answers import measure_answers
 from quietstar_jax.training.checkpoints import Checkpoints, check_same_run
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, summarize
-from quietstar_jax.training.metrics import MetricsWriter, write_json
+from quietstar_jax.training.metrics import MetricsWriter
 from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare, start_optimizer
 from quietstar_jax.training.step import Batch, TrainState, TrainStep, compile_train_step
 from quietstar_jax.training.summary import most_helpful_thoughts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from quietstar_jax.config import LoggingConfig
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.io import JsonLinesWriter, read_json_lines, write_text
 
 
 class MetricsWriter:
@@ -31,9 +31,9 @@ class MetricsWriter:
         self._silent = silent
         # First: a missing package stops here.
         self._sinks = [] if silent else _sinks(workdir, config, first_step, run_config)
-        path = Path(os.devnull) if silent else workdir / "metrics.jsonl"
+        path = workdir / "metrics.jsonl"
         self._kept = set() if silent else _keep_until(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = None if silent else JsonLinesWriter(path)
         self._bar = tqdm(
             total=total_steps, initial=first_step, disable=silent or not config.progress_bar, unit="step",
             dynamic_ncols=True, smoothing=0.05,
@@ -44,7 +44,8 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._file.close()
+        if self._file:
+            self._file.close()
         for sink in self._sinks:
             sink.close()
 
@@ -54,9 +55,8 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, phase: str, values: Mapping[str, Any]) -> None:
         """One record `{"kind", "step", "phase", ...}`; `kind` is `train` or `evaluation`."""
-        record = {"kind": kind, "step": step, "phase": phase, **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write({"kind": kind, "step": step, "phase": phase, **values})
         scalars = {name: value for name, value in values.items() if isinstance(value, int | float)}
         for sink in self._sinks:
             sink.write({f"{kind}/{name}": value for name, value in scalars.items()}, step)
@@ -76,34 +76,14 @@ class MetricsWriter:
             tqdm.write(line)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in order; none where it does not exist.
-
-    A last line that a killed run left unfinished is left out.
-    """
-    records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """The records of a `metrics.jsonl`, in order; none where it does not exist. Broken lines are left out."""
+    return read_json_lines(path)
 
 
 def write_metrics(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """The inverse of `read_metrics`; writes the file whole or not at all."""
-    _replace(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _keep_until(path: Path, step: int) -> set[tuple[str, int]]:

@@ -211,13 +211,13 @@ def test_stopped_at_any_moment(corpus: str, tmp_path: Path, moment: str, monkeyp
         raise Stopped
 
     whole, output = prepared(tmp_path / "whole", corpus, shards=3), tmp_path / "out"
-    ordinary = preparation._write_json
+    ordinary = preparation.write_json
 
     def until_manifest(path: Path, value: dict[str, Any]) -> None:
         return stop() if path.name == "manifest.json" else ordinary(path, value)
 
     with monkeypatch.context() as patch:
-        name = {"shard": "_sha256", "counts": "write_array", "manifest": "_write_json", "clean": "_clean"}[moment]
+        name = {"shard": "_sha256", "counts": "write_array", "manifest": "write_json", "clean": "_clean"}[moment]
         patch.setattr(preparation, name, until_manifest if moment == "manifest" else stop)
         with pytest.raises(Stopped):
             prepared(output, corpus, shards=3)

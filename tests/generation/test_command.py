@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from quietstar_jax.data.json_lines import lock
 from quietstar_jax.errors import ConfigError, DataError, UserError
 from quietstar_jax.generate import Generator, Token, main
 from quietstar_jax.generation.files import generate_file
 from quietstar_jax.generation.terminal import print_tokens
 from quietstar_jax.hf.save import ExportOptions
+from quietstar_jax.io import lock_file
 from quietstar_jax.training.export import export
 from quietstar_jax.training.loop import train
 from tests.training.tiny import tiny_config
@@ -172,7 +172,7 @@ def test_an_output_that_another_process_writes_is_left_alone(generator, tmp_path
     job = generator.job(1, 5, None, None, 0.0, 1.0, 0.0, ())
     partial = Path(f"{output}.partial")
     with partial.open("wb") as file:
-        lock(file, partial)
+        lock_file(file, partial)
         file.write(b'{"prompt": "half')
         file.flush()
         with pytest.raises(ConfigError, match="Another process is writing"):
@@ -184,7 +184,7 @@ def test_an_output_that_another_process_writes_is_left_alone(generator, tmp_path
         os.replace(partial, output)
         partial.touch()
         with pytest.raises(ConfigError, match="has finished"):
-            lock(file, partial)
+            lock_file(file, partial)
 
 
 def test_outputs_that_cannot_be_written(generator, tmp_path):

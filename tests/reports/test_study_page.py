@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from quietstar_jax.errors import ConfigError, DataError
+from quietstar_jax.io import write_json
 from quietstar_jax.report import main
 from quietstar_jax.reports.drawings import drawings
 from quietstar_jax.reports.make import report_study
 from quietstar_jax.reports.page import write_page
 from quietstar_jax.studies.results import RESULTS
 from quietstar_jax.studies.table import compare
-from quietstar_jax.training.metrics import write_json
 from tests.reports.browser import CHROMIUM, Browser
 
 VALUES = {"pause": [0.2, 0.3, 0.25], "thoughts": [0.9, 0.8, 0.95], "<odd>": [0.91, 0.8]}

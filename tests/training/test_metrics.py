@@ -3,7 +3,8 @@ import json
 import pytest
 
 from quietstar_jax.config import LoggingConfig
-from quietstar_jax.training.metrics import MetricsWriter, write_json
+from quietstar_jax.io import write_json
+from quietstar_jax.training.metrics import MetricsWriter
 
 
 def writer(workdir, first_step=0, **changes):

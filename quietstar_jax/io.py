@@ -1,0 +1,228 @@
+"""Files that are whole or absent, JSON lines, and locks: the only place that does each.
+
+Paths may be local or URLs (`etils.epath`). On an object store a file is whole by nature: it appears when it is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+from absl import logging
+from etils import epath
+
+from quietstar_jax.errors import ConfigError
+
+AnyPath: TypeAlias = os.PathLike[str]  # local or an URL of etils.epath
+TEMPORARY = ".partial"  # how the name of a file ends that is being written
+ABANDONED_SECONDS = 3600  # a temporary file of another machine that has not changed for so long has no writer
+
+
+def is_url(path: AnyPath | str) -> bool:
+    """Whether a path is on an object store, such as gs://."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def replacing(path: AnyPath) -> Iterator[Path]:
+    """A temporary path to write to; it takes the name `path` at the end, and is removed if an exception comes.
+
+    The folder must exist. A link keeps pointing to its file, which is replaced.
+    """
+    if is_url(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / "file"
+            yield temporary
+            with temporary.open("rb") as source, epath.Path(path).open("wb") as target:
+                shutil.copyfileobj(source, target)
+        return
+    target = Path(os.path.realpath(path))
+    start = f".{target.name.encode()[:100].decode(errors='ignore')}."
+    _remove_abandoned(target.parent, start)
+    temporary = target.parent / f"{start}{machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}"
+    try:
+        yield temporary
+        _to_disk(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # not every file system can do this for a folder
+        _to_disk(target.parent)
+
+
+def write_text(path: AnyPath, text: str) -> None:
+    """Writes a file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def write_json(path: AnyPath, value: Any, indent: int = 2) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def read_json_lines(path: AnyPath) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, in order; none where it does not exist.
+
+    Lines that hold no JSON object are left out with a warning; without one where the last line has no end, since its
+    writer was killed.
+    """
+    file = epath.Path(path)
+    if not file.exists():
+        return []
+    *lines, last = file.read_bytes().split(b"\n")
+    rows: list[dict[str, Any]] = []
+    broken = []
+    for number, line in enumerate([*lines, last], start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = ()
+        if isinstance(row, dict):
+            rows.append(row)
+        elif row is not None and number <= len(lines):
+            broken.append(number)
+    if broken:
+        logging.warning("%s: no JSON object in line %s: left out.", path, ", ".join(map(str, broken)))
+    return rows
+
+
+class JsonLinesWriter:
+    """Appends to a file of JSON lines; a context manager.
+
+    Each line reaches a local file immediately. An object store cannot append: there the whole file is written again,
+    at most every `every_seconds`, at `flush` and at the end.
+    """
+
+    def __init__(self, path: AnyPath, every_seconds: float = 30):
+        self._path, self._every, self._written = epath.Path(path), every_seconds, time.monotonic()
+        self._file: IO[bytes] | None = None
+        if is_url(path):
+            self._text = self._path.read_bytes() if self._path.exists() else b""
+            self._text = self._text[: self._text.rfind(b"\n") + 1]
+            return
+        self._file = Path(path).open("a+b")  # noqa: SIM115 (closed by `close`)
+        self._file.seek(0)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)  # a line whose writer was killed
+
+    def __enter__(self) -> JsonLinesWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Makes all lines durable, and ends."""
+        self.flush()
+        if self._file:
+            self._file.close()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends a line."""
+        line = json.dumps(row).encode() + b"\n"
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._text += line
+        if time.monotonic() - self._written > self._every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Makes all lines durable."""
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        else:
+            self._path.write_bytes(self._text)
+            self._written = time.monotonic()
+
+
+def lock_file(file: IO[bytes], path: Path) -> None:
+    """Keeps other processes from writing an open local file until it is closed.
+
+    Raises:
+      ConfigError: another process has it, or had it and has given it another name; or the file system has no
+        locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"Another process is writing {path}. Wait for it, or choose another file.") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be locked ({error}). Choose a file on another file system.") from error
+    if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        raise ConfigError(f"Another process was writing {path} and has finished. Look at what it made.")
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: Callable[[], None]) -> Iterator[int]:
+    """Holds a local lock file, waiting for it if need be; yields its descriptor.
+
+    A process that inherits the descriptor holds the lock as well, until it ends.
+
+    Args:
+      busy: called before waiting; may raise.
+    """
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield stream.fileno()
+
+
+def _remove_abandoned(folder: Path, start: str) -> None:
+    """Removes temporary files of this name whose writers are gone."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            writer = re.fullmatch(re.escape(start) + r"(\w+)-(\d+)-\w{8}" + re.escape(TEMPORARY), name)
+            if not writer:
+                continue
+            old = time.time() - (folder / name).stat().st_mtime > ABANDONED_SECONDS
+            if not process_exists(int(writer[2])) if writer[1] == machine() else old:
+                (folder / name).unlink(missing_ok=True)
+
+
+def process_exists(process: int) -> bool:
+    """Whether this machine has a process of this id."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+@functools.cache
+def machine() -> str:
+    """Names the set of processes whose ids can be compared: this host since it started, and this container in it."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # only Linux has these
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
