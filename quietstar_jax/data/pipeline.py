@@ -167,10 +167,10 @@ def validation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """The validation sources in order, once: for `random_span` the first L tokens of every document with at least
-    two, for `consecutive_spans` all spans, for `packed` all tokens in a row. Every process gets equally many batches
-    of `batch_size` sequences (its own of a global order, as in training); the last ones are filled up with rows whose
-    mask is all False.
+    """The validation sources in order, once: for `random_span` the first span of L tokens of every document, then the
+    second span of each that is longer, and so on; for `consecutive_spans` all spans, document by document; for `packed`
+    all tokens in a row. Every process gets equally many batches of `batch_size` sequences (its own of a global order,
+    as in training); the last ones are filled up with rows whose mask is all False.
 
     Args:
       batch_size: sequences per process.
@@ -186,11 +186,11 @@ def validation_batches(
 
     def generate() -> Iterator[Batch]:
         # Every process walks all sequences: only so do all know how many there are, and stop at the same batch.
-        if config.packing == "consecutive_spans":
-            rows = _all_spans(Framed(documents, (), eos), length, pad_id, bos)
+        if config.packing == "packed":
+            rows = _end_to_end(Framed(documents, bos, eos), length, pad_id)
         else:
-            walk = _end_to_end if config.packing == "packed" else _firsts
-            rows = walk(Framed(documents, bos, eos), length, pad_id)
+            walk = _all_spans if config.packing == "consecutive_spans" else _rounds
+            rows = walk(Framed(documents, (), eos), length, pad_id, bos)
         given = 0
         while not batches or given < batches:
             taken = list(itertools.islice(rows, process_count * batch_size))
@@ -283,11 +283,22 @@ def _order(elements: grain.MapDataset, seed: int) -> grain.MapDataset:
     return elements.seed(seed).shuffle().repeat()
 
 
-def _firsts(documents: Framed, length: int, pad_id: int) -> Iterator[Row]:
-    for index in range(len(documents)):
-        tokens = documents[index]
-        if len(tokens) >= 2:  # fewer predict nothing
-            yield spanned(tokens, length, pad_id)
+def _rounds(documents: Framed, length: int, pad_id: int, bos: tuple[int, ...]) -> Iterator[Row]:
+    """The first span of every document, then the second ones, and so on: a long document counts beyond its beginning,
+    and fills no more rows than others while there are others."""
+    room = length - len(bos)
+    number, left, last = 0, list(range(len(documents))), (-1, np.zeros(0, np.int32))
+    while left:
+        longer = []
+        for index in left:
+            tokens = last[1] if last[0] == index else documents[index]
+            last = index, tokens
+            if len(tokens) + len(bos) >= 2:  # fewer predict nothing
+                start, stop = span_bounds(number, len(tokens), room, bool(bos))
+                yield spanned(tokens[start:stop], length, pad_id, bos)
+            if len(tokens) > (number + 1) * room:
+                longer.append(index)
+        number, left = number + 1, longer
 
 
 def _all_spans(documents: Framed, length: int, pad_id: int, bos: tuple[int, ...]) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -369,7 +370,8 @@ def spans_of(text: list[int]) -> list[list[int]]:
 def expected_rows(texts: Sequence[Sequence[int]], packing: str) -> list[list[int]]:
     ended = [[*text, EOS] for text in texts]
     if packing == "random_span":
-        return [text[:LENGTH] for text in ended if len(text) >= 2]
+        rounds = itertools.zip_longest(*(spans_of(text) for text in ended if len(text) >= 2))
+        return [span for of_round in rounds for span in of_round if span is not None]
     if packing == "consecutive_spans":
         return [span for text in ended if len(text) >= 2 for span in spans_of(text)]
     stream = [token for text in ended for token in text]
