@@ -17,6 +17,13 @@ import ml_collections
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.settings import from_mapping, one_of, require, to_mapping
 
+INT64 = {"bits": 64}  # metadata of a field
+MOST_PARAMETERS = 10**13
+MOST_TOKENS = 2**31 - 1  # of a batch
+MOST_THOUGHT_TOKENS = 2**34  # of a batch
+MOST_WORKERS = 1024
+MOST_SECONDS = 10**7
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -78,6 +85,12 @@ class Architecture:
         """Dimensions of a head that rotate."""
         return int(self.head_dim * self.rotary_fraction)
 
+    def _parameters(self) -> int:
+        """About how many the matrices have."""
+        heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        layer = self.hidden_size * (heads + 3 * self.intermediate_size)
+        return self.num_layers * layer + 2 * self.vocab_size * self.hidden_size
+
     def problems(self) -> list[str]:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
                  "head_dim", "max_positions")  # fmt: skip
@@ -101,6 +114,11 @@ class Architecture:
             *require(
                 all(0 <= layer < self.num_layers for layer in self.full_attention_layers),
                 "full_attention_layers", self.full_attention_layers, f"layers 0 .. {self.num_layers - 1}",
+            ),
+            *require(
+                self._parameters() <= MOST_PARAMETERS,
+                "hidden_size", self.hidden_size,
+                f"sizes with at most {MOST_PARAMETERS:.0e} parameters in all, and these have {self._parameters():.1e}",
             ),
         ]  # fmt: skip
 
@@ -177,7 +195,7 @@ class ThoughtConfig:
 
 def _is_reciprocal(x: float) -> bool:
     """Whether x is 1/n, up to a few decimals."""
-    return x > 0 and math.isclose(1 / x, round(1 / x), rel_tol=1e-3)
+    return x > 1e-9 and math.isclose(1 / x, round(1 / x), rel_tol=1e-3)
 
 
 @dataclass(frozen=True)
@@ -261,8 +279,8 @@ class OptimizerConfig:
 class SyntheticConfig:
     """The embedded corpus (`data/synthetic.py`), used where a source is `synthetic`."""
 
-    documents: int = 1_000_000  # size of the training split
-    validation_documents: int = 2_000
+    documents: int = field(default=1_000_000, metadata=INT64)  # size of the training split
+    validation_documents: int = field(default=2_000, metadata=INT64)
     steps_fraction: float = 0.375  # documents that write their steps out between marks
     chatter_fraction: float = 0.125  # documents that write useless chatter between the same marks
     stray_mark_rate: float = 0.06  # of the documents that answer at once, those where a mark opens; below 1/11
@@ -311,7 +329,7 @@ class DataConfig:
             *require(self.sequence_length >= 3, "sequence_length", self.sequence_length, "at least 3"),
             *one_of("packing", self.packing, ("random_span", "consecutive_spans", "packed")),
             *one_of("prepend_bos", self.prepend_bos, ("auto", "always", "never")),
-            *require(self.workers >= 0, "workers", self.workers, "0 or more"),
+            *require(0 <= self.workers <= MOST_WORKERS, "workers", self.workers, f"0 .. {MOST_WORKERS}"),
         ]  # fmt: skip
 
 
@@ -371,8 +389,15 @@ class DistributedConfig:
     def problems(self) -> list[str]:
         problems = [
             *one_of("processes", self.processes, ("single", "cluster", "given")),
-            *require(self.start_seconds > 0, "start_seconds", self.start_seconds, "at least 1"),
-            *require(self.heartbeat_seconds > 9, "heartbeat_seconds", self.heartbeat_seconds, "at least 10"),
+            *require(
+                0 < self.start_seconds <= MOST_SECONDS, "start_seconds", self.start_seconds, f"1 .. {MOST_SECONDS}"
+            ),
+            *require(
+                10 <= self.heartbeat_seconds <= MOST_SECONDS,
+                "heartbeat_seconds",
+                self.heartbeat_seconds,
+                f"10 .. {MOST_SECONDS}",
+            ),
         ]
         if self.processes != "given":
             return problems
@@ -423,7 +448,7 @@ class LoggingConfig:
 class Config:
     """A whole run."""
 
-    seed: int = 0
+    seed: int = field(default=0, metadata=INT64)
     workdir: str = "runs/default"  # checkpoints, metrics and summary; a run with the same workdir resumes
     model: ModelConfig = field(default_factory=ModelConfig)
     thought: ThoughtConfig = field(default_factory=ThoughtConfig)
@@ -448,6 +473,16 @@ class Config:
             ),
         ]  # fmt: skip
         for i, phase in enumerate(self.phases):
+            tokens = phase.batch_size * length
+            found += require(
+                tokens <= MOST_TOKENS, f"phases[{i}].batch_size", phase.batch_size,
+                f"at most {MOST_TOKENS // max(length, 1)} sequences of {length} tokens",
+            )  # fmt: skip
+            found += require(
+                tokens * phase.num_thoughts * (phase.thought_length + phase.tokens_ahead) <= MOST_THOUGHT_TOKENS,
+                f"phases[{i}].num_thoughts", phase.num_thoughts,
+                f"fewer or shorter thoughts: at most {MOST_THOUGHT_TOKENS} of their tokens in a batch",
+            )  # fmt: skip
             found += require(
                 not phase.thought_length or length >= phase.tokens_ahead + 2,
                 "data.sequence_length", length, f"at least tokens_ahead + 2 = {phase.tokens_ahead + 2} of phases[{i}]",
@@ -456,6 +491,13 @@ class Config:
             length >= self.evaluation.tokens_ahead + 2,
             "data.sequence_length", length, f"at least {self.evaluation.tokens_ahead + 2}, evaluation.tokens_ahead + 2",
         )  # fmt: skip
+        rows = self.evaluation.batch_size
+        found += require(
+            rows * length * (self.evaluation.thought_length + self.evaluation.tokens_ahead) <= MOST_THOUGHT_TOKENS
+            and rows * length <= MOST_TOKENS,
+            "evaluation.batch_size", rows, f"fewer sequences: at most {MOST_TOKENS} tokens in a batch",
+        )  # fmt: skip
+        found += require(self.total_steps < 2**31, "phases", self.total_steps, "fewer than 2^31 steps in all")
         return found
 
     @property

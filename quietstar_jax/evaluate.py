@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
 
+from quietstar_jax.command_line import CommandParser, integer, integer_from, path
 from quietstar_jax.config import PREFIX_ATTENTION
 from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.evals.measure import MODES, Options, measure
@@ -29,40 +28,42 @@ def main(arguments: list[str]) -> None:
     print(json.dumps(result) if as_json else format_result(result))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     tasks = "\n".join(f"  {name:<20}{task.summary}" for name, task in TASKS.items())
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m quietstar_jax.evaluate", description=__doc__, epilog=f"tasks:\n{tasks}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+
     )  # fmt: skip
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run's workdir, a Hugging Face folder or hub id")
     add("--task", required=True, help="one of those below")
     add("--data", required=True, help="questions in JSON lines; for language_modeling any text source")
     add("--thoughts", default="auto", help=f"{', '.join(MODES)}; auto = both where the model can think")
-    add("--step", type=int, help="of a run's checkpoint; the newest unless told otherwise")
+    add("--step", type=integer_from(0), help="of a run's checkpoint; the newest unless told otherwise")
     add("--revision", default="", help="of a hub id")
     add("--dtype", default="float32", help="of the computation: float32, bfloat16")
     add("--prefix-attention", default="auto", help=f"of thoughts: {', '.join(PREFIX_ATTENTION)} (see the README)")
-    add("--thought-length", type=int, default=0, help="sampled tokens of a thought; 0 = as trained")
-    add("--batch-size", type=int, default=Options.batch_size, help="texts at once, over all devices")
-    add("--limit", type=int, default=0, help="questions or texts from the beginning; 0 = all")
-    add("--max-length", type=int, default=0, help="tokens of the longest question; 0 = what the model takes")
-    add("--seed", type=int, default=0, help="of all that is drawn")
+    add("--thought-length", type=integer, default=0, help="sampled tokens of a thought; 0 = as trained")
+    add("--batch-size", type=integer, default=Options.batch_size, help="texts at once, over all devices")
+    add("--limit", type=integer, default=0, help="questions or texts from the beginning; 0 = all")
+    add("--max-length", type=integer, default=0, help="tokens of the longest question; 0 = what the model takes")
+    add("--seed", type=integer, default=0, help="of all that is drawn")
     add("--field", action="append", default=[], metavar="FIELD=NAME", help="where question, choices, answer lie")
     add("--answer-key", default="auto", help=f"how answers name a choice: {', '.join(ANSWER_KEYS)}")
     text = parser.add_argument_group("language_modeling")
     text.add_argument("--text-key", default="text", help="field of a JSON line")
-    text.add_argument("--window", type=int, default=0, help="tokens read at once; 0 = 1024, or what the model takes")
-    text.add_argument("--context", type=int, default=0, help="of these, before every scored token; 0 = half")
-    text.add_argument("--top", type=int, default=Options.top, help="tokens helped and harmed most that are kept")
+    text.add_argument(
+        "--window", type=integer, default=0, help="tokens read at once; 0 = 1024, or what the model takes"
+    )
+    text.add_argument("--context", type=integer, default=0, help="of these, before every scored token; 0 = half")
+    text.add_argument("--top", type=integer, default=Options.top, help="tokens helped and harmed most that are kept")
     votes = parser.add_argument_group("gsm8k_cot, numeric_cot")
-    votes.add_argument("--samples", type=int, default=Options.samples, help="chains of thought for each question")
+    votes.add_argument("--samples", type=integer, default=Options.samples, help="chains of thought for each question")
     votes.add_argument("--temperature", type=float, default=Options.temperature, help="of their tokens; 0 = greedy")
-    votes.add_argument("--max-tokens", type=int, default=Options.max_tokens, help="of the steps")
+    votes.add_argument("--max-tokens", type=integer, default=Options.max_tokens, help="of the steps")
     votes.add_argument("--records", default="", help="file from which a killed run goes on; left out = named here")
     add("--json", action="store_true", help="one JSON object on the last line instead of a table")
-    add("--output", type=Path, help="file for the same JSON object")
+    add("--output", type=path, help="file for the same JSON object")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
 import jax
 
+from quietstar_jax.command_line import CommandParser, integer_from, path
 from quietstar_jax.errors import run_command
 from quietstar_jax.hf.save import DTYPES, FORMATS, ExportOptions
 from quietstar_jax.training.export import export
@@ -15,21 +14,17 @@ from quietstar_jax.training.export import export
 
 def main(arguments: list[str]) -> None:
     """Exports, then says what came of it."""
-    parser = argparse.ArgumentParser(prog="python -m quietstar_jax.export", description=__doc__)
-    parser.add_argument("--checkpoint", type=_path, required=True, help="a run's workdir, or its checkpoints folder")
-    parser.add_argument("--output", type=_path, required=True, help="folder to be made")
+    parser = CommandParser(prog="python -m quietstar_jax.export", description=__doc__)
+    parser.add_argument("--checkpoint", type=path, required=True, help="a run's workdir, or its checkpoints folder")
+    parser.add_argument("--output", type=path, required=True, help="folder to be made")
     parser.add_argument("--format", choices=FORMATS, required=True, help="with thoughts, or the plain decoder")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--max-shard-size", default="5GB", help="of one file of weights")
-    parser.add_argument("--step", type=int, help="of the checkpoint; the newest unless told otherwise")
+    parser.add_argument("--step", type=integer_from(0), help="of the checkpoint; the newest unless told otherwise")
     given = parser.parse_args(arguments)
     options = ExportOptions(given.format, given.dtype, given.max_shard_size)
     run = export(given.checkpoint, given.output, options, given.step)
     print(f"Step {run.step} of {run.workdir} is in {given.output} ({given.format}, {given.dtype}).")
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from pathlib import Path
 
+from quietstar_jax.command_line import CommandParser, integer, integer_from, path
 from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.generation.batch import Generation, Job, Token
 from quietstar_jax.generation.files import generate_file
@@ -54,25 +53,25 @@ def _to_terminal(generator: Generator, prompts: list[str], job: Job, seed: int, 
         print()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m quietstar_jax.generate", description=__doc__)
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m quietstar_jax.generate", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run's workdir, a Hugging Face folder or hub id")
     add("--prompt", action="append", default=[], help="text to go on from; - reads it from standard input")
-    add("--input", type=Path, help='JSON lines, each with a "prompt"')
-    add("--output", type=Path, help="JSON lines to be made, each with a completion")
+    add("--input", type=path, help='JSON lines, each with a "prompt"')
+    add("--output", type=path, help="JSON lines to be made, each with a completion")
     add("--thoughts", choices=("auto", "on", "off", "show"), default="auto", help="auto = on where the model can")
-    add("--thought-length", type=int, help="sampled tokens of a thought; as trained unless told otherwise")
-    add("--max-tokens", type=int, default=128, help="generated at most")
+    add("--thought-length", type=integer, help="sampled tokens of a thought; as trained unless told otherwise")
+    add("--max-tokens", type=integer, default=128, help="generated at most")
     add("--temperature", type=float, default=0.0, help="0 = always the likeliest token")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens with this probability together")
     add("--thought-temperature", type=float, default=0.0, help="of the tokens of thoughts")
-    add("--seed", type=int, default=0, help="of sampling")
+    add("--seed", type=integer, default=0, help="of sampling")
     add("--stop", action="append", default=[], help=r"text that ends the output, with \n for a line break; repeatable")
-    add("--batch-size", type=int, help=f"prompts at once; 1, or {FILE_BATCH} from a file")
-    add("--max-length", type=int, help="room for prompt and text in tokens; as needed unless told otherwise")
+    add("--batch-size", type=integer, help=f"prompts at once; 1, or {FILE_BATCH} from a file")
+    add("--max-length", type=integer, help="room for prompt and text in tokens; as needed unless told otherwise")
     add("--dtype", default="float32", help="of the computation: float32, bfloat16")
-    add("--step", type=int, help="of a run's checkpoint; the newest unless told otherwise")
+    add("--step", type=integer_from(0), help="of a run's checkpoint; the newest unless told otherwise")
     add("--revision", default="", help="of a hub id")
     add("--quiet", action="store_true", help="no progress bar")
     return parser

@@ -24,6 +24,10 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     ("arguments", "message"),
     [
         (["--config.phases[0].steps=-1"], "config.phases[0].steps is -1; it takes 0 or more"),
+        (
+            ["--config.seed=18446744073709551616"],
+            "config.seed is 18446744073709551616; it takes an integer of at most 64 bits",
+        ),
         (["--config.data.sequence_length=250"], "the model knows 256"),
         (["--config.data.train=('missing.jsonl',)"], "missing.jsonl"),
         (["--config.data.tokenizer=/no/such/folder"], "/no/such/folder"),
@@ -48,7 +52,7 @@ def test_a_missing_configuration_is_one_clear_error(tmp_path):
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: --config cannot be read")
+    assert ended.stderr.startswith("error: There is no file")
     assert "no/such/config.py" in ended.stderr
 
 
@@ -62,11 +66,15 @@ def test_validation_text_without_a_token_to_predict_is_named(tmp_path):
 
 
 def test_an_unknown_flag_is_refused(tmp_path):
-    for setting in ("--config.sede=1", "--config.phases[7].steps=1"):
+    for setting, message in (
+        ("--config.sede=1", "config.sede is not a setting; did you mean seed?"),
+        ("--config.phases[7].steps=1", "config.phases[7] does not exist: config.phases is a list of 3"),
+        ("--confg=x", "unrecognized arguments: --confg=x"),
+    ):
         ended = run(tmp_path, setting)
         assert ended.returncode == 2
-        assert ended.stderr.startswith("error: A setting does not exist")
-        assert setting in ended.stderr
+        assert ended.stderr.startswith("error: ")
+        assert message in ended.stderr
         assert "Traceback" not in ended.stderr
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
+from quietstar_jax.command_line import CommandParser, path
 from quietstar_jax.data.builders.commonsense_qa import CommonsenseQa
 from quietstar_jax.data.builders.gsm8k import Gsm8k
 from quietstar_jax.data.builders.open_web_math import OpenWebMath
@@ -16,9 +15,9 @@ BUILDERS = {"gsm8k": Gsm8k, "commonsense_qa": CommonsenseQa, "open_web_math": Op
 
 def main(arguments: list[str]) -> None:
     """Builds a dataset in array_record format, then says how to read it."""
-    parser = argparse.ArgumentParser(prog="python -m quietstar_jax.data.build", description=__doc__)
+    parser = CommandParser(prog="python -m quietstar_jax.data.build", description=__doc__)
     parser.add_argument("dataset", choices=BUILDERS)
-    parser.add_argument("--data-dir", type=Path, required=True, help="as data.data_dir of the run that reads it")
+    parser.add_argument("--data-dir", type=path, required=True, help="as data.data_dir of the run that reads it")
     parser.add_argument(
         "--split", action="append", default=[], metavar="NAME=FILES", help="file, folder, glob, URL or hf:NAME:SPLIT, "
         "of JSON lines or parquet; unless given, all splits come from the Hugging Face hub",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
+from quietstar_jax.command_line import CommandParser, integer
 from quietstar_jax.config import DataConfig
 from quietstar_jax.data.preparation import prepare
 from quietstar_jax.data.sources.files import is_url
@@ -16,14 +16,16 @@ from quietstar_jax.errors import ConfigError, run_command
 
 def main(arguments: list[str]) -> None:
     """Prepares, then says what came of it."""
-    parser = argparse.ArgumentParser(prog="python -m quietstar_jax.data.prepare", description=__doc__)
+    parser = CommandParser(prog="python -m quietstar_jax.data.prepare", description=__doc__)
     parser.add_argument("--source", nargs="+", action="extend", required=True, help="as in data.train; one or more")
     parser.add_argument("--tokenizer", required=True, help="folder, hub id, or `synthetic`")
     parser.add_argument("--revision", default="", help="branch, tag or commit of the tokenizer's hub id")
     parser.add_argument("--output", required=True, help="folder to be made, or to go on with")
     parser.add_argument("--text-key", default="text", help="field of a JSON line, a row or an example")
-    parser.add_argument("--shards", type=int, default=0, help="files; unless given, one for each 256 MB of text")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; unless given, all cores")
+    parser.add_argument("--shards", type=integer, default=0, help="files; unless given, one for each 256 MB of text")
+    parser.add_argument(
+        "--workers", type=integer, default=os.cpu_count() or 1, help="processes; unless given, all cores"
+    )
     parser.add_argument("--data-dir", default="", help="where tensorflow-datasets are")
     parser.add_argument("--cache-dir", default="", help="for indices of tfrecord files")
     given = parser.parse_args(arguments)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from quietstar_jax.config import DistributedConfig
-from quietstar_jax.errors import START_AGAIN, ConfigError, PreemptedError, UserError
+from quietstar_jax.errors import START_AGAIN, ConfigError, PreemptedError, UserError, bounded
 
 
 def start(config: DistributedConfig) -> None:
@@ -97,7 +97,7 @@ def stop_together() -> Iterator[None]:
         status, who = 1, f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(error, UserError):
             status = error.status
-            print(f"error: {error} ({who})", file=sys.stderr)
+            print(f"error: {bounded(str(error))} ({who})", file=sys.stderr)
         elif _is_lost_touch(error):
             status = START_AGAIN
             print(

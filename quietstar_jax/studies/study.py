@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-import runpy
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quietstar_jax.config import Config, from_config_dict
+from quietstar_jax.config import Config
+from quietstar_jax.config_file import call_function, is_file, read_config
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.settings import LARGEST_INTEGER, shown
+
+FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}")  # the name of a variant
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,34 @@ def load_study(path: str) -> Study:
     Raises:
       ConfigError: it is missing, has no such function, or does not fit together.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"There is no study {path!r}. Give a Python file with a function get_study().")
-    found = runpy.run_path(path).get("get_study")
-    study = found() if callable(found) else None
+    study = call_function(path, "get_study")
     if not isinstance(study, Study):
-        raise ConfigError(f"{path} has no function get_study() that returns a quietstar_jax.studies.study.Study.")
-    if study.baseline not in study.variants:
-        raise ConfigError(
-            f"{path}: the baseline {study.baseline!r} is none of the variants {', '.join(study.variants)}."
-        )
-    if not study.seeds or not Path(study.base).is_file():
-        raise ConfigError(f"{path}: it takes at least one seed, and a configuration file as base (got {study.base!r}).")
+        raise ConfigError(f"{path}: get_study() returns no quietstar_jax.studies.study.Study.")
+    problems = list(_problems(study))
+    if problems:
+        raise ConfigError(f"{path} is not a study that can be run:\n" + "\n".join(f"  - {line}" for line in problems))
     return study
+
+
+def _problems(study: Study) -> Iterator[str]:
+    variants = study.variants if isinstance(study.variants, Mapping) else {}
+    if not variants or not all(isinstance(settings, Mapping) for settings in variants.values()):
+        yield f"variants is {shown(study.variants)}; it takes a mapping from names to settings"
+    for name in variants:
+        if not isinstance(name, str) or not FOLDER.fullmatch(name):
+            yield f"a variant is named {shown(name)}; it takes letters, digits, points, dashes (as its folder)"
+    if study.baseline not in tuple(variants):
+        yield f"the baseline {shown(study.baseline)} is none of the variants {', '.join(map(str, variants))}"
+    if not isinstance(study.base, str) or not is_file(study.base):
+        yield f"base is {shown(study.base)}; it takes a configuration file"
+    if not _are(study.seeds, int) or not all(0 <= seed <= LARGEST_INTEGER for seed in study.seeds):
+        yield f"seeds is {shown(study.seeds)}; it takes at least one whole number, 0 or more"
+    if not _are(study.metrics, str):
+        yield f"metrics is {shown(study.metrics)}; it takes at least one name of a figure in summary.json"
+
+
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, tuple | list) and bool(values) and all(type(value) is kind for value in values)
 
 
 def settings(study: Study, variant: str, seed: int, workdir: Path) -> dict[str, Any]:
@@ -72,25 +90,8 @@ def configuration(study: Study, variant: str, seed: int, workdir: Path) -> Confi
     Raises:
       ConfigError: a setting of the variant is unknown or impossible.
     """
-    make = runpy.run_path(study.base).get("get_config")
-    if not callable(make):
-        raise ConfigError(f"The base {study.base} of the study has no function get_config().")
-    config = make()
+    changes = settings(study, variant, seed, workdir)
     try:
-        for name, value in settings(study, variant, seed, workdir).items():
-            _set(config, name, value)
-        return from_config_dict(config)
+        return read_config(study.base, [(name, str(value)) for name, value in changes.items()])
     except ConfigError as error:
         raise ConfigError(f"Variant {variant!r} of the study cannot be run. {error}") from error
-
-
-def _set(config: Any, name: str, value: Any) -> None:
-    """Sets a field by its name on the command line: `phases[1].rates.decoder`."""
-    *path, last = [int(part) if part.isdigit() else part for part in re.findall(r"\w+", name)]
-    try:
-        for part in path:
-            config = config[part]
-        config[last]  # a setting must be there before it is set
-        config[last] = value
-    except (KeyError, IndexError, TypeError) as error:
-        raise ConfigError(f"config.{name} cannot be set to {value!r}: {' '.join(map(str, error.args))}") from error

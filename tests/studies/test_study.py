@@ -82,7 +82,7 @@ def test_plain_training_of_equal_flops(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_bad_studies(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="There is no study"):
+    with pytest.raises(ConfigError, match="There is no file"):
         load_study(str(tmp_path / "missing.py"))
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="no function get_study"):

@@ -1,0 +1,186 @@
+"""Configurations from Python files, with settings of the command line on top.
+
+Whatever such a file or command line holds, the outcome is a checked `Config` or a `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from quietstar_jax.config import Config, from_config_dict
+from quietstar_jax.errors import ConfigError, reason
+from quietstar_jax.settings import to_mapping, unknown
+
+
+class _SettingError(ConfigError):
+    """What is wrong is on the command line, not in the file."""
+
+
+LARGEST_FILE = 10 * 2**20  # bytes
+LONGEST_LITERAL = 100_000  # characters
+SETTING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[\d{1,9}\])*", re.ASCII)
+BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+def read_config(file: str, settings: Iterable[tuple[str, str]] = ()) -> Config:
+    """The configuration of a file: `FILE`, or `FILE:ARGUMENT` for a `get_config` with one parameter.
+
+    Args:
+      settings: names such as `phases[0].steps` and their values as text, in order; the last value of a name counts.
+
+    Raises:
+      ConfigError: the file cannot be used, or a setting is unknown, of the wrong type or impossible.
+    """
+    path, argument = (file, None) if ":" not in file or is_file(file) else file.rsplit(":", maxsplit=1)
+    get_config = load_function(path, "get_config")
+    with _blame(path, "get_config()"):
+        config = get_config(*_arguments(get_config, argument))
+        if isinstance(config, Config):
+            config = to_mapping(config)
+        if not isinstance(config, Mapping | ml_collections.ConfigDict):
+            raise ConfigError(f"it returned {type(config).__name__}, not an ml_collections.ConfigDict")
+        if type(config) is not ml_collections.ConfigDict:
+            config = ml_collections.ConfigDict(dict(config.items()))
+    for name, text in settings:
+        if not SETTING.fullmatch(name):
+            raise ConfigError(f"--config.{name} is not the name of a setting, such as seed or phases[0].steps.")
+        with _blame(path, f"setting config.{name}"):
+            _replace(config, Config, re.findall(r"\w+", name), text, "config")
+    with _blame(path, "reading the result of get_config()"):
+        plain = _plain(config)
+    return from_config_dict(plain)
+
+
+def call_function(path: str, name: str) -> Any:
+    """What a function without parameters of a Python file returns.
+
+    Raises:
+      ConfigError: as `load_function`, and where the call fails.
+    """
+    function = load_function(path, name)
+    with _blame(path, f"{name}()"):
+        return function()
+
+
+def load_function(path: str, name: str) -> Callable[..., Any]:
+    """A function of a Python file, which is run for that.
+
+    Raises:
+      ConfigError: names the file, and the line and the exception where running it failed.
+    """
+    if not is_file(path):
+        raise ConfigError(f"There is no file {path!r}. Give a Python file with a function {name}().")
+    module = types.ModuleType(f"quietstar_jax.file.{Path(path).stem}")
+    module.__file__ = path
+    with _blame(path, "this file"):
+        if Path(path).stat().st_size > LARGEST_FILE:
+            raise ConfigError(f"it is larger than {LARGEST_FILE:,} bytes")
+        code = compile(Path(path).read_bytes(), path, "exec")
+        sys.modules[module.__name__] = module  # dataclasses look up the module that they are defined in
+        exec(code, module.__dict__)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"{path} has no function {name}().")
+    return function
+
+
+@contextlib.contextmanager
+def _blame(path: str, what: str) -> Iterator[None]:
+    """Turns whatever is raised inside into a `ConfigError` with the file and, where it is known, the line."""
+    try:
+        yield
+    except (KeyboardInterrupt, _SettingError):
+        raise
+    except BaseException as error:  # SystemExit too: a configuration does not end the program
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines.append(error.lineno)
+        where = f"{path}, line {lines[-1]}" if lines and lines[-1] else path
+        said = reason(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {reason(error)}"
+        raise ConfigError(f"{where}: {what} cannot be used: {said}") from error
+
+
+def is_file(path: str) -> bool:
+    """Whether this is a regular file; a pipe or a device would be read for ever."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name that cannot exist
+        return False
+
+
+def _arguments(get_config: Callable[..., Any], argument: str | None) -> tuple[str, ...]:
+    given = () if argument is None else (argument,)
+    try:
+        inspect.signature(get_config).bind(*given)
+    except TypeError as error:
+        form = "FILE:ARGUMENT" if argument is None else "FILE, without `:ARGUMENT`"
+        raise _SettingError(
+            f"get_config{inspect.signature(get_config)} is called with {len(given)} arguments: {error}. Give it as "
+            f"--config {form}."
+        ) from None
+    return given
+
+
+def _replace(value: Any, kind: Any, parts: list[str], text: str, path: str) -> Any:
+    """The value with one of its settings changed; groups are changed in place.
+
+    Args:
+      kind: the type of the value; parts: of the name of the setting, below this value.
+    """
+    if not parts:
+        return _from_text(kind, text)
+    part, *rest = parts
+    if typing.get_origin(kind) is tuple:
+        if not part.isdigit() or int(part) >= len(value):
+            raise _SettingError(f"{path}[{part}] does not exist: {path} is a list of {len(value)}, counted from 0")
+        items = list(value)
+        items[int(part)] = _replace(items[int(part)], typing.get_args(kind)[0], rest, text, f"{path}[{part}]")
+        return items
+    if not dataclasses.is_dataclass(kind):
+        raise _SettingError(f"{path} is a single setting: it has no {part!r}")
+    hints = typing.get_type_hints(kind)
+    if part not in hints:
+        raise _SettingError(unknown(path, part, list(hints)))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = to_mapping(value)
+    now = value[part] if part in value else to_mapping(getattr(typing.cast(type, kind)(), part))
+    new = _replace(now, hints[part], rest, text, f"{path}.{part}")
+    if new is not now or part not in value:
+        with value.ignore_type() if isinstance(value, ml_collections.ConfigDict) else contextlib.nullcontext():
+            value[part] = new
+    return value
+
+
+def _from_text(kind: Any, text: str) -> Any:
+    """The value that a text writes; the text itself where it is no such value, which is refused with all others."""
+    if kind is bool:
+        return BOOLEANS.get(text.lower(), text)
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return float(text)
+        if typing.get_origin(kind) is tuple and len(text) <= LONGEST_LITERAL:
+            items = ast.literal_eval(text)
+            return items if isinstance(items, tuple | list) else (items,)
+    return text
+
+
+def _plain(value: Any) -> Any:
+    """Nested dictionaries and lists; references of `ml_collections` become values."""
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,156 @@
+"""Whatever is typed, a command ends in work, help, or one message with status 2; settings mean what is typed."""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from quietstar_jax import aot, study, train
+from quietstar_jax.command_line import CommandParser, parse_with_config
+from quietstar_jax.config import Config, from_config_dict
+from quietstar_jax.config_file import read_config
+from quietstar_jax.errors import MOST_CHARACTERS, MOST_LINES, ConfigError, bounded, run_command
+from tests import command_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")  # of a file whose get_config is one
+def test_mutated_command_lines_end_in_work_help_or_one_message(tmp_path):
+    counts = Counter()
+    for number, (words, found) in enumerate(command_lines.run(2500, seed=7, folder=tmp_path)):
+        assert found in ("accepted", "help", "refused"), (words, found)
+        assert number > 8 or found == "accepted", words  # the lines that are mutated work
+        counts[found] += 1
+    assert counts["accepted"] > 300
+    assert counts["refused"] > 1000
+
+
+def test_help_ends_with_status_0_and_names_every_setting(capsys):
+    for main in (train.main, aot.main, study.main):
+        with pytest.raises(SystemExit) as ended:
+            main(["--help"])
+        assert ended.value.code == 0
+        said = capsys.readouterr().out
+        assert main is study.main or "data.synthetic.documents=1000000" in said
+
+
+def config_of(*arguments: str) -> Config:
+    return parse_with_config(CommandParser(), ["--config", str(ROOT / "configs/quickstart.py"), *arguments])[1]
+
+
+def test_settings_mean_what_is_typed():
+    config = config_of(
+        "--config.seed=5", "--config.seed", "-0", "--config.data.train=('a', 'b')", "--config.data.validation='c',",
+        "--config.phases[1].learning_rate=1e-3", "--config.phases[1].rates.decoder", "0", "--config.workdir=a=b",
+        "--noconfig.logging.progress_bar", "--config.logging.tensorboard", "--config.phases[0].steps=1_0",
+        "--config.data.train[1]=x y", "--config.phases[2].fresh_optimizer=TRUE",
+    )  # fmt: skip
+    assert (config.seed, config.workdir) == (0, "a=b")
+    assert (config.data.train, config.data.validation) == (("a", "x y"), ("c",))
+    assert (config.phases[1].learning_rate, config.phases[1].rates.decoder) == (1e-3, 0.0)
+    assert (config.logging.progress_bar, config.logging.tensorboard) == (False, True)
+    assert config.phases[0].steps == 10
+    assert config.phases[2].fresh_optimizer is True
+    phases = config_of("--config.phases=[{'name': 'a', 'steps': 3}, {'steps': 4}]").phases
+    assert [(phase.name, phase.steps) for phase in phases] == [("a", 3), ("thoughts", 4)]
+
+
+def test_a_setting_reaches_what_refers_to_it(tmp_path):
+    file = tmp_path / "references.py"
+    file.write_text(
+        "import ml_collections\n"
+        "def get_config(seed='0'):\n"
+        "    config = ml_collections.ConfigDict({'seed': int(seed), 'data': {'sequence_length': 100}})\n"
+        "    config.evaluation = {'batches': config.data.get_ref('sequence_length') + 1}\n"
+        "    return config\n"
+    )
+    config = read_config(f"{file}:3", [("data.sequence_length", "50"), ("checkpoint.keep_latest", "7")])
+    assert (config.seed, config.data.sequence_length, config.evaluation.batches) == (3, 50, 51)
+    assert config.checkpoint.keep_latest == 7  # not in the file
+    file.write_text(file.read_text().replace("100", "200"))  # in the same second: no stale code is read
+    assert read_config(str(file)).data.sequence_length == 200
+
+
+def test_a_file_that_fails_is_named_with_the_line(tmp_path):
+    file = tmp_path / "fails.py"
+    for text, line, message in (
+        ("x = 1\nimport no_such_module", 2, "No module named 'no_such_module'"),
+        ("def get_config():\n\n    return 1 / 0", 3, "ZeroDivisionError"),
+        ("x = (", 1, "SyntaxError"),
+        ("raise SystemExit(3)", 1, "SystemExit: 3"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError) as error:
+            read_config(str(file))
+        assert f"{file}, line {line}: " in str(error.value)
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"seed": 2**63}, "config.seed"),
+        ({"data": {"synthetic": {"documents": 10**30}}}, "config.data.synthetic.documents"),
+        ({"data": {"sequence_length": 10**15}}, "config.data.sequence_length"),
+        ({"data": {"sequence_length": 2**30}}, "config.phases[0].batch_size"),
+        ({"data": {"workers": 10**6}}, "config.data.workers"),
+        ({"phases": [{"batch_size": 10**12}]}, "config.phases[0].batch_size"),
+        ({"phases": [{"batch_size": 2**28}]}, "config.phases[0].batch_size"),
+        ({"phases": [{"num_thoughts": 2**30}]}, "config.phases[0].num_thoughts"),
+        ({"phases": [{"steps": 2**31 - 1, "name": "a"}, {"steps": 1}]}, "config.phases is"),
+        ({"evaluation": {"batch_size": 2**30}}, "config.evaluation.batch_size"),
+        ({"model": {"architecture": {"vocab_size": 2**31 - 1, "hidden_size": 2**20}}}, "architecture.hidden_size"),
+        ({"thought": {"positions": "stride", "position_fraction": 5e-324}}, "config.thought.position_fraction"),
+        ({"workdir": "a\0b"}, "config.workdir"),
+        ({"data": {"train": ("\udc80",)}}, "config.data.train[0]"),
+        ({"seed": 10**9999}, "config.seed is a value of type int"),
+    ],
+)
+def test_absurd_values_are_refused_by_name(settings, named):
+    with pytest.raises(ConfigError) as error:
+        from_config_dict(settings)
+    assert named in str(error.value)
+
+
+def test_64_bits_are_enough_where_they_make_sense():
+    most = 2**63 - 1
+    config = from_config_dict({"seed": most, "data": {"synthetic": {"documents": most}}})
+    assert (config.seed, config.data.synthetic.documents) == (most, most)
+
+
+def ended(capsys: pytest.CaptureFixture, error: BaseException) -> tuple[int, str]:
+    def command() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(command)
+    return caught.value.code, capsys.readouterr().err
+
+
+def test_messages_fit_a_screen(capsys):
+    for message in ("x" * 10**6, "line\n" * 10**4, ("y" * 500 + "\n") * 30, "\x1b[31m\r\0"):
+        assert len(bounded(message)) <= MOST_CHARACTERS
+        assert bounded(message).count("\n") < MOST_LINES
+        assert bounded(message).replace("\n", "").isprintable()
+    long = "first: " + "z" * 10**5 + " and what to do"
+    assert bounded(long).startswith("first: ")
+    assert bounded(long).endswith(" and what to do")
+    assert ended(capsys, ConfigError(long))[1].endswith(" and what to do\n")
+
+
+def test_errors_of_the_system_are_messages_and_defects_are_not(capsys):
+    for number in (errno.ENOSPC, errno.EACCES, errno.ENAMETOOLONG, errno.EROFS):
+        status, message = ended(capsys, OSError(number, "reason", "/some/file"))
+        assert status == 2
+        assert "/some/file" in message
+    assert ended(capsys, MemoryError())[0] == 2
+    for defect in (ValueError("x"), OSError("x"), RuntimeError("x"), KeyError("x")):
+        with pytest.raises(type(defect)):
+            run_command(lambda defect=defect: (_ for _ in ()).throw(defect))
+    with pytest.raises(SystemExit) as status:
+        run_command(lambda: 1)
+    assert status.value.code == 1
