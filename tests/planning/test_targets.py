@@ -15,7 +15,6 @@ from quietstar_jax.planning.plan import _memory_that_is_missing, suggestions
 from quietstar_jax.planning.targets import find_target
 from tests.training.tiny import tiny_config
 
-
 UNKNOWN = ["", "v5e", "v5e:", "v9:2x2", "gpu:tx8", "tpu", "cpu:0x2", "gpu:h100", "v5e:4x4*", "v5e:3x3x3x3", "v5p:2x2"]
 
 

@@ -12,7 +12,6 @@ from quietstar_jax.training.setup import first_state, prepare
 from quietstar_jax.training.step import Batch, make_train_step
 from tests.training.tiny import tiny_config
 
-
 BOTH = ["float32", "bfloat16"]
 
 
