@@ -93,8 +93,9 @@ def _require_own_features(tfds: Any, spec: str, name: str, path: Path) -> None:
     Raises:
       DataError: names the class.
     """
-    exported = (kind for kind in vars(tfds.features).values() if isinstance(kind, type))
-    own = {f"{kind.__module__}.{kind.__name__}" for kind in exported if issubclass(kind, tfds.features.FeatureConnector)}
+    base = tfds.features.FeatureConnector
+    exported = (kind for kind in vars(tfds.features).values() if isinstance(kind, type) and issubclass(kind, base))
+    own = {f"{kind.__module__}.{kind.__name__}" for kind in exported}
     for found in _feature_classes(json.loads(path.read_text("utf-8"))):
         if found not in own:
             raise DataError(
