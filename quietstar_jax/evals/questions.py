@@ -14,15 +14,12 @@ import numpy as np
 
 from quietstar_jax.data.json_lines import read_objects
 from quietstar_jax.errors import DataError
+from quietstar_jax.evals.numbers import parse_number
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ANSWER_MARK = "####"  # GSM8K: what follows it is the answer, what precedes it how to get there
 ANSWER_KEYS = ("auto", "label", "text", "index", "index-from-1")
 FIELDS = ("question", "choices", "answer")
-
-MINUS = "\N{MINUS SIGN}"
-# a sign, digits that commas may group, a fraction; a fraction alone, but where its point ends a word
-NUMBER = re.compile(rf"[-{MINUS}]?(?:\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|(?<![\w.])\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -75,24 +72,6 @@ def read_questions(path: Path, layouts: Sequence[Layout], limit: int | None = No
         return [_numeric(line) for line in lines[:limit]]
     key = layout.answer_key if layout.answer_key != "auto" else _find_key(lines)  # the same whatever the limit
     return [_with_choices(line, key) for line in lines[:limit]]
-
-
-def parse_number(text: str) -> str | None:
-    """The first number in a text in a form in which equal numbers are equal texts; None without one.
-
-    Digit groups (`1,000`), currency signs and units around it do not matter, nor do trailing zeros of a fraction.
-    """
-    found = NUMBER.search(text)
-    if found is None:
-        return None
-    number = found.group().replace(",", "").replace(MINUS, "-")
-    whole, _, fraction = number.partition(".")
-    fraction = fraction.rstrip("0")
-    sign, digits = ("-", whole[1:]) if whole.startswith("-") else ("", whole)
-    digits = digits.lstrip("0") or "0"
-    if digits == "0" and not fraction:
-        sign = ""
-    return f"{sign}{digits}.{fraction}" if fraction else sign + digits
 
 
 @dataclass(frozen=True)
@@ -148,10 +127,11 @@ def _numeric(line: _Line) -> Question:
     number = isinstance(value, float) and math.isfinite(value)
     number |= isinstance(value, int) and not isinstance(value, bool)
     text = _plain(value) if number else str(value).rsplit(ANSWER_MARK, maxsplit=1)[-1].strip()
-    if parse_number(text) is None or isinstance(value, bool | list | dict):
+    if isinstance(value, bool | list | dict) or parse_number(text) is None:
         raise DataError(
-            f"{line}: the answer is {_shown(value)}, which holds no number. Numeric sets have numbers as answers, "
-            f"alone or behind {ANSWER_MARK!r}; for choices there is --task multiple_choice."
+            f"{line}: the answer is {_shown(value)}, which is not one number. Numeric tasks take answers such as 18, "
+            f"1,234.5, -3, 1/2, 1e-3, $5 or 20 %, alone or behind {ANSWER_MARK!r}. For other answers, write choices "
+            "and use --task multiple_choice, or leave the question out."
         )
     return Question(asked, text, (), line.number)
 

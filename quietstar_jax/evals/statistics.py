@@ -15,10 +15,17 @@ CONFIDENCE = 0.95
 
 
 def confidence_interval(values: Sequence[float] | np.ndarray, seed: int) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of the mean, 95 %; None for fewer than two values."""
+    """Interval of the mean, 95 %; None for fewer than two values.
+
+    Clopper and Pearson's exact interval where all values are 0 or 1, so that 20 right of 20 is not certainty; a
+    percentile bootstrap elsewhere.
+    """
     sample = np.asarray(values, np.float64)
     if sample.size < 2:
         return None
+    if np.isin(sample, (0.0, 1.0)).all():
+        exact = stats.binomtest(int(sample.sum()), sample.size).proportion_ci(CONFIDENCE, method="exact")
+        return float(exact.low), float(exact.high)
     if np.ptp(sample) == 0:
         return float(sample[0]), float(sample[0])
     found = stats.bootstrap(
@@ -26,6 +33,17 @@ def confidence_interval(values: Sequence[float] | np.ndarray, seed: int) -> tupl
         method="percentile", rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     return float(found.low), float(found.high)
+
+
+def interval_of_difference(better: int, worse: int, pairs: int) -> tuple[float, float]:
+    """95 % interval of the difference of two paired rates (Agresti and Min, 2005: half a pair is added to each cell).
+
+    Args:
+      better, worse: pairs of which only the first, and only the second, is right.
+    """
+    size, change, moved = pairs + 2, better - worse, better + worse + 1
+    half = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(moved - change**2 / size) / size
+    return max(-1.0, change / size - half), min(1.0, change / size + half)
 
 
 def compare_paired(
@@ -53,7 +71,8 @@ def compare_paired(
     if np.isin(pair, (0.0, 1.0)).all():
         better, worse = int((change > 0).sum()), int((change < 0).sum())
         p_value = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
-        return {**result, "p_value": float(p_value), "test": "McNemar, exact"}
+        interval = interval_of_difference(better, worse, change.size)
+        return {**result, "interval": interval, "p_value": float(p_value), "test": "McNemar, exact"}
     if not change.any():
         return {**result, "p_value": 1.0, "test": "sign flips"}
     found = stats.permutation_test(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from quietstar_jax.errors import DataError
 from quietstar_jax.evals.answers import QUESTION
-from quietstar_jax.evals.questions import Question, parse_number
+from quietstar_jax.evals.numbers import find_number, parse_number
+from quietstar_jax.evals.questions import Question
 from quietstar_jax.evals.records import Records
 from quietstar_jax.evals.statistics import compare_paired, confidence_interval, majority_accuracy
 from quietstar_jax.generation.generator import Generator
@@ -38,9 +40,14 @@ class Sampling:
 
 
 class Vote(NamedTuple):
-    """What the samples of one question answered; None where a text holds no number."""
+    """What the samples of one question answered.
 
-    numbers: list[str | None]
+    Attributes:
+      numbers: exact; None where the answer of a sample has no number.
+      texts: steps, `CONCLUSION` and answer of each sample.
+    """
+
+    numbers: list[Fraction | None]
     texts: list[str]
 
 
@@ -69,7 +76,7 @@ def measure_votes(
             f"No question leaves room for {sampling.max_tokens} tokens of steps: {longest} tokens are allowed, and the "
             f"shortest question takes {shortest} with its answer. Lower --max-tokens."
         )
-    known = {(record["mode"], record["line"]): Vote(record["numbers"], record["texts"]) for record in records.found}
+    known = {(record["mode"], record["line"]): vote_of(record["texts"]) for record in records.found}
     at_once = max(1, generator.batch_size // sampling.samples)
     for mode in modes:
         done(len(questions) - len(fitting))
@@ -79,7 +86,8 @@ def measure_votes(
             group = open_questions[start : start + at_once]
             votes_of = ask(group, generator, sampling, mode == "with_thoughts", longest)
             for question, vote in zip(group, votes_of, strict=True):
-                records.append({"mode": mode, "line": question.line, **vote._asdict()})
+                numbers = [None if number is None else str(number) for number in vote.numbers]
+                records.append({"mode": mode, "line": question.line, "numbers": numbers, "texts": vote.texts})
                 known[mode, question.line] = vote
             done(len(group))
     votes = {mode: [known[mode, question.line] for question in fitting] for mode in modes}
@@ -110,8 +118,13 @@ def ask(
     for start in range(0, len(texts), sampling.samples):
         own = range(start, start + sampling.samples)
         whole = [written[i].rstrip() + CONCLUSION + answers[i].text for i in own]
-        votes.append(Vote([parse_number(answers[i].text) for i in own], whole))
+        votes.append(vote_of(whole))
     return votes
+
+
+def vote_of(texts: list[str]) -> Vote:
+    """The vote of samples with these texts, whichever version of this program wrote them."""
+    return Vote([find_number(text.rpartition(CONCLUSION)[2]) for text in texts], texts)
 
 
 def summarize_votes(votes: dict[str, list[Vote]], answers: Sequence[str], seed: int) -> dict[str, Any]:

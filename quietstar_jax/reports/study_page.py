@@ -43,7 +43,8 @@ def _introduction(
         "through it ± one standard error.</p><p>On the right, runs with the same seed are subtracted from each "
         f"other: the dots are these differences from {escape(study['baseline'])}, the line is the 95 % confidence "
         "interval of their mean. p is the probability of a difference at least as large if there were none in truth "
-        "(paired two-sided t-test); n is the number of pairs. With few seeds the intervals are wide, and among many "
+        "(paired two-sided t-test); n is the number of pairs; ⟷ means that the interval is wider than the chart. With "
+        "few seeds the intervals are wide, and among many "
         "comparisons some p are small by chance: they are not corrected for that.</p>"
     )
     if missing:
@@ -88,9 +89,10 @@ def _differences(
         variant: {seed: x - base[seed] for seed, x in _of(metric, variant, runs).items() if seed in base}
         for variant in others
     }
-    chart = _rows_chart(
-        f"{metric}, differences", others, [0.0, *(x for found in pairs.values() for x in found.values())], right=140
-    )
+    shown = [0.0, *(x for found in pairs.values() for x in found.values())]
+    wide = [own[variant] for variant in others if own[variant]["low"] is not None and own[variant]["pairs"] > 2]
+    shown += [row[end] for row in wide for end in ("low", "high")]  # those of two pairs would hide all else
+    chart = _rows_chart(f"{metric}, differences", others, shown, right=140)
     chart.line([(0, 0), (0, len(others))], "reference")
     for place, variant in enumerate(others):
         y, row = len(others) - place - 0.5, own[variant]
@@ -99,6 +101,8 @@ def _differences(
         half = None if row["low"] is None else row["difference"] - row["low"]
         _mean(chart, y, row["difference"], half, f"{variant}: mean difference {row['difference']:+.4g}")
         said = f"n {row['pairs']}" if row["p_value"] is None else f"p {row['p_value']:.2g}, n {row['pairs']}"
+        if half is not None and not (chart.x[0] <= row["low"] and row["high"] <= chart.x[1]):
+            said += ", ⟷"
         chart.beside(y, said)
     return figure(f"Differences from {baseline}", chart.x_axis(f"difference in {metric.replace('_', ' ')}").svg(), "")
 
@@ -114,7 +118,8 @@ def _rows_chart(label: str, names: Sequence[str], values: Sequence[float], right
 
 def _mean(chart: Chart, y: float, mean: float, half: float | None, tip: str) -> None:
     if half is not None:
-        chart.line([(mean - half, y), (mean + half, y)], "whisker")
+        low, high = chart.x  # an interval of two runs may be many times as wide as the chart
+        chart.line([(max(mean - half, low), y), (min(mean + half, high), y)], "whisker")
     chart.dot(mean, y, "mean", tip, radius=7)
 
 

@@ -17,7 +17,7 @@ class Chart:
         top: int = 12, bottom: int = 46,
     ):  # fmt: skip
         """Args: label: what the chart shows, for those who cannot see it; x, y: values at the ends of the axes."""
-        self._label, self._x, self._y = label, _wide(x), _wide(y)
+        self._label, self.x, self._y = label, _wide(x), _wide(y)
         self._width, self._height = width, height
         self._left, self._right, self._top, self._bottom = left, width - right, top, height - bottom
         self._about = max(2, round((self._right - self._left) / 70))  # ticks along the bottom
@@ -26,13 +26,13 @@ class Chart:
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Values to pixels; what lies outside is drawn at the edge."""
         return (
-            _between(x, self._x, self._left, self._right),
+            _between(x, self.x, self._left, self._right),
             _between(y, self._y, self._bottom, self._top),
         )
 
     def x_axis(self, title: str, ticks: Sequence[tuple[float, str]] | None = None) -> Chart:
         """Ticks (value, text) along the bottom; by default at round values."""
-        for value, text in nice_ticks(self._x, self._about) if ticks is None else ticks:
+        for value, text in nice_ticks(self.x, self._about) if ticks is None else ticks:
             x, _ = self.at(value, self._y[0])
             self._marks.append(_text(x, self._bottom + 16, text, "tick", "middle"))
         middle = (self._left + self._right) / 2
@@ -54,7 +54,7 @@ class Chart:
 
     def x_grid(self) -> Chart:
         """Vertical grid lines at round values."""
-        for value, _ in nice_ticks(self._x, self._about):
+        for value, _ in nice_ticks(self.x, self._about):
             x, _ = self.at(value, 0)
             self._marks.append(_line(x, self._top, x, self._bottom, "grid"))
         return self

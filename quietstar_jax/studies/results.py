@@ -20,9 +20,9 @@ RESULTS, TABLE = "study.json", "table.md"
 def collect(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Any]:
     """All finished runs and their comparison, ready for JSON.
 
-    Keys: `study` (its fields), `runs` (one entry per finished run: `variant`, `seed`, `workdir`, `begun_from` the run
-    whose first phases it took over or None, `figures` all numbers of its summary), `missing` (`variant`, `seed` of the
-    others) and `rows` (see `table.compare`).
+    Keys: `study` (its fields), `runs` (one entry per finished run: `variant`, `seed`, `workdir`, `config_hash` of the
+    configuration that the figures come from, `begun_from` the run whose first phases it took over or None, `figures`
+    all numbers of its summary), `missing` (`variant`, `seed` of the others) and `rows` (see `table.compare`).
     """
     finished, missing = [], []
     results: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in study.variants}
@@ -39,6 +39,7 @@ def collect(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Any]:
                 "variant": run.variant,
                 "seed": run.seed,
                 "workdir": str(run.workdir),
+                "config_hash": summary["config_hash"],
                 "begun_from": json.loads(begun.read_text("utf-8")) if begun.exists() else None,
                 "figures": figures,
             }
@@ -52,6 +53,8 @@ def write_results(root: Path, results: dict[str, Any]) -> str:
     study = results["study"]
     table = format_table(results["rows"], study["metrics"], study["baseline"])
     write_json(root / RESULTS, results)
+    hashes = (f"{run['variant']}/seed_{run['seed']} {run['config_hash'][:12]}" for run in results["runs"])
+    table += "\n\nConfigurations (config_hash): " + (", ".join(hashes) or "none yet") + "."
     (root / TABLE).write_text(table + "\n", encoding="utf-8")
     return table
 

@@ -19,8 +19,9 @@ from quietstar_jax.errors import ConfigError
 from quietstar_jax.io import locked, write_json
 from quietstar_jax.settings import differences, from_mapping, to_mapping
 from quietstar_jax.studies.study import Study, command, configuration
-from quietstar_jax.training.checkpoints import MEASUREMENT, THINKING, UNRELATED, course_changes
+from quietstar_jax.training.checkpoints import MEASUREMENT, THINKING, course_changes
 from quietstar_jax.training.metrics import read_metrics, write_metrics
+from quietstar_jax.training.summary import config_hash
 
 Say = Callable[[str], None]
 
@@ -37,15 +38,12 @@ class PlannedRun:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What it came to; None until it has finished with this configuration, or a later change of it."""
+        """What it came to; None until it has finished with this configuration."""
         try:
             summary: dict[str, Any] = json.loads((self.workdir / "summary.json").read_text("utf-8"))
-            record = json.loads((self.workdir / "config.json").read_text("utf-8"))
-            ran = to_mapping(from_mapping(Config, record["config"]))
-        except (OSError, ValueError, KeyError, ConfigError):
+            return summary if summary["config_hash"] == config_hash(self.config) else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        changed = [line for line in differences(ran, to_mapping(self.config)) if not line.startswith(UNRELATED)]
-        return None if changed else summary
 
 
 def plan(study: Study, root: Path) -> list[PlannedRun]:

@@ -17,7 +17,7 @@ def compare(results: Results, baseline: str, metrics: Sequence[str]) -> list[dic
     Keys: `variant`, `metric`, `runs`, `mean`, `standard_error`; and against the baseline, over the `pairs` of runs with
     the same seed: `difference` (mean), `low` and `high` (its 95 % confidence interval by Student's t), and `p_value` of
     a paired two-sided t-test. None where there are too few runs; the last three also where all pairs differ by exactly
-    the same, which leaves no scatter to test against.
+    the same, which leaves no scatter to test against (without any difference, p is 1).
     """
     rows = []
     for variant, runs in results.items():
@@ -49,7 +49,7 @@ def paired_test(differences: np.ndarray) -> dict[str, Any]:
     if pairs < 2:
         return found
     if not differences.any():
-        return found | {"low": 0.0, "high": 0.0, "p_value": 1.0}
+        return found | {"p_value": 1.0}
     if np.ptp(differences) <= 1e-12 * np.abs(differences).max():
         return found
     test = stats.ttest_1samp(differences, 0.0)

@@ -26,7 +26,7 @@ from quietstar_jax.training.evaluation import evaluation_settings, make_token_sc
 from quietstar_jax.training.metrics import MetricsWriter
 from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare, start_optimizer
 from quietstar_jax.training.step import Batch, TrainState, TrainStep, compile_train_step
-from quietstar_jax.training.summary import most_helpful_thoughts
+from quietstar_jax.training.summary import config_hash, most_helpful_thoughts
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -262,6 +262,7 @@ class Trainer:
             scores = self._measured[2]
             summary["sample_thoughts"] = most_helpful_thoughts(scores, self._held_out, self._run.tokenizer)
         names = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "summary": "summary.json"}
+        summary["config_hash"] = config_hash(self._run.config)
         summary["paths"] = {name: str(workdir / file) for name, file in names.items()}
         summary["parameters"] = int(sum(np.prod(value.shape) for value in state.params.values()))
         return summary

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from quietstar_jax.config import Config
 from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.settings import to_mapping
+from quietstar_jax.training.checkpoints import UNRELATED
 from quietstar_jax.training.evaluation import TokenScores
 
 CONTEXT_TOKENS = 24
@@ -43,6 +50,15 @@ def most_helpful_thoughts(
             }
         )
     return found
+
+
+def config_hash(config: Config) -> str:
+    """Identifies all settings that change what a run computes or measures."""
+    settings = to_mapping(config)
+    for name in UNRELATED:
+        *groups, last = name.split(".")[1:]
+        functools.reduce(operator.getitem, groups, settings).pop(last)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:

@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quietstar_jax.evals.statistics import compare_paired, confidence_interval, majority_accuracy
+from quietstar_jax.evals.statistics import (
+    compare_paired,
+    confidence_interval,
+    interval_of_difference,
+    majority_accuracy,
+)
 
 
 def by_brute_force(votes, truth, k):
@@ -55,9 +60,31 @@ def test_interval_holds_the_mean_and_narrows_with_more_values():
         low, high = confidence_interval(values, seed=0)
         assert low < values.mean() < high
     assert np.ptp(confidence_interval(many, seed=0)) < np.ptp(confidence_interval(few, seed=0)) / 3
-    assert confidence_interval([1.0, 1.0], seed=0) == (1.0, 1.0)
+    assert confidence_interval([0.5, 0.5], seed=0) == (0.5, 0.5)
     assert confidence_interval([1.0], seed=0) is None
     assert confidence_interval(few, seed=1) == confidence_interval(few, seed=1)
+
+
+def test_all_right_and_all_wrong_are_not_certain():
+    # None of n: the upper end solves (1 - p)^n = 0.025.
+    for size in (2, 20, 1319):
+        low, high = confidence_interval(np.zeros(size), seed=0)
+        assert (low, high) == (0.0, pytest.approx(1 - 0.025 ** (1 / size)))
+        assert confidence_interval(np.ones(size), seed=0) == (pytest.approx(1 - high), 1.0)
+    assert confidence_interval(np.zeros(1319), seed=0)[1] == pytest.approx(0.0028, abs=1e-4)
+    for pairs in (np.zeros((2, 20)), np.ones((2, 20))):
+        low, high = compare_paired(*pairs, seed=0)["interval"]
+        assert low < -0.05
+        assert high > 0.05
+
+
+def test_the_interval_of_a_paired_difference_covers_it_as_often_as_it_says():
+    draw, inside = np.random.default_rng(2), []
+    for _ in range(400):
+        better, worse, _ = draw.multinomial(80, (0.1, 0.05, 0.85))
+        low, high = interval_of_difference(int(better), int(worse), 80)
+        inside.append(low <= 0.05 <= high)
+    assert 0.92 < np.mean(inside) < 0.99
 
 
 def test_interval_covers_the_true_mean_as_often_as_it_says():

@@ -109,3 +109,19 @@ def test_in_a_browser(page: str, tmp_path: Path) -> None:
             seen = "getComputedStyle(document.querySelector('circle.mean')).stroke"
             assert browser.run(seen) in ("rgb(31, 111, 174)", "rgb(116, 185, 238)")
         assert browser.complaints == []
+
+
+def test_an_interval_of_two_pairs_ends_at_the_edge_of_the_chart(tmp_path: Path) -> None:
+    values = {"pause": [0.2, 0.3], "thoughts": [0.8, 0.85]}
+    figures = {variant: {seed: {"accuracy": x} for seed, x in enumerate(xs)} for variant, xs in values.items()}
+    found = results() | {"rows": compare(figures, "thoughts", ["accuracy"])}
+    found["runs"] = [
+        {"variant": variant, "seed": seed, "begun_from": None, "figures": run}
+        for variant, runs in figures.items() for seed, run in runs.items()
+    ]  # fmt: skip
+    write_json(tmp_path / RESULTS, found)
+    html = report_study(tmp_path)
+    assert re.search(r">p 0\.0\d+, n 2, ⟷<", html)
+    whiskers = re.findall(r'<polyline class="whisker" points="([-\d.]+),[-\d.]+ ([-\d.]+),', html)
+    assert len(whiskers) == 3
+    assert all(0 <= float(x) <= 700 for pair in whiskers for x in pair)

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.io import write_json
+from quietstar_jax.settings import to_mapping
+from quietstar_jax.studies.runner import PlannedRun, plan
 from quietstar_jax.studies.study import Study, command, configuration, load_study
 from quietstar_jax.studies.table import compare, format_table, paired_test
 from quietstar_jax.thoughts.flops import phase_flops
+from quietstar_jax.training.summary import config_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((ROOT / "configs/studies").glob("*.py"))
@@ -115,3 +119,23 @@ def test_command_line_of_a_run(tmp_path: Path) -> None:
     assert line[1:5] == ["-m", "quietstar_jax.train", "--config", "base.py"]
     assert line[5:] == [f"--config.workdir={tmp_path}", "--config.seed=7", "--config.logging.progress_bar=False",
                         "--config.checkpoint.keep_phase_ends=True", "--config.phases[1].steps=3"]  # fmt: skip
+
+
+def test_a_result_belongs_to_the_configuration_that_it_came_from(tmp_path: Path) -> None:
+    (tmp_path / "tiny.py").write_text(TINY)
+
+    def planned(**settings: object) -> PlannedRun:
+        return plan(Study(str(tmp_path / "tiny.py"), {"a": settings}, "a", seeds=(0,)), tmp_path)[0]
+
+    first = planned()
+    first.workdir.mkdir(parents=True)
+    write_json(first.workdir / "summary.json", {"step": 7, "config_hash": config_hash(first.config)})
+    assert first.summary is not None
+    assert planned(**{"logging.every_steps": 3, "mesh.fsdp": 2}).summary is not None  # changes no figure
+    for changed in (planned(**{"phases[1].steps": 400}), planned(**{"evaluation.batches": 5})):
+        # As after a kill: training has begun with the new configuration, and the old summary is still there.
+        write_json(first.workdir / "config.json", {"config": to_mapping(changed.config)})
+        assert changed.summary is None
+    for text in ("{}", "[]", "{", '{"step": 7}', "null"):
+        (first.workdir / "summary.json").write_text(text)
+        assert first.summary is None
