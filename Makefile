@@ -9,16 +9,21 @@ SEED ?= 0
 TEST_EXTRAS ?= test
 # How a test process shares the machine; tests are many small compilations.
 PYTEST_FLAGS ?= -n 2
+FAULTS ?= 100
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart test lint types install clean
+.PHONY: quickstart test torture lint types install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m quietstar_jax.train --config configs/quickstart.py --config.workdir=$(RUN) --config.seed=$(SEED)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# Random faults over every command that writes: minutes. docs/reliability.md has the figures of the last long run.
+torture: $(VENV)/.installed-test
+	$(BIN)/python -m tests.torture --faults $(FAULTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

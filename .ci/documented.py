@@ -1,6 +1,7 @@
-"""Runs what the README and docs/ tell a user to type: every shell and Python block, in a folder with what they name.
+"""Runs what the README and docs/ ask a user to type: every shell and Python block, in a folder that has what they name.
 
-`python .ci/documented.py [--only TEXT] [README.md docs/data.md ...]`, after `make quickstart`, in a checkout's root.
+`python .ci/documented.py [--only TEXT] [README.md docs/data.md ...]` runs in the root of a checkout, after
+`make quickstart`.
 Commands are run as written. Only two things change: the long ones get settings that make them short, and what names a
 file of the user's finds a small one.
 """
@@ -85,8 +86,9 @@ def make_material() -> None:
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "</s>"]
-    options = dict(initial_alphabet=alphabet, special_tokens=special, show_progress=False)
-    trainer = trainers.BpeTrainer(vocab_size=400, **options)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
     backend.train_from_iterator(texts, trainer)
     torch.manual_seed(0)
     shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8, head_dim=8)
@@ -156,17 +158,20 @@ def main() -> int:
         if arguments.only in body and not any(text in body for text in (*arguments.without, "make ", *HOURS))
     ]  # fmt: skip
     # Folders are used before the section that makes them: training first, then the export, then the rest.
-    firsts = (r"\.train ", r"\.export ")
-    chosen.sort(key=lambda block: next((i for i, first in enumerate(firsts) if re.search(first, block[1])), 2))
+    chosen.sort(
+        key=lambda block: (0 if ".train " in block[1] else 1) if re.search(r"\.(train|export) ", block[1]) else 2
+    )
     failed = 0
     for language, body in chosen:
         command = shortened(body) if language == "sh" else body
-        settings = (values for text, values in ENVIRONMENT.items() if text in command)
-        more = {name: value for values in settings for name, value in values.items()}
+        more = {
+            name: value for text, values in ENVIRONMENT.items() if text in command for name, value in values.items()
+        }
         run = ["bash", "-ceu", command] if language == "sh" else [".venv/bin/python", "-c", command]
         start = time.monotonic()
-        options = dict(env={**os.environ, **more}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        ended = subprocess.run(run, **options)
+        ended = subprocess.run(
+            run, env={**os.environ, **more}, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         wrong = ended.returncode != 0 or "Traceback" in ended.stderr
         failed += wrong
         print(f"{'FAILED' if wrong else 'ok'} ({time.monotonic() - start:.0f} s): {command.strip()[:160]}", flush=True)

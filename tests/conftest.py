@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -30,3 +31,16 @@ def strict_promotion() -> Iterator[None]:
     """Mixing dtypes without saying so is an error, as our own code must not. (Optax does, so not everywhere.)"""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests that are marked as needing what this machine lacks."""
+    absent = {}
+    if importlib.util.find_spec("libtpu") is None:
+        absent["tpu"] = "libtpu (the extra tpu) is not installed"
+    if not os.environ.get("QUIETSTAR_TRANSFORMERS4"):
+        absent["transformers4"] = "QUIETSTAR_TRANSFORMERS4 does not name a Python that has transformers 4"
+    for item in items:
+        for mark in item.iter_markers():
+            if mark.name in absent:
+                item.add_marker(pytest.mark.skip(reason=absent[mark.name]))

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.commands import ROOT, Ended, run_command
 
 
-def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "quietstar_jax.train", "--config", str(ROOT / "configs/quickstart.py"),
-         f"--config.workdir={tmp_path / 'run'}", "--config.logging.progress_bar=False", *arguments],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
+def run(tmp_path: Path, *arguments: str) -> Ended:
+    workdir = f"--config.workdir={tmp_path / 'run'}"
+    settings = ("--config", ROOT / "configs/quickstart.py", workdir, "--config.logging.progress_bar=False")
+    return run_command("train", *settings, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -47,10 +42,7 @@ def test_bad_input_is_one_clear_error(tmp_path, arguments, message):
 
 
 def test_a_missing_configuration_is_one_clear_error(tmp_path):
-    ended = subprocess.run(
-        [sys.executable, "-m", "quietstar_jax.train", "--config", "no/such/config.py"],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
+    ended = run_command("train", "--config", "no/such/config.py")
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: There is no file")
     assert "no/such/config.py" in ended.stderr

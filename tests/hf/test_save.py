@@ -39,6 +39,7 @@ from quietstar_jax.training.step import TrainState, Vocabulary
 from tests.hf.checkpoints import TINY
 from tests.hf.runs import END, START, start_run, write_tokenizer
 from tests.models.test_parity import VARIANTS, VOCAB, batch, our_logits, random_model, their_logits
+from tests.support.commands import run_command
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
@@ -380,20 +381,14 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def command(*arguments: Any) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "quietstar_jax.export", *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
-
-
 def test_the_command(run, tmp_path):
     out = tmp_path / "out"
-    done = command("--checkpoint", run / "checkpoints", "--output", out, "--format", "base", "--dtype", "bfloat16")
+    arguments = ("--output", out, "--format", "base", "--dtype", "bfloat16")
+    done = run_command("export", "--checkpoint", run / "checkpoints", *arguments)
     assert done.returncode == 0, done.stderr
     assert str(out) in done.stdout
     assert tensors(out)["model.norm.weight"].dtype == ml_dtypes.bfloat16
-    ended = command("--checkpoint", run, "--output", tmp_path / "no", "--format", "base", "--step", 7)
+    ended = run_command("export", "--checkpoint", run, "--output", tmp_path / "no", "--format", "base", "--step", 7)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ")
     assert "has no checkpoint of step 7; it has 0" in ended.stderr

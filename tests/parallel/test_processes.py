@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from quietstar_jax.errors import MEND_FIRST, START_AGAIN
+from tests.support.commands import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 300  # seconds for a run on a machine that does other things too
@@ -145,15 +147,12 @@ def test_told_to_stop_all_save_the_same_step(tmp_path):
 
 
 def test_processes_that_do_not_find_each_other_say_so(tmp_path):
-    command = [sys.executable, "-m", "quietstar_jax.train", "--config", "tests/parallel/tiny_run.py",
-               f"--config.workdir={tmp_path}"]  # fmt: skip
+    command = ("train", "--config", "tests/parallel/tiny_run.py", f"--config.workdir={tmp_path}")
+    run = functools.partial(run_command, *command)
     given = ["--config.distributed.processes=given", "--config.distributed.coordinator=localhost:1",
              "--config.distributed.num_processes=2", "--config.distributed.process_id=1",
              "--config.distributed.start_seconds=2"]  # fmt: skip
     for settings in (["--config.distributed.processes=cluster"], given, [*given, "--config.distributed.process_id=2"]):
-        ended = subprocess.run(
-            [*command, *settings], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-            text=True, timeout=PATIENCE, check=False,
-        )  # fmt: skip
+        ended = run(*settings)
         assert ended.returncode == MEND_FIRST, ended.stderr[-2000:]
         assert "config.distributed" in ended.stderr

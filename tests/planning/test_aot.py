@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,14 @@ from quietstar_jax.errors import MEND_FIRST, ConfigError
 from quietstar_jax.planning.programs import find_phase, plan_mesh
 from quietstar_jax.planning.targets import find_target
 from quietstar_jax.training.setup import abstract_params
+from tests.support.commands import Ended, run_command
 from tests.training.tiny import tiny_config
 
-ROOT = Path(__file__).resolve().parents[2]
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra tpu) is absent")
 
-
-def aot(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module")
+def aot(tmp_path_factory) -> Callable[..., Ended]:
+    """Runs the command line with a tiny configuration."""
+    folder = tmp_path_factory.mktemp("aot")
     config = folder / "tiny.py"
     config.write_text(
         "from pathlib import Path\n"
@@ -31,15 +30,11 @@ def aot(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
     # The least effort of the compiler: what it finds is checked, not how good the program is.
     effort = {"JAX_OPTIMIZATION_LEVEL": "O0", "JAX_MEMORY_FITTING_LEVEL": "O0"}
-    return subprocess.run(
-        [sys.executable, "-m", "quietstar_jax.aot", "--config", str(config), *arguments],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-        env={**os.environ, **effort, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": ""},
-    )  # fmt: skip
+    return functools.partial(run_command, "aot", "--config", config, JAX_PLATFORMS="", **effort)
 
 
-def planned(folder: Path, *arguments: str, status: int = 0) -> dict[str, Any]:
-    ended = aot(folder, "--json", *arguments)
+def planned(aot: Callable[..., Ended], *arguments: str, status: int = 0) -> dict[str, Any]:
+    ended = aot("--json", *arguments)
     assert ended.returncode == status, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
 
@@ -49,8 +44,8 @@ def parameters(tmp_path: Path) -> int:
     return sum(value.size for value in params.values())
 
 
-def test_weights_and_moments_are_counted_as_they_are_split(tmp_path):
-    plan = planned(tmp_path, "--topology", "cpu:4", "--phase", "plain", "--config.mesh.fsdp=4")
+def test_weights_and_moments_are_counted_as_they_are_split(aot, tmp_path):
+    plan = planned(aot, "--topology", "cpu:4", "--phase", "plain", "--config.mesh.fsdp=4")
     sizes = plan["bytes_per_chip"]
     # All but norms of 16 values and the like are split in four; moments are twice the weights, and a count of updates.
     assert parameters(tmp_path) <= sizes["parameters"] < 1.4 * parameters(tmp_path)
@@ -62,8 +57,8 @@ def test_weights_and_moments_are_counted_as_they_are_split(tmp_path):
     assert "seconds" not in plan  # rates of CPUs are not known
 
 
-def test_a_search_ranks_mesh_shapes(tmp_path):
-    plans = planned(tmp_path, "--topology", "cpu:2", "--phase", "plain", "--search", "--tries", "2")["plans"]
+def test_a_search_ranks_mesh_shapes(aot):
+    plans = planned(aot, "--topology", "cpu:2", "--phase", "plain", "--search", "--tries", "2")["plans"]
     assert len(plans) == 2
     shapes = [tuple(plan["mesh"].values()) for plan in plans]
     assert len(set(shapes)) == 2
@@ -71,8 +66,8 @@ def test_a_search_ranks_mesh_shapes(tmp_path):
     assert totals == sorted(totals)  # without rates, the smallest first
 
 
-def test_bad_input_is_one_clear_error(tmp_path):
-    ended = aot(tmp_path, "--topology", "v5e:3x3x3x3")
+def test_bad_input_is_one_clear_error(aot):
+    ended = aot("--topology", "v5e:3x3x3x3")
     assert ended.returncode == MEND_FIRST, ended.stderr
     assert "is not known" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -87,8 +82,8 @@ def test_phases_and_meshes_that_do_not_exist_are_refused(tmp_path):
         plan_mesh(config, target)
 
 
-def test_the_decoder_is_planned_for_too(tmp_path):
-    ended = aot(tmp_path, "--topology", "cpu:2", "--program", "generate")
+def test_the_decoder_is_planned_for_too(aot, tmp_path):
+    ended = aot("--topology", "cpu:2", "--program", "generate")
     assert ended.returncode == 0, ended.stderr
     assert "one token for 50 texts" in ended.stdout  # evaluation.batch_size
     assert "rates unknown" in ended.stdout
@@ -99,9 +94,9 @@ def test_the_decoder_is_planned_for_too(tmp_path):
     assert rows["total"] >= rows["arguments"] >= rows["cache"]
 
 
-@needs_libtpu
-def test_a_step_with_thoughts_is_compiled_for_a_tpu(tmp_path):
-    plan = planned(tmp_path, "--topology", "v5e:2x2", "--config.mesh.fsdp=2", "--config.mesh.position=2")
+@pytest.mark.tpu
+def test_a_step_with_thoughts_is_compiled_for_a_tpu(aot, tmp_path):
+    plan = planned(aot, "--topology", "v5e:2x2", "--config.mesh.fsdp=2", "--config.mesh.position=2")
     assert plan["fits"]
     assert plan["chip"] == "TPU v5e"
     assert plan["devices"] == 4
@@ -115,12 +110,12 @@ def test_a_step_with_thoughts_is_compiled_for_a_tpu(tmp_path):
     assert plan["compile_seconds"] > 0
 
 
-@needs_libtpu
-def test_too_large_a_model_gets_the_message_of_the_compiler_and_what_may_help(tmp_path):
+@pytest.mark.tpu
+def test_too_large_a_model_gets_the_message_of_the_compiler_and_what_may_help(aot):
     large = ("--config.model.architecture.hidden_size=8192", "--config.model.architecture.intermediate_size=65536",
              "--config.model.architecture.num_layers=4")  # fmt: skip
     arguments = ("--topology", "v5e:2x2", "--phase", "plain", "--config.mesh.fsdp=2", *large)
-    plan = planned(tmp_path, *arguments, status=1)
+    plan = planned(aot, *arguments, status=1)
     assert not plan["fits"]
     assert "RESOURCE_EXHAUSTED" in plan["out_of_memory"]
     assert plan["bytes_per_chip"]["total"] > plan["bytes_per_chip"]["usable"] > 15 * 2**30

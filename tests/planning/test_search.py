@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 
 import pytest
 
@@ -15,10 +14,8 @@ from quietstar_jax.planning.search import candidates, ranked
 from quietstar_jax.planning.targets import find_target
 from tests.training.tiny import tiny_config
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (the extra tpu) is absent")
 
-
-@needs_libtpu
+@pytest.mark.tpu
 @pytest.mark.parametrize(("topology", "devices"), [("v5e:4x4", 16), ("v5e:8x8", 64), ("v5p:2x2x4", 16)])
 def test_meshes_share_the_batch_and_their_weights_fit(topology, devices):
     config = from_config_dict(get_config())
@@ -35,7 +32,7 @@ def test_meshes_share_the_batch_and_their_weights_fit(topology, devices):
         assert chunks[0] < 8 * 1024 or topology.startswith("v5p")
 
 
-@needs_libtpu
+@pytest.mark.tpu
 @pytest.mark.parametrize("sizes", [(1, 2, 2, 1), (4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 1, 4), (1, 1, 2, 2)])
 def test_kernels_stand_on_every_mesh(tmp_path, sizes):
     """A kernel under an axis that is left to the compiler is refused when the step is lowered."""
@@ -45,7 +42,7 @@ def test_kernels_stand_on_every_mesh(tmp_path, sizes):
     assert "tpu_custom_call" in train_program(config, find_target("v5e:2x2"), "thoughts").lowered.as_text()
 
 
-@needs_libtpu
+@pytest.mark.tpu
 def test_no_mesh_at_all_is_said():
     config = from_config_dict(get_config())
     with pytest.raises(ConfigError, match="No mesh of 4 devices"):
@@ -63,7 +60,7 @@ def test_what_fits_comes_first_and_of_that_the_fastest():
     assert [item["name"] for item in ranked(plans)] == ["fast", "slow", "too large", "failed"]
 
 
-@needs_libtpu
+@pytest.mark.tpu
 def test_slices_are_crossed_by_data_where_it_can_be_and_else_by_fsdp():
     meshes = [item.configs[0].mesh for item in candidates(from_config_dict(get_config()), find_target("v5p:2x2x2*2"))]
     assert {(mesh.dcn_data, mesh.dcn_fsdp) for mesh in meshes} == {(2, 1), (1, 2)}
