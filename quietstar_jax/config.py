@@ -298,6 +298,9 @@ class SyntheticConfig:
         ]  # fmt: skip
 
 
+TEXT_DOCUMENTS = ("file", "paragraph", "line")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Text in: sources, tokenizer, and how documents become sequences of L tokens."""
@@ -309,6 +312,7 @@ class DataConfig:
     data_dir: str = ""  # where tensorflow-datasets keeps what it prepared; empty = its default
     cache_dir: str = ""  # for indices and token counts of sources; empty = ~/.cache/quietstar_jax
     text_key: str = "text"  # field of a JSON line, a parquet row or a tfds example
+    text_documents: str = "file"  # what is one document of a text file: file | paragraph (up to a blank line) | line
     tokenizer: str = ""  # folder or hub id; empty = the model's own checkpoint; `synthetic` = the embedded one
     sequence_length: int = 256  # L
     packing: str = "random_span"  # random_span (paper: a span of each document, padded) | consecutive_spans (all of
@@ -327,6 +331,7 @@ class DataConfig:
                 "weights", self.weights, f"() or a positive number for each of the {len(self.train)} train sources",
             ),
             *require(self.sequence_length >= 3, "sequence_length", self.sequence_length, "at least 3"),
+            *one_of("text_documents", self.text_documents, TEXT_DOCUMENTS),
             *one_of("packing", self.packing, ("random_span", "consecutive_spans", "packed")),
             *one_of("prepend_bos", self.prepend_bos, ("auto", "always", "never")),
             *require(0 <= self.workers <= MOST_WORKERS, "workers", self.workers, f"0 .. {MOST_WORKERS}"),

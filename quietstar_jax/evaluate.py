@@ -6,7 +6,7 @@ import json
 import sys
 
 from quietstar_jax.command_line import CommandParser, integer, integer_from, path
-from quietstar_jax.config import PREFIX_ATTENTION
+from quietstar_jax.config import PREFIX_ATTENTION, TEXT_DOCUMENTS
 from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.evals.measure import MODES, Options, measure
 from quietstar_jax.evals.questions import ANSWER_KEYS
@@ -37,7 +37,7 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run's workdir, a Hugging Face folder or hub id")
     add("--task", required=True, help="one of those below")
-    add("--data", required=True, help="questions in JSON lines; for language_modeling any text source")
+    add("--data", required=True, help="questions or text: any source as in data.train")
     add("--thoughts", default="auto", help=f"{', '.join(MODES)}; auto = both where the model can think")
     add("--step", type=integer_from(0), help="of a run's checkpoint; the newest unless told otherwise")
     add("--revision", default="", help="of a hub id")
@@ -51,7 +51,8 @@ def _parser() -> CommandParser:
     add("--field", action="append", default=[], metavar="FIELD=NAME", help="where question, choices, answer lie")
     add("--answer-key", default="auto", help=f"how answers name a choice: {', '.join(ANSWER_KEYS)}")
     text = parser.add_argument_group("language_modeling")
-    text.add_argument("--text-key", default="text", help="field of a JSON line")
+    text.add_argument("--text-key", default="text", help="field of a record")
+    text.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default="file", help="of a text file (%(default)s)")
     text.add_argument(
         "--window", type=integer, default=0, help="tokens read at once; 0 = 1024, or what the model takes"
     )

@@ -58,7 +58,7 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run's workdir, a Hugging Face folder or hub id")
     add("--prompt", action="append", default=[], help="text to go on from; - reads it from standard input")
-    add("--input", type=path, help='JSON lines, each with a "prompt"')
+    add("--input", help='any source as in data.train, whose records have a "prompt"')
     add("--output", type=path, help="JSON lines to be made, each with a completion")
     add("--thoughts", choices=("auto", "on", "off", "show"), default="auto", help="auto = on where the model can")
     add("--thought-length", type=integer, help="sampled tokens of a thought; as trained unless told otherwise")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from quietstar_jax.command_line import CommandParser, integer, integer_from, path
+from quietstar_jax.config import TEXT_DOCUMENTS
 from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.reports.drawings import write_drawings
 from quietstar_jax.reports.make import MOST_TOKENS, TextOptions, report_checkpoint, report_study
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=path, required=True, help="the page to be written")
     parser.add_argument("--figures", type=path, help="a folder for the charts of the page, as SVG files")
     text = parser.add_argument_group("with --checkpoint")
-    text.add_argument("--data", nargs="+", default=[], help="files, folders, globs, tfds:NAME:SPLIT, or synthetic")
+    text.add_argument("--data", nargs="+", default=[], help="any sources as in data.train")
     text.add_argument("--step", type=integer_from(0), help="of the checkpoint; the newest unless told otherwise")
     text.add_argument("--documents", type=integer, default=20, help="how many, from the first (%(default)s)")
     text.add_argument("--max-tokens", type=integer, default=4000, help=f"of all, up to {MOST_TOKENS} (%(default)s)")
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> None:
     text.add_argument("--samples", type=integer, default=3, help="thoughts drawn beside the greedy one (%(default)s)")
     text.add_argument("--seed", type=integer, default=0, help="of these draws (%(default)s)")
     text.add_argument("--text-key", default="text", help="field of a line or row that holds the text (%(default)s)")
+    text.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default="file", help="of a text file (%(default)s)")
     text.add_argument("--data-dir", default="", help="where tensorflow-datasets keeps what it prepared")
     given = parser.parse_args(arguments)
     if given.study:
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError("--checkpoint wants --data: the text to look at, for example --data my_text.jsonl.")
     else:
         names = ("documents", "max_tokens", "sequence_length", "thought_length", "tokens_ahead", "samples", "seed",
-                 "text_key", "data_dir")  # fmt: skip
+                 "text_key", "text_documents", "data_dir")  # fmt: skip
         options = TextOptions(data=tuple(given.data), **{name: getattr(given, name) for name in names})
         html = report_checkpoint(given.checkpoint, options, given.step)
     write_page(given.output, html)

@@ -21,7 +21,7 @@ def cached_array(directory: str, name: str, make: Callable[[], np.ndarray]) -> n
 
     Where nothing can be written the array is made every time.
     """
-    path = (Path(directory) if directory else _default_directory()).expanduser() / f"{name}.npy"
+    path = cache_folder(directory) / f"{name}.npy"
     try:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -40,5 +40,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
         np.save(stream, array)
 
 
-def _default_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quietstar_jax"
+def cache_folder(directory: str) -> Path:
+    """The folder of the cache; `directory` as in `cached_array`."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quietstar_jax"
+    return (Path(directory) if directory else default).expanduser()

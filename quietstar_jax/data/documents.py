@@ -20,6 +20,7 @@ from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.data.workers import ahead
 from quietstar_jax.errors import DataError
 
+UNKNOWN = "\U000f0000"  # a character of private use; a tokenizer that has nothing for it may leave out whole documents
 KEPT_TOKENS = 1 << 25  # tokenized documents remembered in this process: 128 MiB
 
 
@@ -44,7 +45,13 @@ def open_documents(spec: str, config: DataConfig, tokenizer: Tokenizer, *, split
     """
     if is_prepared(spec):
         return PreparedDocuments(prepared_folder(spec), tokenizer)
-    return TextDocuments(spec, open_source(spec, config, split=split, seed=seed), tokenizer, config)
+    source = open_source(spec, config, split=split, seed=seed, render=tokenizer.render_conversation)
+    documents = TextDocuments(spec, source, tokenizer, config)
+    if not tokenizer.encode(UNKNOWN):
+        counts = documents.counts()
+        if not counts.all():
+            return _Chosen(documents, np.flatnonzero(counts))
+    return documents
 
 
 def joined(documents: Sequence[Documents]) -> Documents:
@@ -94,6 +101,8 @@ class TextDocuments:
             fingerprint(self._spec, self.pieces(), len(self)),
             self._tokenizer.vocabulary_fingerprint,
             self._config.text_key,
+            self._config.text_documents,
+            self._tokenizer.fast.chat_template,
         )
         key = hashlib.sha256(repr(known).encode()).hexdigest()
         return cached_array(self._config.cache_dir, f"token-counts-{key}", self._count)
@@ -105,6 +114,30 @@ class TextDocuments:
             for i, count in enumerate(tqdm(found, f"counting tokens of {self._spec}", len(self), disable=None)):
                 counts[i] = count
         return counts
+
+
+class _Chosen:
+    """Some of the documents, by their numbers."""
+
+    counts_known = False
+
+    def __init__(self, documents: Documents, numbers: np.ndarray):
+        if not len(numbers):
+            raise DataError(f"None of the {len(documents)} documents has a token. Use another tokenizer.")
+        self._documents = documents
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._documents[int(self._numbers[index])]
+
+    def pieces(self) -> list[Piece]:
+        return self._documents.pieces()
+
+    def counts(self) -> np.ndarray:
+        return self._documents.counts()[self._numbers]
 
 
 class _Joined(Concatenated[np.ndarray]):

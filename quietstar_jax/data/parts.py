@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from quietstar_jax.config import DataConfig
 from quietstar_jax.data.prepared import is_prepared
 from quietstar_jax.data.sources import SYNTHETIC, is_hub, open_source
-from quietstar_jax.data.sources.common import Label, Piece, RandomAccessSource
+from quietstar_jax.data.sources.common import Label, Piece, RandomAccessSource, Record
 from quietstar_jax.data.sources.files import COMPRESSIONS, File, find_files, kind_of
-from quietstar_jax.data.sources.formats import JsonLines, ParquetRows, TextFiles, lines_between
+from quietstar_jax.data.sources.formats import ParquetRows, TextFiles, is_text_file, lines_between, records_of
 from quietstar_jax.data.sources.hub import stream, stream_parts
-from quietstar_jax.data.sources.tfds import TFDS
+from quietstar_jax.data.sources.texts import TextOf
+from quietstar_jax.data.sources.tfds import TFDS, TfdsExamples
+from quietstar_jax.data.sources.unpack import is_lines
 from quietstar_jax.errors import DataError
 
 INFLATION = 3  # bytes of text to a compressed byte, roughly
@@ -39,19 +41,18 @@ class Part(Protocol):
         """Bytes of text, roughly."""
         ...
 
-    def documents(self) -> Iterator[str]:
-        """Reads them. Raises DataError for a broken one."""
+    def documents(self, text: TextOf) -> Iterator[str]:
+        """Reads them, "" for an empty one. Raises DataError for a broken one."""
         ...
 
 
 @dataclass(frozen=True)
 class Lines:
-    """The lines of an uncompressed file that begin within a range of bytes."""
+    """The lines of a file of JSON lines that begin within a range of bytes."""
 
     file: File
     start: int
     end: int
-    text_key: str
 
     @property
     def name(self) -> str:
@@ -61,41 +62,20 @@ class Lines:
     def size(self) -> int:
         return self.end - self.start
 
-    def documents(self) -> Iterator[str]:
-        return lines_between(self.file, self.start, self.end, self.text_key)
+    def documents(self, text: TextOf) -> Iterator[str]:
+        return lines_between(self.file, self.start, self.end, text)
 
 
 @dataclass(frozen=True)
-class Range:
-    """Documents `start` .. `stop` - 1 of a source that is opened when it is their turn; all where `stop` is None."""
+class Records:
+    """Records that are read when it is their turn."""
 
     name: str
     size: int
-    open: Callable[[], RandomAccessSource]
-    start: int = 0
-    stop: int | None = None
+    read: Callable[[], Iterable[Record]]
 
-    def documents(self) -> Iterator[str]:
-        source = self.open()
-        return (source[i] for i in range(self.start, len(source) if self.stop is None else self.stop))
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """A part of a hub dataset, fetched as it is read."""
-
-    spec: str
-    text_key: str
-    part: int
-    parts: int
-    size: int = STREAMED_BYTES
-
-    @property
-    def name(self) -> str:
-        return f"{self.spec}, part {self.part} of {self.parts}"
-
-    def documents(self) -> Iterator[str]:
-        return stream(self.spec, self.text_key, self.part, self.parts)
+    def documents(self, text: TextOf) -> Iterator[str]:
+        return (text(record) for record in self.read())
 
 
 @dataclass(frozen=True)
@@ -118,42 +98,66 @@ def read_input(spec: str, config: DataConfig) -> Input:
         raise DataError(f"{spec} is prepared already: train on it as it is.")
     if is_hub(spec):
         count = stream_parts(spec, config.text_key)
-        streamed: list[Part] = [Streamed(spec, config.text_key, i, count) for i in range(count)]
+        streamed: list[Part] = [
+            Records(
+                f"{spec}, part {i} of {count}", STREAMED_BYTES,
+                functools.partial(stream, spec, config.text_key, i, count),
+            )
+            for i in range(count)
+        ]  # fmt: skip
         return Input(spec, [Label(spec, f"{count} parts")], count * STREAMED_BYTES, lambda _: streamed)
     if spec == SYNTHETIC or spec.startswith(TFDS):
-        reopen = functools.partial(open_source, spec, config, split="train", seed=0)
-        source = reopen()
+        source = TfdsExamples(spec, config) if spec.startswith(TFDS) else _synthetic(config)
         pieces = source.pieces()
         size = sum(piece.size for piece in pieces) or len(source) * DOCUMENT_BYTES
-        return Input(spec, pieces, size, functools.partial(_ranges, spec, size, reopen, len(source)))
+        read = functools.partial(_numbered, spec, config)
+        return Input(spec, pieces, size, functools.partial(_ranges, spec, size, read, len(source)))
     files = find_files(spec)
-    return Input(spec, list(files), sum(map(_text_bytes, files)), functools.partial(_cut_files, files, config.text_key))
+    return Input(spec, list(files), sum(map(_text_bytes, files)), functools.partial(_cut_files, files, config))
+
+
+def _synthetic(config: DataConfig) -> RandomAccessSource:
+    return open_source(SYNTHETIC, config, split="train", seed=0)
+
+
+def _numbered(spec: str, config: DataConfig, start: int, stop: int) -> Iterator[Record]:
+    """Records `start` .. `stop` - 1 of a source that has them by number."""
+    if spec == SYNTHETIC:
+        texts = _synthetic(config)
+        return (Record(f"{spec}, document {i}", {config.text_key: texts[i]}) for i in range(start, stop))
+    examples = TfdsExamples(spec, config)
+    return (examples[i] for i in range(start, stop))
+
+
+def _row_groups(file: File, key: str, start: int, stop: int) -> Iterator[Record]:
+    return ParquetRows(file, key).between(start, stop)
 
 
 def _text_bytes(file: File) -> int:
     return file.size * (INFLATION if file.suffix in COMPRESSIONS else 1)
 
 
-def _cut_files(files: list[File], text_key: str, target: int) -> list[Part]:
+def _cut_files(files: list[File], config: DataConfig, target: int) -> list[Part]:
     parts: list[Part] = []
-    for kind, group in itertools.groupby(files, lambda file: kind_of(file.name)):
-        if kind == "text":
-            parts += _text_groups(list(group), target)
+    for whole, group in itertools.groupby(files, lambda file: is_text_file(file, config)):
+        if whole:
+            parts += _text_groups(list(group), config.text_key, target)
             continue
         for file in group:
-            pieces = -(-file.size // target)
-            if kind == "json" and file.suffix not in COMPRESSIONS:
+            if kind_of(file.name) == "parquet":
+                read = functools.partial(_row_groups, file, config.text_key)
+                count = ParquetRows(file, config.text_key).groups()
+                parts += _ranges(file.name, file.size, read, count, target, "row groups")
+            elif is_lines(file):
+                pieces = -(-file.size // target)
                 bounds = [file.size * i // pieces for i in range(pieces + 1)]
-                parts += [Lines(file, start, end, text_key) for start, end in itertools.pairwise(bounds)]
-            elif kind == "json":
-                parts.append(Range(file.name, _text_bytes(file), functools.partial(JsonLines, file, text_key)))
+                parts += [Lines(file, start, end) for start, end in itertools.pairwise(bounds)]
             else:
-                reopen = functools.partial(ParquetRows, file, text_key)
-                parts += _ranges(file.name, file.size, reopen, len(reopen()), target)
+                parts.append(Records(file.name, _text_bytes(file), functools.partial(records_of, file, config)))
     return parts
 
 
-def _text_groups(files: list[File], target: int) -> list[Part]:
+def _text_groups(files: list[File], key: str, target: int) -> list[Part]:
     """Neighbouring text files together, until they have enough bytes."""
     groups: list[list[File]] = [[]]
     for file in files:
@@ -161,15 +165,21 @@ def _text_groups(files: list[File], target: int) -> list[Part]:
             groups.append([])
         groups[-1].append(file)
     return [
-        Range(f"{group[0].name} .. {group[-1].name}", sum(f.size for f in group), functools.partial(TextFiles, group))
+        Records(
+            f"{group[0].name} .. {group[-1].name}", sum(file.size for file in group),
+            functools.partial(TextFiles, group, key),
+        )
         for group in groups
-    ]
+    ]  # fmt: skip
 
 
-def _ranges(name: str, size: int, reopen: Callable[[], RandomAccessSource], count: int, target: int) -> list[Part]:
+def _ranges(
+    name: str, size: int, read: Callable[[int, int], Iterable[Record]], count: int, target: int,
+    what: str = "documents",
+) -> list[Part]:  # fmt: skip
     pieces = max(1, min(size // target, count))
     bounds = [count * i // pieces for i in range(pieces + 1)]
     return [
-        Range(f"{name}, documents {start} .. {stop}", size // pieces, reopen, start, stop)
+        Records(f"{name}, {what} {start} .. {stop}", size // pieces, functools.partial(read, start, stop))
         for start, stop in itertools.pairwise(bounds)
     ]

@@ -30,6 +30,7 @@ from quietstar_jax.data.cache import write_array
 from quietstar_jax.data.fingerprint import fingerprint
 from quietstar_jax.data.parts import Input, Part, read_input
 from quietstar_jax.data.prepared import COUNTS, FORMAT, MANIFEST, PLAN, describe_tokenizer, read_manifest
+from quietstar_jax.data.sources.texts import TextOf
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import DataError
 from quietstar_jax.io import TEMPORARY, locked, replacing, write_json
@@ -54,6 +55,7 @@ class Shard:
     tokenizer: str
     revision: str
     dtype: str
+    text_key: str
 
     @property
     def done(self) -> Path:
@@ -96,7 +98,15 @@ def prepare(
     with _locked(output):
         _begin(output, plan)
         wanted = [
-            Shard(output, f"tokens-{i:05}-of-{len(groups):05}", tuple(group), tokenizer.name, revision, plan["dtype"])
+            Shard(
+                output,
+                f"tokens-{i:05}-of-{len(groups):05}",
+                tuple(group),
+                tokenizer.name,
+                revision,
+                plan["dtype"],
+                config.text_key,
+            )
             for i, group in enumerate(groups)
         ]
         missing = [shard for shard in wanted if not shard.done.is_file()]
@@ -134,6 +144,7 @@ def _plan(
         "tokenizer": describe_tokenizer(tokenizer),
         "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
         "text_key": config.text_key,
+        **({} if config.text_documents == "file" else {"text_documents": config.text_documents}),
         "sources": [fingerprint(item.spec, item.pieces) for item in inputs],
         "parts": {"count": len(parts), "digest": hashlib.sha256(names.encode()).hexdigest()},
         "shard_count": shards,
@@ -221,13 +232,14 @@ def _work(shard: Shard) -> None:
 
 
 def write_shard(shard: Shard, tokenizer: Tokenizer) -> None:
-    """Tokenizes the documents of a shard. Those without a token are left out and counted."""
+    """Tokenizes the documents of a shard. Empty ones and those without a token are left out and counted."""
     final = shard.folder / f"{shard.name}.array_record"
+    text = TextOf(shard.text_key, tokenizer.render_conversation)
     counts: list[int] = []
     empty = 0
     with replacing(final) as temporary:
         writer = ArrayRecordWriter(str(temporary), WRITER)
-        for texts in _batched(itertools.chain.from_iterable(part.documents() for part in shard.parts)):
+        for texts in _batched(itertools.chain.from_iterable(part.documents(text) for part in shard.parts)):
             for ids in tokenizer.encode_many(texts):
                 if ids:
                     writer.write(np.asarray(ids, shard.dtype).tobytes())

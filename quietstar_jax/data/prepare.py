@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from quietstar_jax.command_line import CommandParser, integer
-from quietstar_jax.config import DataConfig
+from quietstar_jax.config import TEXT_DOCUMENTS, DataConfig
 from quietstar_jax.data.preparation import prepare
 from quietstar_jax.data.sources.files import is_url
 from quietstar_jax.data.tokenization import load_tokenizer
@@ -22,6 +22,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--revision", default="", help="branch, tag or commit of the tokenizer's hub id")
     parser.add_argument("--output", required=True, help="folder to be made, or to go on with")
     parser.add_argument("--text-key", default="text", help="field of a JSON line, a row or an example")
+    parser.add_argument(
+        "--text-documents", choices=TEXT_DOCUMENTS, default="file", help="what is one document of a text file"
+    )
     parser.add_argument("--shards", type=integer, default=0, help="files; unless given, one for each 256 MB of text")
     parser.add_argument(
         "--workers", type=integer, default=os.cpu_count() or 1, help="processes; unless given, all cores"
@@ -35,7 +38,10 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(
             f"--output {given.output} is a URL; shards are written to a disk. Copy the folder afterwards."
         )
-    config = DataConfig(text_key=given.text_key, data_dir=given.data_dir, cache_dir=given.cache_dir)
+    config = DataConfig(
+        text_key=given.text_key, text_documents=given.text_documents, data_dir=given.data_dir,
+        cache_dir=given.cache_dir,
+    )  # fmt: skip
     output = Path(given.output).expanduser()
     tokenizer = load_tokenizer(given.tokenizer, given.revision)
     manifest = prepare(
@@ -43,9 +49,10 @@ def main(arguments: list[str]) -> None:
     )
     count = len(manifest["shards"])
     fewer = f" ({given.shards} were asked for: the sources cannot be cut into more)" if count < given.shards else ""
+    empty = f" ({manifest['empty_documents']:,} empty ones left out)" if manifest["empty_documents"] else ""
     print(
-        f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens in {count} shards{fewer}: {output}. "
-        f"Train on it with --config.data.train=\"('{output}',)\"."
+        f"{manifest['documents']:,} documents{empty}, {manifest['tokens']:,} tokens in {count} shards{fewer}: "
+        f"{output}. Train on it with --config.data.train=\"('{output}',)\"."
     )
 
 

@@ -61,6 +61,19 @@ class Tokenizer:
         found = self.fast.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [one.ids for one in found]
 
+    def render_conversation(self, messages: list[dict[str, Any]]) -> str:
+        """The text of a conversation by the tokenizer's chat template, special tokens spelled out.
+
+        Raises:
+          DataError: the tokenizer has no template.
+        """
+        if not self.fast.chat_template:
+            raise DataError(
+                f"The tokenizer {self.name!r} has no chat template, so it cannot make a conversation text. Use the "
+                "tokenizer of a chat model, put a chat_template.jinja into its folder, or name a field of plain text."
+            )
+        return cast(str, self.fast.apply_chat_template(messages, tokenize=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens spelled out, without any clean-up of spaces."""
         text: str = self.fast.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)

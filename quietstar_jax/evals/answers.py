@@ -55,12 +55,14 @@ class AnswerWriter:
         answer = tokens[-count:] if count else []
         if not count or self._tokenizer.unk_id in answer:
             raise DataError(
-                f"Line {question.line}: the tokenizer {self._tokenizer.name} cannot write the answer "
+                f"Question {question.line}: the tokenizer {self._tokenizer.name} cannot write the answer "
                 f"{question.answer!r} behind {ANSWER!r}. It does not fit this question set."
             )
         content = self.label_tokens(question.labels) if question.labels else self.digit_tokens
         if not set(answer) & set(content):
-            raise DataError(f"Line {question.line}: no token of the answer {question.answer!r} is a digit or a label.")
+            raise DataError(
+                f"Question {question.line}: no token of the answer {question.answer!r} is a digit or a label."
+            )
         allowed = (*content, *self.end_tokens)
         return WrittenAnswer((*self._bos, *tokens), count, allowed, self.end_tokens, bool(question.labels))
 

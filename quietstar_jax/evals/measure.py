@@ -18,7 +18,7 @@ import jax
 from tqdm import tqdm
 
 from quietstar_jax.config import DataConfig
-from quietstar_jax.data.sources import open_source
+from quietstar_jax.data.sources import content_hash, open_source
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.evals.answers import AnswerWriter
 from quietstar_jax.evals.direct import measure_answers
@@ -57,6 +57,7 @@ class Options:
     fields: tuple[str, ...] = ()
     answer_key: str = "auto"
     text_key: str = "text"
+    text_documents: str = "file"
     window: int = 0
     context: int = 0
     top: int = 10
@@ -93,8 +94,7 @@ def measure(options: Options) -> dict[str, Any]:
     options.check()
     task = find_task(options.task)
     layouts = with_fields(task, options.fields, options.answer_key)
-    data = Path(options.data).expanduser()
-    questions = read_questions(data, layouts, options.limit or None) if layouts else []
+    questions = read_questions(options.data, layouts, options.limit or None) if layouts else []
     started = time.monotonic()
     model = open_model(
         options.checkpoint, step=options.step, revision=options.revision, dtype=options.dtype,
@@ -115,7 +115,7 @@ def measure(options: Options) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
         "model": model.record,
         "config": dataclasses.asdict(options),
-        "data_hash": file_hash(data),
+        "data_hash": content_hash(options.data, _data_config(options)),
         "versions": versions(),
     }
 
@@ -171,7 +171,7 @@ def _votes(options: Options, model: TrainedModel, modes: tuple[str, ...], questi
     sampling = Sampling(options.samples, options.temperature, options.max_tokens, length, options.seed)
     measurement = {
         "task": options.task,
-        "data_hash": file_hash(Path(options.data).expanduser()),
+        "data_hash": content_hash(options.data, _data_config(options)),
         "fields": options.fields,
         "checkpoint_hash": model.fingerprint,
         "dtype": model.dtype,
@@ -197,7 +197,8 @@ def _records_file(task: str, measurement: Mapping[str, Any]) -> Path:
 
 def _text(options: Options, model: TrainedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
     scorer = make_scorer(options, model, modes)
-    source = open_source(options.data, DataConfig(text_key=options.text_key), split="validation", seed=options.seed)
+    render = model.tokenizer.render_conversation
+    source = open_source(options.data, _data_config(options), split="validation", seed=options.seed, render=render)
     texts = min(len(source), options.limit or len(source))
     longest = longest_allowed(options, scorer.longest)
     length = options.window or min(WINDOW, longest)
@@ -247,9 +248,5 @@ def progress(total: int, unit: str, options: Options, title: str = "") -> Iterat
         yield bar.update
 
 
-def file_hash(path: Path) -> str | None:
-    """SHA-256 of the data, where it is one file."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _data_config(options: Options) -> DataConfig:
+    return DataConfig(text_key=options.text_key, text_documents=options.text_documents)

@@ -1,4 +1,4 @@
-"""Question sets in JSON lines: GSM8K, CommonsenseQA, and anyone's own by naming its fields."""
+"""Question sets: GSM8K, CommonsenseQA, and anyone's own by naming its fields."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike, fspath
 from typing import Any
 
 import numpy as np
 
-from quietstar_jax.data.json_lines import read_objects
+from quietstar_jax.data.sources import read_all
+from quietstar_jax.data.sources.common import Record
+from quietstar_jax.data.sources.texts import field_at
 from quietstar_jax.errors import DataError
 from quietstar_jax.evals.numbers import parse_number
 
@@ -30,7 +32,7 @@ class Question:
       text: as it is asked, with its choices where it has some.
       answer: as it is written after `A:`; a label, or a number as the set spells it.
       labels: of the choices, in their order; empty where the answer is a number.
-      line: in its file, from 1.
+      line: its number in the set, from 1.
     """
 
     text: str
@@ -55,19 +57,19 @@ class Layout:
     answer_key: str = "auto"
 
 
-def read_questions(path: Path, layouts: Sequence[Layout], limit: int | None = None) -> list[Question]:
-    """The questions of a file of JSON lines; blank lines are skipped.
+def read_questions(source: str | PathLike[str], layouts: Sequence[Layout], limit: int | None = None) -> list[Question]:
+    """The questions of a source as in `DataConfig.train`.
 
     Args:
-      layouts: the first one whose question lies in the first line is taken.
-      limit: that many from the beginning; None = all. How answers name choices is found from the whole file.
+      layouts: the first one that finds a question in the first record.
+      limit: that many from the beginning; None = all. How answers name choices is found from all.
 
     Raises:
-      DataError: the file is missing, empty, or a line is not what the layout says; names the line.
+      DataError: the source is missing, empty, or a record is not what the layout says; names its place.
     """
-    rows = read_objects(path, "questions")
-    layout = next((known for known in layouts if _has(rows[0][1], known.question, str)), layouts[-1])
-    lines = [_Line(path, number, row, layout) for number, row in rows]
+    records = read_all(fspath(source), "questions")
+    layout = next((known for known in layouts if _has(records[0].fields, known.question, str)), layouts[-1])
+    lines = [_Line(number, record, layout) for number, record in enumerate(records, start=1)]
     if layout.choices is None:
         return [_numeric(line) for line in lines[:limit]]
     key = layout.answer_key if layout.answer_key != "auto" else _find_key(lines)  # the same whatever the limit
@@ -76,23 +78,22 @@ def read_questions(path: Path, layouts: Sequence[Layout], limit: int | None = No
 
 @dataclass(frozen=True)
 class _Line:
-    path: Path
     number: int
-    row: Mapping[str, Any]
+    record: Record
     layout: Layout
 
     def __str__(self) -> str:
-        return f"{self.path}, line {self.number}"
+        return self.record.where
 
     def field(self, name: str) -> Any:
         """The field that stands for `question`, `choices` or `answer`."""
         place = getattr(self.layout, name)
         try:
-            return _at(self.row, place)
+            return field_at(self.record.fields, place)
         except KeyError as error:
             raise DataError(
-                f"{self}: there is no field {place!r} for the {name}; the line has {', '.join(map(repr, self.row))}. "
-                f"Say where it lies with --field {name}=NAME (with dots for nested fields)."
+                f"{self}: there is no field {place!r} for the {name}; the record has "
+                f"{', '.join(map(repr, self.record.fields))}. Say where it lies with --field {name}=NAME (with dots for nested fields)."
             ) from error
 
     def text(self, name: str) -> str:
@@ -104,19 +105,9 @@ class _Line:
         return value
 
 
-def _at(row: Any, place: str) -> Any:
-    """The value at a dotted path; a key that itself has dots is found too. Raises KeyError."""
-    if isinstance(row, Mapping) and place in row:
-        return row[place]
-    head, _, rest = place.partition(".")
-    if not rest or not isinstance(row, Mapping) or head not in row:
-        raise KeyError(place)
-    return _at(row[head], rest)
-
-
 def _has(row: Any, place: str, kind: type) -> bool:
     try:
-        return isinstance(_at(row, place), kind)
+        return isinstance(field_at(row, place), kind)
     except KeyError:
         return False
 

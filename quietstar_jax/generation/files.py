@@ -1,9 +1,8 @@
-"""Prompts from a file of JSON lines to texts in another, in batches; what is done survives a kill."""
+"""Prompts from any source of records to texts in a file, in batches; what is done survives a kill."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,7 +11,9 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from quietstar_jax.data.json_lines import read_objects
+from quietstar_jax.config import DataConfig
+from quietstar_jax.data.sources import content_hash, read_all
+from quietstar_jax.data.sources.common import Record
 from quietstar_jax.errors import DataError, UserError
 from quietstar_jax.generation.batch import Generation, Job
 from quietstar_jax.generation.engine import Request
@@ -25,8 +26,8 @@ ADDED = ("completion", "finish_reason", "thoughts", "mixing_weights")
 
 
 def generate_file(
-    generator: Generator, source: Path, output: Path, job: Job, *, seed: int = 0, show_thoughts: bool = False,
-    quiet: bool = False,
+    generator: Generator, source: str | os.PathLike[str], output: Path, job: Job, *, seed: int = 0,
+    show_thoughts: bool = False, quiet: bool = False,
 ) -> int:  # fmt: skip
     """Writes the rows of `source` with what follows their prompts; the output appears when all are done.
 
@@ -34,7 +35,7 @@ def generate_file(
     goes on from there.
 
     Args:
-      source: JSON lines, each with a `prompt`; other fields are carried over.
+      source: as in `DataConfig.train`; its records have a `prompt`, other fields are carried over.
       show_thoughts: also write thoughts and mixing weights.
       quiet: no progress bar.
 
@@ -48,11 +49,12 @@ def generate_file(
         raise DataError(f"{output} exists already. Remove it, or choose another file.")
     if not output.absolute().parent.is_dir():
         raise DataError(f"{output}: the folder {output.absolute().parent} is missing. Make it first.")
-    rows = read_objects(source, "prompts")
-    requests = _requests(generator, rows, source, job, seed)
+    source = os.fspath(source)
+    rows = read_all(source, "prompts")
+    requests = _requests(generator, rows, job, seed)
     record = {
         "model": generator.model.record,
-        "prompts": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "prompts": content_hash(source, DataConfig()),
         "thought_length": job.plan.thought.length,
         "max_tokens": job.max_tokens,
         "stop": job.stop,
@@ -71,7 +73,7 @@ def generate_file(
             for first in range(done, len(rows), size):
                 found = generator.run(requests[first : first + size], job).finish()
                 for (_, row), one in zip(rows[first : first + size], found, strict=True):
-                    file.write(json.dumps(row | _fields(one, show_thoughts), ensure_ascii=False).encode() + b"\n")
+                    file.write(json.dumps({**row} | _fields(one, show_thoughts), ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
                 bar.update(len(found))
@@ -80,16 +82,13 @@ def generate_file(
     return len(rows)
 
 
-def _requests(
-    generator: Generator, rows: list[tuple[int, dict[str, Any]]], source: Path, job: Job, seed: int
-) -> list[Request]:
+def _requests(generator: Generator, rows: list[Record], job: Job, seed: int) -> list[Request]:
     """All prompts, checked before the first is worked on."""
-    for number, row in rows:
-        where = f"{source}, line {number}"
+    for where, row in rows:
         prompt = row.get(PROMPT)
         if not isinstance(prompt, str):
             held = f"it holds {prompt!r}" if PROMPT in row else f"it has {', '.join(map(repr, row)) or 'nothing'}"
-            raise DataError(f"{where}: every line takes a text under {PROMPT!r}; {held}.")
+            raise DataError(f"{where}: every record has a text under {PROMPT!r}; {held}.")
         taken = [name for name in ADDED if name in row]
         if taken:
             raise DataError(f"{where} has a field {taken[0]!r} already. Rename it, or give another file.")

@@ -40,6 +40,7 @@ class TextOptions:
     samples: int = 3
     seed: int = 0
     text_key: str = "text"
+    text_documents: str = "file"
     data_dir: str = ""
 
     def check(self) -> None:
@@ -69,7 +70,10 @@ def report_checkpoint(path: str, options: TextOptions, step: int | None = None) 
     model = open_model(path, step=step)
     if not model.can_think:
         raise CheckpointError(f"{path} has not learned to think, so there is nothing to see. Give a run that has.")
-    config = DataConfig(validation=options.data, text_key=options.text_key, data_dir=options.data_dir)
+    config = DataConfig(
+        validation=options.data, text_key=options.text_key, text_documents=options.text_documents,
+        data_dir=options.data_dir,
+    )  # fmt: skip
     source = joined(
         [
             open_documents(spec, config, model.tokenizer, split="validation", seed=VALIDATION_SEED)

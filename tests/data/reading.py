@@ -16,7 +16,7 @@ from quietstar_jax.data.sources import open_source
 from quietstar_jax.data.sources.common import RandomAccessSource
 from quietstar_jax.errors import DataError
 
-DOCUMENTS = ["first", "zweite Zeile\nmit Umbruch", "", "四", "last \u2028 one"]
+DOCUMENTS = ["first", "zweite Zeile\nmit Umbruch", " 3 ", "四", "last \u2028 one"]
 
 
 def opened(spec: object, **changes: Any) -> RandomAccessSource:
@@ -49,11 +49,6 @@ def put(path: Path, content: bytes) -> Path:
 
 
 def fails(spec: object, message: str, index: int | None = None, **changes: Any) -> None:
-    """Opening the source fails, or where `index` is given, only reading that document does."""
-    if index is None:
-        with pytest.raises(DataError, match=message):
-            opened(spec, **changes)
-        return
-    source = opened(spec, **changes)
+    """Opening the source fails, or at the latest reading a document."""
     with pytest.raises(DataError, match=message):
-        source[index]
+        opened(spec, **changes)[0 if index is None else index]

@@ -7,10 +7,8 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from quietstar_jax.data.sources import is_hub
-from quietstar_jax.data.sources.files import find_files
-from quietstar_jax.data.sources.formats import records_of
-from quietstar_jax.data.sources.hub import rows
+from quietstar_jax.config import DataConfig
+from quietstar_jax.data.sources import read_records
 from quietstar_jax.errors import DataError
 
 
@@ -40,7 +38,7 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
         return {split: self._generate_examples(spec) for split, spec in self._sources.items()}
 
     def _generate_examples(self, spec: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, (where, row) in enumerate(read_rows(spec)):
+        for number, (where, row) in enumerate(read_records(spec, DataConfig())):
             try:
                 yield number, self.example(row)
             except (KeyError, TypeError) as error:
@@ -52,16 +50,3 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The example of a row. Raises KeyError or TypeError where it is not one."""
         raise NotImplementedError
-
-
-def read_rows(spec: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row is, and the row: of JSON lines and parquet files, or of the hub.
-
-    Raises:
-      DataError: a file is missing or broken.
-    """
-    if is_hub(spec):
-        yield from rows(spec)
-        return
-    for file in find_files(spec):
-        yield from records_of(file)

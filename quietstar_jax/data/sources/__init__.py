@@ -1,54 +1,152 @@
-"""Documents from anywhere, by number: files here and behind URLs, tensorflow-datasets, the hub, the embedded corpus."""
+"""Records and documents from anywhere: files here and behind URLs, tensorflow-datasets, the hub, the embedded corpus.
+
+This is the one place that turns bytes into records. Training and language modelling read the text of records by number
+(`open_source`); questions, prompts and builders read fields of records in order (`read_records`, `read_all`).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+from collections.abc import Iterator
 from typing import Literal
 
+from absl import logging
+
 from quietstar_jax.config import DataConfig
-from quietstar_jax.data.sources.common import RandomAccessSource, concatenated
-from quietstar_jax.data.sources.files import find_files, kind_of
-from quietstar_jax.data.sources.formats import JsonLines, ParquetRows, TextFiles
-from quietstar_jax.data.sources.hub import HUB, HubRows
+from quietstar_jax.data.sources import hub
+from quietstar_jax.data.sources.common import Numbered, Piece, RandomAccessSource, Record, concatenated
+from quietstar_jax.data.sources.files import File, find_files, kind_of
+from quietstar_jax.data.sources.formats import JsonLines, ParquetRows, TextFiles, is_text_file, records_of
+from quietstar_jax.data.sources.texts import Render, TextOf, Texts
 from quietstar_jax.data.sources.tfds import TFDS, TfdsExamples
+from quietstar_jax.errors import DataError
 
 SYNTHETIC = "synthetic"
+LOOKED_THROUGH = 1 << 20  # examples of tensorflow-datasets; in larger splits an empty one is found when it is read
+FIELD_BYTES = 1 << 30  # of all records that are read at once
 
 Split = Literal["train", "validation"]
 
 
-def open_source(spec: str, config: DataConfig, *, split: Split, seed: int) -> RandomAccessSource:
-    """Opens a source of documents.
+def open_source(
+    spec: str, config: DataConfig, *, split: Split, seed: int, render: Render | None = None
+) -> RandomAccessSource:
+    """Opens a source of documents. Empty ones have no number.
 
     Args:
-      spec: a file, a folder or a glob of .jsonl/.json lines (also .gz, .zst), .txt/.md (one document a file) or
-        .parquet, here or behind a URL; `tfds:NAME[/CONFIG[:VERSION]]:SPLIT` or `tfds:FOLDER:SPLIT` of a prepared
-        dataset; `hf:NAME[/CONFIG]:SPLIT` of the Hugging Face hub; `synthetic`.
-      config: `text_key` names the field with the text, `data_dir` where tfds datasets are.
+      spec: a file, a folder or a glob of JSON lines or arrays, tables, text or parquet, compressed or not, here or
+        behind a URL; `tfds:NAME[/CONFIG[:VERSION]]:SPLIT` or `tfds:FOLDER:SPLIT` of a prepared dataset;
+        `hf:NAME[/CONFIG]:SPLIT` of the Hugging Face hub; `synthetic`.
+      config: `text_key` names the field with the text, `text_documents` says how text files are cut, `data_dir` where
+        tfds datasets are.
       split, seed: which documents of the embedded corpus; other sources ignore them.
+      render: makes conversations text; without it they are refused.
 
     Raises:
-      DataError: here for what is missing, empty or of an unknown kind; by the source for a broken document.
+      DataError: the source is missing, broken, of an unknown kind, or all of its documents are empty.
     """
     if spec == SYNTHETIC:
         from quietstar_jax.data.synthetic import SyntheticSource
 
         return SyntheticSource(config.synthetic, split=split, seed=seed)
+    text = TextOf(config.text_key, render)
     if spec.startswith(TFDS):
-        return TfdsExamples(spec, config)
-    if is_hub(spec):
-        return HubRows(spec, config.text_key)
-    sources: list[RandomAccessSource] = []
-    for kind, files in itertools.groupby(find_files(spec), lambda file: kind_of(file.name)):
-        if kind == "text":
-            sources.append(TextFiles(list(files)))
-        elif kind == "json":
-            sources += [JsonLines(file, config.text_key) for file in files]
+        examples = TfdsExamples(spec, config)
+        found = [Texts(examples, text, config.cache_dir, len(examples) <= LOOKED_THROUGH)]
+    elif is_hub(spec):
+        found = [Texts(hub.HubRows(spec, config.text_key), text, config.cache_dir)]
+    else:
+        found = [Texts(records, text, config.cache_dir) for records in _of_files(find_files(spec), config)]
+    empty = sum(texts.empty for texts in found)
+    if not sum(map(len, found)):
+        what = f"no text: all of its {empty} documents are empty" if empty else "no records"
+        raise DataError(f"{spec} holds {what}. Check data.text_key (--text-key) and the files.")
+    if empty:
+        logging.warning("%s: %d empty documents are left out.", spec, empty)
+    return concatenated(found)
+
+
+def _of_files(files: list[File], config: DataConfig) -> Iterator[Numbered[Record]]:
+    for whole, group in itertools.groupby(files, lambda file: is_text_file(file, config)):
+        if whole:
+            yield TextFiles(list(group), config.text_key)
         else:
-            sources += [ParquetRows(file, config.text_key) for file in files]
-    return concatenated(sources)
+            for file in group:
+                is_table = kind_of(file.name) == "parquet"
+                yield ParquetRows(file, config.text_key) if is_table else JsonLines(file, config)
+
+
+def read_records(spec: str, config: DataConfig) -> Iterator[Record]:
+    """The records of a source as in `open_source`, in order and in bounded memory.
+
+    Raises:
+      DataError: it is missing or broken; names the line.
+    """
+    if spec == SYNTHETIC:
+        source = open_source(spec, config, split="validation", seed=0)
+        yield from (Record(f"{spec}, document {i}", {config.text_key: source[i]}) for i in range(len(source)))
+    elif spec.startswith(TFDS):
+        yield from TfdsExamples(spec, config)
+    elif is_hub(spec):
+        yield from hub.rows(spec)
+    else:
+        for file in find_files(spec):
+            yield from records_of(file, config)
+
+
+def read_all(spec: str, kind: str) -> list[Record]:
+    """All records of a source, their texts decoded and writable as JSON.
+
+    Args:
+      kind: what they are, e.g. `prompts`, for messages.
+
+    Raises:
+      DataError: as `read_records`; or there are none, or too many for the memory.
+    """
+    found, size = [], 0
+    for record in read_records(spec, DataConfig()):
+        try:
+            text = json.dumps(record.fields, ensure_ascii=False, default=_as_text)
+            size += len(text.encode())
+        except UnicodeEncodeError as error:
+            half = ord(error.object[error.start])
+            raise DataError(
+                f"{record.where}: a text holds \\u{half:04x}, half of a character, which can be neither read as tokens "
+                "nor written. Remove it or complete its pair."
+            ) from error
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{record.where}: a field cannot be written as JSON: {error}. Remove it.") from error
+        if size > FIELD_BYTES:
+            raise DataError(f"{spec} holds more than {FIELD_BYTES >> 30} GiB of {kind}. Cut it into several files.")
+        found.append(record._replace(fields=json.loads(text)))
+    if not found:
+        raise DataError(f"{spec} is empty: it holds no {kind}.")
+    return found
+
+
+def content_hash(spec: str, config: DataConfig) -> str:
+    """A hash of what a source holds: of all bytes of a single local file, of samples of others."""
+    pieces: list[Piece] = []
+    if spec.startswith(TFDS):
+        pieces = TfdsExamples(spec, config).pieces()
+    elif is_hub(spec):
+        return hashlib.sha256(json.dumps([r.fields for r in hub.rows(spec)], default=str).encode()).hexdigest()
+    elif spec != SYNTHETIC:
+        pieces = list(find_files(spec))
+    if len(pieces) == 1 and isinstance(pieces[0], File) and pieces[0].is_local:
+        with pieces[0].open() as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    return hashlib.sha256(b"".join(hashlib.sha256(piece.identity(16)).digest() for piece in pieces)).hexdigest()
+
+
+def _as_text(value: object) -> object:
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    return str(value)
 
 
 def is_hub(spec: str) -> bool:
     """Whether a source is a dataset of the hub, rather than a URL of its files (`hf://`)."""
-    return spec.startswith(HUB) and not spec.startswith(HUB + "//")
+    return spec.startswith(hub.HUB) and not spec.startswith(hub.HUB + "//")

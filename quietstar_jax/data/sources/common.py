@@ -7,13 +7,13 @@ import importlib
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from quietstar_jax.errors import DataError
 
 RECODE = "Convert it to UTF-8, for example with `iconv -t UTF-8`."
-SET_KEY = "Set data.text_key to the field that holds the text."
+SET_KEY = "Set data.text_key (--text-key) to the field that holds the text or the conversation."
 KEPT_BYTES = 1 << 31  # decompressed files and parquet row groups kept by one process
 
 T = TypeVar("T")
@@ -53,6 +53,13 @@ class Numbered(Protocol[T_co]):
 RandomAccessSource = Numbered[str]  # documents by number
 
 
+class Record(NamedTuple):
+    """One record of a source: a line, a row, an example, a text file."""
+
+    where: str  # as messages call its place
+    fields: Mapping[str, Any]
+
+
 class Label:
     """A piece that is no file: its content is as good as what is said of it."""
 
@@ -74,7 +81,7 @@ class Concatenated(Generic[T]):
         self._ends = list(itertools.accumulate(len(source) for source in sources))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> T:
         index = range(len(self))[index]
@@ -124,23 +131,6 @@ def decoded(raw: bytes, where: str, start: int = 0) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {start + error.start}. {RECODE}") from error
-
-
-def text_of(record: dict[str, Any], key: str, where: str) -> str:
-    """The text of one document, checked."""
-    if key not in record:
-        raise DataError(f"{where}: no key {key!r}; it has {names(record)}. {SET_KEY}")
-    text = record[key]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {key!r} holds {type(text).__name__}, not text. {SET_KEY}")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can spell what no tokenizer takes
-            raise DataError(
-                f"{where}: character {error.start} is half of a surrogate pair. Repair the text."
-            ) from error
-    return text
 
 
 def names(found: Iterable[Any]) -> str:

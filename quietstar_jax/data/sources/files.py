@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
@@ -16,9 +17,25 @@ from fsspec.registry import known_implementations
 
 from quietstar_jax.errors import DataError
 
-KINDS = {".jsonl": "json", ".json": "json", ".txt": "text", ".md": "text", ".parquet": "parquet"}
-COMPRESSIONS = (".gz", ".zst")  # of JSON lines
-READABLE = "Readable are .jsonl and .json lines (also with .gz or .zst), .txt, .md and .parquet."
+KINDS = {
+    ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "table", ".tsv": "table", ".txt": "text",
+    ".md": "text", ".parquet": "parquet",
+}  # fmt: skip
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")  # of all but parquet
+READABLE = (
+    "Readable are .jsonl, .ndjson and .json (lines, or one array), .csv, .tsv, .txt and .md, each also with .gz, .zst, "
+    ".xz or .bz2, and .parquet. The package `datasets` reads more: hf:FOLDER:SPLIT."
+)
+SPLITS = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+# Beside the data in a dataset's folder, and no text to train on.
+DESCRIPTIONS = re.compile(
+    r"(readme|license|licence|changelog|citation|contributing)(\..*)?"
+    r"|(dataset_infos?|dataset_dict|state|metadata|features|croissant|config|manifest)\.json",
+    re.IGNORECASE,
+)
 SAMPLE_BYTES = 1 << 12  # read at a time to tell a file from another
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|[a-z]+::")  # two letters at least: `c:` is a drive
@@ -38,7 +55,7 @@ class File:
 
     @property
     def suffix(self) -> str:
-        return PurePosixPath(self.name).suffix.lower()
+        return PurePosixPath(bare_name(self.name)).suffix.lower()
 
     def open(self) -> IO[bytes]:
         """For reading from the start."""
@@ -90,6 +107,11 @@ def is_url(name: str) -> bool:
     return _URL.match(name) is not None
 
 
+def bare_name(name: str) -> str:
+    """A path as it is; a URL without what follows `?` or `#`."""
+    return re.split(r"[?#]", name, maxsplit=1)[0] if re.match(r"https?://", name) else name
+
+
 def file_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the path in it.
 
@@ -111,12 +133,12 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def kind_of(name: str) -> str | None:
-    """json, text or parquet by the file's name; None where it is neither."""
-    path = PurePosixPath(name)
+    """json, table, text or parquet by the file's name; None where it is neither."""
+    path = PurePosixPath(bare_name(name))
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
         inner = KINDS.get(PurePosixPath(path.stem).suffix.lower())
-        return inner if inner == "json" else None
+        return None if inner == "parquet" else inner
     return KINDS.get(suffix)
 
 
@@ -124,7 +146,7 @@ def find_files(spec: str) -> list[File]:
     """The files that a file, folder, glob or URL of these stands for, sorted: the order must not depend on the system.
 
     Raises:
-      DataError: there is none, one cannot be read or is empty, or a folder holds several kinds of text.
+      DataError: there is none, one cannot be read or is empty, or a folder holds several kinds of text or splits.
     """
     found = _find_remote(spec) if is_url(spec) else _find_local(spec)
     for item in found:
@@ -158,7 +180,8 @@ def one_file(name: str) -> File:
 def _find_local(spec: str) -> list[File]:
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _of_one_kind(spec, [(item, item.relative_to(path).parts) for item in path.rglob("*") if item.is_file()])
+        inside = {str(item): item.relative_to(path).parts for item in path.rglob("*") if item.is_file()}
+        return [one_file(name) for name in _of_folder(spec, inside)]
     if path.is_file():
         return [one_file(str(path))]
     if not has_magic(spec):
@@ -166,12 +189,6 @@ def _find_local(spec: str) -> list[File]:
     found = sorted(item for item in map(Path, glob(str(path), recursive=True)) if item.is_file())
     if not found:
         raise DataError(f"No file matches {spec!r}. Check the pattern; `**` stands for any depth of folders.")
-    return [one_file(str(item)) for item in found]
-
-
-def _of_one_kind(folder: str, items: Sequence[tuple[Path, tuple[str, ...]]]) -> list[File]:
-    found = sorted(item for item, parts in items if kind_of(item.name) and not _hidden(parts))
-    _require_one_kind(folder, [str(item) for item in found])
     return [one_file(str(item)) for item in found]
 
 
@@ -187,33 +204,79 @@ def _find_remote(spec: str) -> list[File]:
         elif system.isdir(path):
             listed = system.find(path, detail=True)
             inside = {name: name.removeprefix(path).strip("/").split("/") for name in listed}
-            listed = {name: listed[name] for name in listed if kind_of(name) and not _hidden(inside[name])}
-            _require_one_kind(spec, sorted(listed))
+            listed = {name: listed[name] for name in _of_folder(spec, inside)}
         else:
             raise DataError(f"There is no file or folder {spec!r}. Check the URL, and that you may read it.")
     except DataError:
         raise
     except Exception as error:  # every file system has its own
         raise DataError(f"{spec} cannot be listed: {error}. Check the URL, the network, your credentials.") from error
+    unsized = [name for name, entry in listed.items() if entry["type"] == "file" and entry["size"] is None]
+    if unsized:
+        raise DataError(f"{unsized[0]}: the server does not say how large it is. Download it, and give the file.")
     return [
-        File(system.unstrip_protocol(name), int(entry["size"] or 0))
+        File(system.unstrip_protocol(name), int(entry["size"]))
         for name, entry in sorted(listed.items())
         if entry["type"] == "file"
     ]
 
 
-def _hidden(parts: Sequence[str]) -> bool:
-    return any(part.startswith(".") for part in parts)
+def _of_folder(folder: str, inside: Mapping[str, Sequence[str]]) -> list[str]:
+    """The files of a folder that are data: of one kind and one split, sorted.
 
+    A README.txt beside the corpus, or the test split of a dataset, would quietly become training documents.
 
-def _require_one_kind(folder: str, found: Sequence[str]) -> None:
-    """A README.txt beside the corpus would quietly become a training document."""
+    Args:
+      inside: the path within the folder of each file, in parts.
+
+    Raises:
+      DataError: there are none, or several kinds or splits; says how to choose.
+    """
+    found = sorted(
+        name
+        for name, parts in inside.items()
+        if kind_of(name) and not any(p.startswith(".") for p in parts) and not DESCRIPTIONS.fullmatch(parts[-1])
+    )
     if not found:
         raise DataError(f"The folder {folder} holds no text. {READABLE}")
-    kinds = sorted({str(kind_of(name)) for name in found})
+    root = folder.rstrip("/")
+    kinds = _grouped(found, lambda name: str(kind_of(name)))
     if len(kinds) > 1:
-        examples = ", ".join(next(PurePosixPath(n).name for n in found if kind_of(n) == kind) for kind in kinds)
+        examples = ", ".join(PurePosixPath(bare_name(of_kind[0])).name for of_kind in kinds.values())
+        endings = sorted({PurePosixPath(name).suffix for name in found})
         raise DataError(
-            f"The folder {folder} holds several kinds of text ({examples}). Say which is meant with a glob, "
-            f"for example {folder.rstrip('/') + '/*.jsonl'!r}."
+            f"The folder {folder} holds several kinds of text ({examples}). Say which is meant with a glob: "
+            f"{' or '.join(repr(f'{root}/**/*{ending}') for ending in endings)}."
         )
+    splits = _grouped(found, lambda name: _split_of(inside[name])) if "text" not in kinds else {}
+    if len(splits) > 1:
+        globs = (f"{root}/{'/'.join([*inside[names[0]][:-1], _starred(names, inside)])}" for names in splits.values())
+        raise DataError(
+            f"The folder {folder} holds several splits ({', '.join(splits)}). Say which is meant with a glob: "
+            f"{' or '.join(map(repr, globs))}."
+        )
+    return found
+
+
+def _grouped(names: Sequence[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(key(name), []).append(name)
+    return found
+
+
+def _split_of(parts: Sequence[str]) -> str:
+    """The split that a file's name or folder says, `train` where neither says one."""
+    for part in reversed(parts):
+        words = [word for word in re.split(r"[^a-z]+", part.lower().partition(".")[0]) if word not in ("", "of")]
+        for word in words[:1] + words[-1:]:
+            if word in SPLITS:
+                return SPLITS[word]
+    return "train"
+
+
+def _starred(names: Sequence[str], inside: Mapping[str, Sequence[str]]) -> str:
+    """A pattern for file names that begin alike."""
+    first, last = inside[names[0]][-1], inside[names[-1]][-1]  # of sorted names
+    alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    return first if len(names) == 1 else f"{first[:alike]}*"

@@ -1,87 +1,157 @@
-"""Documents of files: JSON lines, text, parquet.
+"""Records of files by number and in order: JSON lines and what becomes such lines, text, parquet.
 
-Every source keeps only an index of its file in memory. Decompressed JSON lines and parquet row groups are kept as long
-as there is room (`common.MEMORY`): larger corpora in these formats are best prepared ahead.
+Every source keeps only an index of its file in memory. The blocks and row groups that were read last are kept as long
+as there is room (`common.MEMORY`).
 """
 
 from __future__ import annotations
 
 import bisect
-import gzip
+import codecs
+import hashlib
 import io
 import itertools
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
 
-from quietstar_jax.data.sources.common import MEMORY, RECODE, SET_KEY, Piece, decoded, names, optional_module, text_of
+from quietstar_jax.config import DataConfig
+from quietstar_jax.data.cache import cached_array
+from quietstar_jax.data.sources.common import MEMORY, RECODE, SET_KEY, Piece, Record, decoded, names, optional_module
 from quietstar_jax.data.sources.files import COMPRESSIONS, File, kind_of
+from quietstar_jax.data.sources.texts import DOCUMENT_BYTES, TOO_LONG, TextOf
+from quietstar_jax.data.sources.unpack import bounded_lines, is_lines, lines_of, open_unpacked, place_word, unpacked
 from quietstar_jax.errors import DataError
 
-SCAN_BYTES = 1 << 24  # read at a time while lines are being found
+BLOCK_BYTES = 1 << 16  # of JSON lines, read and parsed together
+ROWS = 256  # of parquet, made into records together
+GROUP_BYTES = 1 << 31  # the most that a parquet row group's column may take
+
+
+def records_of(file: File, config: DataConfig) -> Iterator[Record]:
+    """The records of a file, in order and in bounded memory; blank lines are none.
+
+    Raises:
+      DataError: it is broken.
+    """
+    if kind_of(file.name) == "parquet":
+        yield from ParquetRows(file)
+        return
+    if is_text_file(file, config):
+        yield TextFiles([file], config.text_key)[0]
+        return
+    word, position = place_word(file), 0
+    for number, raw in enumerate(lines_of(file, config), start=1):
+        if raw.strip():
+            yield parse_record(raw, f"{file.name}, {word} {number}", position)
+        position += len(raw)
+
+
+def is_text_file(file: File, config: DataConfig) -> bool:
+    """Whether a file is one document as it is."""
+    return kind_of(file.name) == "text" and config.text_documents == "file" and file.suffix not in COMPRESSIONS
 
 
 class TextFiles:
-    """Each file is one document."""
+    """Each file is one document, under the name `key`."""
 
-    def __init__(self, files: Sequence[File]):
+    def __init__(self, files: Sequence[File], key: str):
         self._files = files
+        self._key = key
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Record:
         file = self._files[index]
-        return decoded(file.read(0, file.size), file.name).removeprefix("\ufeff")
+        if file.size > DOCUMENT_BYTES:
+            raise DataError(f"{file.name} {TOO_LONG}")
+        raw = file.read(0, file.size)
+        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        if wide:
+            try:
+                text = raw.decode("utf-32" if raw[2:4] == b"\0\0" or raw[:4] == b"\0\0\xfe\xff" else "utf-16")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file.name}: not UTF-16 at byte {error.start}. {RECODE}") from error
+        else:
+            text = decoded(raw, file.name).removeprefix("\ufeff")
+        return Record(file.name, {self._key: text})
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
 
     def pieces(self) -> list[Piece]:
         return list(self._files)
 
 
 class JsonLines:
-    """Each line is a JSON object with the document under one key. Lines are found by byte offset."""
+    """The records of JSON lines, or of a file that becomes such lines in the cache. Blank lines have no number.
 
-    def __init__(self, file: File, text_key: str):
+    The index says where every block of lines begins, so that it is small whatever the lines are.
+    """
+
+    def __init__(self, file: File, config: DataConfig):
         self._file = file
-        self._text_key = text_key
-        with self._open() as stream:
-            self._ends = _line_ends(stream)
-        if not len(self._ends):
-            raise DataError(f"{file.name} decompresses to nothing. Remove it, or write it anew.")
-        # Blank lines are found at the door: no object is shorter than `{}`. Broken ones cost a parse of the whole file.
-        lengths = np.diff(self._ends, prepend=0)
-        short = np.flatnonzero(lengths <= 2)
-        self[int(short[0]) if len(short) else 0]
+        self._config = config
+        self._word = place_word(file)
+        self._is_lines = is_lines(file)
+        known = (file.name, file.size, file.stamp(), config.text_documents, config.text_key)
+        key = hashlib.sha256(repr(known).encode("utf-8", "surrogateescape")).hexdigest()
+        self._marks = np.array(cached_array(config.cache_dir, f"lines-{key}", self._find_marks))
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return int(self._marks[-1, 1])
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]
-        start, end = int(self._ends[index - 1]) if index else 0, int(self._ends[index])
-        packed = self._file.suffix in COMPRESSIONS
-        raw = self._content()[start:end] if packed else self._file.read(start, end)
-        return parse_line(raw, self._text_key, f"{self._file.name}, line {index + 1}", start)
+        block = int(np.searchsorted(self._marks[:, 1], index, side="right")) - 1
+        lines = MEMORY.get((self._file, self._config.text_documents, block), lambda: self._load(block))
+        place = index - int(self._marks[block, 1])
+        if place >= len(lines):
+            raise DataError(f"{self._file.name} has changed while it was read. Start again.")
+        number, start, raw = lines[place]
+        return parse_record(raw, f"{self._file.name}, {self._word} {number}", start)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
 
     def pieces(self) -> list[Piece]:
         return [self._file]
 
-    def _open(self) -> IO[bytes]:
-        return io.BytesIO(self._content()) if self._file.suffix in COMPRESSIONS else self._file.open()
+    def _plain(self) -> File:
+        return self._file if self._is_lines else unpacked(self._file, self._config)
 
-    def _content(self) -> bytes:
-        def load() -> tuple[bytes, int]:
-            content = _decompressed(self._file)
-            return content, len(content)
+    def _load(self, block: int) -> tuple[list[tuple[int, int, bytes]], int]:
+        """Number, first byte and content of each line of a block that is not blank."""
+        (start, _, number), end = self._marks[block].tolist(), int(self._marks[block + 1, 0])
+        found = []
+        for raw in io.BytesIO(self._plain().read(start, end)):
+            number += 1
+            raw = raw if start else raw.removeprefix(codecs.BOM_UTF8)
+            if raw.strip():
+                found.append((number, start, raw))
+            start += len(raw)
+        return found, end - start + 200 * len(found)
 
-        return MEMORY.get(self._file, load)
+    def _find_marks(self) -> np.ndarray:
+        """Of each block, and of the end: first byte, records and lines before it. int64 [blocks + 1, 3]."""
+        marks = [(0, 0, 0)]
+        position = records = number = 0
+        with open_unpacked(self._plain()) as stream:
+            for raw in bounded_lines(stream, self._file.name):
+                if position - marks[-1][0] >= BLOCK_BYTES:
+                    marks.append((position, records, number))
+                position += len(raw)
+                number += 1
+                records += not raw.isspace()
+        return np.asarray([*marks, (position, records, number)], np.int64)
 
 
-def lines_between(file: File, start: int, end: int, text_key: str) -> Iterator[str]:
-    """Documents of the lines of an uncompressed file that begin at bytes `start` .. `end` - 1, without an index.
+def lines_between(file: File, start: int, end: int, text: TextOf) -> Iterator[str]:
+    """Documents of the lines of JSON lines that begin at bytes `start` .. `end` - 1, without an index; "" for an empty
+    one.
 
     A line may begin at byte 0 and behind every newline, so neighbouring ranges have every line once.
     """
@@ -89,89 +159,81 @@ def lines_between(file: File, start: int, end: int, text_key: str) -> Iterator[s
         position = start
         if start:
             stream.seek(start - 1)
-            position += len(stream.readline()) - 1  # the rest of a line begun earlier, or nothing
-        while position < end and (raw := stream.readline()):
+            position += _skip_line(stream) - 1  # the rest of a line begun earlier, or nothing
+            stream.seek(position)
+        buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # type: ignore[type-var]
+        while position < end and (raw := buffered.readline(DOCUMENT_BYTES + 1)):
+            content = raw if position else raw.removeprefix(codecs.BOM_UTF8)
             try:
-                text = parse_line(raw, text_key, file.name, position)
-            except DataError:
-                text = parse_line(raw, text_key, f"{file.name}, line {_newlines(file, position) + 1}", position)
-            yield text
+                if len(raw) > DOCUMENT_BYTES:
+                    raise DataError(TOO_LONG)
+                found = text(parse_record(content, file.name, position)) if content.strip() else None
+            except DataError as error:
+                where = f"{file.name}, line {_newlines(file, position) + 1}"
+                if len(raw) > DOCUMENT_BYTES:
+                    raise DataError(f"{where} {TOO_LONG}") from error
+                text(parse_record(content, where, position))
+                raise
+            if found is not None:
+                yield found
             position += len(raw)
+
+
+def _skip_line(stream: IO[bytes]) -> int:
+    """Bytes up to the next newline, it included, or to the end."""
+    skipped = 0
+    while chunk := stream.read(BLOCK_BYTES):
+        place = chunk.find(b"\n")
+        if place >= 0:
+            return skipped + place + 1
+        skipped += len(chunk)
+    return skipped
 
 
 def _newlines(file: File, end: int) -> int:
     """Newlines before byte `end`."""
     found, position = 0, 0
     with file.open() as stream:
-        while position < end and (chunk := stream.read(min(SCAN_BYTES, end - position))):
+        while position < end and (chunk := stream.read(min(1 << 24, end - position))):
             found += chunk.count(b"\n")
             position += len(chunk)
     return found
 
 
-def records_of(file: File) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each record of a file of JSON lines or parquet is, and the record.
-
-    Raises:
-      DataError: it is broken, or of another kind.
-    """
-    if kind_of(file.name) == "parquet":
-        table = open_parquet(file)
-        rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
-        yield from ((f"{file.name}, row {number}", row) for number, row in enumerate(rows, start=1))
-    elif kind_of(file.name) == "json":
-        position = 0
-        with io.BytesIO(_decompressed(file)) if file.suffix in COMPRESSIONS else file.open() as stream:
-            for number, raw in enumerate(stream, start=1):
-                where = f"{file.name}, line {number}"
-                yield where, parse_record(raw, where, position)
-                position += len(raw)
-    else:
-        raise DataError(f"{file.name} has no records. Give JSON lines or parquet.")
-
-
-def parse_line(raw: bytes, text_key: str, where: str, start: int) -> str:
-    """The document of one line; `start` is the byte where it begins."""
-    return text_of(parse_record(raw, where, start), text_key, where)
-
-
-def parse_record(raw: bytes, where: str, start: int) -> dict[str, Any]:
+def parse_record(raw: bytes, where: str, start: int) -> Record:
     """The JSON object of one line; `start` is the byte where it begins."""
     try:
-        record = json.loads(decoded(raw, where, start))
+        fields = json.loads(decoded(raw, where, start))
     except (ValueError, RecursionError) as error:
-        if not raw.strip():
-            raise DataError(f"{where}: the line is blank. Remove it; every line holds one JSON object.") from error
+        reason = "it holds NUL bytes, as a file has that was being written when a machine failed" if (
+            not raw.strip(b"\0 \r\n")
+        ) else str(error)  # fmt: skip
+        raise DataError(f"{where}: broken JSON ({reason}). Every line holds one JSON object.") from error
+    if not isinstance(fields, dict):
         raise DataError(
-            f"{where}: broken JSON ({error}). Every line holds one JSON object; one large JSON array has to be "
-            "written out as lines."
-        ) from error
-    if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: a JSON {type(record).__name__}, not an object. Write {{...}}, with a key for the text."
+            f"{where}: a JSON {type(fields).__name__}, not an object. Write {{...}}, with a key for the text."
         )
-    return record
+    return Record(where, fields)
 
 
 class ParquetRows:
-    """Each row is a document. Row groups are read when one of their rows is.
+    """The rows of a parquet file. Row groups are read when one of their rows is.
 
     Shuffled reading costs a row group for almost every document once there are more of them than are kept: prepare a
     large corpus ahead.
     """
 
-    def __init__(self, file: File, text_key: str):
+    def __init__(self, file: File, key: str | None = None):
+        """Reads the column with the field `key` only, all where it is None."""
         self._file = file
-        self._text_key = text_key
-        pyarrow = optional_module("pyarrow", file.name)
+        self._columns: list[str] | None = None
         table = open_parquet(file)
         schema = table.schema_arrow
-        if text_key not in schema.names:
-            raise DataError(f"{file.name}: no column {text_key!r}; it has {names(schema.names)}. {SET_KEY}")
-        kind = schema.field(text_key).type
-        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-            raise DataError(f"{file.name}: column {text_key!r} holds {kind}, not text. {SET_KEY}")
+        if key is not None:
+            column = key if key in schema.names else key.partition(".")[0]
+            if column not in schema.names:
+                raise DataError(f"{file.name}: no field {key!r}; it has {names(schema.names)}. {SET_KEY}")
+            self._columns = [column]
         groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
         self._ends = list(itertools.accumulate(group.num_rows for group in groups))
         if not len(self):
@@ -180,26 +242,57 @@ class ParquetRows:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]
         number = bisect.bisect_right(self._ends, index)
-        group = MEMORY.get((self._file, self._text_key, number), lambda: self._load(number))
-        where = f"{self._file.name}, row {index + 1}"
+        group = MEMORY.get((self._file, tuple(self._columns or ()), number), lambda: self._load(number))
+        place = index - (self._ends[number - 1] if number else 0)
+        return self._record(index, group.slice(place, 1))
+
+    def __iter__(self) -> Iterator[Record]:
+        return self.between(0, len(self._ends))
+
+    def between(self, first: int, last: int) -> Iterator[Record]:
+        """The rows of row groups `first` .. `last` - 1, in order and in bounded memory."""
+        number = self._ends[first - 1] if first else 0
         try:
-            value = group[index - (self._ends[number - 1] if number else 0)].as_py()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8 at byte {error.start} of the text. {RECODE}") from error
-        return text_of({self._text_key: value}, self._text_key, where)
+            for batch in open_parquet(self._file).iter_batches(
+                ROWS, row_groups=list(range(first, last)), columns=self._columns
+            ):
+                for i in range(batch.num_rows):
+                    yield self._record(number, batch.slice(i, 1))
+                    number += 1
+        except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise _broken_parquet(self._file, error) from error
+
+    def groups(self) -> int:
+        """How many row groups there are."""
+        return len(self._ends)
 
     def pieces(self) -> list[Piece]:
         return [self._file]
 
-    def _load(self, number: int) -> tuple[Any, int]:
+    def _record(self, index: int, row: Any) -> Record:
+        where = f"{self._file.name}, row {index + 1}"
         try:
-            column = open_parquet(self._file).read_row_group(number, columns=[self._text_key]).column(0)
-        except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            return Record(where, row.to_pylist()[0])
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 at byte {error.start} of the text. {RECODE}") from error
+
+    def _load(self, number: int) -> tuple[Any, int]:
+        table = open_parquet(self._file)
+        columns = table.metadata.row_group(number)
+        size = sum(columns.column(i).total_uncompressed_size for i in range(columns.num_columns))
+        if size > GROUP_BYTES:
+            raise DataError(
+                f"{self._file.name}: row group {number} takes {size >> 20} MiB, more than {GROUP_BYTES >> 20} MiB. "
+                "Write it anew with smaller row groups, or prepare it ahead."
+            )
+        try:
+            group = table.read_row_group(number, columns=self._columns)
+        except (ValueError, OSError) as error:
             raise _broken_parquet(self._file, error) from error
-        return column, column.nbytes
+        return group, group.nbytes
 
 
 def open_parquet(file: File) -> Any:
@@ -208,6 +301,7 @@ def open_parquet(file: File) -> Any:
     Raises:
       DataError: it is none.
     """
+    optional_module("pyarrow", file.name)
     parquet = optional_module("pyarrow.parquet", file.name)
     try:
         return parquet.ParquetFile(file.name if file.is_local else file.open())
@@ -217,34 +311,3 @@ def open_parquet(file: File) -> Any:
 
 def _broken_parquet(file: File, error: Exception) -> DataError:
     return DataError(f"{file.name} cannot be read as parquet: {error} Write or copy it anew.")
-
-
-def _line_ends(stream: IO[bytes]) -> np.ndarray:
-    """Byte offsets one past the end of every line, the newline included: int64 [lines]."""
-    found, position = [], 0
-    while chunk := stream.read(SCAN_BYTES):
-        found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + position + 1)
-        position += len(chunk)
-    ends = np.concatenate([*found, np.zeros(0, np.int64)]).astype(np.int64)
-    unterminated = position and (not len(ends) or ends[-1] != position)
-    return np.append(ends, position) if unterminated else ends
-
-
-def _decompressed(file: File) -> bytes:
-    raw = file.read(0, file.size)
-    try:
-        if file.suffix == ".gz":
-            return gzip.decompress(raw)
-        zstandard = optional_module("zstandard", file.name)
-        parts = []
-        while raw:  # a file may be several frames; a stream reader would take a cut-off one for the end
-            frame = zstandard.ZstdDecompressor().decompressobj()
-            parts.append(frame.decompress(raw))
-            if not frame.eof:
-                raise EOFError("the file ends in the middle of a frame")
-            raw = frame.unused_data
-        return b"".join(parts)
-    except Exception as error:
-        if isinstance(error, OSError | EOFError | zlib.error) or type(error).__name__ == "ZstdError":
-            raise DataError(f"{file.name} cannot be decompressed: {error}. Compress or copy it anew.") from error
-        raise

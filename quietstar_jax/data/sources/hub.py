@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quietstar_jax.data.sources.common import SET_KEY, Label, Piece, names, optional_module, text_of
+from quietstar_jax.data.sources.common import SET_KEY, Label, Piece, Record, names, optional_module
 from quietstar_jax.errors import DataError
 
 HUB = "hf:"
@@ -27,21 +27,24 @@ class Name(NamedTuple):
 class HubRows:
     """The rows of a split, downloaded (or found in the cache of `datasets`) and mapped from disk."""
 
-    def __init__(self, spec: str, text_key: str):
+    def __init__(self, spec: str, key: str):
+        """Reads the column with the field `key` only."""
         self._spec = spec
-        self._text_key = text_key
         found = _load(spec, streaming=False)
-        _check_columns(spec, found.column_names, text_key)
+        column = _column(spec, found.column_names, key)
         if not len(found):
             raise DataError(f"{spec} has no rows. Choose another split.")
-        self._rows = found.select_columns([text_key])
+        self._rows = found.select_columns([column])
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]
-        return text_of(self._rows[index], self._text_key, f"{self._spec}, row {index}")
+        return Record(f"{self._spec}, row {index}", self._rows[index])
+
+    def __iter__(self) -> Iterator[Record]:
+        return (Record(f"{self._spec}, row {number}", row) for number, row in enumerate(self._rows))
 
     def pieces(self) -> list[Piece]:
         last, digest = len(self) - 1, hashlib.sha256()
@@ -50,29 +53,29 @@ class HubRows:
         return [Label(self._spec, f"{len(self)} rows {digest.hexdigest()}")]
 
 
-def stream_parts(spec: str, text_key: str) -> int:
+def stream_parts(spec: str, key: str) -> int:
     """How many parts of a split can be streamed apart from each other: its files.
 
     Raises:
       DataError: it cannot be had, or lacks the column.
     """
     found = _load(spec, streaming=True)
-    columns = found.column_names or list(next(iter(found), {}))
-    _check_columns(spec, columns, text_key)
+    _column(spec, found.column_names or list(next(iter(found), {})), key)
     return int(found.num_shards)
 
 
-def stream(spec: str, text_key: str, part: int, parts: int) -> Iterator[str]:
-    """The documents of one of `parts` parts, fetched as they are read."""
-    found = _load(spec, streaming=True).select_columns([text_key])
-    for number, row in enumerate(found.shard(num_shards=parts, index=part)):
-        yield text_of(row, text_key, f"{spec}, row {number} of part {part}")
+def stream(spec: str, key: str, part: int, parts: int) -> Iterator[Record]:
+    """The rows of one of `parts` parts with the column of a field, fetched as they are read."""
+    found = _load(spec, streaming=True)
+    column = _column(spec, found.column_names or list(next(iter(found), {})), key)
+    for number, row in enumerate(found.select_columns([column]).shard(num_shards=parts, index=part)):
+        yield Record(f"{spec}, row {number} of part {part}", row)
 
 
-def rows(spec: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row of a split is, and the row, fetched as they are read."""
+def rows(spec: str) -> Iterator[Record]:
+    """The rows of a split, fetched as they are read."""
     for number, row in enumerate(_load(spec, streaming=True)):
-        yield f"{spec}, row {number}", row
+        yield Record(f"{spec}, row {number}", row)
 
 
 def parse(spec: str) -> Name:
@@ -126,6 +129,9 @@ def _saved(datasets: Any, name: Name, streaming: bool) -> Any:
     return found.to_iterable_dataset() if streaming else found
 
 
-def _check_columns(spec: str, columns: list[str], text_key: str) -> None:
-    if text_key not in columns:
-        raise DataError(f"{spec}: no column {text_key!r}; it has {names(columns)}. {SET_KEY}")
+def _column(spec: str, columns: list[str], key: str) -> str:
+    """The column that a field is in."""
+    column = key if key in columns else key.partition(".")[0]
+    if column not in columns:
+        raise DataError(f"{spec}: no field {key!r}; it has {names(columns)}. {SET_KEY}")
+    return column

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources.array_record import ArrayRecords
-from quietstar_jax.data.sources.common import SET_KEY, Numbered, Piece, decoded, names, optional_module, text_of
+from quietstar_jax.data.sources.common import Numbered, Piece, Record, names, optional_module
 from quietstar_jax.data.sources.files import file_system, is_url, one_file
 from quietstar_jax.data.sources.tfrecord import Stretch, TfRecords
 from quietstar_jax.errors import DataError
@@ -27,11 +28,10 @@ _SPEC = re.compile(r"(?P<name>.+?):(?P<split>[A-Za-z_]\w*(\[[^\]]*\])?(\+\S+)?)"
 
 
 class TfdsExamples:
-    """The examples of a split; the text is one of their features."""
+    """The examples of a split; texts of bytes are decoded where they are read."""
 
     def __init__(self, spec: str, config: DataConfig):
         self._spec = spec
-        self._text_key = config.text_key
         parts = _SPEC.fullmatch(spec.removeprefix(TFDS))
         if parts is None:
             raise DataError(f"{spec!r} is not `tfds:NAME[/CONFIG[:VERSION]]:SPLIT`. An example: `tfds:gsm8k:train`.")
@@ -39,8 +39,6 @@ class TfdsExamples:
         directory = _prepared_directory(spec, parts["name"], config.data_dir or str(tfds.core.constants.DATA_DIR))
         builder = _builder(tfds, spec, directory)
         self._features = builder.info.features
-        if config.text_key not in self._features:
-            raise DataError(f"{spec}: no feature {config.text_key!r}; it has {names(self._features)}. {SET_KEY}")
         stretches = _stretches(spec, builder, parts["split"], directory)
         stored = builder.info.file_format.value if builder.info.file_format else "an unknown format"
         self._records: Numbered[bytes]
@@ -56,18 +54,27 @@ class TfdsExamples:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Record:
         index = range(len(self))[index]
         where = f"{self._spec}, example {index}"
         try:
-            value = self._features.deserialize_example_np(self._records[index])[self._text_key]
+            fields = self._features.deserialize_example_np(self._records[index])
         except (DecodeError, KeyError) as error:
             raise DataError(f"{where} cannot be read: {error}. Copy the files again, or prepare it anew.") from error
-        value = decoded(value, where) if isinstance(value, bytes) else value
-        return text_of({self._text_key: value}, self._text_key, where)
+        return Record(where, _plain(fields))
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
 
     def pieces(self) -> list[Piece]:
         return self._records.pieces()
+
+
+def _plain(value: Any) -> Any:
+    """Features as JSON would have them; texts stay bytes."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def _builder(tfds: Any, spec: str, directory: str) -> Any:

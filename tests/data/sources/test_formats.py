@@ -18,6 +18,7 @@ from quietstar_jax.data.sources import formats
 from quietstar_jax.data.sources.common import Memory
 from quietstar_jax.data.sources.files import find_files
 from quietstar_jax.data.sources.formats import lines_between
+from quietstar_jax.data.sources.texts import TextOf, is_blank
 from quietstar_jax.errors import DataError
 from tests.data.reading import DOCUMENTS, fails, lines, opened, put, read
 
@@ -45,7 +46,7 @@ def test_compressed(tmp_path: Path, name: str, pack: Any) -> None:
     assert read(source) == DOCUMENTS
     large = opened(put(tmp_path / f"large-{name}", pack(lines(["x" * 100_000]))))
     assert len(large[0]) == 100_000
-    assert len(pickle.dumps(large)) < 1000
+    assert len(pickle.dumps(large)) < 2000
     fails(put(tmp_path / f"cut-{name}", pack(lines(DOCUMENTS))[:-6]), "cannot be decompressed: .*copy it anew")
     fails(put(tmp_path / f"not-{name}", b"plain text"), "cannot be decompressed")
     fails(put(tmp_path / f"nothing-{name}", pack(b"")), "decompresses to nothing")
@@ -62,9 +63,14 @@ def test_any_documents_at_any_scan_size(
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     path.write_bytes(lines(documents, ascii_only=escaped))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "SCAN_BYTES", scan)
+        patch.setattr(formats, "BLOCK_BYTES", scan)
+        patch.setattr(formats, "cached_array", lambda directory, name, make: make())
+        documents = [text for text in documents if not is_blank(text)]
+        if not documents:
+            fails(path, "holds no text: all of its")
+            return
         source = opened(path)
-    assert [source[i] for i in range(len(source))] == documents
+        assert [source[i] for i in range(len(source))] == documents
 
 
 @settings(deadline=None, max_examples=50)
@@ -75,15 +81,15 @@ def test_ranges_of_bytes_have_every_line_once(
     path = put(tmp_path_factory.mktemp("ranges") / "a.jsonl", lines(documents, end=""))
     (file,) = find_files(str(path))
     bounds = [0, *sorted(min(cut, file.size) for cut in cuts), file.size]
-    found = [list(lines_between(file, a, b, "text")) for a, b in itertools.pairwise(bounds)]
-    assert [text for part in found for text in part] == documents
+    found = [list(lines_between(file, a, b, TextOf("text"))) for a, b in itertools.pairwise(bounds)]
+    assert [text for part in found for text in part] == ["" if is_blank(text) else text for text in documents]
 
 
 def test_a_broken_line_of_a_range_is_named(tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl", lines(["a", "b", "c"]) + b'{"text": 1}\n' + lines(["d"]))
     (file,) = find_files(str(path))
     with pytest.raises(DataError, match=r"a\.jsonl, line 4: 'text' holds int"):
-        list(lines_between(file, file.size // 3, file.size, "text"))
+        list(lines_between(file, file.size // 3, file.size, TextOf("text")))
 
 
 def test_memory_keeps_what_was_used_last() -> None:
@@ -101,62 +107,20 @@ def test_memory_keeps_what_was_used_last() -> None:
     assert loaded == ["a", "b", "c", "b", "huge"]
 
 
-def test_decompressed_files_share_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("1", "2", "3"):
-        put(tmp_path / f"{name}.jsonl.gz", gzip.compress(lines([name * 1000])))
-    monkeypatch.setattr(formats, "MEMORY", memory := Memory(2500))
-    source = opened(tmp_path)
-    assert [source[i][0] for i in (2, 0, 1)] == ["3", "1", "2"]
-    assert len(memory._kept) == 2
-
-
-def test_large_file_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = put(tmp_path / "a.jsonl", lines([f"document {i}" for i in range(1000)]))
-    largest = 0
-    ordinary_open = Path.open
-
-    def watched(self: Path, *args: Any) -> Any:
-        stream = ordinary_open(self, *args)
-        ordinary_read = stream.read
-
-        class Watch:
-            seek = stream.seek
-
-            def read(self, size: int = -1) -> bytes:
-                nonlocal largest
-                assert size >= 0
-                largest = max(largest, size)
-                return ordinary_read(size)
-
-            def __enter__(self) -> "Watch":
-                return self
-
-            def __exit__(self, *error: object) -> None:
-                stream.close()
-
-        return Watch()
-
-    monkeypatch.setattr(Path, "open", watched)
-    monkeypatch.setattr(formats, "SCAN_BYTES", 256)
-    source = opened(path)
-    assert source[999] == "document 999"
-    assert source[0] == "document 0"
-    assert largest == 256
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", r"a\.jsonl is empty"),
-        (b'{"text": "a"}\n\n{"text": "b"}\n', r"a\.jsonl, line 2: the line is blank"),
-        (b'{"text": "a"}\n{"text": "b"}\n\n', r"a\.jsonl, line 3: the line is blank"),
-        (b'{"text": "a"}\n\r\n{"text": "b"}\n', r"a\.jsonl, line 2: the line is blank"),
-        (b"\n", r"a\.jsonl, line 1: the line is blank"),
-        (b'[\n"a",\n"b"\n]\n', r"a\.jsonl, line 1: broken JSON .*one large JSON array has to be written out"),
-        (b'\xef\xbb\xbf{"text": "a"}\n', r"a\.jsonl, line 1: broken JSON \(Unexpected UTF-8 BOM"),
-        (b'["a"]\n', r"a\.jsonl, line 1: a JSON list, not an object\. Write \{\.\.\.\}, with a key"),
-        (b'{"body": "a", "id": 1}\n', r"a\.jsonl, line 1: no key 'text'; it has body, id\. Set data\.text_key"),
-        (b'{"text": ["a"]}\n', r"a\.jsonl, line 1: 'text' holds list, not text\. Set data\.text_key"),
+        (b"\n", r"a\.jsonl holds no records"),
+        (b'{"text": ""}\n{"text": null}\n', r"a\.jsonl holds no text: all of its 2 documents are empty"),
+        (b'[\n"a",\n"b"\n]\n', r"a\.jsonl, element 1 of the array: a JSON str, not an object"),
+        (b'[{"text": "a"}, {"text": \n', r"a\.jsonl, element 2 of the array: broken JSON"),
+        (b'[{"text": "a"}]\n[{"text": "a"}]', r"a\.jsonl: there is more behind the JSON array"),
+        (b'"a"\n', r"a\.jsonl, line 1: a JSON str, not an object\. Write \{\.\.\.\}, with a key"),
+        (b'{"body": "a", "id": 1}\n', r"a\.jsonl, line 1: no field 'text'; it has body, id\. Set data\.text_key"),
+        (b'{"m": {"body": "a", "id": 1}}\n', r"a\.jsonl, line 1: no field 'text'; it has m\.body, m\.id\."),
+        (b'{"text": ["a"]}\n', r"a\.jsonl, line 1: 'text' holds a list, not text\. Set data\.text_key"),
+        (b'{"text": [{"role": "user", "content": "a"}]}\n', r"line 1: 'text' holds a conversation, not text\."),
     ],
 )
 def test_broken_json_lines_at_the_door(tmp_path: Path, content: bytes, message: str) -> None:
@@ -167,10 +131,9 @@ def test_broken_json_lines_at_the_door(tmp_path: Path, content: bytes, message: 
     ("line", "message"),
     [
         (b'{"text": "a"', r"a\.jsonl, line 2: broken JSON \(.*\)\. Every line holds one JSON object"),
-        (b"      ", r"a\.jsonl, line 2: the line is blank"),
+        (b"\0" * 20, r"a\.jsonl, line 2: broken JSON \(it holds NUL bytes"),
         (b'"text"', r"a\.jsonl, line 2: a JSON str, not an object"),
-        (b'{"body": "a"}', r"a\.jsonl, line 2: no key 'text'; it has body"),
-        (b'{"text": null}', r"a\.jsonl, line 2: 'text' holds NoneType, not text"),
+        (b'{"body": "a"}', r"a\.jsonl, line 2: no field 'text'; it has body"),
         (b'{"text": "\xff"}', r"a\.jsonl, line 2: not UTF-8 at byte 24\. Convert it"),
         (b'{"text": "a\\ud800"}', r"a\.jsonl, line 2: character 1 is half of a surrogate pair"),
         (b"[" * 100_000, r"a\.jsonl, line 2: broken JSON"),
@@ -178,8 +141,7 @@ def test_broken_json_lines_at_the_door(tmp_path: Path, content: bytes, message: 
 )
 def test_broken_json_lines_where_they_are_read(tmp_path: Path, line: bytes, message: str) -> None:
     path = put(tmp_path / "a.jsonl", b'{"text": "a"}\n' + line + b'\n{"text": "c"}\n')
-    fails(path, message, index=1)
-    assert opened(path)[2] == "c"
+    fails(path, message)
 
 
 def table(values: list[Any], kind: pa.DataType | None = None) -> pa.Table:
@@ -201,10 +163,10 @@ def test_errors_of_parquet(tmp_path: Path) -> None:
         pq.write_table(table(values, kind), tmp_path / "a.parquet")
         return tmp_path / "a.parquet"
 
-    fails(write(["a"]), r"no column 'body'; it has n, text\. Set data\.text_key", text_key="body")
-    fails(write([1]), r"column 'text' holds int64, not text\. Set data\.text_key")
+    fails(write(["a"]), r"no field 'body'; it has n, text\. Set data\.text_key", text_key="body")
+    fails(write([1]), r"row 1: 'text' holds int, not text\. Set data\.text_key")
     fails(write([], pa.string()), "has no rows")
-    fails(write(["a", None], pa.string()), r"a\.parquet, row 2: 'text' holds NoneType, not text", index=1)
+    assert read(opened(write(["a", None, "b"], pa.string()))) == ["a", "b"]
     invalid = pa.Array.from_buffers(pa.string(), 1, pa.array([b"a\xff"]).buffers())
     pq.write_table(pa.table({"text": invalid}), tmp_path / "a.parquet")
     fails(tmp_path / "a.parquet", r"a\.parquet, row 1: not UTF-8 at byte 1 of the text", index=0)

@@ -31,7 +31,8 @@ def test_rows_and_streams(folder: Path) -> None:
     assert read(opened(f"hf:{folder}:train")) == list("abcde")
     assert read(opened(f"hf:{folder}:train[1:3]")) == ["b", "c"]
     assert stream_parts(f"hf:{folder}:train", "text") == 2
-    assert [list(stream(f"hf:{folder}:train", "text", part, 2)) for part in (0, 1)] == [list("abc"), list("de")]
+    parts = [stream(f"hf:{folder}:train", "text", part, 2) for part in (0, 1)]
+    assert [[row.fields["text"] for row in part] for part in parts] == [list("abc"), list("de")]
 
 
 def test_saved_to_disk(folder: Path, tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_saved_to_disk(folder: Path, tmp_path: Path) -> None:
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "all")
     rows.save_to_disk(tmp_path / "one")
     assert read(opened(f"hf:{tmp_path}/all:train")) == read(opened(f"hf:{tmp_path}/one:train")) == list("xyz")
-    assert list(stream(f"hf:{tmp_path}/all:train", "text", 0, 1)) == list("xyz")
+    assert [row.fields["text"] for row in stream(f"hf:{tmp_path}/all:train", "text", 0, 1)] == list("xyz")
     fails(f"hf:{tmp_path}/all:test", "cannot be loaded: no split 'test'; it has train")
 
 
@@ -75,7 +76,7 @@ def test_errors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fails("hf:name", "is not `hf:NAME")
     fails(f"hf:{folder}:nope", "cannot be loaded: Unknown split .*Check name, configuration and split")
     fails(f"hf:{folder}/other:train", "cannot be loaded: BuilderConfig 'other' not found")
-    fails(f"hf:{folder}:train", "no column 'body'; it has text, n. Set data.text_key", text_key="body")
+    fails(f"hf:{folder}:train", "no field 'body'; it has text, n. Set data.text_key", text_key="body")
     fails(f"hf:{folder}:train", "row 0: 'n' holds int, not text", index=0, text_key="n")
     monkeypatch.setitem(sys.modules, "datasets", None)
     fails(f"hf:{folder}:train", "needs datasets: `pip install datasets`")

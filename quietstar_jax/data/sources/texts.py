@@ -1,0 +1,196 @@
+"""From records to documents: the field that holds the text, conversations, and what is left out as empty.
+
+A document is empty if it is null, or if no character of it can be seen. Empty documents have no number: training on a
+source, `prepare` and the evaluation count the same documents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from quietstar_jax.data.cache import cached_array
+from quietstar_jax.data.sources.common import SET_KEY, Numbered, Piece, Record, decoded, names
+from quietstar_jax.errors import DataError
+
+Render = Callable[[list[dict[str, Any]]], str]  # a conversation as text, by a tokenizer's chat template
+
+DOCUMENT_BYTES = 1 << 26  # the most that one document may have; its tokens take some fifty times as much memory
+TOO_LONG = (
+    f"is longer than {DOCUMENT_BYTES >> 20} MiB, the most that one document may have. Cut it into several documents "
+    "(of a text file: data.text_documents or --text-documents, paragraph or line)."
+)
+LISTED = 20  # fields that a message names
+
+_UNSEEN = ("Cc", "Cf", "Cn", "Zs", "Zl", "Zp", "Mn", "Mc", "Me")  # Unicode categories
+_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}  # of ShareGPT's layout
+_GROUP = 512  # records between two sums of `Texts`
+
+
+@dataclass(frozen=True)
+class TextOf:
+    """The text of a record.
+
+    Attributes:
+      key: its field, with dots for nested ones; a name that has dots itself comes first.
+      render: for fields that hold a conversation.
+    """
+
+    key: str
+    render: Render | None = None
+
+    def __call__(self, record: Record) -> str:
+        """The text, empty for an empty document.
+
+        Raises:
+          DataError: there is none, or no tokenizer can read it.
+        """
+        value = self._value(record)
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = self._conversation(record, value)
+        if value is None or value == []:
+            return ""
+        if not isinstance(value, str):
+            held = "a list" if isinstance(value, list) else type(value).__name__
+            raise DataError(f"{record.where}: {self.key!r} holds {held}, not text. {SET_KEY}")
+        if len(value) > DOCUMENT_BYTES:
+            raise DataError(f"{record.where} {TOO_LONG}")
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:  # JSON can spell what no tokenizer takes
+                raise DataError(
+                    f"{record.where}: character {error.start} is half of a surrogate pair. Repair the text."
+                ) from error
+        return "" if is_blank(value) else value
+
+    def is_empty(self, record: Record) -> bool:
+        """Whether the record is left out; conversations are not rendered for that."""
+        value = self._value(record)
+        return not value if isinstance(value, list) and self.render is not None else not self(record)
+
+    def _value(self, record: Record) -> Any:
+        try:
+            value = field_at(record.fields, self.key)
+        except KeyError as error:
+            raise DataError(
+                f"{record.where}: no field {self.key!r}; it has {names(_paths(record.fields))}. {SET_KEY}"
+            ) from error
+        return decoded(value, record.where) if isinstance(value, bytes) else value
+
+    def _conversation(self, record: Record, messages: list[Any]) -> str:
+        if self.render is None:
+            raise DataError(f"{record.where}: {self.key!r} holds a conversation, not text. {SET_KEY}")
+        try:
+            return self.render([_message(message) for message in messages])
+        except DataError:
+            raise
+        except Exception as error:  # templates are programs: they raise what they like
+            raise DataError(
+                f"{record.where}: the chat template of the tokenizer cannot render {self.key!r}: {error}. Correct the "
+                "conversation, or use another tokenizer."
+            ) from error
+
+
+def field_at(fields: Any, place: str) -> Any:
+    """The value at a dotted path; a key that itself has dots comes first. Raises KeyError."""
+    if isinstance(fields, Mapping) and place in fields:
+        return fields[place]
+    head, _, rest = place.partition(".")
+    if not rest or not isinstance(fields, Mapping) or head not in fields:
+        raise KeyError(place)
+    return field_at(fields[head], rest)
+
+
+def is_blank(text: str) -> bool:
+    """Whether no character of a text can be seen: it is empty, or has spaces, controls and marks only."""
+    return all(unicodedata.category(character) in _UNSEEN for character in text)
+
+
+class Texts:
+    """Documents by number: the records of a source that are not empty."""
+
+    def __init__(self, records: Numbered[Record], text: TextOf, cache_dir: str, look_through: bool = True):
+        """Looks through all records once; which are empty is kept on disk.
+
+        Args:
+          look_through: False for sources too large for that: an empty record is then replaced by the next one.
+        """
+        self._records = records
+        self._text = text
+        self._kept: np.ndarray | None = None  # a bit for each record, uint8 [records / 8]; None = all
+        if look_through:
+            known = [text.key, len(records), *((p.name, p.size, _content(p)) for p in records.pieces())]
+            key = hashlib.sha256(repr(known).encode("utf-8", "surrogateescape")).hexdigest()
+            kept = cached_array(cache_dir, f"documents-{key}", self._look_through)
+            if len(kept) and len(kept) != -(-len(records) // 8):
+                kept = self._look_through()
+            self._kept = np.array(kept) if len(kept) else None
+        bits = _GROUP // 8
+        packed = np.zeros(0, np.uint8) if self._kept is None else self._kept
+        sums = [int(np.bitwise_count(packed[i : i + bits]).sum()) for i in range(0, len(packed), bits)]
+        self._sums = np.cumsum([0, *sums])
+
+    def __len__(self) -> int:
+        return len(self._records) if self._kept is None else int(self._sums[-1])
+
+    @property
+    def empty(self) -> int:
+        """How many records are left out."""
+        return len(self._records) - len(self)
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        if self._kept is None:
+            following = (self._text(self._records[(index + i) % len(self)]) for i in range(len(self)))
+            return next((text for text in following if text), "")
+        group = int(np.searchsorted(self._sums, index, side="right")) - 1
+        bits = np.unpackbits(self._kept[group * _GROUP // 8 : (group + 1) * _GROUP // 8])
+        return self._text(self._records[group * _GROUP + int(np.flatnonzero(bits)[index - self._sums[group]])])
+
+    def pieces(self) -> list[Piece]:
+        return self._records.pieces()
+
+    def _look_through(self) -> np.ndarray:
+        name = ", ".join(piece.name for piece in self._records.pieces()[:1])
+        records = iter(tqdm(self._records, f"looking through {name}", len(self._records), disable=None, delay=5))
+        flags = (not self._text.is_empty(record) for record in records)
+        found = []
+        while chunk := list(itertools.islice(flags, 1 << 16)):
+            found.append((np.packbits(chunk), all(chunk)))
+        full = all(of_chunk for _, of_chunk in found)
+        return np.concatenate([np.zeros(0, np.uint8), *(() if full else (bits for bits, _ in found))])
+
+
+def _content(piece: Piece) -> str:
+    stamp = getattr(piece, "stamp", None)
+    return stamp() if stamp is not None else piece.identity(2).hex()
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """In the form that templates take: `role` and `content`."""
+    if "from" in message and "value" in message:
+        role = str(message["from"])
+        return {"role": _ROLES.get(role, role), "content": message["value"]}
+    return {name: value for name, value in message.items() if value is not None or name == "content"}
+
+
+def _paths(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Names of fields, nested ones with dots."""
+
+    def walk(fields: Mapping[str, Any], above: str) -> Iterator[str]:
+        for name, value in fields.items():
+            if isinstance(value, Mapping) and value:
+                yield from walk(value, f"{above}{name}.")
+            else:
+                yield f"{above}{name}"
+
+    found = list(itertools.islice(walk(fields, ""), LISTED + 1))
+    return iter([*found[:LISTED], "..."] if len(found) > LISTED else found)
