@@ -93,7 +93,8 @@ class _Line:
         except KeyError as error:
             raise DataError(
                 f"{self}: there is no field {place!r} for the {name}; the record has "
-                f"{', '.join(map(repr, self.record.fields))}. Say where it lies with --field {name}=NAME (with dots for nested fields)."
+                f"{', '.join(map(repr, self.record.fields))}. Say where it lies with --field {name}=NAME (with dots "
+                "for nested fields)."
             ) from error
 
     def text(self, name: str) -> str:

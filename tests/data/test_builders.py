@@ -71,7 +71,7 @@ def test_errors(tmp_path: Path) -> None:
         build("gsm8k", tmp_path, train=wrong)
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: broken JSON"):
         build("gsm8k", tmp_path, train=put(tmp_path / "a.jsonl", wrong.read_bytes()[:-4]))
-    with pytest.raises(DataError, match=r"a\.txt has no records"):
+    with pytest.raises(DataError, match=r"a\.txt: this is no row of gsm8k: field 'question' is missing"):
         build("gsm8k", tmp_path, train=put(tmp_path / "a.txt", b"x"))
 
 

@@ -1,4 +1,4 @@
-"""The same documents from every reader, whatever a file looks like: training on it, `prepare`, evaluation, generation."""
+"""The same documents from every reader, whatever a file looks like."""
 
 from __future__ import annotations
 
