@@ -145,12 +145,12 @@ def read_lines_of(partial: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (None, "is missing"),
+        (None, "no file or folder"),
         (b"", "is empty"),
         (b"\xff", "not UTF-8"),
-        (b'{"prompt": "sum"}\n\n{"prompt": 3}', "line 3: every line takes a text under 'prompt'; it holds 3"),
+        (b'{"prompt": "sum"}\n\n{"prompt": 3}', "line 3: every record has a text under 'prompt'; it holds 3"),
         (b'{"text": "sum"}', "it has 'text'"),
-        (b'["sum"]', "a JSON list"),
+        (b'["sum"]', "element 1 of the array: a JSON str"),
         (b'{"prompt": ', "line 1: broken JSON"),
         (b'{"prompt": "sum"}\n{"prompt": ""}', "line 2: The prompt is empty"),
         (b'{"prompt": "%s"}' % (b"sum " * 99), "line 1: The prompt is too long"),
