@@ -46,6 +46,15 @@ class PreemptedError(UserError):
     status = START_AGAIN
 
 
+def short(value: object, spell: Callable[[object], str] = repr) -> str:
+    """A value from a file, spelled so that it cannot fill the screen."""
+    try:
+        text = spell(value)
+    except ValueError:  # an integer of thousands of digits
+        text = "a number of very many digits"
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
+
 def run_command(command: Callable[[], object]) -> None:
     """Runs a command line; it returns its exit status, or None for 0.
 

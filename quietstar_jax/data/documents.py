@@ -84,7 +84,11 @@ class TextDocuments:
         kept = self._kept.get(index)
         if kept is not None:
             return kept
-        tokens = np.asarray(self._tokenizer.encode(self._source[index]), np.int32)
+        text = self._source[index]
+        try:
+            tokens = np.asarray(self._tokenizer.encode(text), np.int32)
+        except DataError as error:
+            raise DataError(f"{self._spec}, document {index}: {error}") from error
         if len(tokens) <= self._room:
             self._room -= len(tokens)
             self._kept[index] = tokens

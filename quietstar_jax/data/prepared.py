@@ -47,6 +47,7 @@ class PreparedDocuments:
             if count:
                 stretches.append(Stretch(file, 0, count, count))
         self._records = ArrayRecords(stretches)
+        self._tokenizer = tokenizer
         self._marks = json.dumps([shard["sha256"] for shard in manifest["shards"]])
         self._last: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int32))  # long documents are cut into many sequences
         self.counts()
@@ -59,6 +60,7 @@ class PreparedDocuments:
         number, tokens = self._last
         if number != index:
             tokens = np.frombuffer(self._records[index], self._dtype).astype(np.int32)
+            self._tokenizer.check(tokens)
             self._last = (index, tokens)
         return tokens
 

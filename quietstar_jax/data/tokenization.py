@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from quietstar_jax.errors import DataError
+from quietstar_jax.hf.files import check_regular
 
 SYNTHETIC = "synthetic"
 _FILE = "tokenizer.json"
@@ -36,6 +40,7 @@ class Tokenizer:
 
     name: str  # as given to `load_tokenizer`
     fast: PreTrainedTokenizerFast
+    rows: int = 0  # of the model's embedding, where the tokenizer has tokens beyond them; 0 = there are none
 
     def __post_init__(self) -> None:
         # tokenizer.json may carry the truncation and padding of whoever saved it, which would silently cut documents.
@@ -54,11 +59,14 @@ class Tokenizer:
         # Of all ways to the same ids this one is the fastest, and the only one during which other threads can run:
         # a prefetching thread must not hold up the training step.
         ids: list[int] = self.fast.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        self.check(ids, text)
         return ids
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """Token ids of several texts, on as many threads as there are cores."""
         found = self.fast.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for one, text in zip(found, texts, strict=True) if self.rows else ():
+            self.check(one.ids, text)
         return [one.ids for one in found]
 
     def render_conversation(self, messages: list[dict[str, Any]]) -> str:
@@ -73,6 +81,47 @@ class Tokenizer:
                 "tokenizer of a chat model, put a chat_template.jinja into its folder, or name a field of plain text."
             )
         return cast(str, self.fast.apply_chat_template(messages, tokenize=False))
+
+    def within(self, rows: int, known: Collection[int] = ()) -> Tokenizer:
+        """This tokenizer for a model with so many rows: tokens beyond them are refused where a text has one.
+
+        Args:
+          known: ids beyond them of which nothing need be said: start and end of thoughts.
+
+        Raises:
+          DataError: the end-of-text token has no row.
+        """
+        if self.vocab_size <= rows:
+            return self
+        if self.eos_id >= rows:
+            raise DataError(
+                f"The tokenizer {self.name!r} ends a text with {self.fast.eos_token!r} (id {self.eos_id}), but the "
+                f"model has only {rows} embeddings. Use the tokenizer that came with the model (leave data.tokenizer "
+                "empty)."
+            )
+        beyond = sorted((i, token) for token, i in self.fast.get_vocab().items() if i >= rows and i not in known)
+        if beyond:
+            logging.warning(
+                "The tokenizer %r has %d tokens (%s%s) for which the model has no embedding: a text that contains one "
+                "is refused.", self.name, len(beyond), beyond[0][1], ", ..." if len(beyond) > 1 else "",
+            )  # fmt: skip
+        return dataclasses.replace(self, rows=rows)
+
+    def check(self, ids: Sequence[int] | np.ndarray, text: str = "") -> None:
+        """Makes sure that the model has an embedding for every id.
+
+        Raises:
+          DataError: it has none; names the token and where in the text it is.
+        """
+        if not self.rows or len(ids) == 0 or (largest := int(np.max(ids))) < self.rows:
+            return
+        token = str(self.fast.convert_ids_to_tokens(largest))
+        at = text.find(token)
+        near = f" (near {text[max(at - 20, 0) : at + len(token) + 20]!r})" if at >= 0 else ""
+        raise DataError(
+            f"The text contains the token {token!r}{near}, id {largest}, for which the model has no embedding: it has "
+            f"{self.rows}. Remove the token from the text, or resize the model's embeddings to the tokenizer."
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens spelled out, without any clean-up of spaces."""
@@ -133,18 +182,22 @@ class Tokenizer:
     def pad_id(self) -> int:
         """Id that fills short sequences: the padding token, or the end of text as in the paper."""
         found = None if self.fast.pad_token is None else self.token_id(self.fast.pad_token)
-        return self.eos_id if found is None else found
+        return self.eos_id if found is None or 0 < self.rows <= found else found
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, loadable by transformers 4 and 5."""
-        self.fast.save_pretrained(str(directory))
+        """Writes tokenizer.json and tokenizer_config.json, loadable by transformers 4.45 and later."""
+        # Its chat template goes into tokenizer_config.json: early transformers 4 reads no file of its own.
+        self.fast.save_pretrained(str(directory), save_jinja_files=False)
         path = Path(directory) / "tokenizer_config.json"
         settings = json.loads(path.read_text("utf-8"))
         # transformers 5 writes a class name that transformers 4 does not know, and how this process loaded it.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         settings["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 would add token_type_ids
         settings["padding_side"] = self.fast.padding_side  # left out by transformers where it was changed
-        for key in ("is_local", "local_files_only"):
+        more = settings.pop("extra_special_tokens", None)
+        if isinstance(more, list):  # transformers 4 takes a mapping under this name, and the list under its own
+            settings["additional_special_tokens"] = more
+        for key in ("backend", "is_local", "local_files_only"):
             settings.pop(key, None)
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
@@ -184,6 +237,7 @@ def _set_fields(value: Any) -> Any:
 
 
 def _read_folder(folder: Path) -> PreTrainedTokenizerFast:
+    check_regular(folder)
     if (folder / _FILE).is_file():
         try:
             # Not AutoTokenizer: some of its classes rebuild the tokenizer from parts; tokenizer.json is the truth.

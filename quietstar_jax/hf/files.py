@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
-from quietstar_jax.errors import CheckpointError
-from quietstar_jax.hf.safetensors_file import TensorInfo, read_header, read_tensor, unique_keys
+from quietstar_jax.errors import CheckpointError, short
+from quietstar_jax.hf.canonical import canonical_names, tie
+from quietstar_jax.hf.folder_kinds import adapter_advice, describe_folder
+from quietstar_jax.hf.generation import LEGACY_GENERATION
+from quietstar_jax.hf.safetensors_file import (
+    DuplicateNamesError,
+    TensorInfo,
+    file_size,
+    read_header,
+    read_tensor,
+    unique_keys,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+MAX_JSON_BYTES = 100_000_000  # far beyond any config.json or index; read at once
+TEXT_FILES = (
+    "config.json", "generation_config.json", "*.index.json", "adapter_config.json", "tokenizer*", "*.model", "*.jinja",
+    "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+)  # fmt: skip
+MAX_LINES = 8  # of a list in a message
+MAX_NAME_BYTES = 255  # of one part of a path, on every file system that matters
 DOWNLOADED = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
 NOT_DOWNLOADED = ["*/*", "*.bin", "*.pt", "*.pth", "*.pkl"]  # copies in subfolders, and anything pickled
 
@@ -28,7 +48,7 @@ class CheckpointFiles:
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     commit: str = ""  # of a hub id: what `revision` stood for
-    generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json, where there is one
+    generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json, or what config.json says
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in the dtype of its file (float16, bfloat16, float32 or float64).
@@ -52,14 +72,15 @@ def open_checkpoint(name: str, revision: str = "") -> CheckpointFiles:
       CheckpointError: it is missing, incomplete or broken; names the file and tensor.
     """
     folder = Path(os.path.expanduser(name))
-    local = name != "" and folder.is_dir()
+    local = name != "" and os.path.isdir(folder)
     if local and revision:
         raise CheckpointError(f"{name} is a folder and has no revision {revision!r}. Leave the revision empty.")
     if not local:
         folder = download(name, revision)
-    tensors: dict[str, TensorInfo] = {}
-    config = read_json(folder / "config.json")
+    check_regular(folder)
     expected, files = _weight_files(folder)
+    config = read_json(folder / "config.json")
+    tensors: dict[str, TensorInfo] = {}
     for file in files:
         for tensor, info in read_header(file).items():
             if tensor in tensors:
@@ -69,24 +90,55 @@ def open_checkpoint(name: str, revision: str = "") -> CheckpointFiles:
                 )
             tensors[tensor] = info
     strayed = [
-        f"{tensor}, promised in {file.name}"
+        f"{short(tensor, str)}, promised in {short(file.name, str)}"
         for tensor, file in expected.items()
         if tensor not in tensors or tensors[tensor].file != file
     ]
     if strayed:
         raise CheckpointError(
-            f"{folder / INDEX} names tensors that are not in their shards:\n"
-            + "\n".join(f"  - {line}" for line in strayed)
+            listing(f"{folder / INDEX} names tensors that are not in their shards:", strayed)
             + "\nFetch the checkpoint again."
         )
+    config, tensors = tie(folder, config, canonical_names(folder, tensors), read_tensor)
     generation = folder / "generation_config.json"
     return CheckpointFiles(
         folder,
         config,
         tensors,
         commit="" if local else folder.name,
-        generation=read_json(generation) if generation.exists() else {},
+        generation=read_json(generation)
+        if generation.exists()
+        else {k: config[k] for k in LEGACY_GENERATION & config.keys()},
     )
+
+
+def check_regular(folder: Path) -> None:
+    """Makes sure that nothing in a folder blocks or never ends when it is read.
+
+    Raises:
+      CheckpointError: an entry is a pipe, a socket or a device, or a text file of a model is implausibly large.
+    """
+    for entry in os.scandir(folder):
+        try:
+            status = entry.stat()
+        except OSError:  # a link to nothing: missing, if it is asked for
+            continue
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise CheckpointError(
+                f"{folder / entry.name} is not a regular file. Do not trust this folder, or put a copy of the "
+                "file there."
+            )
+        if status.st_size > MAX_JSON_BYTES and any(fnmatch(entry.name, pattern) for pattern in TEXT_FILES):
+            raise CheckpointError(
+                f"{folder / entry.name} has {status.st_size} bytes; a file of this name is read up to "
+                f"{MAX_JSON_BYTES}. Fetch it again."
+            )
+
+
+def listing(title: str, lines: Sequence[str]) -> str:
+    """A title and a few of the lines, with how many are left out."""
+    more = [f"  - and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
+    return "\n".join([title, *(f"  - {line}" for line in lines[:MAX_LINES]), *more])
 
 
 def download(name: str, revision: str = "") -> Path:
@@ -96,9 +148,9 @@ def download(name: str, revision: str = "") -> Path:
       CheckpointError: it is not a hub id, or cannot be fetched.
     """
     looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name
-    if looks_like_path or Path(name).exists():
+    if looks_like_path or os.path.exists(name):
         raise CheckpointError(
-            f"{name!r} is not a folder. Give a run's work directory, a Hugging Face folder, or a hub id "
+            f"{short(name)} is not a folder. Give a run's work directory, a Hugging Face folder, or a hub id "
             "such as NAME/MODEL."
         )
     import huggingface_hub
@@ -119,26 +171,27 @@ def download(name: str, revision: str = "") -> Path:
 
 def _weight_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     """(tensor -> file as the index says, files); without an index nothing is promised."""
+    has_weights = any(os.path.lexists(folder / name) for name in (SINGLE, INDEX))
+    if not has_weights:
+        raise CheckpointError(f"{folder} is no model in safetensors: {describe_folder(folder)}")
+    if (folder / ADAPTER).exists():
+        raise CheckpointError(
+            f"{folder} holds both a model and a PEFT adapter, which transformers would load instead of the model. "
+            f"Remove {ADAPTER} to use the model alone. For the adapter: {adapter_advice(folder)}."
+        )
     if (folder / SINGLE).exists():
         return {}, [folder / SINGLE]
-    if not (folder / INDEX).exists():
-        others = sorted(
-            file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".safetensors")
-        )
-        found = f" It has {', '.join(others)}." if others else ""
-        raise CheckpointError(
-            f"{folder} has neither {SINGLE} nor {INDEX}.{found} Only safetensors are read, never pickled weights: "
-            "fetch them, or convert with save_pretrained of transformers."
-        )
     index = read_json(folder / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX} has no weight_map. Fetch it again.")
     expected = {tensor: _shard(folder, tensor, file) for tensor, file in weight_map.items()}
     files = sorted(set(expected.values()))
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [short(file.name, str) for file in files if not os.path.isfile(file)]
     if missing:
-        raise CheckpointError(f"{folder} lacks shards that its index names: {', '.join(missing)}. Fetch them.")
+        more = f" and {len(missing) - MAX_LINES} more" if len(missing) > MAX_LINES else ""
+        shown = ", ".join(missing[:MAX_LINES]) + more
+        raise CheckpointError(f"{folder} lacks shards that its index names: {shown}. Fetch them.")
     return expected, files
 
 
@@ -146,10 +199,12 @@ def _shard(folder: Path, tensor: str, file: Any) -> Path:
     """A path of the index, which may not leave the folder."""
     unsafe = not isinstance(file, str) or "\0" in file or "\\" in file or bool(PureWindowsPath(file).drive)
     path = PurePosixPath("" if unsafe else file)
+    lengths = [len(part.encode("utf-8", "surrogatepass")) for part in path.parts]
+    unsafe = unsafe or len(lengths) > 10 or max(lengths, default=0) > MAX_NAME_BYTES
     if unsafe or path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
         raise CheckpointError(
-            f"{folder / INDEX} places tensor {tensor} in {file!r}. It takes a .safetensors file inside the folder: "
-            "do not trust this checkpoint."
+            f"{folder / INDEX} places tensor {short(tensor, str)} in {short(file)}. It takes a .safetensors "
+            "file inside the folder: do not trust this checkpoint."
         )
     return folder / path
 
@@ -158,16 +213,25 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-      CheckpointError: it is missing, cannot be read, or is no object.
+      CheckpointError: it is missing, no regular file, too large, cannot be read, gives a name twice, or is no object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        size = file_size(file)
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{file} has {size} bytes; at most {MAX_JSON_BYTES} are read. It is not the JSON file of a model: "
+                "fetch it again."
+            )
+        with file.open("rb") as stream:
+            value = json.loads(stream.read(size).decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing. Give a complete Hugging Face folder.") from error
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except DuplicateNamesError as error:
+        raise CheckpointError(f"{file} is ambiguous: {error}. Remove all but one of each.") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}). Fetch it again.") from error
+        raise CheckpointError(f"{file} is not valid JSON ({short(error, str)}). Fetch it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object. Fetch it again.")
     return value

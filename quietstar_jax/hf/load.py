@@ -5,6 +5,7 @@ Memory on the host: the parameters themselves (or, with shardings, the one being
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +18,15 @@ import numpy as np
 from flax import nnx
 
 from quietstar_jax.config import Architecture
-from quietstar_jax.errors import CheckpointError
+from quietstar_jax.errors import CheckpointError, short
+from quietstar_jax.hf.canonical import LM_HEAD
+from quietstar_jax.hf.files import listing
+from quietstar_jax.hf.folder_kinds import IGNORED_HEADS, describe_tensors
 from quietstar_jax.hf.names import Entry, Shape, decoder_entries, parameter_shapes, to_ours
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES
 from quietstar_jax.models.decoder import Decoder
 
 HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)")  # buffers that old versions stored
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -88,7 +91,6 @@ def load_parameters(
       CheckpointError: as in `load_decoder`.
     """
     _check_names(source, entries)
-    _check_tied(source, entries)
     shapes = parameter_shapes(entries)
     remaining = Counter(target.path for entry in entries for target in entry.targets)
     filling: dict[str, np.ndarray] = {}
@@ -104,7 +106,7 @@ def load_parameters(
                 done[target.path] = placed if dtypes is None else placed.astype(dtypes[target.path])
     if broken:
         raise CheckpointError(
-            _listing("Tensors hold NaN, infinite values, or values beyond float32:", broken)
+            listing("Tensors hold NaN, infinite values, or values beyond float32:", broken)
             + "\nThe checkpoint is damaged, or its training diverged: take another."
         )
     return done
@@ -159,35 +161,28 @@ def _check_names(source: TensorSource, entries: Sequence[Entry]) -> None:
     problems = [
         f"{name}: missing, expected {list(e.shape)}" for name, e in wanted.items() if name not in source.tensors
     ]
+    foreign = [name for name in source.tensors if name not in wanted and not HARMLESS.fullmatch(name)]
+    ignored = [name for name in foreign if not problems and IGNORED_HEADS.fullmatch(name)]
     for name, info in source.tensors.items():
         if name not in wanted:
-            redundant = name == LM_HEAD and EMBEDDING in wanted  # tied: `_check_tied` compares them
-            if not redundant and not HARMLESS.fullmatch(name):
-                problems.append(f"{name}: unexpected, shape {list(info.shape)} ({info.file})")
+            if name in foreign and name not in ignored:
+                problems.append(f"{short(name, str)}: unexpected, shape {short(list(info.shape))} ({info.file})")
             continue
         if tuple(info.shape) != wanted[name].shape:
-            problems.append(f"{name}: shape {list(info.shape)}, expected {list(wanted[name].shape)} ({info.file})")
+            shape = f"{short(list(info.shape))}, expected {list(wanted[name].shape)}"
+            problems.append(f"{name}: shape {shape} ({info.file})")
         if info.dtype not in FLOAT_DTYPES:
             problems.append(f"{name}: dtype {info.dtype}, supported are {', '.join(FLOAT_DTYPES)} ({info.file})")
     if problems:
+        found = describe_tensors(getattr(source, "config", {}), foreign)
+        if any(info.dtype not in FLOAT_DTYPES for name, info in source.tensors.items() if name in wanted):
+            found = "Use the unquantized checkpoint of this model."
+        if set(wanted) - set(source.tensors) == {LM_HEAD}:
+            found = "If head and embedding are one matrix, set tie_word_embeddings to true in config.json."
         raise CheckpointError(
-            _listing("The tensors do not fit what config.json describes:", problems)
-            + "\nTake config.json and weights from the same checkpoint."
+            listing("The tensors do not fit what config.json describes:", problems)
+            + f"\n{found or 'Take config.json and weights from the same checkpoint.'}"
         )
-
-
-def _check_tied(source: TensorSource, entries: Sequence[Entry]) -> None:
-    """A head beside tied embeddings must be the same matrix. (transformers warns and unties them.)"""
-    tied = all(entry.name != LM_HEAD for entry in entries)
-    if not tied or not {EMBEDDING, LM_HEAD} <= set(source.tensors):
-        return
-    if not np.array_equal(source.read(EMBEDDING), source.read(LM_HEAD), equal_nan=True):
-        raise CheckpointError(
-            f"config.json ties the embeddings (tie_word_embeddings), but {LM_HEAD} differs from {EMBEDDING} "
-            f"({source.tensors[LM_HEAD].file}). Set tie_word_embeddings to false in config.json to use both, or remove "
-            "the one that is wrong."
-        )
-
-
-def _listing(title: str, lines: Sequence[str]) -> str:
-    return "\n".join([title, *(f"  - {line}" for line in lines)])
+    if ignored:
+        file = source.tensors[ignored[0]].file
+        logging.warning("%s: %d tensors of another head are ignored, e.g. %s.", file, len(ignored), ignored[0])

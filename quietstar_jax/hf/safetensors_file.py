@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from quietstar_jax.errors import CheckpointError
+from quietstar_jax.errors import CheckpointError, short
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-
 MAX_DIMENSIONS = 32
 
 FLOAT_DTYPES: dict[str, np.dtype] = {
@@ -49,16 +50,35 @@ class TensorInfo:
     num_bytes: int
 
 
+def file_size(file: Path) -> int:
+    """Bytes of a regular file, found before it is opened: a pipe would block its reader, a device never ends.
+
+    Raises:
+      OSError: it is missing.
+      CheckpointError: it is not a regular file.
+    """
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(
+            f"{file} is not a regular file. Do not trust this folder, or put a copy of the file there."
+        )
+    return status.st_size
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file.
+    """The tensors of a file; also those that `safetensors.torch.save_model` left out because they share another's
+    memory, which it notes in `__metadata__`.
 
     Raises:
       CheckpointError: the file is missing, truncated, not safetensors, or its header contradicts itself.
     """
     try:
-        size = file.stat().st_size
+        size = file_size(file)
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            begin = stream.read(8)
+            if begin == b"version ":
+                raise CheckpointError(f"{file} is a pointer of Git LFS, not the file itself. Run `git lfs pull` there.")
+            length = int.from_bytes(begin, "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
                     f"{file} is truncated or not a safetensors file: {size} bytes cannot hold a header of {length}. "
@@ -71,10 +91,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{file} has a broken safetensors header ({error}). Fetch it again.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has a broken safetensors header (not a JSON object). Fetch it again.")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     tensors = {name: _tensor_info(file, 8 + length, name, fields) for name, fields in header.items()}
     _check_layout(file, 8 + length, size, list(tensors.values()))
-    return tensors
+    aliases = metadata.items() if isinstance(metadata, Mapping) else ()
+    return {**{new: tensors[old] for new, old in aliases if isinstance(old, str) and old in tensors}, **tensors}
 
 
 def read_tensor(info: TensorInfo) -> np.ndarray:
@@ -130,28 +151,34 @@ def write_file(
         os.fsync(stream.fileno())
 
 
+class DuplicateNamesError(ValueError):
+    """An object of a JSON file has a name twice, so that its value is not certain."""
+
+
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, refused where a name stands twice (for `json.loads`)."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError("duplicate names: " + ", ".join(sorted({name for name in names if names.count(name) > 1})))
+        twice = sorted(short(name, str) for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise DuplicateNamesError(f"it gives {', '.join(twice[:5])} more than once")
     return found
 
 
 def _tensor_info(file: Path, start: int, name: str, fields: Any) -> TensorInfo:
     def refuse(what: str) -> CheckpointError:
-        return CheckpointError(f"{file}: the header of tensor {name} is broken ({what}). Fetch the file again.")
+        return CheckpointError(
+            f"{file}: the header of tensor {short(name, str)} is broken ({what}). Fetch the file again."
+        )
 
     if not isinstance(fields, Mapping):
         raise refuse("not an object")
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str):
-        raise refuse(f"dtype is {dtype!r}")
+        raise refuse(f"dtype is {short(dtype)}")
     if not isinstance(shape, list) or not all(_is_size(n) for n in shape) or not _fits_numpy(shape):
-        raise refuse(f"shape is {shape!r}")
+        raise refuse(f"shape is {short(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
-        raise refuse(f"data_offsets is {offsets!r}")
+        raise refuse(f"data_offsets is {short(offsets)}")
     begin, end = offsets
     if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise refuse(f"{dtype}{shape} does not fit in {end - begin} bytes")

@@ -1,11 +1,9 @@
 """Checkpoints out: our parameters as a Hugging Face folder, one tensor in memory at a time.
 
-`base` is the decoder alone, a model that every tool loads; its start and end tokens are embedded as in training.
+`base` is the decoder alone with the tokenizer as it is: a model of the same shape as the one that training began from.
+It gets no start and end token: with tied embeddings the rows of these would also be rows of the head, and be predicted.
 `quietstar` adds the mixing head and the thought embeddings under their published names, and a torch module that thinks.
-
-Start and end tokens that the tokenizer lacks get rows V and V + 1 of the embedding and the head; rows 0 .. V - 1 stay
-as they are, bit for bit. Where the tokenizer has these tokens already, `base` overwrites their two rows of the
-embedding (nowhere else is room for them), and `quietstar` changes no row.
+Start and end tokens that the tokenizer lacks get rows behind the others, which stay as they are, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,8 +25,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from quietstar_jax.config import Architecture
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.hf.canonical import EMBEDDING, LM_HEAD
 from quietstar_jax.hf.files import INDEX
-from quietstar_jax.hf.load import EMBEDDING, LM_HEAD
+from quietstar_jax.hf.generation import generation_config
 from quietstar_jax.hf.names import Entry, Shape, Target, decoder_entries, parameter_shapes, quietstar_entries, to_theirs
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, write_file
 from quietstar_jax.hf.vocabulary import add_tokens, pad_as_trained
@@ -43,7 +42,6 @@ CLASSES = {
     "qwen2": "QuietStarQwen2ForCausalLM",
     "qwen3": "QuietStarQwen3ForCausalLM",
 }
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 MODULE = Path(__file__).with_name("torch_module.py")
 SHIPPED_MODULE = "modeling_quietstar"
 
@@ -91,7 +89,7 @@ def save(
     is `OUTPUT.incomplete-...` beside it.
 
     Args:
-      tokenizer: of the model; gets the start and end tokens that it lacks.
+      tokenizer: of the model; gets the start and end tokens that it lacks if the format is `quietstar`.
       card: text of README.md.
       generation: generation_config.json of the model that training began from.
 
@@ -102,17 +100,28 @@ def save(
     """
     _check_output(output)
     _check_parameters(parameters, architecture)
+    ids: tuple[int, ...] = ()
     tokens = (thoughts.start_token, thoughts.end_token)
-    if "" in tokens or tokens[0] == tokens[1]:
-        raise ConfigError(f"The tokens that start and end a thought are {tokens!r}; they must be two different texts.")
-    ids = add_tokens(tokenizer, architecture.vocab_size, tokens)
+    known = tuple(i for i in map(tokenizer.token_id, tokens) if i is not None)
+    if options.format == "quietstar":
+        if "" in tokens or tokens[0] == tokens[1]:
+            raise ConfigError(
+                f"The tokens that start and end a thought are {tokens!r}; they must be two different texts."
+            )
+        ids = add_tokens(tokenizer, architecture.vocab_size, tokens)
     pad_as_trained(tokenizer)
     writer = _Writer(parameters, architecture, thoughts, ids, options)
     shards = _split(writer.tensor_shapes(), options)
     with complete_folder(output) as folder:
         (folder / "README.md").write_text(card, "utf-8")
         tokenizer.save(folder)
-        _write_json(folder / "generation_config.json", _generation_config(tokenizer, ids, generation or {}))
+        _write_json(
+            folder / "generation_config.json",
+            generation_config(
+                generation or {}, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
+                suppressed=ids or known,
+            ),
+        )  # fmt: skip
         if options.format == "quietstar":
             shutil.copyfile(MODULE, folder / f"{SHIPPED_MODULE}.py")
         for file, names in shards.filename_to_tensors.items():
@@ -163,12 +172,12 @@ class _Writer:
         self._parameters, self._options, self._scale = parameters, options, thoughts.embedding_scale
         self._entries = {entry.name: entry for entry in entries}
         self._ids, self._vocab = ids, architecture.vocab_size
+        self._added = max(0, *(i + 1 - self._vocab for i in ids)) if ids else 0
 
     def tensor_shapes(self) -> dict[str, Shape]:
         """Of every tensor, with the rows that are added."""
-        added = sum(i >= self._vocab for i in self._ids)
         return {
-            name: (entry.shape[0] + added, *entry.shape[1:]) if name in (EMBEDDING, LM_HEAD) else entry.shape
+            name: (entry.shape[0] + self._added, *entry.shape[1:]) if name in (EMBEDDING, LM_HEAD) else entry.shape
             for name, entry in self._entries.items()
         }
 
@@ -186,22 +195,17 @@ class _Writer:
         """
         pieces = [self._parameters.read(target) for target in entry.targets]
         tensor = to_theirs(entry, [self._cast(piece, entry.name) for piece in pieces])
-        new = [i for i in self._ids if i >= self._vocab]
-        if entry.name == EMBEDDING:
-            rows = self._cast(self._effective_embeddings(), entry.name)
-            if self._options.format == "base":
-                old = [(i, row) for i, row in zip(self._ids, rows, strict=True) if i < self._vocab]
-                tensor = tensor.copy() if old else tensor  # it may be what the parameters handed out
-                for i, row in old:
-                    tensor[i] = row
-            added = [row for i, row in zip(self._ids, rows, strict=True) if i >= self._vocab]
-        elif entry.name == LM_HEAD and new:
-            # The mean of all rows: its logit is the mean logit, so neither token is ever likelier than 1 / V.
-            mean = pieces[0].mean(axis=1, dtype=np.float64)
-            added = [self._cast(mean, entry.name)] * len(new)
-        else:
+        if entry.name not in (EMBEDDING, LM_HEAD) or not self._added:
             return tensor
-        return np.concatenate([tensor, *(row[None] for row in added)]) if added else tensor
+        added = np.zeros((self._added, tensor.shape[1]), np.float32)
+        if entry.name == EMBEDDING:
+            for i, row in zip(self._ids, self._effective_embeddings(), strict=True):
+                if i >= self._vocab:
+                    added[i - self._vocab] = row
+        else:
+            # The mean of all rows: its logit is the mean logit, so no added token is ever likelier than 1 / V.
+            added[:] = pieces[0].mean(axis=1, dtype=np.float64)
+        return np.concatenate([tensor, self._cast(added, entry.name)])
 
     def _effective_embeddings(self) -> np.ndarray:
         """[2, D] what start and end are as inputs of the decoder."""
@@ -224,10 +228,11 @@ def _config(
     architecture: Architecture, tokenizer: Tokenizer, thoughts: Thoughts, ids: Sequence[int], options: ExportOptions
 ) -> dict[str, Any]:
     """The config.json of an export."""
-    rows = max(architecture.vocab_size, max(ids) + 1)
+    rows = max(architecture.vocab_size, *(i + 1 for i in ids)) if ids else architecture.vocab_size
     config = architecture_to_hf(dataclasses.replace(architecture, vocab_size=rows))
     config |= _old_rope(config["rope_parameters"])
-    config |= {"dtype": options.dtype, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config |= {"dtype": options.dtype, "torch_dtype": options.dtype}  # the second for transformers before 4.56
+    config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config["pad_token_id"] = None  # torch would never train its row; and Phi-3 has a default that may lie outside
     if options.format == "quietstar":
         name = CLASSES[architecture.family]
@@ -240,6 +245,8 @@ def _config(
             "thought_token_ids": list(ids),
             "text_vocab_size": architecture.vocab_size,
         }
+        unused = sorted(set(range(architecture.vocab_size, rows)) - set(ids))
+        config |= {"unused_token_ids": unused} if unused else {}  # of the tokenizer, unknown to the model
     return config
 
 
@@ -249,20 +256,6 @@ def _old_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
     old = {key: parameters[key] for key in beside if key in parameters}
     scaling = {key: value for key, value in parameters.items() if key not in beside}
     return old if parameters["rope_type"] == "default" else {**old, "rope_scaling": scaling}
-
-
-def _generation_config(tokenizer: Tokenizer, ids: Sequence[int], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Samples and stops as the model did before training, greedy unless it said; start and end are never emitted."""
-    sampling = SAMPLING if before.get("do_sample") else ()  # transformers warns of settings without effect
-    stops = before.get("eos_token_id")
-    stops = [i for i in (stops if isinstance(stops, list) else [stops]) if isinstance(i, int) and i != tokenizer.eos_id]
-    return {
-        **{name: before[name] for name in sampling if before.get(name) is not None},
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": [tokenizer.eos_id, *stops] if stops else tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-        "suppress_tokens": list(ids),
-    }
 
 
 def _check_output(output: Path) -> None:

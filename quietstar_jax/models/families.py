@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from quietstar_jax.config import Architecture, RopeScaling
-from quietstar_jax.errors import ConfigError
+from quietstar_jax.errors import ConfigError, short
 from quietstar_jax.settings import differences, from_mapping, to_mapping
 
 
@@ -20,6 +22,7 @@ class Family(NamedTuple):
     """What transformers assumes of a model type where its config.json is silent."""
 
     class_name: str
+    sizes: tuple[int, int, int] = (32_000, 4096, 11_008)  # vocabulary, hidden, feed-forward; always 32 layers and heads
     num_kv_heads: int = 0  # 0 = as many as query heads
     head_dim: int = 0  # 0 = hidden_size / num_attention_heads
     max_positions: int = 32_768
@@ -38,9 +41,12 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", max_positions=2048, optional_bias=True, optional_mlp_bias=True),
-    "mistral": Family("MistralForCausalLM", num_kv_heads=8, max_positions=131_072, window_everywhere=True),
+    "mistral": Family(
+        "MistralForCausalLM", (32_000, 4096, 14_336), num_kv_heads=8, max_positions=131_072, window_everywhere=True
+    ),
     "phi3": Family(
         "Phi3ForCausalLM",
+        (32_064, 3072, 8192),
         max_positions=4096,
         rms_norm_eps=1e-5,
         window=0,
@@ -49,12 +55,19 @@ FAMILIES = {
         partial_rotary=True,
         rope_kinds=("default",),
     ),
-    "qwen2": Family("Qwen2ForCausalLM", num_kv_heads=32, qkv_bias=True, window_by_layer=True),
+    "qwen2": Family("Qwen2ForCausalLM", (151_936, 4096, 22_016), num_kv_heads=32, qkv_bias=True, window_by_layer=True),
     "qwen3": Family(
-        "Qwen3ForCausalLM", num_kv_heads=32, head_dim=128, optional_bias=True, qk_norm=True, window_by_layer=True
+        "Qwen3ForCausalLM",
+        (151_936, 4096, 22_016),
+        num_kv_heads=32,
+        head_dim=128,
+        optional_bias=True,
+        qk_norm=True,
+        window_by_layer=True,
     ),
 }
 MAX_LAYERS = 10_000
+DEPTH = 32  # layers and heads where a config.json is silent, in every family
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -87,30 +100,59 @@ ROPE_FIELDS: dict[str, dict[str, str]] = {
 ROPE_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 
 
-def architecture_from_hf(config: Mapping[str, Any]) -> Architecture:
+# Our fields -> those of config.json, for messages.
+THEIR_FIELDS = {
+    "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings", "rotary_fraction": "partial_rotary_factor", "activation": "hidden_act",
+    "qkv_bias": "attention_bias", "output_bias": "attention_bias", "tie_embeddings": "tie_word_embeddings",
+    "full_attention_layers": "layer_types", "kind": "rope_type",
+    **{ours: theirs for fields in ROPE_FIELDS.values() for ours, theirs in fields.items()},
+}  # fmt: skip
+
+
+def architecture_from_hf(config: Mapping[str, Any], folder: str | Path = "") -> Architecture:
     """The architecture that a config.json describes, as transformers reads it.
 
+    Args:
+      folder: that of the config.json, for messages.
+
     Raises:
-      ConfigError: a field is missing, impossible, or asks for something that the decoder does not do.
+      ConfigError: a field is impossible, or asks for something that the decoder does not do.
     """
+    try:
+        return _architecture(config)
+    except ConfigError as error:
+        file = str(Path(folder) / "config.json")
+        ours = re.compile(rf"\b({'|'.join(THEIR_FIELDS)})\b")
+        text = re.sub(r"config\.json\.(rope_scaling\.)?", "", str(error))
+        lines = [ours.sub(lambda field: THEIR_FIELDS[field[0]], line) for line in text.split("\n")]
+        if lines[0].startswith("The configuration"):
+            lines[0] = f"{file} cannot be used:"
+        else:
+            lines[0] = lines[0].replace("config.json", file, 1)
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+
+
+def _architecture(config: Mapping[str, Any]) -> Architecture:
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(
-            f"config.json says model_type {name!r}. Supported are: {', '.join(FAMILIES)}. "
+            f"config.json says model_type {short(name)}. Supported are: {', '.join(FAMILIES)}. "
             "Choose a checkpoint of one of these families."
         )
     _refuse_quantized(config)
     family = FAMILIES[name]
-    heads = _size(config, "num_attention_heads")
-    layers = _size(config, "num_hidden_layers", MAX_LAYERS)
+    vocab_size, hidden_size, intermediate_size = family.sizes
+    heads = _size(config, "num_attention_heads", DEPTH)
+    layers = _size(config, "num_hidden_layers", DEPTH, MAX_LAYERS)
     window, full_layers = _windows(config, family, layers)
     theta, scaling, fraction = _rope(config, family)
     bias = family.optional_bias and _get(config, "attention_bias", False)
     fields = {
         "family": name,
-        "vocab_size": _size(config, "vocab_size"),
-        "hidden_size": _size(config, "hidden_size"),
-        "intermediate_size": _size(config, "intermediate_size"),
+        "vocab_size": _size(config, "vocab_size", vocab_size),
+        "hidden_size": _size(config, "hidden_size", hidden_size),
+        "intermediate_size": _size(config, "intermediate_size", intermediate_size),
         "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": _kv_heads(config, family, heads),
@@ -194,25 +236,25 @@ def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _size(config: Mapping[str, Any], key: str, most: int = 2**31 - 1) -> int:
-    value = config.get(key)
+def _size(config: Mapping[str, Any], key: str, default: int, most: int = 2**31 - 1) -> int:
+    value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        found = "is missing" if value is None else f"is {value!r}"
-        raise ConfigError(f"config.json: {key} {found}; it takes an integer within 1 .. {most}.")
+        raise ConfigError(f"config.json: {key} is {short(value)}; it takes an integer within 1 .. {most}.")
     return value
 
 
 def _refuse_quantized(config: Mapping[str, Any]) -> None:
-    if config.get("quantization_config"):
+    found = [key for key in ("quantization_config", "quantization", "compression_config") if config.get(key)]
+    if found:
         raise ConfigError(
-            "config.json has a quantization_config. Only float weights (float16, bfloat16, float32, float64) are "
-            "supported: use the unquantized checkpoint of this model."
+            f"config.json has a {found[0]}: the weights are quantized. Only float weights (float16, "
+            "bfloat16, float32, float64) are supported: use the unquantized checkpoint of this model."
         )
 
 
 def _activation(name: Any) -> str:
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ConfigError(f"config.json: hidden_act is {name!r}. Supported are: {', '.join(ACTIVATIONS)}.")
+        raise ConfigError(f"config.json: hidden_act is {short(name)}. Supported are: {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
 
@@ -225,7 +267,7 @@ def _kv_heads(config: Mapping[str, Any], family: Family, heads: int) -> int:
 def _head_dim(config: Mapping[str, Any], family: Family, heads: int) -> int:
     if config.get("head_dim") is not None:
         return config["head_dim"]
-    width = _size(config, "hidden_size")
+    width = _size(config, "hidden_size", family.sizes[1])
     if not family.head_dim and width % heads:
         raise ConfigError(
             f"config.json: hidden_size {width} is not a multiple of num_attention_heads {heads} and no head_dim is "
@@ -246,12 +288,12 @@ def _windows(config: Mapping[str, Any], family: Family, layers: int) -> tuple[in
     if kinds is None:
         first = _get(config, "max_window_layers", 28)
         if isinstance(first, bool) or not isinstance(first, int):
-            raise ConfigError(f"config.json: max_window_layers is {first!r}; it takes an integer.")
+            raise ConfigError(f"config.json: max_window_layers is {short(first)}; it takes an integer.")
         kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
     known = ("full_attention", "attention", "sliding_attention")
     if not isinstance(kinds, list | tuple) or len(kinds) != layers or any(kind not in known for kind in kinds):
         raise ConfigError(
-            f"config.json: layer_types is {kinds!r}; it takes {layers} entries (num_hidden_layers), each "
+            f"config.json: layer_types is {short(kinds)}; it takes {layers} entries (num_hidden_layers), each "
             "full_attention or sliding_attention."
         )
     full = tuple(i for i, kind in enumerate(kinds) if kind != "sliding_attention")
@@ -284,18 +326,18 @@ def _rope(config: Mapping[str, Any], family: Family) -> tuple[Any, dict[str, Any
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
         raise ConfigError(
-            f"config.json: the rotary parameters are {parameters!r}; supported is one flat group for all layers."
+            f"config.json: the rotary parameters are {short(parameters)}; supported is one flat group for all layers."
         )
     kind = _get(parameters, "rope_type", _get(parameters, "type", "default"))
     if not isinstance(kind, str) or kind not in family.rope_kinds:
         raise ConfigError(
-            f"config.json: rope_type is {kind!r}. Supported for {family.class_name} are: "
+            f"config.json: rope_type is {short(kind)}. Supported for {family.class_name} are: "
             f"{', '.join(family.rope_kinds)}."
         )
     fraction = _get(parameters, "partial_rotary_factor", _get(config, "partial_rotary_factor", 1.0))
     if not family.partial_rotary and fraction != 1:
         raise ConfigError(
-            f"config.json: partial_rotary_factor is {fraction!r}. Supported for {family.class_name} is 1.0: every "
+            f"config.json: partial_rotary_factor is {short(fraction)}. Supported for {family.class_name} is 1.0: every "
             "dimension of a head rotates."
         )
     max_positions = _get(config, "max_position_embeddings", family.max_positions)
@@ -306,7 +348,7 @@ def _rope(config: Mapping[str, Any], family: Family) -> tuple[Any, dict[str, Any
     used = {ours: parameters[theirs] for ours, theirs in ROPE_FIELDS[kind].items() if parameters.get(theirs)}
     theta = _get(parameters, "rope_theta", _get(config, "rope_theta", 10_000.0))
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
-        raise ConfigError(f"config.json: rope_theta is {theta!r}; it takes a number above 1.")
+        raise ConfigError(f"config.json: rope_theta is {short(theta)}; it takes a number above 1.")
     return theta, {"kind": kind, **used}, fraction
 
 
@@ -327,7 +369,9 @@ def _fill_in(parameters: dict[str, Any], kind: str, config: Mapping[str, Any], m
             upper, lower = (0.1 * scale * math.log(factor) + 1.0 for scale in scales if scale)
             parameters["attention_factor"] = upper / lower
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"config.json: the rotary parameters {parameters!r} must be numbers ({error}).") from error
+        raise ConfigError(
+            f"config.json: the rotary parameters {short(parameters)} must be numbers ({error})."
+        ) from error
     return parameters
 
 

@@ -56,7 +56,7 @@ def planned_architecture(model: ModelConfig) -> Architecture:
     """
     folder = Path(model.checkpoint).expanduser()
     if model.checkpoint and folder.is_dir():
-        return architecture_from_hf(read_json(folder / "config.json"))
+        return architecture_from_hf(read_json(folder / "config.json"), folder)
     if model.checkpoint in KNOWN:
         return architecture_from_hf(KNOWN[model.checkpoint])
     if model.checkpoint and model.architecture == Architecture():

@@ -34,8 +34,7 @@ model.generate(**text, max_new_tokens=50)                     # a greedy thought
 model.generate(**text, max_new_tokens=50, thought_length=0)   # the same weights without thoughts
 ```""",
     "base": """\
-The decoder alone, a model that thinks no more than any other; the start and end token of a thought are in its
-vocabulary.
+The decoder alone, without thoughts: a model of the shape and with the vocabulary of the one that training began from.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -50,6 +49,7 @@ def model_card(run: SavedRun, options: ExportOptions) -> str:
     """Markdown with the front matter of the Hugging Face hub."""
     config = run.config
     settings = _without_folders({key: value for key, value in to_mapping(config).items() if key != "workdir"})
+    settings["model"]["architecture"] = to_mapping(run.architecture)  # of the model, whatever the setting says
     origin = f"`{_last_part(config.model.checkpoint)}`" if config.model.checkpoint else "random weights"
     if run.model_commit:
         origin += f" at commit `{run.model_commit}`"

@@ -62,9 +62,11 @@ def prepare(config: Config) -> Run:
       ConfigError, DataError, CheckpointError: before any weight is read.
     """
     files = open_checkpoint(config.model.checkpoint, config.model.revision) if config.model.checkpoint else None
-    architecture = architecture_from_hf(files.config) if files else config.model.architecture
+    architecture = architecture_from_hf(files.config, files.folder) if files else config.model.architecture
     tokenizer = load_tokenizer(_tokenizer_name(config), config.model.revision if not config.data.tokenizer else "")
-    check_vocabulary(tokenizer, architecture.vocab_size)
+    if files is None:
+        check_vocabulary(tokenizer, architecture.vocab_size)
+    tokenizer = tokenizer.within(architecture.vocab_size)
     check_length(config, architecture)
     meta = (tokenizer.token_id(config.thought.start_token), tokenizer.token_id(config.thought.end_token))
     learned = files is not None and can_think(files)

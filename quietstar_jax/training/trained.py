@@ -16,11 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from quietstar_jax.config import Architecture, Config, DataConfig, ModelConfig, ThoughtConfig
-from quietstar_jax.data.pipeline import bos_tokens, check_vocabulary
+from quietstar_jax.data.pipeline import bos_tokens
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError
-from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint, read_json
-from quietstar_jax.hf.load import EMBEDDING, LM_HEAD, Info, load_parameters
+from quietstar_jax.hf.canonical import EMBEDDING, LM_HEAD
+from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
+from quietstar_jax.hf.generation import stops_and_suppressed
+from quietstar_jax.hf.load import Info, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import Structure
@@ -170,7 +172,8 @@ def stored_dtype(name: str, dtype: str) -> str:
 
 def _of_run(path: str, run: SavedRun, dtype: str, layout: Layout | None) -> TrainedModel:
     thinking = [phase for phase in run.config.phases if phase.thought_length]
-    tokenizer = run_tokenizer(run)
+    tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)
+    eos, suppressed = stops_and_suppressed(run.generation, tokenizer.eos_id, run.workdir)
     abstract, structure = _abstract(run.architecture, dtype, layout)
     folder = run.parameters.folder
     try:
@@ -189,8 +192,8 @@ def _of_run(path: str, run: SavedRun, dtype: str, layout: Layout | None) -> Trai
         thought_length=run.config.evaluation_thought_length if thinking else 0,
         tokens_ahead=max((phase.tokens_ahead for phase in thinking), default=1),
         bos=bos_tokens(run.config.data, tokenizer),
-        eos_ids=(tokenizer.eos_id,),
-        suppressed_ids=(),
+        eos_ids=eos,
+        suppressed_ids=suppressed,
         path=path,
         step=run.step,
         commit=run.model_commit,
@@ -202,7 +205,7 @@ def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layo
     thinks, meta = can_think(files), _meta_tokens(files, tokenizer)
     source = _TextRows(files, meta)
     architecture = source.architecture
-    check_vocabulary(tokenizer, architecture.vocab_size + source.added)
+    tokenizer = tokenizer.within(architecture.vocab_size, known=meta)
     abstract, structure = _abstract(architecture, dtype, layout)
     params = load_parameters(
         source,
@@ -212,7 +215,7 @@ def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layo
     )
     for name in abstract.keys() - params.keys():
         params[name] = jnp.zeros(abstract[name].shape, abstract[name].dtype, device=abstract[name].sharding)
-    eos, suppressed = _generation_ids(files, tokenizer)
+    eos, suppressed = stops_and_suppressed(files.generation, None, files.folder)
     return TrainedModel(
         params=params,
         structure=structure,
@@ -224,7 +227,7 @@ def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layo
         thought_length=_thought_length(files) if thinks else 0,
         tokens_ahead=1,
         bos=bos_tokens(DataConfig(), tokenizer),
-        eos_ids=eos,
+        eos_ids=eos or (tokenizer.eos_id,),
         suppressed_ids=suppressed,
         path=path,
         step=None,
@@ -249,15 +252,18 @@ class _TextRows:
     """A checkpoint without the rows that an export added for start and end: the vocabulary that training knew."""
 
     def __init__(self, files: CheckpointFiles, meta: tuple[int, ...]):
-        theirs = architecture_from_hf(files.config)
+        theirs = architecture_from_hf(files.config, files.folder)
         rows, all_rows = files.config.get("text_vocab_size", theirs.vocab_size), theirs.vocab_size
-        if type(rows) is not int or not 0 < rows <= all_rows or not set(range(rows, all_rows)) <= set(meta):
+        others = {*meta, *_ids(files, "config.json: unused_token_ids", files.config.get("unused_token_ids", []))}
+        if type(rows) is not int or not 0 < rows <= all_rows or not set(range(rows, all_rows)) <= others:
             raise CheckpointError(
                 f"{files.folder}/config.json: text_vocab_size is {rows!r}; it takes a number up to vocab_size "
-                f"({all_rows}), with nothing but thought_token_ids from there on. Export the model again."
+                f"({all_rows}), with nothing but thought_token_ids and unused_token_ids from there on. Export the "
+                "model again."
             )
         self.architecture = dataclasses.replace(theirs, vocab_size=rows)
         self.added = all_rows - rows
+        self.config = files.config
         self.tensors: Mapping[str, Info] = {
             name: dataclasses.replace(info, shape=(rows, *info.shape[1:])) if self._longer(name, info) else info
             for name, info in files.tensors.items()
@@ -298,17 +304,6 @@ def _meta_tokens(files: CheckpointFiles, tokenizer: Tokenizer) -> tuple[int, ...
         return _ids(files, "config.json: thought_token_ids", ids)
     found = (tokenizer.token_id(token) for token in (ThoughtConfig.start_token, ThoughtConfig.end_token))
     return tuple(token for token in found if token is not None)
-
-
-def _generation_ids(files: CheckpointFiles, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(ids that end a text, as transformers finds them; ids that must not be generated)."""
-    file = files.folder / "generation_config.json"
-    said = read_json(file) if file.exists() else files.config
-    eos, suppressed = said.get("eos_token_id"), said.get("suppress_tokens")
-    return (
-        (tokenizer.eos_id,) if eos is None else _ids(files, f"{file.name}: eos_token_id", eos),
-        () if suppressed is None else _ids(files, f"{file.name}: suppress_tokens", suppressed),
-    )
 
 
 def _ids(files: CheckpointFiles, name: str, given: Any) -> tuple[int, ...]:

@@ -148,10 +148,8 @@ def test_tied_embeddings_with_a_head_in_the_file(tmp_path):
     tensors = random_tensors(architecture, ml_dtypes.bfloat16)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     assert not hasattr(load(write(tmp_path, tensors, architecture)), "lm_head")
-    tensors["lm_head.weight"][0, 0] += 1
-    assert "tie_word_embeddings" in refusal(write(tmp_path, tensors, architecture))
     tensors["lm_head.weight"] = tensors["lm_head.weight"][1:].copy()
-    assert "tie_word_embeddings" in refusal(write(tmp_path, tensors, architecture))
+    assert "lm_head.weight: shape [19, 8], expected [20, 8]" in refusal(write(tmp_path, tensors, architecture))
 
 
 MEASURE = """

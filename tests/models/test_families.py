@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 
 from quietstar_jax.config import Architecture, RopeScaling
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.models.families import FAMILIES, architecture_from_hf, architecture_to_hf, canonical
+from quietstar_jax.models.families import FAMILIES, THEIR_FIELDS, architecture_from_hf, architecture_to_hf, canonical
 
+OUR_NAMES = {ours for ours, theirs in THEIR_FIELDS.items() if ours != theirs} - {"activation", "kind"}
 SIZES = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -142,8 +145,8 @@ def test_yarn_derives_what_is_not_written_down():
         ({"model_type": "gemma2"}, ["gemma2", "llama, mistral, phi3, qwen2, qwen3"]),
         ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, ["longrope", "Phi3"]),
         ({"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 2.0}}, ["yarn", "Phi3", "default"]),
-        ({"model_type": "phi3", "partial_rotary_factor": 0.4}, ["rotary_fraction", "0.4"]),
-        ({"model_type": "phi3", "partial_rotary_factor": "all"}, ["rotary_fraction", "all"]),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.4}, ["partial_rotary_factor", "0.4"]),
+        ({"model_type": "phi3", "partial_rotary_factor": "all"}, ["partial_rotary_factor", "all"]),
         ({"model_type": None}, ["model_type", "llama"]),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["dynamic", "yarn"]),
         ({"rope_parameters": {"rope_type": "longrope"}}, ["longrope", "llama3"]),
@@ -156,10 +159,13 @@ def test_yarn_derives_what_is_not_written_down():
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
         ({"hidden_act": "quick_gelu"}, ["quick_gelu", "silu"]),
-        ({"hidden_size": None}, ["hidden_size", "missing"]),
+        ({"hidden_size": None}, ["hidden_size", "None"]),
+        ({"max_position_embeddings": "many"}, ["max_position_embeddings", "many", "int"]),
+        ({"tie_word_embeddings": 1}, ["tie_word_embeddings", "bool"]),
+        ({"attention_bias": "x"}, ["attention_bias"]),
         ({"num_hidden_layers": 2.5}, ["num_hidden_layers", "2.5"]),
         ({"hidden_size": 65}, ["head_dim"]),
-        ({"num_key_value_heads": 3}, ["num_kv_heads", "3"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads", "3"]),
         ({"head_dim": 7}, ["head_dim", "7"]),
         ({"rms_norm_eps": "small"}, ["rms_norm_eps", "small"]),
         ({"rms_norm_eps": 10**400}, ["rms_norm_eps", "finite"]),
@@ -171,8 +177,58 @@ def test_yarn_derives_what_is_not_written_down():
 )
 def test_refused(changes, words):
     with pytest.raises(ConfigError) as error:
-        architecture_from_hf(config() | changes)
-    assert all(word in str(error.value) for word in words), str(error.value)
+        architecture_from_hf(config() | changes, "a/folder")
+    assert all(word in str(error.value) for word in ["a/folder/config.json", *words]), str(error.value)
+    assert not OUR_NAMES & set(re.findall(r"\w+", str(error.value))), str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
+
+
+# Every field that a family reads, none at its default.
+EVERY_FIELD = {
+    **dict(vocab_size=48, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8),
+    **dict(num_key_value_heads=4, head_dim=16, max_position_embeddings=128, rms_norm_eps=1e-4, hidden_act="gelu"),
+    **dict(tie_word_embeddings=True, initializer_range=0.01),
+}
+QWEN = dict(use_sliding_window=True, sliding_window=8, max_window_layers=2)
+FIELDS: dict[str, list[dict[str, Any]]] = {
+    "llama": [dict(attention_bias=True, mlp_bias=True, rope_theta=5e4, rope_scaling=dict(type="linear", factor=2.0))],
+    "mistral": [dict(sliding_window=8, rope_parameters=dict(rope_type="default", rope_theta=5e4))],
+    "phi3": [dict(sliding_window=8, rope_theta=5e4, partial_rotary_factor=0.5, original_max_position_embeddings=128)],
+    "qwen2": [dict(QWEN, rope_theta=5e4), dict(QWEN, layer_types=["full_attention", "sliding_attention"] * 2)],
+    "qwen3": [dict(QWEN, rope_theta=5e4, attention_bias=True),
+              dict(rope_parameters=dict(rope_type="yarn", rope_theta=5e4, factor=2.0))],
+}  # fmt: skip
+
+
+def left_out() -> list[tuple[str, dict[str, Any], str]]:
+    """(family, config.json, what it lacks): each field left out, and each at null."""
+    cases = []
+    for family, variants in FIELDS.items():
+        for extra in variants:
+            fields = {**EVERY_FIELD, **extra}
+            for key in fields:
+                without = {k: v for k, v in fields.items() if k != key}
+                cases += [(family, without, key), (family, {**without, key: None}, f"{key}=null")]
+            cases += [(family, {}, "everything"), (family, fields, "nothing")]
+    return cases
+
+
+@pytest.mark.parametrize(("family", "fields", "lacks"), left_out(), ids=lambda x: x if isinstance(x, str) else "")
+def test_a_field_that_is_left_out_is_what_transformers_makes_of_it(family, fields, lacks):
+    transformers = pytest.importorskip("transformers")
+    try:
+        theirs = transformers.AutoConfig.for_model(family, **copy.deepcopy(fields), pad_token_id=None)
+    except Exception:
+        assert lacks.endswith("=null") or lacks in ("head_dim", "num_hidden_layers")  # transformers refuses it
+        return
+    assert read_or_refused({"model_type": family, **fields}) == read_or_refused(theirs.to_dict())
+
+
+def read_or_refused(fields: dict[str, Any]) -> Architecture | None:
+    try:
+        return architecture_from_hf(fields)
+    except ConfigError:
+        return None
 
 
 EXPRESSIBLE = [

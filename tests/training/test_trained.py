@@ -163,6 +163,25 @@ def test_other_ids_that_end_a_text(places, tmp_path):
     (tmp_path / "model/generation_config.json").write_text(json.dumps(said))
     model = open_model(tmp_path / "model")
     assert (model.eos_ids, model.suppressed_ids) == ((5, 1), (7,))
+    # Training ends texts with </s>; a run from it and exports of the run stop at both, and suppress the same.
+    start_run(tmp_path / "run", tmp_path / "model")
+    export(tmp_path / "run", tmp_path / "base", ExportOptions("base"))
+    run, base = open_model(tmp_path / "run"), open_model(tmp_path / "base")
+    assert (run.eos_ids, run.suppressed_ids) == (base.eos_ids, base.suppressed_ids) == ((1, 5), (7,))
+    export(tmp_path / "run", tmp_path / "thinking", ExportOptions())
+    thinking = open_model(tmp_path / "thinking")
+    assert thinking.eos_ids == (1, 5)
+    assert set(thinking.suppressed_ids) == {7, *thinking.vocabulary.meta_tokens}
+
+
+def test_ids_that_end_a_text_where_only_config_json_names_them(places, tmp_path):
+    shutil.copytree(places["folder"] / "plain", tmp_path / "model")
+    (tmp_path / "model/generation_config.json").unlink(missing_ok=True)
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "eos_token_id": [5, 1]}))
+    assert open_model(tmp_path / "model").eos_ids == (5, 1)
+    start_run(tmp_path / "run", tmp_path / "model")
+    assert open_model(tmp_path / "run").eos_ids == (1, 5)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +194,7 @@ def test_other_ids_that_end_a_text(places, tmp_path):
         ("run", {"dtype": "float16"}, "float16"),
         ("run", {"prefix_attention": "kernels"}, "one of auto, blocks, triton"),
         ("run", {"prefix_attention": "triton"}, "the platform is 'cpu'"),
-        ("empty", {}, "config.json is missing"),
+        ("empty", {}, "it has nothing"),
         ("begun", {}, "holds no checkpoint"),
     ],
 )
