@@ -26,10 +26,21 @@ from transformers import (
     MistralForCausalLM,
     Phi3ForCausalLM,
     Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+
+try:
+    from transformers import Qwen3ForCausalLM
+except ImportError:  # before 4.51
+    Qwen3ForCausalLM = None  # type: ignore[assignment, misc]
+try:
+    from transformers.utils import can_return_tuple
+except ImportError:  # before 4.50
+    can_return_tuple = lambda forward: forward  # noqa: E731
+try:
+    from transformers import masking_utils
+except ImportError:  # before 4.53
+    masking_utils = None  # type: ignore[assignment]
 
 POSITIONS_AT_ONCE = 64  # chains that are in memory at once
 
@@ -53,7 +64,7 @@ class Thinking:
     text_vocab_size: ids below it are those that training knew; start and end may lie above.
     """
 
-    _supports_flash_attn = False  # chains need masks of their own
+    _supports_flash_attn = _supports_flash_attn_2 = False  # chains need masks of their own
     _supports_flex_attn = False
     mask_per_layer_type = False  # the decoder takes one mask for each kind of layer
 
@@ -86,6 +97,7 @@ class Thinking:
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        num_logits_to_keep: int = 0,  # what transformers called it before 4.49
         thought_length: int | None = None,
         **kwargs: Any,
     ) -> QuietStarOutput:
@@ -124,6 +136,7 @@ class Thinking:
             **kwargs,
         )
         kept = torch.arange(given.shape[1], device=given.device)
+        logits_to_keep = num_logits_to_keep or logits_to_keep
         kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep]
         text = hidden.last_hidden_state[:, kept]
         thoughts = weight = None
@@ -134,7 +147,7 @@ class Thinking:
             logits = self._text_logits(text)
         logits = self._with_thought_tokens(logits)
         return QuietStarOutput(
-            loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size),
+            loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
             past_key_values=cache if use_cache or past_key_values is not None else None,
             hidden_states=hidden.hidden_states,
@@ -150,10 +163,20 @@ class Thinking:
             kwargs["past_key_values"] = DynamicCache()
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which before 4.49 does not pass on what it does not know."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        return {"thought_length": kwargs.get("thought_length"), **inputs}
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if hasattr(self, "loss_function"):
+            return self.loss_function(logits, labels, self.config.vocab_size)
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # before 4.46
+
     def _check_cache(self, cache: Any) -> None:
         if self.training and self.model.gradient_checkpointing:
             raise ValueError("Gradient checkpointing drops the cache that thoughts need: pass thought_length=0.")
-        if not isinstance(cache, DynamicCache) or any(cache.is_sliding):
+        if not isinstance(cache, DynamicCache) or any(getattr(cache, "is_sliding", ())):
             raise ValueError(
                 "To think, past_key_values must keep every token: pass DynamicCache() without a configuration, or "
                 "nothing; leave cache_implementation unset. Pass thought_length=0 for a model that does not think."
@@ -233,7 +256,7 @@ class Thinking:
             return torch.zeros(visible.shape, dtype=dtype, device=at.device).masked_fill(~visible, lowest)[:, None]
 
         window = getattr(self.config, "sliding_window", None)
-        if self.mask_per_layer_type:
+        if self.mask_per_layer_type and masking_utils is not None:
             return {"full_attention": mask(None), "sliding_attention": mask(window)}
         return mask(window)
 
@@ -287,7 +310,9 @@ class QuietStarQwen2ForCausalLM(Thinking, Qwen2ForCausalLM):
     mask_per_layer_type = True
 
 
-class QuietStarQwen3ForCausalLM(Thinking, Qwen3ForCausalLM):
-    """A Qwen3 that thinks."""
+if Qwen3ForCausalLM is not None:
 
-    mask_per_layer_type = True
+    class QuietStarQwen3ForCausalLM(Thinking, Qwen3ForCausalLM):
+        """A Qwen3 that thinks."""
+
+        mask_per_layer_type = True
