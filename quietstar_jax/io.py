@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import shutil
 import socket
 import tempfile
 import time
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +29,7 @@ from etils import epath
 from quietstar_jax.errors import ConfigError
 
 AnyPath: TypeAlias = os.PathLike[str]  # local or an URL of etils.epath
+STORES = {"gs": "gcsfs", "s3": "s3fs"}  # schemes of URLs, and the package that etils reads them with
 TEMPORARY = ".partial"  # how the name of a file ends that is being written
 ABANDONED_SECONDS = 3600  # a temporary file of another machine that has not changed for so long has no writer
 
@@ -34,6 +37,41 @@ ABANDONED_SECONDS = 3600  # a temporary file of another machine that has not cha
 def is_url(path: AnyPath | str) -> bool:
     """Whether a path is on an object store, such as gs://."""
     return "://" in os.fspath(path)
+
+
+def place(text: str, name: str) -> Any:
+    """The path that a user gave: a `pathlib.Path`, or a path of etils for a URL of an object store.
+
+    Args:
+      name: of the setting or flag, for messages.
+
+    Raises:
+      ConfigError: its scheme is unknown, the package for it is missing, or nothing can have this path.
+    """
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
+    scheme = found[1] if found else ""
+    if scheme in STORES:
+        if not re.match(rf"{scheme}://[^/]+", text):
+            raise ConfigError(f"{name} {text!r} names no bucket. Write {scheme}://BUCKET/FOLDER.")
+        packages = ("tensorflow", STORES[scheme])  # etils reads with either
+        if not any(importlib.util.find_spec(package) for package in packages):
+            raise ConfigError(f"{name} {text!r} needs the package {STORES[scheme]}: pip install {STORES[scheme]}.")
+        return epath.Path(text)
+    address = urllib.parse.urlsplit(text) if scheme == "file" else None
+    if scheme and (address is None or address.netloc not in ("", "localhost")):
+        raise ConfigError(
+            f"{name} {text!r}: {scheme}: is no scheme that can be used. Give a folder, file:///FOLDER, "
+            f"{' or '.join(f'{store}://BUCKET/FOLDER' for store in STORES)}."
+        )
+    try:
+        path = Path(urllib.parse.unquote(address.path) if address else text).expanduser()
+        if "\0" in str(path):
+            raise ValueError("it holds a NUL byte")
+    except (RuntimeError, ValueError) as error:  # RuntimeError: no such user
+        raise ConfigError(f"{name} {text!r} cannot be a path: {error}.") from error
+    if path.absolute().parts[1:2] in (("gs",), ("s3",), ("az",), ("hf",)):  # a URL to etils
+        raise ConfigError(f"{name} {text!r}: checkpoints cannot be in this folder of the root. Choose another.")
+    return path
 
 
 @contextlib.contextmanager

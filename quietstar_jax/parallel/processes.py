@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # the store of the processes has no public name; orbax uses it as well
 from jax.experimental import multihost_utils
 
 from quietstar_jax.config import DistributedConfig
 from quietstar_jax.errors import START_AGAIN, ConfigError, PreemptedError, UserError, bounded
+
+_GATHERED = itertools.count()
 
 
 def start(config: DistributedConfig) -> None:
@@ -73,6 +79,40 @@ def _reach(coordinator: str, seconds: int) -> None:
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
     return jax.process_index() == 0
+
+
+def gather(text: str) -> list[str]:
+    """The texts of all processes, in their order, on all. Needs no device; all must call it equally often."""
+    if jax.process_count() == 1:
+        return [text]
+    store: Any = distributed.global_state.client
+    folder, wait = f"quietstar_jax/gather/{next(_GATHERED)}/", 24 * 3600 * 1000
+    store.key_value_set(f"{folder}{jax.process_index()}", f"={text}")
+    texts = [store.blocking_key_value_get(f"{folder}{i}", wait)[1:] for i in range(jax.process_count())]
+    store.wait_at_barrier(f"{folder}read", wait)  # the first process keeps the store, and may be about to end
+    return texts
+
+
+def from_first(make: Callable[[], str]) -> str:
+    """What `make` returns on the first process, on all.
+
+    Raises:
+      UserError: `make` raised it on the first process; the others raise it with its message and status.
+    """
+    said, raised = ["", ""], None
+    if is_first():
+        try:
+            said = ["", make()]
+        except UserError as error:
+            said, raised = [str(error.status), str(error)], error
+    status, text = json.loads(gather(json.dumps(said))[0])
+    if raised:
+        raise raised
+    if status:
+        theirs = UserError(text)
+        theirs.status = int(status)
+        raise theirs
+    return text
 
 
 def agree(value: bool) -> bool:

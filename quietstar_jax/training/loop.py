@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
-from quietstar_jax.errors import ConfigError, DataError, DivergedError, PreemptedError
+from quietstar_jax.errors import DataError, DivergedError, PreemptedError
 from quietstar_jax.io import write_json
 from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.layout import Reader, find_reader
@@ -27,6 +26,7 @@ from quietstar_jax.training.metrics import MetricsWriter
 from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare, start_optimizer
 from quietstar_jax.training.step import Batch, TrainState, TrainStep, compile_train_step
 from quietstar_jax.training.summary import config_hash, most_helpful_thoughts
+from quietstar_jax.training.workdir import Workdir, open_workdir
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -40,35 +40,36 @@ def train(config: Config) -> dict[str, Any]:
     """
     processes.start(config.distributed)
     run = prepare(config)
-    with jax.set_mesh(run.mesh), PreemptionNotice() as notice:
-        return _train(run, notice)
+    with open_workdir(config) as workdir, jax.set_mesh(run.mesh), PreemptionNotice() as notice:
+        return _train(run, workdir, notice)
 
 
-def _train(run: Run, notice: PreemptionNotice) -> dict[str, Any]:
+def _train(run: Run, workdir: Workdir, notice: PreemptionNotice) -> dict[str, Any]:
     config, reader, first = run.config, find_reader(run.mesh), processes.is_first()
-    workdir = make_workdir(config)
+    folder = workdir.path
     sequences = training_sequences(
         config.data, run.tokenizer, seed=config.seed, process_index=reader.index, process_count=reader.count
     )
     held_out = held_out_batches(run)
     ends = [end for _, _, end in phases_left(config, 0)] if config.checkpoint.keep_phase_ends else []
-    with Checkpoints(workdir / "checkpoints", config.checkpoint, ends) as checkpoints:
+    with Checkpoints(folder / "checkpoints", config.checkpoint, ends) as checkpoints:
         state = resume_or_start(run, checkpoints, sequences)
         if first:
-            run.tokenizer.save(workdir / "tokenizer")
-            write_json(workdir / "config.json", run.record)
+            run.tokenizer.save(folder / "tokenizer")
+            write_json(folder / "config.json", run.record)
         with MetricsWriter(
-            workdir, config.logging, first_step=int(state.step), total_steps=config.total_steps,
+            folder, config.logging, first_step=int(state.step), total_steps=config.total_steps,
             run_config=run.record["config"], silent=not first,
         ) as metrics:  # fmt: skip
-            trainer = Trainer(run, reader, sequences, held_out, checkpoints, metrics, notice)
+            trainer = Trainer(run, reader, sequences, held_out, checkpoints, metrics, workdir, notice)
             try:
                 state = trainer.run_phases(state)
             finally:
                 sequences.close()
-            summary = trainer.final_summary(state, workdir)
+            summary = trainer.final_summary(state, folder)
     if first:
-        write_json(workdir / "summary.json", summary)
+        workdir.check()
+        write_json(folder / "summary.json", summary)
     return summary
 
 
@@ -89,22 +90,6 @@ def held_out_batches(run: Run) -> list[dict[str, np.ndarray]]:
             "Give other files, or set it to () to train without held-out text."
         )
     return batches
-
-
-def make_workdir(config: Config) -> Path:
-    """Creates the work directory.
-
-    Raises:
-      ConfigError: it cannot be written to.
-    """
-    workdir = Path(config.workdir).expanduser()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"config.workdir {workdir} cannot be created: {error}. Choose another folder.") from error
-    if not os.access(workdir, os.W_OK):
-        raise ConfigError(f"config.workdir {workdir} cannot be written to. Choose another folder.")
-    return workdir
 
 
 def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceIterator) -> TrainState:
@@ -132,10 +117,10 @@ class Trainer:
 
     def __init__(
         self, run: Run, reader: Reader, sequences: SequenceIterator, held_out: list[Any], checkpoints: Checkpoints,
-        metrics: MetricsWriter, notice: PreemptionNotice,
+        metrics: MetricsWriter, workdir: Workdir, notice: PreemptionNotice,
     ):  # fmt: skip
         self._run, self._reader, self._sequences, self._held_out = run, reader, sequences, held_out
-        self._checkpoints, self._metrics, self._notice = checkpoints, metrics, notice
+        self._checkpoints, self._metrics, self._workdir, self._notice = checkpoints, metrics, workdir, notice
         settings = evaluation_settings(run.config, run.vocabulary)
         self._scorer = make_token_scorer(run.structure, run.architecture, settings)
         self._measured: Any = None  # (step, held-out figures, token scores)
@@ -178,6 +163,7 @@ class Trainer:
 
     def _save(self, state: TrainState) -> None:
         self._read_metrics()  # a state with a value that is not finite is never saved
+        self._workdir.check()
         self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
 
     def _leave_if_told(self, state: TrainState) -> None:
@@ -254,7 +240,7 @@ class Trainer:
             self._measured = (step, values, scores)
         return self._measured[1]
 
-    def final_summary(self, state: TrainState, workdir: Path) -> dict[str, Any]:
+    def final_summary(self, state: TrainState, folder: Path) -> dict[str, Any]:
         """The held-out figures after the last step, sample thoughts, and where things are."""
         summary: dict[str, Any] = {"step": int(state.step), "seed": self._run.config.seed}
         if self._held_out:
@@ -263,6 +249,6 @@ class Trainer:
             summary["sample_thoughts"] = most_helpful_thoughts(scores, self._held_out, self._run.tokenizer)
         names = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "summary": "summary.json"}
         summary["config_hash"] = config_hash(self._run.config)
-        summary["paths"] = {name: str(workdir / file) for name, file in names.items()}
+        summary["paths"] = {name: str(folder / file) for name, file in names.items()}
         summary["parameters"] = int(sum(np.prod(value.shape) for value in state.params.values()))
         return summary

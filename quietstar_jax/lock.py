@@ -1,0 +1,215 @@
+"""A lock that hosts share: a file that names its holder, which gives a sign of life every few seconds.
+
+It needs neither locks of the file system nor clocks that agree, so it works on NFS, FUSE mounts and object stores. A
+holder that is killed leaves its file: the next run takes it over at once where the process is gone from this machine,
+and after `STALE_SECONDS` without a sign of life elsewhere. A holder that was only suspended finds another name in the
+file, and stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from quietstar_jax import io
+from quietstar_jax.errors import START_AGAIN, UserError
+
+BEAT_SECONDS = 5.0  # between signs of life
+STALE_SECONDS = 60.0  # without one, the holder is taken for dead
+SETTLE_SECONDS = 1.0  # after which a name in the file is that of the only one who wrote it
+
+
+class LockedError(UserError):
+    """Another process holds the lock. Started again later, the run may get it: status 75 where the holder is on
+    another machine (it may be the run before this one, still saving), 2 where it is on this one."""
+
+
+class GoneError(UserError):
+    """The folder of the lock has disappeared."""
+
+
+class Lock:
+    """Holds a file, and so the folder around it; a context manager.
+
+    Args:
+      path: local or a URL; its folder exists.
+      name: of the folder, for messages.
+      say: receives a line when this waits for another holder or takes over from it.
+    """
+
+    def __init__(self, path: io.AnyPath, name: str, say: Callable[[str], None]):
+        self.nonce = uuid.uuid4().hex
+        self._path, self._name, self._say, self._url = path, name, say, io.is_url(path)
+        self._beats, self._taken_by, self._started = 0, "", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat_until_stopped, name="lock", daemon=True)
+
+    def __enter__(self) -> Lock:
+        self._acquire()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if read(self._path)[0].get("nonce") == self.nonce:
+                epath.Path(self._path).unlink()
+
+    def check(self) -> None:
+        """Call before anything is written that another holder would miss or mix up.
+
+        Raises:
+          LockedError: another process took over.
+          GoneError: the folder is gone.
+        """
+        try:
+            self._renew()
+        except GoneError:
+            raise
+        except Exception:
+            pass  # of the disk or the network: what is written next fails as well, and says why
+        if self._taken_by:
+            raise LockedError(
+                f"{self._name} was taken over by {self._taken_by}: this run gave no sign of life for "
+                f"{STALE_SECONDS:.0f} s. It stops here and writes nothing more; the other one continues."
+            )
+
+    def _acquire(self) -> None:
+        """Waits while it is not known whether the holder lives.
+
+        Raises:
+          LockedError: it does.
+        """
+        watched, until = None, 0.0
+        while not self._create():
+            holder, mark = read(self._path)
+            if mark is None:  # released in between
+                continue
+            if is_gone(holder):
+                self._say(f"{self._name}: {describe(holder)} is gone; this run takes over.")
+            elif watched is None:
+                watched, until = mark, time.monotonic() + STALE_SECONDS
+                self._say(
+                    f"{self._name} is in use by {describe(holder)}. Waiting at most {STALE_SECONDS:.0f} s for a "
+                    "sign of life; without one, this run takes over."
+                )
+                continue
+            elif mark != watched:
+                error = LockedError(
+                    f"{self._name} is in use by {describe(holder)}, which is alive. Wait until it ends, stop it, or "
+                    "choose another workdir: two runs in one would destroy each other's checkpoints."
+                )
+                error.status = LockedError.status if holder.get("machine") == io.machine() else START_AGAIN
+                raise error
+            elif time.monotonic() < until:
+                time.sleep(0.2 if not self._url else 2)
+                continue
+            else:
+                self._say(f"{self._name}: no sign of life of {describe(holder)}; this run takes over.")
+            if read(self._path)[1] == mark and self._write():
+                return
+            watched = None
+
+    def _create(self) -> bool:
+        """Makes the file, unless it is there."""
+        if self._url:
+            return not epath.Path(self._path).exists() and self._write()
+        path = Path(self._path)
+        try:
+            file = path.open("x", encoding="utf-8")
+        except FileExistsError:
+            return False
+        try:
+            with file:
+                file.write(self._text())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return True
+
+    def _write(self) -> bool:
+        """Puts our name into the file; whether it is still there when every other one who tries has written, too."""
+        io.write_text(self._path, self._text())
+        time.sleep(SETTLE_SECONDS)
+        return read(self._path)[0].get("nonce") == self.nonce
+
+    def _text(self) -> str:
+        return json.dumps({
+            "host": socket.gethostname(), "process": os.getpid(), "started": self._started, "machine": io.machine(),
+            "process_started": process_start(os.getpid()), "nonce": self.nonce, "beats": self._beats,
+        }) + "\n"  # fmt: skip
+
+    def _beat_until_stopped(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS) and not self._taken_by:
+            with contextlib.suppress(Exception):  # the next one may succeed
+                self._renew()
+
+    def _renew(self) -> None:
+        """A sign of life, unless the file names another one."""
+        holder, mark = read(self._path)
+        if mark is None:
+            if self._url or Path(self._path).parent.is_dir():
+                self._create()  # only the file was removed
+            else:
+                raise GoneError(f"{self._name} has disappeared: nothing can be saved. Bring it back and run again.")
+        elif holder.get("nonce") != self.nonce:
+            self._taken_by = describe(holder)
+        elif self._url:
+            self._beats += 1
+            io.write_text(self._path, self._text())
+        else:
+            os.utime(self._path)  # needs no space on the disk
+
+
+def read(path: io.AnyPath) -> tuple[dict[str, Any], Any]:
+    """The holder of a lock, empty where its file says nothing; and what changes with each sign of life, None where
+    there is no file."""
+    try:
+        if io.is_url(path):
+            text, changed = epath.Path(path).read_text(), 0
+        else:
+            with Path(path).open(encoding="utf-8", errors="replace") as file:  # opened: NFS then asks its server
+                text, changed = file.read(), os.fstat(file.fileno()).st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, None
+    try:
+        holder = json.loads(text)
+    except ValueError:
+        holder = {}
+    return holder if isinstance(holder, dict) else {}, (text, changed)
+
+
+def describe(holder: dict[str, Any]) -> str:
+    """The holder, for messages."""
+    if "process" not in holder:
+        return "another process"
+    return f"process {holder['process']} on {holder.get('host')}, started {holder.get('started')}"
+
+
+def is_gone(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine, and has ended; its id may belong to another one by now."""
+    if holder.get("machine") != io.machine() or not isinstance(holder.get("process"), int):
+        return False
+    process, started = holder["process"], holder.get("process_started")
+    return not io.process_exists(process) or process_start(process) not in ("", started)
+
+
+def process_start(process: int) -> str:
+    """When a process began, in ticks since the start of the machine; empty where that is not known."""
+    try:
+        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "ended" if state in "ZX" else fields[18]
