@@ -36,6 +36,21 @@ need() {
   done
 }
 
+# Refuses a --config.workdir that only one host has. FOLDER begins the paths that all hosts see; empty = relative ones too.
+need_shared_workdir() { # FOLDER
+  local argument workdir="" given=false
+  for argument in "${ARGUMENTS[@]}"; do
+    if $given || [[ $argument == --config.workdir=* ]]; then workdir=${argument#--config.workdir=}; fi
+    if [[ $argument == --config.workdir ]]; then given=true; else given=false; fi
+  done
+  case $workdir in
+    "" | *://*) ;; # the one of the configuration, which the run itself tries; an object store
+    /tmp | /tmp/* | /var/tmp/* | /dev/shm/*) fail "config.workdir $workdir is another folder on each host. Choose one that all share" ;;
+    "${1%/}"/* | "$1"*) ;;
+    *) fail "config.workdir $workdir is another folder on each host. Choose one under $1, which all share, or gs://BUCKET/FOLDER" ;;
+  esac
+}
+
 # The arguments as one line that a shell reads back as they were.
 quote() {
   local word line=""

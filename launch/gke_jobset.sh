@@ -23,6 +23,7 @@ GRACE_SECONDS=${GRACE_SECONDS:-300} # to save in; a Spot node leaves 25 of them
 
 parse_arguments "$@"
 need NAME NAMESPACE IMAGE CLAIM ACCELERATOR TOPOLOGY CHIPS_PER_HOST SLICES GRACE_SECONDS
+need_shared_workdir /runs/
 [[ $TOPOLOGY =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || fail "TOPOLOGY is $TOPOLOGY; it looks like 4x4 or 2x2x4"
 chips=$((${TOPOLOGY//x/*}))
 ((chips % CHIPS_PER_HOST == 0)) || fail "TOPOLOGY $TOPOLOGY has $chips chips, no multiple of CHIPS_PER_HOST $CHIPS_PER_HOST"

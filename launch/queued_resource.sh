@@ -26,6 +26,7 @@ IDLE_SECONDS=${IDLE_SECONDS:-1800} # slices that are there, but run nothing and 
 
 parse_arguments "$@"
 need PROJECT ZONE NAME ACCELERATOR_TYPE RUNTIME_VERSION SLICES SOURCE SHARED POLL_SECONDS IDLE_SECONDS
+need_shared_workdir /runs/
 
 queued=(gcloud compute tpus queued-resources)
 where=(--project="$PROJECT" --zone="$ZONE" --quiet)

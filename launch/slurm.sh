@@ -24,6 +24,7 @@ LOGS=${LOGS:-$REPOSITORY/runs/logs}
 
 parse_arguments "$@"
 need NAME NODES GPUS CPUS TIME SAVE_SECONDS REPOSITORY PYTHON LOGS
+((NODES == 1)) || need_shared_workdir ""
 
 # srun does not take --cpus-per-task over from sbatch
 step=(srun --cpus-per-task="$CPUS" --kill-on-bad-exit=0 --gpu-bind=none "$REPOSITORY/launch/slurm_task.sh")

@@ -36,6 +36,7 @@ if ! $DRY_RUN; then
   trap 'TOLD_TO_LEAVE=true; exit "$START_AGAIN"' TERM INT # until `again` sets its own
 fi
 need SHARED PYTHON_VERSION
+need_shared_workdir /runs/
 
 run cd "$here/.."
 run rm -f exit_status

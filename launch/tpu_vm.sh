@@ -20,6 +20,7 @@ SHARED=${SHARED:-} # NFS export (Filestore), mounted at /runs on every host; giv
 
 parse_arguments "$@"
 need PROJECT ZONE NAME SOURCE SHARED
+need_shared_workdir /runs/
 
 on() {
   run gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --quiet --worker="$1" --command="$2" </dev/null

@@ -21,6 +21,7 @@ GRACE_SECONDS=${GRACE_SECONDS:-300}
 
 parse_arguments "$@"
 need PROJECT ZONE CLUSTER NAME IMAGE TPU_TYPE SLICES PRIORITY GRACE_SECONDS
+need_shared_workdir /
 
 # xpk starts a workload again that ended with 42 or 127 .. 255, and with what is named here.
 run xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$NAME" \
