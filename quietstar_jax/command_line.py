@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from quietstar_jax.config import Config
 from quietstar_jax.config_file import read_config
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.io import is_url, place
 from quietstar_jax.settings import LARGEST_INTEGER, shown, text_problem
 
 
@@ -56,13 +57,21 @@ def integer_from(least: int) -> Callable[[str], int]:
 
 
 def path(text: str) -> Path:
-    """The type of an argument: a path, where `~` is the home folder."""
+    """The type of an argument: a local path, where `~` is the home folder."""
+    found = path_or_url(text)
+    if is_url(found):
+        raise argparse.ArgumentTypeError(f"is {shown(text)}; it takes a path on this machine, not a URL")
+    return Path(found)
+
+
+def path_or_url(text: str) -> Any:
+    """The type of an argument: as `path`, or a URL of an object store."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; it takes a path")
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"is {shown(text)}: {error}") from error
+        return place(text, "is")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_with_config(parser: CommandParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:

@@ -6,7 +6,7 @@ import sys
 
 import jax
 
-from quietstar_jax.command_line import CommandParser, integer_from, path
+from quietstar_jax.command_line import CommandParser, integer_from, path, path_or_url
 from quietstar_jax.errors import run_command
 from quietstar_jax.hf.save import DTYPES, FORMATS, ExportOptions
 from quietstar_jax.training.export import export
@@ -15,7 +15,9 @@ from quietstar_jax.training.export import export
 def main(arguments: list[str]) -> None:
     """Exports, then says what came of it."""
     parser = CommandParser(prog="python -m quietstar_jax.export", description=__doc__)
-    parser.add_argument("--checkpoint", type=path, required=True, help="a run's workdir, or its checkpoints folder")
+    parser.add_argument(
+        "--checkpoint", type=path_or_url, required=True, help="a run's workdir, or its checkpoints folder"
+    )
     parser.add_argument("--output", type=path, required=True, help="folder to be made")
     parser.add_argument("--format", choices=FORMATS, required=True, help="with thoughts, or the plain decoder")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

@@ -27,6 +27,7 @@ from absl import logging
 from etils import epath
 
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.settings import shown
 
 AnyPath: TypeAlias = os.PathLike[str]  # local or an URL of etils.epath
 STORES = {"gs": "gcsfs", "s3": "s3fs"}  # schemes of URLs, and the package that etils reads them with
@@ -52,15 +53,15 @@ def place(text: str, name: str) -> Any:
     scheme = found[1] if found else ""
     if scheme in STORES:
         if not re.match(rf"{scheme}://[^/]+", text):
-            raise ConfigError(f"{name} {text!r} names no bucket. Write {scheme}://BUCKET/FOLDER.")
+            raise ConfigError(f"{name} {shown(text)} names no bucket. Write {scheme}://BUCKET/FOLDER.")
         packages = ("tensorflow", STORES[scheme])  # etils reads with either
         if not any(importlib.util.find_spec(package) for package in packages):
-            raise ConfigError(f"{name} {text!r} needs the package {STORES[scheme]}: pip install {STORES[scheme]}.")
+            raise ConfigError(f"{name} {shown(text)} needs the package {STORES[scheme]}: pip install {STORES[scheme]}.")
         return epath.Path(text)
     address = urllib.parse.urlsplit(text) if scheme == "file" else None
     if scheme and (address is None or address.netloc not in ("", "localhost")):
         raise ConfigError(
-            f"{name} {text!r}: {scheme}: is no scheme that can be used. Give a folder, file:///FOLDER, "
+            f"{name} {shown(text)}: {scheme}: is no scheme that can be used. Give a folder, file:///FOLDER, "
             f"{' or '.join(f'{store}://BUCKET/FOLDER' for store in STORES)}."
         )
     try:
@@ -68,9 +69,9 @@ def place(text: str, name: str) -> Any:
         if "\0" in str(path):
             raise ValueError("it holds a NUL byte")
     except (RuntimeError, ValueError) as error:  # RuntimeError: no such user
-        raise ConfigError(f"{name} {text!r} cannot be a path: {error}.") from error
+        raise ConfigError(f"{name} {shown(text)} cannot be a path: {error}.") from error
     if path.absolute().parts[1:2] in (("gs",), ("s3",), ("az",), ("hf",)):  # a URL to etils
-        raise ConfigError(f"{name} {text!r}: checkpoints cannot be in this folder of the root. Choose another.")
+        raise ConfigError(f"{name} {shown(text)}: checkpoints cannot be in this folder of the root. Choose another.")
     return path
 
 
@@ -189,6 +190,31 @@ class JsonLinesWriter:
         else:
             self._path.write_bytes(self._text)
             self._written = time.monotonic()
+
+
+@contextlib.contextmanager
+def folder_to_write(path: AnyPath) -> Iterator[Path]:
+    """A local folder to write files to: `path`, or one whose files are then copied to the object store."""
+    if not is_url(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        for item in Path(folder).iterdir():
+            (epath.Path(path) / item.name).write_bytes(item.read_bytes())
+
+
+@contextlib.contextmanager
+def folder_to_read(path: AnyPath) -> Iterator[Path]:
+    """A local folder with the files of `path`: itself, or a copy of what the object store has."""
+    if not is_url(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for item in epath.Path(path).iterdir():
+            (Path(folder) / item.name).write_bytes(item.read_bytes())
+        yield Path(folder)
 
 
 def lock_file(file: IO[bytes], path: Path) -> None:

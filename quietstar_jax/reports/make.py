@@ -11,6 +11,7 @@ from quietstar_jax.data.documents import joined, open_documents
 from quietstar_jax.data.pipeline import VALIDATION_SEED
 from quietstar_jax.data.sources import SYNTHETIC
 from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.io import place
 from quietstar_jax.reports.checkpoint_page import Observed, checkpoint_page
 from quietstar_jax.reports.observe import cut_windows, longest_window, observe
 from quietstar_jax.reports.study_page import study_page
@@ -86,7 +87,7 @@ def report_checkpoint(path: str, options: TextOptions, step: int | None = None) 
     seen = observe(model, settings, windows, samples=options.samples, seed=options.seed)
     about = SYNTHETIC_TEXT if SYNTHETIC in options.data else ""
     notes = _notes(model, options, length, shown=windows[-1].document + 1, available=len(source))
-    folder = Path(path).expanduser()
+    folder = place(str(path), "The model")
     metrics = [record for record in _metrics(folder) if model.step is None or record["step"] <= model.step]
     return checkpoint_page(Observed(model, settings, windows, seen, about, notes), metrics)
 

@@ -15,7 +15,7 @@ import numpy as np
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
 from quietstar_jax.errors import DataError, DivergedError, PreemptedError
-from quietstar_jax.io import write_json
+from quietstar_jax.io import folder_to_write, write_json
 from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.layout import Reader, find_reader
 from quietstar_jax.parallel.preemption import PreemptionNotice
@@ -55,7 +55,8 @@ def _train(run: Run, workdir: Workdir, notice: PreemptionNotice) -> dict[str, An
     with Checkpoints(folder / "checkpoints", config.checkpoint, ends) as checkpoints:
         state = resume_or_start(run, checkpoints, sequences)
         if first:
-            run.tokenizer.save(folder / "tokenizer")
+            with folder_to_write(folder / "tokenizer") as local:
+                run.tokenizer.save(local)
             write_json(folder / "config.json", run.record)
         with MetricsWriter(
             folder, config.logging, first_step=int(state.step), total_steps=config.total_steps,

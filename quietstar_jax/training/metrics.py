@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from quietstar_jax.config import LoggingConfig
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.io import JsonLinesWriter, read_json_lines, write_text
+from quietstar_jax.io import JsonLinesWriter, is_url, read_json_lines, write_text
 
 
 class MetricsWriter:
@@ -96,6 +96,8 @@ def _keep_until(path: Path, step: int) -> set[tuple[str, int]]:
 
 class _TensorBoard:
     def __init__(self, workdir: Path, first_step: int):
+        if is_url(workdir):
+            raise ConfigError("config.logging.tensorboard takes a local workdir. Switch it off; metrics.jsonl has all.")
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
@@ -121,7 +123,11 @@ class _WeightsAndBiases:
                 "config.logging.wandb_project is set but wandb is missing: pip install 'quietstar_jax[logging]'."
             ) from error
         self._run = wandb.init(
-            project=project, dir=str(workdir), config=run_config, id=_kept_id(workdir / "wandb_id"), resume="allow"
+            project=project,
+            dir=None if is_url(workdir) else str(workdir),
+            config=run_config,
+            id=_kept_id(workdir / "wandb_id"),
+            resume="allow",
         )
 
     def write(self, values: Mapping[str, float], step: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from quietstar_jax.config import Phase
 from quietstar_jax.hf.save import ExportOptions
+from quietstar_jax.io import read_json_lines
 from quietstar_jax.settings import to_mapping
 from quietstar_jax.training.saved_run import SavedRun
 
@@ -71,7 +72,7 @@ def model_card(run: SavedRun, options: ExportOptions) -> str:
 
 def measurements(run: SavedRun) -> dict[str, Any]:
     """The run's figures on held-out text at the exported step; empty where it did not measure then."""
-    for record in reversed(_records(run.workdir / "metrics.jsonl")):
+    for record in reversed(read_json_lines(run.workdir / "metrics.jsonl")):
         if record.get("kind") == "evaluation" and record.get("step") == run.step:
             return {name: record[name] for name in MEASURED if name in record}
     return {}
@@ -123,16 +124,3 @@ def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _last_part(name: str) -> str:
     """The last part of a path that begins at a root, a home or a parent; a hub id or `tfds:...` stays as it is."""
     return Path(name).name if name.startswith(("/", "~", ".")) else name
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last one that was cut short is left out."""
-    records = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records

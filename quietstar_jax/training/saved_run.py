@@ -19,6 +19,7 @@ from quietstar_jax.config import Architecture, Config
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.hf.names import Shape, Target
+from quietstar_jax.io import folder_to_read
 from quietstar_jax.settings import from_mapping
 from quietstar_jax.training.step import Vocabulary
 
@@ -137,8 +138,9 @@ def run_tokenizer(run: SavedRun) -> Tokenizer:
     """
     folder = run.workdir / "tokenizer"
     try:
-        return load_tokenizer(str(folder))
-    except DataError as error:
+        with folder_to_read(folder) as local:
+            return load_tokenizer(str(local))
+    except (DataError, OSError) as error:
         raise CheckpointError(
             f"The run keeps its tokenizer in {folder}, and that cannot be used: {error} Copy the run as a whole."
         ) from error

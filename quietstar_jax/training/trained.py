@@ -24,6 +24,7 @@ from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.generation import stops_and_suppressed
 from quietstar_jax.hf.load import Info, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries
+from quietstar_jax.io import is_url, place
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import Structure
 from quietstar_jax.parallel.mesh import check_kernels
@@ -147,15 +148,16 @@ def open_model(
     if dtype not in DTYPES:
         raise ConfigError(f"The dtype is {dtype!r}; it takes one of {', '.join(DTYPES)}.")
     check_kernels(prefix_attention, jax.devices()[0])
-    folder = Path(path).expanduser()
+    folder = place(str(path), "The model")
     if is_run(folder):
         if revision:
             raise CheckpointError(f"{path} is a run and has no revision {revision!r}. Leave the revision out.")
         model = _of_run(str(path), open_run(folder, step), dtype, layout)
         return dataclasses.replace(model, prefix_attention=prefix_attention)
-    if step is not None:
+    if step is not None or is_url(folder):
         raise CheckpointError(
-            f"{path} is not a run with checkpoints, so it has no step {step}. Leave the step out, or give a workdir."
+            f"{path} is not a run with checkpoints, so it has no step{'' if step is None else f' {step}'}. "
+            "Give the workdir of a run, or leave the step out and give a folder or hub id."
         )
     model = _of_files(str(path), open_checkpoint(str(path), revision), revision, dtype, layout)
     return dataclasses.replace(model, prefix_attention=prefix_attention)

@@ -16,7 +16,12 @@ from quietstar_jax.errors import MEND_FIRST, START_AGAIN
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SCRIPTS = ("local", "slurm", "gke_jobset", "xpk", "tpu_host", "tpu_vm", "queued_resource")
-AWKWARD = ["--config", "configs/a.py", "--config.data.train=('my text/*.jsonl',)", """--config.workdir=/runs/a"b$c'd\\e"""]
+AWKWARD = [
+    "--config",
+    "configs/a.py",
+    "--config.data.train=('my text/*.jsonl',)",
+    """--config.workdir=/runs/"b$c'd\\e""",
+]
 VARIABLES = {
     "PROJECT": "p", "ZONE": "us-west4-a", "CLUSTER": "c", "IMAGE": "i/q:1", "CLAIM": "runs",
     "SOURCE": "gs://b/q.tar.gz", "SHARED": "10.0.0.2:/runs",
@@ -75,7 +80,13 @@ def test_a_dry_run_touches_nothing_and_is_shell_again(script, tmp_path):
 @pytest.mark.parametrize("form", ["--config.workdir={}", "--config.workdir {}"])
 def test_a_work_directory_that_only_one_host_has_is_refused(script, form):
     def ended(workdir: str) -> subprocess.CompletedProcess:
-        arguments = ["--config", "c.py", "--config.workdir=/runs/overridden", *form.format(workdir).split(" "), "--more"]
+        arguments = [
+            "--config",
+            "c.py",
+            "--config.workdir=/runs/overridden",
+            *form.format(workdir).split(" "),
+            "--more",
+        ]
         return launch(script, "--dry-run", *arguments, NODES="2")
 
     relative = () if script == "slurm" else ("runs/mine",)  # where the repository is shared, so is a folder in it
