@@ -227,7 +227,7 @@ class Trainer:
                 f"useful thoughts {values['useful_thought_rate']:.1%} "
                 f"({values['useful_sampled_thought_rate']:.1%} of sampled ones)"
             )
-        self._metrics.say(line)
+        self._metrics.say(f"{line} ({values['tokens']:,} held-out tokens)")
 
     def _measure(self, state: TrainState) -> dict[str, Any]:
         """The held-out figures of a state; those of the newest one are remembered."""

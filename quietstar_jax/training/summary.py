@@ -63,7 +63,8 @@ def config_hash(config: Config) -> str:
 
 def format_summary(summary: Mapping[str, Any]) -> str:
     """The table that ends a run."""
-    lines = ["", f"{'held-out text':<34}{'without thoughts':>18}{'with thoughts':>16}"]
+    counted = f"held-out text, {summary['tokens']:,} tokens" if summary.get("tokens") else "held-out text"
+    lines = ["", f"{counted:<34}{'without thoughts':>18}{'with thoughts':>16}"]
 
     def row(label: str, name: str, unit: str, scale: float = 1.0) -> None:
         pair = [summary.get(f"{name}_{kind}_thoughts") for kind in ("without", "with")]
