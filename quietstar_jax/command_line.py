@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
+import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ from quietstar_jax.config_file import read_config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.io import is_url, place
 from quietstar_jax.settings import LARGEST_INTEGER, shown, text_problem
+
+MOST_AT_ONCE = 2**16  # texts of a batch
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -36,24 +40,26 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Called by `argparse`."""
-        raise ConfigError(f"{message.removeprefix('argument ')}. {self.prog} --help lists all options.")
+        message = re.sub("^argument (.*?): is ", r"\1 is ", message).removeprefix("argument ")
+        raise ConfigError(f"{message}. {self.prog} --help lists all options.")
 
 
-def integer(text: str, least: int = -LARGEST_INTEGER) -> int:
+def integer(text: str, least: int = -LARGEST_INTEGER, most: int = LARGEST_INTEGER) -> int:
     """The type of an argument: a whole number of at most 64 bits."""
     try:
         value = int(text)
     except ValueError:
         value = least - 1
-    if not least <= value <= LARGEST_INTEGER:
-        bound = "at most 64 bits" if least < 0 else f"{least} or more, at most 64 bits"
+    if not least <= value <= most:
+        bound = "at most 64 bits" if least < 0 else f"{least} or more"
+        bound = f"{least} .. {most}" if most < LARGEST_INTEGER else bound
         raise argparse.ArgumentTypeError(f"is {shown(text)}; it takes a whole number ({bound})")
     return value
 
 
-def integer_from(least: int) -> Callable[[str], int]:
-    """The type of an argument: as `integer`, and at least this."""
-    return functools.partial(integer, least=least)
+def integer_from(least: int, most: int = LARGEST_INTEGER) -> Callable[[str], int]:
+    """The type of an argument: as `integer`, within these bounds."""
+    return functools.partial(integer, least=least, most=most)
 
 
 def path(text: str) -> Path:
@@ -72,6 +78,17 @@ def path_or_url(text: str) -> Any:
         return place(text, "is")
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def output_file(text: str) -> Path:
+    """The type of an argument: a file that can be written, which is checked before any work is done."""
+    file = path(text)
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"is {shown(text)}: the folder {folder} is missing. Make it first")
+    if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"is {shown(text)}, which cannot be written. Choose another file")
+    return file
 
 
 def parse_with_config(parser: CommandParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 
-from quietstar_jax.command_line import CommandParser, integer, integer_from, path
+from quietstar_jax.command_line import MOST_AT_ONCE, CommandParser, integer, integer_from, output_file
 from quietstar_jax.config import PREFIX_ATTENTION, TEXT_DOCUMENTS
-from quietstar_jax.errors import ConfigError, run_command
+from quietstar_jax.errors import run_command
 from quietstar_jax.evals.measure import MODES, Options, measure
 from quietstar_jax.evals.questions import ANSWER_KEYS
 from quietstar_jax.evals.table import format_result
@@ -19,8 +19,6 @@ def main(arguments: list[str]) -> None:
     """Measures, then prints a table or one line of JSON."""
     given = vars(_parser().parse_args(arguments))
     as_json, output = given.pop("json"), given.pop("output")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output {output}: the folder {output.absolute().parent} is missing. Make it first.")
     fields = tuple(given.pop("field"))
     result = measure(Options(**given, fields=fields))
     if output is not None:
@@ -44,7 +42,12 @@ def _parser() -> CommandParser:
     add("--dtype", default="float32", help="of the computation: float32, bfloat16")
     add("--prefix-attention", default="auto", help=f"of thoughts: {', '.join(PREFIX_ATTENTION)} (see the README)")
     add("--thought-length", type=integer, default=0, help="sampled tokens of a thought; 0 = as trained")
-    add("--batch-size", type=integer, default=Options.batch_size, help="texts at once, over all devices")
+    add(
+        "--batch-size",
+        type=integer_from(1, MOST_AT_ONCE),
+        default=Options.batch_size,
+        help="texts at once, over all devices",
+    )
     add("--limit", type=integer, default=0, help="questions or texts from the beginning; 0 = all")
     add("--max-length", type=integer, default=0, help="tokens of the longest question; 0 = what the model takes")
     add("--seed", type=integer, default=0, help="of all that is drawn")
@@ -64,7 +67,7 @@ def _parser() -> CommandParser:
     votes.add_argument("--max-tokens", type=integer, default=Options.max_tokens, help="of the steps")
     votes.add_argument("--records", default="", help="file from which a killed run goes on; left out = named here")
     add("--json", action="store_true", help="one JSON object on the last line instead of a table")
-    add("--output", type=path, help="file for the same JSON object")
+    add("--output", type=output_file, help="file for the same JSON object")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
 

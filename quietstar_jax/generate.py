@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from quietstar_jax.command_line import CommandParser, integer, integer_from, path
+from quietstar_jax.command_line import MOST_AT_ONCE, CommandParser, integer, integer_from, path
 from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.generation.batch import Generation, Job, Token
 from quietstar_jax.generation.files import generate_file
@@ -68,7 +68,7 @@ def _parser() -> CommandParser:
     add("--thought-temperature", type=float, default=0.0, help="of the tokens of thoughts")
     add("--seed", type=integer, default=0, help="of sampling")
     add("--stop", action="append", default=[], help=r"text that ends the output, with \n for a line break; repeatable")
-    add("--batch-size", type=integer, help=f"prompts at once; 1, or {FILE_BATCH} from a file")
+    add("--batch-size", type=integer_from(1, MOST_AT_ONCE), help=f"prompts at once; 1, or {FILE_BATCH} from a file")
     add("--max-length", type=integer, help="room for prompt and text in tokens; as needed unless told otherwise")
     add("--dtype", default="float32", help="of the computation: float32, bfloat16")
     add("--step", type=integer_from(0), help="of a run's checkpoint; the newest unless told otherwise")
