@@ -41,7 +41,6 @@ class Generator:
             raise ConfigError(f"max_length is {max_length}; it takes 2 tokens or more.")
         self.model, self.max_length = model, max_length
         self._engine = Engine(model.params, model.structure, model.architecture, model.dtype, batch_size)
-        self._forbidden = _forbidden(model)
 
     @classmethod
     def open(
@@ -199,16 +198,10 @@ class Generator:
             sampled=sampling.temperature > 0,
             nucleus=sampling.temperature > 0 and sampling.top_p < 1,
             thoughts_sampled=bool(length) and sampling.thought_temperature > 0,
-            forbidden=self._forbidden,
+            forbidden=model.forbidden_ids,
             eos_ids=model.eos_ids,
             tokens_per_call=tokens_per_call,
         )
-
-
-def _forbidden(model: TrainedModel) -> tuple[int, ...]:
-    """Ids of the model that are never generated: those of thoughts, and those that are no token of the tokenizer."""
-    known = set(model.tokenizer.fast.get_vocab().values()) - {*model.vocabulary.meta_tokens, *model.suppressed_ids}
-    return tuple(token for token in range(model.architecture.vocab_size) if token not in known)
 
 
 def _key(seed: int, tokens: tuple[int, ...], occurrence: int) -> np.ndarray:

@@ -30,7 +30,7 @@ from quietstar_jax.hf.files import INDEX
 from quietstar_jax.hf.generation import generation_config
 from quietstar_jax.hf.names import Entry, Shape, Target, decoder_entries, parameter_shapes, quietstar_entries, to_theirs
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, write_file
-from quietstar_jax.hf.vocabulary import add_tokens, pad_as_trained
+from quietstar_jax.hf.vocabulary import UNUSED, add_tokens, pad_as_trained
 from quietstar_jax.models.families import architecture_to_hf
 
 FORMATS = ("quietstar", "base")
@@ -63,6 +63,7 @@ class Thoughts:
     mixing: str = "hidden_states"
     start_token: str = "<|startthought|>"
     end_token: str = "<|endthought|>"
+    unused_ids: tuple[int, ...] = ()  # ids of the model that are no token: never in a thought, never generated
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def save(
             folder / "generation_config.json",
             generation_config(
                 generation or {}, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-                suppressed=ids or known,
+                suppressed=(*(ids or known), *thoughts.unused_ids),
             ),
         )  # fmt: skip
         if options.format == "quietstar":
@@ -245,8 +246,9 @@ def _config(
             "thought_token_ids": list(ids),
             "text_vocab_size": architecture.vocab_size,
         }
-        unused = sorted(set(range(architecture.vocab_size, rows)) - set(ids))
-        config |= {"unused_token_ids": unused} if unused else {}  # of the tokenizer, unknown to the model
+        # Rows that are no token, and tokens that the model has no row for.
+        unused = [*thoughts.unused_ids, *sorted(set(range(architecture.vocab_size, rows)) - set(ids))]
+        config |= {UNUSED: unused} if unused else {}
     return config
 
 

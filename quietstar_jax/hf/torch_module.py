@@ -15,6 +15,7 @@ D hidden width, V vocabulary with start and end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ class Thinking:
         prediction after the thought alone).
     thought_token_ids: of start and end, never predicted.
     text_vocab_size: ids below it are those that training knew; start and end may lie above.
+    unused_token_ids: ids that are no token of the tokenizer that training knew, never in a thought; may be left out.
     """
 
     _supports_flash_attn = _supports_flash_attn_2 = False  # chains need masks of their own
@@ -228,7 +230,8 @@ class Thinking:
                 use_cache=True,
             ).last_hidden_state
             if c < length:
-                thoughts.append(self._forbid(self._text_logits(hidden)).argmax(-1))
+                unused = getattr(self.config, "unused_token_ids", None) or []
+                thoughts.append(self._forbid(self._text_logits(hidden), unused).argmax(-1))
                 inputs = self.get_input_embeddings()(thoughts[-1])
             else:
                 inputs = self._meta(self.end_embedding, batch, count)
@@ -279,9 +282,9 @@ class Thinking:
     def _text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)[..., : self.config.text_vocab_size].float()
 
-    def _forbid(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits without the start and end token."""
-        ids = [i for i in self.config.thought_token_ids if i < logits.shape[-1]]
+    def _forbid(self, logits: torch.Tensor, more: Sequence[int] = ()) -> torch.Tensor:
+        """The logits without the start and end token, and without these ids."""
+        ids = [i for i in (*self.config.thought_token_ids, *more) if i < logits.shape[-1]]
         return logits.index_fill(
             -1, torch.tensor(ids, device=logits.device, dtype=torch.long), torch.finfo(logits.dtype).min
         )

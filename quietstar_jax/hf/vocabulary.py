@@ -1,13 +1,32 @@
-"""The start and end tokens of a thought in the vocabulary of an exported model."""
+"""Which ids of a model are tokens, and the start and end tokens of a thought in the vocabulary of an export."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tokenizers import AddedToken
 
 from quietstar_jax.data.tokenization import Tokenizer
-from quietstar_jax.errors import DataError
+from quietstar_jax.errors import CheckpointError, DataError
+
+UNUSED = "unused_token_ids"  # in config.json of an export, whose tokenizer has names for them
+
+
+def unused_ids(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids of a model with `rows` embeddings that are no token: they pad its vocabulary and decode to nothing.
+
+    Args:
+      config: config.json of the checkpoint that the tokenizer is from, or nothing.
+
+    Raises:
+      CheckpointError: it has something else than ids under `unused_token_ids`.
+    """
+    named = config.get(UNUSED, [])
+    if not isinstance(named, list | tuple) or not all(type(i) is int for i in named):
+        raise CheckpointError(f"config.json: {UNUSED} is {named!r}; it takes a list of token ids.")
+    known = set(tokenizer.fast.get_vocab().values()).difference(named)
+    return tuple(i for i in range(rows) if i not in known)
 
 
 def add_tokens(tokenizer: Tokenizer, vocab_size: int, names: Sequence[str]) -> tuple[int, ...]:

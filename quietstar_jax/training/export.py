@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quietstar_jax.hf.save import ExportOptions, Thoughts, save
+from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
 from quietstar_jax.training.model_card import model_card
 from quietstar_jax.training.saved_run import SavedRun, open_run, run_tokenizer
 
@@ -32,6 +33,7 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
         mixing=thought.mixing,
         start_token=thought.start_token,
         end_token=thought.end_token,
+        unused_ids=unused_ids(tokenizer, run.architecture.vocab_size, {UNUSED: run.vocabulary.unused}),
     )
     card = model_card(run, options)
     save(output, run.parameters, run.architecture, tokenizer, thoughts, options, card, run.generation)

@@ -112,7 +112,7 @@ def open_run(checkpoint: Path, step: int | None = None) -> SavedRun:
             step=step,
             config=from_mapping(Config, record["config"]),
             architecture=from_mapping(Architecture, record["architecture"], root="architecture"),
-            vocabulary=_vocabulary(record["vocabulary"]),
+            vocabulary=_vocabulary(record["vocabulary"] | {"unused": record.get("unused_ids", [])}),
             model_commit=record["model_commit"],
             generation=record.get("generation", {}),
             parameters=StoredParameters(folder / str(step) / "params"),

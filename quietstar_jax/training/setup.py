@@ -18,6 +18,7 @@ from quietstar_jax.errors import ConfigError
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.load import build, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries, thought_entries
+from quietstar_jax.hf.vocabulary import unused_ids
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import Structure, disassemble
@@ -51,7 +52,8 @@ class Run:
             "architecture": to_mapping(self.architecture),
             "model_commit": self.files.commit if self.files else "",
             "generation": dict(self.files.generation) if self.files else {},
-            "vocabulary": self.vocabulary._asdict(),
+            "vocabulary": {name: ids for name, ids in self.vocabulary._asdict().items() if name != "unused"},
+            "unused_ids": self.vocabulary.unused,
         }
 
 
@@ -88,6 +90,7 @@ def prepare(config: Config) -> Run:
             start_tokens=() if learned else start_tokens,
             end_tokens=() if learned else end_tokens,
             pause_id=start_tokens[0],
+            unused=unused_ids(tokenizer, architecture.vocab_size, files.config if files else {}),
         ),
         key=jax.random.key(config.seed),
         mesh=mesh,

@@ -24,6 +24,7 @@ from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.generation import stops_and_suppressed
 from quietstar_jax.hf.load import Info, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries
+from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
 from quietstar_jax.io import is_url, place
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import Structure
@@ -74,6 +75,12 @@ class TrainedModel:
     step: int | None
     commit: str
     prefix_attention: str = "auto"
+
+    @property
+    def forbidden_ids(self) -> tuple[int, ...]:
+        """Ids that are never generated: those of thoughts, the suppressed ones, and those that are no token."""
+        ids = {*self.vocabulary.meta_tokens, *self.vocabulary.unused, *self.suppressed_ids}
+        return tuple(sorted(i for i in ids if i < self.architecture.vocab_size))
 
     @property
     def can_think(self) -> bool:
@@ -189,7 +196,9 @@ def _of_run(path: str, run: SavedRun, dtype: str, layout: Layout | None) -> Trai
         architecture=run.architecture,
         dtype=dtype,
         tokenizer=tokenizer,
-        vocabulary=run.vocabulary,
+        vocabulary=run.vocabulary._replace(
+            unused=unused_ids(tokenizer, run.architecture.vocab_size, {UNUSED: run.vocabulary.unused})
+        ),
         thought=run.config.thought,
         thought_length=run.config.evaluation_thought_length if thinking else 0,
         tokens_ahead=max((phase.tokens_ahead for phase in thinking), default=1),
@@ -224,7 +233,14 @@ def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layo
         architecture=architecture,
         dtype=dtype,
         tokenizer=tokenizer,
-        vocabulary=Vocabulary(tokenizer.pad_id, meta, (), (), pause_id=tokenizer.pad_id),
+        vocabulary=Vocabulary(
+            tokenizer.pad_id,
+            meta,
+            (),
+            (),
+            pause_id=tokenizer.pad_id,
+            unused=unused_ids(tokenizer, architecture.vocab_size, files.config),
+        ),
         thought=_thought_config(files, tokenizer, meta) if thinks else ThoughtConfig(),
         thought_length=_thought_length(files) if thinks else 0,
         tokens_ahead=1,
