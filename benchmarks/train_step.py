@@ -116,7 +116,7 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
             seconds.append(time.perf_counter() - start)
     step_seconds = statistics.median(seconds)
 
-    flops = step_flops(architecture, settings, s.batch, s.length)
+    flops = step_flops(architecture, settings, s.batch, s.length, phase.rates)
     rate = matmul_rate(s.dtype)
     thought_tokens = s.batch * settings.thinking_positions(s.length) * s.thoughts * s.thought_length
     memory = compiled.memory_analysis()

@@ -48,7 +48,9 @@ def decoder_flops(a: Architecture, keys: float) -> float:
 def phase_flops(config: Config, phase: Phase) -> float:
     """Necessary FLOPs of all steps of a phase of a run that starts from `model.architecture`."""
     a, length = config.model.architecture, config.data.sequence_length
-    settings = ThoughtSettings(phase.thought_length, phase.num_thoughts, phase.tokens_ahead, config=config.thought)
+    settings = ThoughtSettings(
+        phase.thought_length, phase.num_thoughts, phase.tokens_ahead, phase.policy_weight, config=config.thought
+    )
     step = step_flops(a, settings, phase.batch_size, length, phase.rates)
     return phase.steps * step.necessary
 
@@ -58,8 +60,9 @@ def step_flops(
 ) -> Flops:
     """FLOPs of one training step on `batch` sequences of `length` tokens.
 
-    Where the decoder is frozen, backward is that of the mixing head, and the way through the chains to the embeddings
-    of start and end where these learn.
+    Counted is what these settings compute: no sampling where a control needs none, no scores of thought tokens without
+    REINFORCE, no mixing head where nothing is mixed. Backward are the gradients of weights that learn and the way to
+    them: where the decoder is frozen, through the chains to the embeddings of start and end, if these learn.
     """
     head = 2.0 * a.hidden_size * a.vocab_size
     prefix = (length + 1) / 2
@@ -70,13 +73,24 @@ def step_flops(
         recomputation = texts * decoder_flops(a, prefix) if settings.rematerialize else 0.0
         return Flops(base, 0.0, 0.0, 0.0, 2 * base, recomputation)
     c = settings.chain_length
-    sampling = chains * settings.length * (decoder_flops(a, prefix + (settings.length + 1) / 2) + head)
+    sampling = 0.0
+    if settings.config.control in ("none", "shuffled"):
+        sampling = chains * settings.length * (decoder_flops(a, prefix + (settings.length + 1) / 2) + head)
     scoring = chains * c * decoder_flops(a, prefix + (c + 1) / 2)
     mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # the half of the text is shared by all thoughts
     mixing = chains * settings.tokens_ahead * mixing + thinking * 2.0 * a.hidden_size**2
-    heads = chains * (settings.length + settings.tokens_ahead) * head + mixing
-    backward = 2 * (base + scoring + heads if rates.decoder else mixing)
-    if rates.thought_embeddings and not rates.decoder:
-        backward += scoring + heads - mixing
-    recomputation = (texts * decoder_flops(a, prefix) + scoring) if settings.rematerialize else 0.0
-    return Flops(base, sampling, scoring, heads, backward, recomputation)
+    mixing = 0.0 if settings.config.mixing == "none" else mixing
+    heads = chains * ((settings.length if settings.reinforced else 0) + settings.tokens_ahead) * head + mixing
+    to_weights = mixing if rates.mixing_head else 0.0
+    recomputation = 0.0
+    if rates.decoder:
+        way = base + scoring + heads
+        to_weights += way - mixing
+        recomputation = texts * decoder_flops(a, prefix) + scoring
+    elif rates.thought_embeddings:
+        way, recomputation = scoring + heads, scoring
+    else:
+        way = to_weights
+    return Flops(
+        base, sampling, scoring, heads, way + to_weights, recomputation if settings.rematerialize else 0.0
+    )  # fmt: skip

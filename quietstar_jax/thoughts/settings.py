@@ -40,6 +40,11 @@ class ThoughtSettings:
     config: ThoughtConfig = field(default_factory=ThoughtConfig)
 
     @property
+    def reinforced(self) -> bool:
+        """Whether REINFORCE trains the thoughts. Pauses are all alike: a difference is rounding."""
+        return self.policy_weight > 0 and self.config.control != "pause"
+
+    @property
     def chain_length(self) -> int:
         """C: start, T sampled tokens, end, K - 1 true tokens."""
         return self.length + 2 + self.tokens_ahead - 1

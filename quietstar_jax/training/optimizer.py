@@ -29,8 +29,11 @@ def decay_mask(params: Params, config: OptimizerConfig) -> dict[str, bool]:
 
 
 def learning_rate(phase: Phase, step: jax.Array) -> jax.Array:
-    """The rate of step 0, 1, ... of a phase: linear warm-up from 0, then the phase's decay, done at its last step."""
-    rest = max(phase.steps - 1 - phase.warmup_steps, 1)
+    """The rate of step 0, 1, ... of a phase: linear warm-up from 0, then the phase's decay.
+
+    The decay would arrive at its final rate one step after the last: a last step of rate 0 would change nothing.
+    """
+    rest = max(phase.steps - phase.warmup_steps, 1)
     final = phase.learning_rate * phase.final_rate_fraction
     after = {
         "constant": optax.constant_schedule(phase.learning_rate),

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from quietstar_jax.config import Architecture, RateScales
-from quietstar_jax.thoughts.flops import decoder_flops, step_flops
+import jax
+import jax.numpy as jnp
+import pytest
+
+from quietstar_jax.config import CONTROLS, Architecture, Config, Phase, RateScales, ThoughtConfig
+from quietstar_jax.models.parameters import disassemble
+from quietstar_jax.thoughts.flops import Flops, decoder_flops, step_flops
+from quietstar_jax.thoughts.model import fresh
 from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.training.step import Batch, Vocabulary, initial_state, make_train_step, phase_settings
 
 SMALL = Architecture(
     vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=3
@@ -26,7 +34,7 @@ def test_one_token() -> None:
 
 
 def test_a_step_part_by_part() -> None:
-    settings = ThoughtSettings(length=2, count=3, tokens_ahead=2)
+    settings = ThoughtSettings(length=2, count=3, tokens_ahead=2, policy_weight=1.0)
     found = step_flops(SMALL, settings, batch=1, length=7)
     assert found.base == 7 * (decoder_flops(SMALL, 4) + HEAD)
     assert found.sampling == 7 * 3 * 2 * (decoder_flops(SMALL, 4 + 1.5) + HEAD)
@@ -42,12 +50,58 @@ def test_a_step_part_by_part() -> None:
 
 
 def test_a_frozen_decoder_costs_the_way_to_what_learns() -> None:
-    settings = ThoughtSettings(length=2, count=3, tokens_ahead=2)
+    settings = ThoughtSettings(length=2, count=3, tokens_ahead=2, policy_weight=1.0)
     head_only = step_flops(SMALL, settings, 1, 7, RateScales(decoder=0.0, thought_embeddings=0.0))
     mixing = 7 * 3 * 2 * 2 * (4 * 4 + 4 * 4 + 4) + 7 * 2 * 4 * 4
     assert head_only.backward == 2 * mixing
     embeddings_too = step_flops(SMALL, settings, 1, 7, RateScales(decoder=0.0))
     assert embeddings_too.backward == mixing + head_only.scoring + head_only.scoring_heads
+
+
+def test_only_what_is_computed_is_counted() -> None:
+    settings = ThoughtSettings(length=2, count=3, tokens_ahead=2, policy_weight=1.0, rematerialize=True)
+    mixing = 7 * 3 * 2 * 2 * (4 * 4 + 4 * 4 + 4) + 7 * 2 * 4 * 4
+
+    def cost(rates: RateScales = RateScales(), policy_weight: float = 1.0, **config: str) -> Flops:  # noqa: B008
+        thought = dataclasses.replace(settings.config, **config)
+        changed = dataclasses.replace(settings, policy_weight=policy_weight, config=thought)
+        return step_flops(SMALL, changed, 1, 7, rates)
+
+    whole = cost()
+    assert whole.scoring_heads - cost(policy_weight=0.0).scoring_heads == 7 * 3 * 2 * HEAD
+    assert cost(control="pause").scoring_heads == cost(policy_weight=0.0).scoring_heads
+    assert [cost(control=c).sampling for c in CONTROLS] == [whole.sampling, 0, 0, whole.sampling]
+    assert whole.scoring_heads - cost(mixing="none").scoring_heads == mixing
+    assert whole.backward - cost(RateScales(mixing_head=0.0)).backward == mixing
+    assert cost(RateScales(0.0, 0.0, 1.0)).backward == whole.scoring + whole.scoring_heads
+    assert cost(RateScales(0.0, 0.0, 0.0)).backward == 0
+    assert cost(RateScales(0.0, 1.0, 0.0)).recomputation == 0
+    assert cost(RateScales(0.0, 1.0, 1.0)).recomputation == whole.scoring
+
+
+@functools.cache
+def compiled_cost(control: str, policy_weight: float) -> tuple[float, float]:
+    """FLOPs of a small training step as XLA counts them, and as we do."""
+    architecture = dataclasses.replace(SMALL, vocab_size=3000, hidden_size=32, intermediate_size=64, num_layers=1)
+    phase = Phase(batch_size=2, thought_length=3, num_thoughts=2, tokens_ahead=1, policy_weight=policy_weight)
+    thought = ThoughtConfig(control=control, positions_per_chunk=16)
+    config, vocabulary = Config(phases=(phase,), thought=thought), Vocabulary(0, (1, 2), (0,), (0,))
+    params, structure = disassemble(fresh(architecture, [0], [0], 100.0, jax.random.key(0)))
+    step = jax.jit(make_train_step(config, phase, structure, architecture, vocabulary))
+    batch = Batch(jnp.ones((2, 16), jnp.int32), jnp.ones((2, 16), bool))
+    with jax.numpy_dtype_promotion("standard"):  # for optax
+        compiled = step.lower(initial_state(params, config), batch, jax.random.key(0), jnp.int32(0)).compile()
+    ours = step_flops(architecture, phase_settings(config, phase, vocabulary), 2, 16)
+    # XLA counts the body of a loop once, here of that over the T tokens that are sampled.
+    return compiled.cost_analysis()["flops"], ours.necessary - ours.sampling * 2 / 3
+
+
+@pytest.mark.parametrize(("control", "policy_weight"), [("none", 0.0), ("pause", 1.0), ("random", 1.0)])
+def test_what_a_setting_saves_is_what_the_compiler_saves(control: str, policy_weight: float) -> None:
+    """As a share of the step, to the small part that is no matrix product."""
+    (theirs, ours), (all_theirs, all_ours) = compiled_cost(control, policy_weight), compiled_cost("none", 1.0)
+    assert (all_theirs - theirs) / all_theirs == pytest.approx((all_ours - ours) / all_ours, abs=0.04)
+    assert all_ours - ours > 0.05 * all_ours
 
 
 def test_a_plain_step() -> None:

@@ -70,6 +70,25 @@ def test_weight_zero_leaves_the_policy_out() -> None:
     assert jax.tree.map(np.array_equal, mine, other) == jax.tree.map(lambda _: True, mine)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunk", [2, 7])
+def test_a_mixing_weight_of_zero_rewards_nothing_and_learns(dtype: str, chunk: int) -> None:
+    """As at the first step: with one thought the reward is the advantage, and rounding would be one."""
+    settings = {"count": 1, "policy_weight": 1e6, "compute_dtype": dtype}
+    case = Case("begin", mask=("1111111", "1111100"), settings=settings, positions_per_chunk=chunk)
+    params, structure = disassemble(random_model(case.decoder, case.thought.config.embedding_scale))
+    params["mixing_head.out"] *= 0.0
+    (tokens, mask), thoughts = case.text(), case.thoughts()
+    loss = loss_of(case, structure, tokens, mask, thoughts, count_targets(mask, case.thought.tokens_ahead))
+    (_, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert (float(metrics["reward"]), float(metrics["policy_loss"])) == (0.0, 0.0)
+    assert not np.any(gradient["start_embedding"])
+    assert not np.any(gradient["mixing_head.hidden"])
+    assert np.abs(gradient["mixing_head.out"]).max() > 1e-3
+    nearly = jax.jit(jax.grad(loss, has_aux=True))(params | {"mixing_head.out": params["mixing_head.out"] + 1e-9})[0]
+    assert relative_error(gradient["mixing_head.out"], nearly["mixing_head.out"]) < 1e-3
+
+
 def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     case = Case("parts", batch=4, mask=("1111111", "1100000", "1111000", "0111111"))
     params, structure = disassemble(random_model(case.decoder, case.thought.config.embedding_scale))

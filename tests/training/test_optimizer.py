@@ -14,14 +14,27 @@ from quietstar_jax.training.optimizer import apply_updates, decay_mask, learning
         ("constant", 11, 1.0),
         ("linear", 4, 1.0),
         ("linear", 8, 0.75),  # half way from 1 to 0.5 over 8 steps
-        ("linear", 12, 0.5),  # the last step
+        ("linear", 11, 0.5625),  # the last step, one of 8 before 0.5
         ("cosine", 8, 0.75),
-        ("cosine", 12, 0.5),
+        ("cosine", 11, 0.5 + 0.25 * (1 + np.cos(np.pi * 7 / 8))),
     ],
 )
 def test_learning_rate_by_hand(decay, step, expected):
-    phase = Phase(steps=13, warmup_steps=4, learning_rate=1.0, decay=decay, final_rate_fraction=0.5)
+    phase = Phase(steps=12, warmup_steps=4, learning_rate=1.0, decay=decay, final_rate_fraction=0.5)
     assert float(learning_rate(phase, jnp.int32(step))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+@pytest.mark.parametrize("warmup", [0, 1, 2, 6, 7, 9])
+@pytest.mark.parametrize("final", [0.0, 0.3])
+def test_every_step_has_a_rate_and_the_decay_only_falls(decay, steps, warmup, final):
+    phase = Phase(steps=steps, warmup_steps=warmup, learning_rate=1.0, decay=decay, final_rate_fraction=final)
+    rates = np.array([float(learning_rate(phase, jnp.int32(step))) for step in range(steps)])
+    assert (rates > final * 0.999).all() or warmup > 1
+    assert (rates > 0).all()
+    assert (np.diff(rates[max(warmup - 1, 0) :]) <= 1e-7).all()
+    assert (np.diff(rates[:warmup]) >= 0).all()
 
 
 def test_no_warm_up_starts_at_the_full_rate():
