@@ -124,6 +124,7 @@ class Architecture:
 
 
 PREFIX_ATTENTION = ("auto", "blocks", "triton")
+CONTROLS = ("none", "pause", "random", "shuffled")
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class ThoughtConfig:
         return [
             *one_of("policy_reduction", self.policy_reduction, ("mean", "sum")),
             *one_of("mixing", self.mixing, ("hidden_states", "log_probabilities", "none")),
-            *one_of("control", self.control, ("none", "pause", "random", "shuffled")),
+            *one_of("control", self.control, CONTROLS),
             *require(self.embedding_scale > 0, "embedding_scale", self.embedding_scale, "a positive number"),
             *require(self.sampling_temperature > 0, "sampling_temperature", self.sampling_temperature, "above 0"),
             *require(self.score_temperature > 0, "score_temperature", self.score_temperature, "above 0"),
@@ -317,6 +318,7 @@ class DataConfig:
     sequence_length: int = 256  # L
     packing: str = "random_span"  # random_span (paper: a span of each document, padded) | consecutive_spans (all of
     # its spans) | packed (documents end to end)
+    document_mask: bool = True  # packed: no document sees another, and nothing predicts the first token of one
     prepend_bos: str = "auto"  # begin documents and spans with the begin-of-text token: auto (where the tokenizer
     # itself does) | always | never
     append_eos: bool = True  # end every document with the end-of-text token

@@ -135,10 +135,11 @@ def make_tail_scorer(
             talk_hidden = think(model, text, positions, thoughts.tokens[:, None], settings)[1]
             scores, weight = talk(model, text, positions, talk_hidden, settings)
             normalized = settings.config.mixing == "log_probabilities"
-            with_thoughts = view(scores[:, 0, :, 0], targets, candidates, normalized)
-            return TailScores(
-                without, with_thoughts, uncertainty, weight[:, 0, :, 0], thoughts.entropy.mean(axis=-1), thoughts.tokens
-            )
+            after, weight = view(scores[:, 0, :, 0], targets, candidates, normalized), weight[:, 0, :, 0]
+            # A weight of 0 leaves the prediction as it was: any difference is rounding.
+            unmoved = (weight == 0, weight == 0, (weight == 0)[..., None])
+            after = jax.tree.map(jnp.where, View(*unmoved), without, after)
+            return TailScores(without, after, uncertainty, weight, thoughts.entropy.mean(axis=-1), thoughts.tokens)
 
         thoughts = _greedy_thoughts(model, text, positions, settings, chunk)
         return map_chunks(at, (model, text, candidates), positions, chunk, thoughts, axis=1)
@@ -152,10 +153,13 @@ def _greedy_thoughts(
     """Thoughts [B, P, T] at P positions, or what a control puts in their place; None where nothing thinks."""
     if not settings.length:
         return None
-    rows, length = text.tokens.shape
-    shuffled = settings.config.control == "shuffled"  # takes a thought from anywhere in the text
+    length = text.tokens.shape[1]
+    shuffled = settings.config.control == "shuffled"  # takes thoughts of all earlier positions
     chosen = jnp.arange(length) if shuffled else positions
-    uniforms = jax.random.uniform(jax.random.key(0), (rows, 1, chosen.size, settings.length))
+    # Controls draw by the number of a token in its own text: the same in every batch and behind any padding.
+    number = jnp.maximum(chosen - jnp.argmax(text.mask, axis=1)[:, None], 0)
+    drawn = controls.draw_uniforms(jax.random.key(0), (1, 1, length, settings.length))
+    uniforms = jax.tree.map(lambda x: x[0, 0][number][:, None], drawn)
     thoughts = controls.think(model, text, chosen, uniforms, settings, chunk, greedy=True)
     return jax.tree.map(lambda x: jnp.take(x[:, 0], positions, axis=1) if shuffled else x[:, 0], thoughts)
 
@@ -174,8 +178,7 @@ class TailScorer:
         ways = row_ways(self._mesh)
         self.batch_size = -(-batch_size // ways) * ways
         self._params = jax.device_put(model.params, NamedSharding(self._mesh, PartitionSpec()))
-        forbidden = tuple(sorted({*model.vocabulary.meta_tokens, *model.suppressed_ids}))
-        self._score = make_tail_scorer(model.structure, model.architecture, settings, forbidden)
+        self._score = make_tail_scorer(model.structure, model.architecture, settings, model.forbidden_ids)
         self._pad_id = model.vocabulary.pad_id
         self.longest = longest_text(model.architecture, settings.length)
 

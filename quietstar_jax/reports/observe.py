@@ -14,7 +14,7 @@ from quietstar_jax.data.documents import Documents
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.models.parameters import assemble
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
-from quietstar_jax.thoughts.controls import think
+from quietstar_jax.thoughts.controls import draw_uniforms, think
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -129,11 +129,12 @@ def _look(
     rows, length = batch.tokens.shape
     chunk = positions_per_chunk(model.architecture, dataclasses.replace(settings, count=1 + samples), rows, length)
     everywhere = jnp.arange(length)
-    uniforms = jax.random.uniform(key, (rows, 1 + samples, length, settings.length))
-    parts = [think(weights, text, everywhere, uniforms[:, :1], settings, chunk, greedy=True)]
+    uniforms = draw_uniforms(key, (rows, 1 + samples, length, settings.length))
+    first, others = (jax.tree.map(lambda x: x[:, part], uniforms) for part in (slice(1), slice(1, None)))  # noqa: B023
+    parts = [think(weights, text, everywhere, first, settings, chunk, greedy=True)]
     if samples:
         several = dataclasses.replace(settings, count=samples)
-        parts.append(think(weights, text, everywhere, uniforms[:, 1:], several, chunk))
+        parts.append(think(weights, text, everywhere, others, several, chunk))
     thoughts = jnp.concatenate([part.tokens for part in parts], axis=1)
 
     def of_chunk(weights: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array) -> Observation:

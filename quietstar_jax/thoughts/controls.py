@@ -1,16 +1,19 @@
 """What thoughts are worth, by putting something else in their place: one setting, `thought.control`.
 
-| control | what stands between start and end |
+| control | tokens between start and end |
 |---|---|
 | `none` | the sampled thought |
 | `pause` | the start token again and again: computation without content |
 | `random` | tokens drawn uniformly from the vocabulary: content without sense |
-| `shuffled` | the sampled thought of another position of the same text: sense in the wrong place |
+| `shuffled` | the sampled thought of an earlier position of the same document: sense in the wrong place |
 
-They apply in training and in evaluation alike; all else stays as it is.
+They apply in training and in evaluation alike; all else stays as it is. None of them depends on a later token: a
+thought of a later position would have read the tokens that are predicted.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,47 +24,76 @@ from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, here_and_ahead
 
 
+class Uniforms(NamedTuple):
+    """All randomness of the thoughts at J positions, float32 uniform in [0, 1).
+
+    Attributes:
+      tokens: [B, R, J, T], one number for each thought token.
+      places: [B, R, J], independent of the others: which earlier position's thought `shuffled` takes.
+    """
+
+    tokens: jax.Array
+    places: jax.Array
+
+
+def draw_uniforms(key: jax.Array, shape: tuple[int, int, int, int]) -> Uniforms:
+    """`Uniforms` for thoughts of the shape [B, R, J, T]."""
+    return Uniforms(jax.random.uniform(key, shape), jax.random.uniform(jax.random.fold_in(key, 1), shape[:-1]))
+
+
 def think(
-    model: QuietStar, text: Text, positions: jax.Array, uniforms: jax.Array, settings: ThoughtSettings,
+    model: QuietStar, text: Text, positions: jax.Array, uniforms: Uniforms, settings: ThoughtSettings,
     positions_per_chunk: int, *, greedy: bool = False,
 ) -> Thoughts:  # fmt: skip
     """The thoughts at J positions of the text, or what the control puts in their place.
 
     Args:
       positions: [J] or [B, J], see `positions.choose`.
-      uniforms: [B, R, J, T] float32 in [0, 1), all randomness there is; greedy: take the likeliest tokens.
+      greedy: the most likely tokens instead of drawn ones.
     """
     control = settings.config.control
     if control == "pause":
-        return _given(jnp.full(uniforms.shape, settings.pause_id, jnp.int32))
+        return _given(jnp.full(uniforms.tokens.shape, settings.pause_id, jnp.int32))
     if control == "random":
-        return _given(random_tokens(uniforms, model.decoder.architecture.vocab_size, settings.meta_tokens))
-    thoughts = sample_thoughts(model, text, positions, None if greedy else uniforms, settings, positions_per_chunk)
+        return _given(random_tokens(uniforms.tokens, model.decoder.architecture.vocab_size, settings.meta_tokens))
+    tokens = None if greedy else uniforms.tokens
+    thoughts = sample_thoughts(model, text, positions, tokens, settings, positions_per_chunk)
     if control == "shuffled":
-        real = here_and_ahead(text.mask, positions, 1)[:, None, :, 0]  # [B, 1, J]
-        thoughts = jax.tree.map(lambda x: shuffle_positions(x, uniforms, real), thoughts)
+        mask, starts = jax.tree.map(lambda x: here_and_ahead(x, positions, 1)[..., 0], (text.mask, text.starts))
+        source = earlier_places(uniforms.places, mask, starts)
+        thoughts = jax.tree.map(lambda x: jnp.take_along_axis(x, source[..., None], axis=2), thoughts)
     return thoughts
 
 
 def random_tokens(uniforms: jax.Array, vocab_size: int, meta_tokens: tuple[int, ...]) -> jax.Array:
     """Uniform draws [...] from all tokens but the meta tokens, one for each uniform number."""
-    allowed = jnp.array([token for token in range(vocab_size) if token not in meta_tokens], jnp.int32)
+    allowed = jnp.array(sorted(set(range(vocab_size)).difference(meta_tokens)), jnp.int32)
     return allowed[jnp.minimum((uniforms * allowed.size).astype(jnp.int32), allowed.size - 1)]
 
 
-def shuffle_positions(values: jax.Array, uniforms: jax.Array, real: jax.Array) -> jax.Array:
-    """Values [B, R, J, T] of other real positions of the same thought number, in an order drawn from the uniforms.
+def earlier_places(uniforms: jax.Array, real: jax.Array, starts: jax.Array | None = None) -> jax.Array:
+    """For each of J places in ascending order of position an earlier one of its document, all equally likely.
+
+    The first real place of a document, which has none before it, and places that are no text keep their own.
 
     Args:
-      real: [B, 1, J] bool; positions that are no text keep what they have, and give it to no other.
+      uniforms: [B, R, J]; real: [B, J] bool, the position is text; starts: [B, J] as in `Text`.
+
+    Returns:
+      [B, R, J] int32 place numbers.
     """
-    order = jnp.argsort(jnp.where(real, uniforms[..., 0], 2.0), axis=-1)  # [B, R, J], real ones first
-    number, count = jnp.arange(order.shape[-1]), real.sum(axis=-1, keepdims=True)
-    before = jnp.where(number < count, (number - 1) % jnp.maximum(count, 1), number)
-    # The one before in a random cycle: never the position itself, where there is another.
-    other = jnp.take_along_axis(order, jnp.broadcast_to(before, order.shape), axis=-1)
-    source = jnp.take_along_axis(other, jnp.argsort(order, axis=-1), axis=-1)
-    return jnp.take_along_axis(values, source[..., None], axis=2)
+    count = real.astype(jnp.int32)
+    before = jnp.cumsum(count, axis=1) - count  # real places before each, [B, J] ...
+    skipped = jnp.zeros_like(before)  # ... and of these, those of other documents
+    if starts is not None:
+        begins = jnp.pad(starts[:, 1:] != starts[:, :-1], ((0, 0), (1, 0)))
+        skipped = jax.lax.cummax(jnp.where(begins, before, 0), axis=1)
+    before, skipped = (before - skipped)[:, None], skipped[:, None]
+    # The product may round up to `before`.
+    number = jnp.minimum((uniforms * before.astype(jnp.float32)).astype(jnp.int32), before - 1)
+    real_first = jnp.broadcast_to(jnp.argsort(~real, axis=1, stable=True)[:, None], uniforms.shape)
+    source = jnp.take_along_axis(real_first, skipped + jnp.maximum(number, 0), axis=2)
+    return jnp.where(real[:, None] & (before > 0), source, jnp.arange(real.shape[1]))
 
 
 def _given(tokens: jax.Array) -> Thoughts:

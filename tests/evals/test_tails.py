@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 
+from quietstar_jax.config import CONTROLS
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.evals.tails import Tail, TailScorer, grid_count, grid_length
 from quietstar_jax.training.evaluation import make_token_scorer
@@ -16,7 +17,8 @@ def folder(tmp_path_factory):
     write_plain(folder / "plain")
     write_run(folder / "run", folder / "plain")
     write_run(folder / "paper", folder / "plain", mixing="log_probabilities")
-    write_run(folder / "pause", folder / "plain", control="pause")
+    for control in CONTROLS[1:]:
+        write_run(folder / control, folder / "plain", control=control)
     return folder
 
 
@@ -25,7 +27,7 @@ def texts(count=7, seed=0):
     return [draw.integers(2, 258, draw.integers(5, 40)).tolist() for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", ["run", "paper", "pause"])
+@pytest.mark.parametrize("name", ["run", "paper", *CONTROLS[1:]])
 def test_tails_equal_the_evaluation_of_training(folder, name):
     """That one pads on the right, thinks everywhere, and shares no batching with this."""
     model = open_model(folder / name)
@@ -64,8 +66,9 @@ def test_candidates_are_log_probabilities_of_their_tokens(folder):
     np.testing.assert_allclose(many.without.candidates, score.without.candidates[:, :7], atol=1e-5)
 
 
-def test_scores_do_not_depend_on_the_batch(folder):
-    model = open_model(folder / "run")
+@pytest.mark.parametrize("name", ["run", *CONTROLS[1:]])
+def test_scores_do_not_depend_on_the_batch(folder, name):
+    model = open_model(folder / name)
     draw = np.random.default_rng(2)
     tails = [Tail(draw.integers(2, 258, n).tolist(), 3 + n % 2) for n in (24, 17, 20, 23, 18)]
     together = TailScorer(model, model.settings(2), batch_size=4)(tails)
@@ -75,6 +78,19 @@ def test_scores_do_not_depend_on_the_batch(folder):
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_allclose(one.with_thoughts.nats, other.with_thoughts.nats, atol=1e-4)
         np.testing.assert_array_equal(one.thoughts, other.thoughts)
+
+
+@pytest.mark.parametrize("name", ["run", *CONTROLS[1:]])
+def test_no_score_depends_on_a_later_token(folder, name):
+    """Nor on how many there are: the same tokens are scored at the end of their text and with others behind them."""
+    model = open_model(folder / name)
+    scorer = TailScorer(model, model.settings(3), batch_size=3)
+    tokens = np.random.default_rng(5).integers(2, 258, 21).tolist()
+    changed = [*tokens[:17], *((token + 7) % 250 + 2 for token in tokens[17:])]
+    whole, other, cut = scorer([Tail(tokens, 16), Tail(changed, 16), Tail(tokens[:17], 12)])
+    for score in (whole, other):
+        np.testing.assert_allclose(score.with_thoughts.nats[:12], cut.with_thoughts.nats, atol=1e-4)
+    assert np.abs(whole.with_thoughts.nats[12:] - other.with_thoughts.nats[12:]).max() > 1e-2
 
 
 def test_a_question_set_compiles_few_programs(folder):

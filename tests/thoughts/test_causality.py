@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.config import CONTROLS, Architecture, ThoughtConfig
+from quietstar_jax.thoughts import controls
 from quietstar_jax.thoughts.model import fresh
-from quietstar_jax.thoughts.score import think
+from quietstar_jax.thoughts.positions import at_positions, choose
+from quietstar_jax.thoughts.score import score_thoughts, think
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import read_text
 
@@ -71,3 +76,38 @@ def test_a_thought_token_reaches_only_its_own_chain_from_there_on(inputs, i) -> 
     wanted_talking[0, 1, 3] = True
     np.testing.assert_array_equal(thinking, wanted_thinking)
     np.testing.assert_array_equal(talking, wanted_talking)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("positions", ["all", "random"])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_no_control_sees_a_later_token(control: str, positions: str, greedy: bool) -> None:
+    """The loss with thoughts of tokens 1 .. n does not change when tokens after n do, for every n."""
+    length, fraction = 12, 1.0 if positions == "all" else 0.6
+    config = ThoughtConfig(control=control, positions=positions, position_fraction=fraction)
+    settings = dataclasses.replace(SETTINGS, tokens_ahead=1, pause_id=3, config=config)
+    drawn = controls.draw_uniforms(jax.random.key(1), (2, COUNT, length, settings.length))
+    draws = jax.random.uniform(jax.random.key(2), (2, length))
+
+    @jax.jit
+    def losses(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        text = read_text(MODEL.decoder, tokens, jnp.ones(tokens.shape, bool), dtype=settings.dtype)
+        places = choose(text, draws, settings)
+        uniforms = jax.tree.map(lambda x: at_positions(x, places), drawn)
+        thoughts: Any = controls.think(MODEL, text, places, uniforms, settings, 5, greedy=greedy)
+        nats = score_thoughts(MODEL, text, places, thoughts.tokens, settings).nats[..., 0]
+        return nats, jnp.broadcast_to(places[..., None, :], nats.shape)
+
+    tokens = np.random.default_rng(4).integers(3, 13, (2, length)).astype(np.int32)
+    before, places = losses(tokens)
+    moved = 0.0
+    for n in range(1, length - 1):
+        other = tokens.copy()
+        other[:, n + 1 :] = (tokens[:, n + 1 :] - 2) % 10 + 3
+        after = losses(other)[0]
+        predicted = np.asarray(places) + 1  # the token that each loss is of
+        np.testing.assert_allclose(
+            np.where(predicted <= n, after, 0), np.where(predicted <= n, before, 0), atol=1e-6, err_msg=str(n)
+        )
+        moved = max(moved, np.abs(np.where(predicted > n, after - before, 0)).max())
+    assert moved > 1e-3

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.thoughts.controls import random_tokens, shuffle_positions, think
+from quietstar_jax.thoughts.controls import draw_uniforms, earlier_places, random_tokens, think
 from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.text import read_text
@@ -26,11 +26,11 @@ def thoughts_of(control: str, *, greedy: bool = False, seed: int = 0) -> np.ndar
     text = read_text(model.decoder, *CASE.text(), dtype=settings.dtype)
     shape = (CASE.batch, settings.count, CASE.length, settings.length)
     positions = jnp.arange(CASE.length)
-    uniforms = jax.random.uniform(jax.random.key(seed), shape)
+    uniforms = draw_uniforms(jax.random.key(seed), shape)
     if control == "none":
         np.testing.assert_array_equal(
             think(model, text, positions, uniforms, settings, 3).tokens,
-            sample_thoughts(model, text, positions, uniforms, settings, 3).tokens,
+            sample_thoughts(model, text, positions, uniforms.tokens, settings, 3).tokens,
         )
     return np.asarray(think(model, text, positions, uniforms, settings, 3, greedy=greedy).tokens)
 
@@ -40,29 +40,45 @@ def test_pause_is_filler() -> None:
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-def test_shuffled_thoughts_are_those_of_other_positions(greedy: bool) -> None:
+def test_shuffled_thoughts_are_those_of_earlier_positions(greedy: bool) -> None:
     own, shuffled = thoughts_of("none", greedy=greedy), thoughts_of("shuffled", greedy=greedy)
-    for b, r in np.ndindex(own.shape[:2]):
-        assert sorted(map(tuple, own[b, r])) == sorted(map(tuple, shuffled[b, r]))
+    for b, r, j in np.ndindex(own.shape[:3]):
+        earlier = set(map(tuple, own[b, r, : max(j, 1)]))  # the first position has none and keeps its own
+        assert tuple(shuffled[b, r, j]) in earlier, (b, r, j)
+    assert np.any(own != shuffled)
 
 
-def test_no_position_keeps_its_thought() -> None:
-    numbers = jnp.broadcast_to(jnp.arange(9)[None, None, :, None], (2, 3, 9, 1))
-    uniforms = jax.random.uniform(jax.random.key(1), (2, 3, 9, 4))
-    shuffled = shuffle_positions(numbers, uniforms, jnp.ones((2, 1, 9), bool))
-    assert not np.any(shuffled == numbers)
-    assert all(set(row.tolist()) == set(range(9)) for row in np.asarray(shuffled).reshape(6, 9))
+def test_every_earlier_place_is_equally_likely() -> None:
+    places = np.asarray(earlier_places(jax.random.uniform(jax.random.key(0), (1, 20_000, 6)), jnp.ones((1, 6), bool)))
+    for j in range(6):
+        counts = np.bincount(places[0, :, j], minlength=6) / 20_000
+        wanted = np.where(np.arange(6) < j, 1 / max(j, 1), 0.0) if j else np.eye(6)[0]
+        np.testing.assert_allclose(counts, wanted, atol=0.015, err_msg=str(j))
+
+
+def test_the_largest_number_below_one_takes_the_place_just_before() -> None:
+    length = 3000
+    highest = jnp.full((1, 1, length), np.nextafter(np.float32(1), np.float32(0)))
+    places = np.asarray(earlier_places(highest, jnp.ones((1, length), bool)))[0, 0]
+    np.testing.assert_array_equal(places, [0, *range(length - 1)])
 
 
 def test_padding_gives_its_thoughts_to_no_other_position() -> None:
-    numbers = jnp.broadcast_to(jnp.arange(9)[None, None, :, None], (2, 3, 9, 1))
-    real = jnp.array([[1, 1, 1, 0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0]], bool)[:, None]
-    shuffled = shuffle_positions(numbers, jax.random.uniform(jax.random.key(1), (2, 3, 9, 4)), real)[..., 0]
-    np.testing.assert_array_equal(shuffled[0][:, [3, 6, 7, 8]], [[3, 6, 7, 8]] * 3)
-    moved = np.asarray(shuffled[0][:, [0, 1, 2, 4, 5]])
-    assert all(set(row.tolist()) == {0, 1, 2, 4, 5} for row in moved)
-    assert not np.any(moved == [0, 1, 2, 4, 5])
-    np.testing.assert_array_equal(shuffled[1], [range(9)] * 3)  # there is no other
+    real = jnp.array([[0, 1, 1, 0, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0, 0, 0]], bool)
+    places = np.asarray(earlier_places(jax.random.uniform(jax.random.key(1), (2, 50, 9)), real))
+    np.testing.assert_array_equal(places[1], [range(9)] * 50)
+    for j in range(9):
+        earlier = [i for i in range(j) if real[0, i]] if real[0, j] else []
+        assert set(places[0, :, j].tolist()) == set(earlier or [j]), j
+
+
+def test_places_are_drawn_apart_from_the_thoughts() -> None:
+    """Ranks of the two kinds of numbers, over many draws: no correlation, and no number is used twice."""
+    found = draw_uniforms(jax.random.key(3), (40, 2, 50, 3))
+    tokens, places = np.asarray(found.tokens), np.asarray(found.places)
+    assert not np.intersect1d(tokens, places).size or len(np.intersect1d(tokens, places)) < 5  # chance, of 2^23 numbers
+    for i in range(3):
+        assert abs(np.corrcoef(tokens[..., i].ravel(), places.ravel())[0, 1]) < 0.06  # 3.8 standard deviations
 
 
 def test_random_tokens_are_uniform_without_meta_tokens() -> None:
