@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -20,7 +20,9 @@ from quietstar_jax.data.documents import Framed
 from quietstar_jax.data.workers import ahead
 from quietstar_jax.errors import DataError
 
-Row = tuple[np.ndarray, np.ndarray]  # tokens: int32 [L]; mask: bool [L], False where padded
+# tokens: int32 [L]; mask: bool [L], False where padded; of packed documents also, for each token, the first one of its
+# document in the sequence: int32 [L]
+Row = tuple[np.ndarray, ...]
 
 BLOCK = 1024  # documents between two sums of spans that are kept
 WALK = 32  # documents looked ahead at a time when packing
@@ -161,7 +163,7 @@ class PackedSequences:
             pieces.append(tokens[offset : offset + missing])
             missing -= len(pieces[-1])
             place, offset = place + 1, 0
-        return np.concatenate(pieces), np.ones(self._length, np.bool_)
+        return np.concatenate(pieces), np.ones(self._length, np.bool_), document_starts(document_numbers(pieces))
 
     def __getstate__(self) -> dict[str, object]:
         return {**without_maps(self.__dict__), "_blocks": deque(maxlen=64)}
@@ -247,8 +249,9 @@ class PackedByReading:
                     offset += len(pieces[-1])
                     missing -= len(pieces[-1])
                 everyones = np.concatenate(pieces).reshape(count, self.length)
+                starts = document_starts(document_numbers(pieces).reshape(count, self.length)[index])
                 sequences += count
-                yield (everyones[index], mask), Position(sequences, document, offset)
+                yield (everyones[index], mask, starts), Position(sequences, document, offset)
 
 
 class Mixture:
@@ -276,6 +279,16 @@ class Mixture:
                 return order, before - rest_before
             before, after, left = rest_before, rest_after, left - share
         return len(self._shares) - 1, before
+
+
+def document_numbers(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    """Which piece each token of the pieces end to end is of: int64 [tokens]."""
+    return np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+
+
+def document_starts(numbers: np.ndarray) -> np.ndarray:
+    """The first token of the document of each token, int32 [L], from ascending document numbers [L]."""
+    return np.searchsorted(numbers, numbers).astype(np.int32)
 
 
 def without_maps(state: Mapping[str, object]) -> dict[str, object]:

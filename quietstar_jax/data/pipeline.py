@@ -31,6 +31,7 @@ from quietstar_jax.data.packing import (
     RandomSpan,
     Row,
     Share,
+    document_starts,
     span_bounds,
     spanned,
 )
@@ -38,7 +39,9 @@ from quietstar_jax.data.sources import Split
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 
-Batch = dict[str, np.ndarray]  # tokens: int32 [B, L]; mask: bool [B, L], False where padded
+# tokens: int32 [B, L]; mask: bool [B, L], False where padded; with packed documents and `data.document_mask` also
+# starts: int32 [B, L], the number of the first token of the document of each
+Batch = dict[str, np.ndarray]
 
 VALIDATION_SEED = 0  # of the embedded corpus: the same held-out documents in every run
 
@@ -46,16 +49,23 @@ VALIDATION_SEED = 0  # of the embedded corpus: the same held-out documents in ev
 class SequenceIterator:
     """Endless training batches of one process. Close it to stop its workers at once."""
 
-    def __init__(self, name: str, packing: Packing, sources: Sequence[tuple[str, Documents]] = ()):
-        """Takes the packing's name, the packing, and what it reads, to notice when that has changed."""
+    def __init__(
+        self, name: str, packing: Packing, sources: Sequence[tuple[str, Documents]] = (), *, starts: bool = True
+    ):
+        """Takes the packing's name, the packing, and what it reads, to notice when that has changed.
+
+        Args:
+          starts: keep where documents start, which only packed rows say.
+        """
         self._name = name
+        self._starts = starts
         self._packing = packing
         self._sources = sources
         self._position = Position()
         self._rows: Iterator[tuple[Row, Position]] | None = None
 
     def next_batch(self, size: int) -> Batch:
-        """The next `size` sequences of this process: tokens int32 [size, L], mask bool [size, L].
+        """The next `size` sequences of this process.
 
         Raises:
           DataError: a document is broken. The position stays where it was before the call.
@@ -71,7 +81,7 @@ class SequenceIterator:
             self.close()
             raise
         self._position = position
-        return _stack(taken)
+        return _stack(taken, self._starts)
 
     @functools.cached_property
     def fingerprints(self) -> list[dict[str, Any]]:
@@ -148,14 +158,15 @@ def training_sequences(
     seed %= 2**32  # all that grain takes
     if not config.weights:
         packing = _packing(config, joined([documents for _, documents in sources]), tokenizer, seed, share)
-        return SequenceIterator(config.packing, packing, sources)
+        return SequenceIterator(config.packing, packing, sources, starts=config.document_mask)
     seeds = [int(np.random.SeedSequence([seed, i]).generate_state(1)[0]) for i in range(len(sources))]
     orders, checks = zip(
         *(_endless(config, documents, tokenizer, s) for (_, documents), s in zip(sources, seeds, strict=True)),
         strict=True,
     )
     mixed = grain.MapDataset.select_from_datasets(orders, Mixture(config.weights))
-    return SequenceIterator(config.packing, Indexed(mixed, lambda: [check() for check in checks], share), sources)
+    packing = Indexed(mixed, lambda: [check() for check in checks], share)
+    return SequenceIterator(config.packing, packing, sources, starts=config.document_mask)
 
 
 def validation_batches(
@@ -197,7 +208,10 @@ def validation_batches(
             if not taken:
                 return
             own = taken[process_index::process_count]
-            yield _stack(own + [spanned(np.zeros(0, np.int32), length, pad_id)] * (batch_size - len(own)))
+            empty = spanned(np.zeros(0, np.int32), length, pad_id)
+            if config.packing == "packed":
+                empty = (*empty, np.zeros(length, np.int32))
+            yield _stack(own + [empty] * (batch_size - len(own)), config.document_mask)
             given += 1
 
     return generate()
@@ -312,16 +326,24 @@ def _all_spans(documents: Framed, length: int, pad_id: int, bos: tuple[int, ...]
 
 
 def _end_to_end(documents: Framed, length: int, pad_id: int) -> Iterator[Row]:
-    left = np.zeros(0, np.int32)
+    left, numbers = np.zeros(0, np.int32), np.zeros(0, np.int64)
+
+    def row(start: int) -> Row:
+        own = np.full(length, len(documents))  # padding is a document of its own
+        own[: len(numbers) - start] = numbers[start : start + length]
+        return *spanned(left[start:], length, pad_id), document_starts(own)
+
     for index in range(len(documents)):
-        left = np.concatenate([left, documents[index]])
+        tokens = documents[index]
+        left, numbers = np.concatenate([left, tokens]), np.concatenate([numbers, np.full(len(tokens), index)])
         whole = len(left) // length * length
-        for start in range(0, whole, length):
-            yield spanned(left[start:], length, pad_id)
-        left = left[whole:]
+        yield from map(row, range(0, whole, length))
+        left, numbers = left[whole:], numbers[whole:]
     if len(left) >= 2:
-        yield spanned(left, length, pad_id)
+        yield row(0)
 
 
-def _stack(rows: list[Row]) -> Batch:
-    return {"tokens": np.stack([tokens for tokens, _ in rows]), "mask": np.stack([mask for _, mask in rows])}
+def _stack(rows: list[Row], starts: bool) -> Batch:
+    """A batch; without the documents' starts unless these are wanted."""
+    names = ("tokens", "mask", "starts") if starts else ("tokens", "mask")
+    return {name: np.stack(arrays) for name, arrays in zip(names, zip(*rows, strict=True), strict=False)}

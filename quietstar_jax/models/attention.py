@@ -20,19 +20,21 @@ def split_heads(queries: jax.Array, num_kv_heads: int) -> jax.Array:
     return queries.reshape(*lead, num_kv_heads, num_heads // num_kv_heads, head_dim)
 
 
-def causal_mask(mask: jax.Array, window: jax.Array) -> jax.Array:
-    """Which key l a base query q sees: real text, l <= q, and q - l < window.
+def causal_mask(mask: jax.Array, window: jax.Array, starts: jax.Array | None = None) -> jax.Array:
+    """Which key l a base query q sees: real text, starts[q] <= l <= q, and q - l < window.
 
     Args:
       mask: [B, L] bool, True where the text is real.
       window: scalar, keys a query sees with itself; L or more = all.
+      starts: [B, L] int32, the first token of the document of each; None = each row is one document.
 
     Returns:
       [B, L, L] bool, query by key.
     """
     position = jnp.arange(mask.shape[1])
     distance = position[:, None] - position[None, :]
-    return mask[:, None, :] & ((distance >= 0) & (distance < window))[None]
+    visible = mask[:, None, :] & ((distance >= 0) & (distance < window))[None]
+    return visible if starts is None else visible & (position >= starts[:, :, None])
 
 
 def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:

@@ -185,13 +185,18 @@ def feed_forward(a: Architecture, w: dict[str, jax.Array], x: jax.Array) -> jax.
 
 
 def base_pass(
-    decoder: Decoder, tokens: jax.Array, mask: jax.Array, *, dtype: jnp.dtype, rematerialize: bool = False
-) -> tuple[jax.Array, KeyValues, Layers]:
+    decoder: Decoder, tokens: jax.Array, mask: jax.Array, starts: jax.Array | None = None, *, dtype: jnp.dtype,
+    rematerialize: bool = False,
+) -> tuple[jax.Array, KeyValues, Layers]:  # fmt: skip
     """Causal pass over the text itself.
+
+    Rotary positions are those in the row, also where a row has several documents: attention depends on differences of
+    positions only.
 
     Args:
       tokens: [B, L] int32.
       mask: [B, L] bool, True where the text is real; padding is never a key.
+      starts: as in `causal_mask`.
 
     Returns:
       (final-norm hidden states [B, L, D], keys and values [layers, B, L, G, H], layers as from `run_layers`).
@@ -202,7 +207,7 @@ def base_pass(
     def attend_text(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, _: Any) -> tuple[jax.Array, Any]:
         q = constrain(q, "batch", text, "heads", "head_dim")
         k, v = (constrain(x, *KEY_VALUE_AXES[1:]) for x in (k, v))
-        return attend(q, k, v, causal_mask(mask, window)), KeyValues(k, v)
+        return attend(q, k, v, causal_mask(mask, window, starts)), KeyValues(k, v)
 
     x = constrain(decoder.embed(tokens, dtype), "batch", text, "hidden")
     return run_layers(decoder, x, jnp.arange(tokens.shape[1]), attend_text, None, rematerialize=rematerialize)

@@ -141,8 +141,9 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
         )
         rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
         shape = (phase.batch_size, config.data.sequence_length)
-        rows_of = [jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, bool)]
-        batch = Batch(*cast(Any, rows_of))
+        starts = config.data.packing == "packed" and config.data.document_mask
+        dtypes = (jnp.int32, bool, jnp.int32) if starts else (jnp.int32, bool)
+        batch = Batch(*cast(Any, [jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes]))
         key, start = (_abstract(x, everywhere) for x in jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0))))
         lowered = step.lower(state, batch, key, start)
         chunks = chunk_sizes(config, phase, architecture)

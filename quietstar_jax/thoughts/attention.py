@@ -127,6 +127,7 @@ def _arguments(seen: Seen) -> tuple[Any, ...]:
     """Logical axes of the arguments of `_attention`."""
     positions: Any = ("batch", None) if seen.positions.ndim == 2 else ()
     axes: Any = {"mask": ("batch", None), "positions": positions, "offsets": ("query_rows",), "window": ()}
+    axes["first"] = None if seen.first is None else ("batch", None)
     return _QUERIES, _KEYS, _KEYS, _OWN_KEYS, _OWN_KEYS, Seen(**axes)
 
 

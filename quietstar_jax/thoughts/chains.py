@@ -1,7 +1,7 @@
 """Thought chains through the decoder: what a token of a thought may see, in parallel and one step at a time.
 
 Chain (j, r) is `start, t_1 .. t_T, end, x[j+1] .. x[j+K-1]` at rotary positions j+1, j+2, ... Its token c sees the
-base keys 0 .. j that are real text, and tokens 0 .. c of its own chain; never another chain.
+base keys 0 .. j that are real text of the document of token j, and tokens 0 .. c of its own chain; never another chain.
 """
 
 from __future__ import annotations
@@ -14,30 +14,37 @@ import jax.numpy as jnp
 from quietstar_jax.models.decoder import Decoder, KeyValues, Layers, run_layers
 from quietstar_jax.thoughts.attention import attend_chains, to_chain_layout
 from quietstar_jax.thoughts.seen import Seen
+from quietstar_jax.thoughts.text import here_and_ahead
 
 
 def chain_pass(
-    decoder: Decoder, embeddings: jax.Array, positions: jax.Array, prefix: KeyValues, mask: jax.Array, *,
-    rematerialize: bool = False, prefix_attention: str = "auto",
+    decoder: Decoder, embeddings: jax.Array, positions: jax.Array, prefix: KeyValues, mask: jax.Array,
+    starts: jax.Array | None = None, *, rematerialize: bool = False, prefix_attention: str = "auto",
 ) -> tuple[jax.Array, Layers]:  # fmt: skip
     """All tokens of all chains of J positions at once.
 
     Args:
       embeddings: [B, R, J, C, D]; positions: [J] or [B, J]; prefix: [layers, B, P, G, H]; mask: [B, P] bool.
+      starts: [B, P] int32, the first token of the document of each; None = each row is one document.
       rematerialize, prefix_attention: as in `ModelConfig`.
 
     Returns:
       (final-norm hidden states [B, R, J, C, D], layers as from `run_layers`).
     """
-    offsets = jnp.arange(embeddings.shape[3])
+    offsets, first = jnp.arange(embeddings.shape[3]), _first(starts, positions)
 
     def attend_chain(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, base: KeyValues) -> Any:
-        own, seen = (to_chain_layout(k), to_chain_layout(v)), Seen(mask, positions, offsets, window)
+        own, seen = (to_chain_layout(k), to_chain_layout(v)), Seen(mask, positions, offsets, window, first)
         return attend_chains(q, base.keys, base.values, *own, seen, prefix_attention), None
 
     rotary = positions[..., None, :, None] + 1 + offsets
     hidden, _, layers = run_layers(decoder, embeddings, rotary, attend_chain, prefix, rematerialize=rematerialize)
     return hidden, layers
+
+
+def _first(starts: jax.Array | None, positions: jax.Array) -> jax.Array | None:
+    """The first token of the document of each chain, [B, J]."""
+    return None if starts is None else here_and_ahead(starts, positions, 1)[..., 0]
 
 
 def empty_chains(decoder: Decoder, batch: int, count: int, positions: int, length: int, dtype: jnp.dtype) -> KeyValues:
@@ -49,17 +56,19 @@ def empty_chains(decoder: Decoder, batch: int, count: int, positions: int, lengt
 
 def chain_step(
     decoder: Decoder, embeddings: jax.Array, offset: jax.Array, positions: jax.Array, prefix: KeyValues,
-    mask: jax.Array, own: KeyValues, *, prefix_attention: str = "auto",
+    mask: jax.Array, own: KeyValues, starts: jax.Array | None = None, *, prefix_attention: str = "auto",
 ) -> tuple[jax.Array, KeyValues]:  # fmt: skip
     """The next token of every chain.
 
     Args:
-      embeddings: [B, R, J, D]; offset: scalar c of these tokens; positions, prefix, mask, prefix_attention: as in
-        `chain_pass`; own: keys and values of tokens 0 .. c - 1.
+      embeddings: [B, R, J, D]; offset: scalar c of these tokens; positions, prefix, mask, starts, prefix_attention: as
+        in `chain_pass`; own: keys and values of tokens 0 .. c - 1.
 
     Returns:
       (final-norm hidden states [B, R, J, D], own with token c written).
     """
+
+    first = _first(starts, positions)
 
     def attend_step(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, state: Any) -> Any:
         base, written = state
@@ -67,7 +76,7 @@ def chain_step(
             jax.lax.dynamic_update_slice_in_dim(written.keys, to_chain_layout(k), offset, axis=4),
             jax.lax.dynamic_update_slice_in_dim(written.values, to_chain_layout(v), offset, axis=4),
         )
-        seen = Seen(mask, positions, offset[None], window)
+        seen = Seen(mask, positions, offset[None], window, first)
         return attend_chains(q, base.keys, base.values, *written, seen, prefix_attention), written
 
     rotary = positions[..., None, :, None] + 1 + offset

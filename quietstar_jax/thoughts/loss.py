@@ -37,17 +37,19 @@ def nothing(name: str) -> bool:
 
 
 def language_model_loss(
-    model: QuietStar, tokens: jax.Array, mask: jax.Array, counts: Counts, settings: ThoughtSettings
-) -> tuple[jax.Array, Metrics]:
-    """Plain next-token loss, for phases without thoughts: tokens, mask [B, L] -> mean nats and metrics."""
-    text = read_text(model.decoder, tokens, mask, dtype=settings.dtype, rematerialize=settings.rematerialize)
+    model: QuietStar, tokens: jax.Array, mask: jax.Array, counts: Counts, settings: ThoughtSettings,
+    starts: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:  # fmt: skip
+    """Plain next-token loss, for phases without thoughts: tokens, mask, starts [B, L] -> mean nats and metrics."""
+    text = read_text(model.decoder, tokens, mask, starts, dtype=settings.dtype, rematerialize=settings.rematerialize)
     loss = text.nats.sum() / counts.text
     return loss, {"loss": loss, "base_loss": loss}
 
 
 def quiet_star_loss(
     model: QuietStar, tokens: jax.Array, mask: jax.Array, think: Think, counts: Counts, settings: ThoughtSettings,
-    positions_per_chunk: int, *, choose: Choose = every_position, frozen: Frozen = nothing,
+    positions_per_chunk: int, *, starts: jax.Array | None = None, choose: Choose = every_position,
+    frozen: Frozen = nothing,
 ) -> tuple[jax.Array, Metrics]:  # fmt: skip
     """The published objective: weighted cross-entropies without and with thoughts, and REINFORCE.
 
@@ -55,6 +57,7 @@ def quiet_star_loss(
       tokens: [B, L] int32; mask: [B, L] bool.
       think: gives the thoughts of the text at some positions; see `sample_thoughts`.
       counts: of the whole batch, of which these sequences may be a microbatch.
+      starts: [B, L] int32 as in `Text`, where rows have several documents.
       choose: says which positions think; the objective is then that of these positions.
       frozen: says by its dotted name which parameter gets no gradient; what only leads to such is not computed.
 
@@ -66,7 +69,7 @@ def quiet_star_loss(
     learned = {name: value for name, value in params.items() if name not in fixed}
     model = assemble(structure, learned | fixed)
     text = read_text(
-        model.decoder, tokens, mask, dtype=settings.dtype, rematerialize=settings.rematerialize,
+        model.decoder, tokens, mask, starts, dtype=settings.dtype, rematerialize=settings.rematerialize,
         with_entropy=settings.config.positions == "entropy",
     )  # fmt: skip
     positions = choose(text)
@@ -75,12 +78,12 @@ def quiet_star_loss(
     read = {"hidden": text.hidden, "prefix": text.prefix, "nats": text.nats}
     text_is_fixed = all(name in fixed for name in params if name.startswith("decoder."))
     operands = learned if text_is_fixed else learned | read
-    constants = (fixed | read if text_is_fixed else fixed, tokens, mask, positions, thoughts, counts)
+    constants = (fixed | read if text_is_fixed else fixed, tokens, mask, starts, positions, thoughts, counts)
 
     def chunk(operands: Any, constants: Any, start: jax.Array) -> tuple[jax.Array, Metrics, Any]:
-        fixed, tokens, mask, positions, thoughts, counts = constants
+        fixed, tokens, mask, starts, positions, thoughts, counts = constants
         arrays = operands | fixed
-        text = Text(tokens, mask, arrays["hidden"], arrays["prefix"], arrays["nats"])
+        text = Text(tokens, mask, arrays["hidden"], arrays["prefix"], arrays["nats"], starts=starts)
         positions = take_positions(positions, start, positions_per_chunk)
         thoughts = take_chunk(thoughts, start, positions_per_chunk, axis=2)
         loss, metrics, layers = _chunk_loss(assemble(structure, arrays), text, positions, thoughts, counts, settings)
@@ -108,15 +111,15 @@ def _chunk_loss(
     talk = talk_loss(scores.nats, counts)
 
     rewarded = (positions <= length - 2 - ahead)[..., None, :]  # [1, J] or [B, 1, J]
-    base_nats = here_and_ahead(text.nats, positions, ahead)
+    real = real_ahead(text.mask, positions, ahead, text.starts)
+    base_nats = jnp.where(real, here_and_ahead(text.nats, positions, ahead), 0.0)
     reward = jnp.where(rewarded, rewards(base_nats, scores.nats), 0.0)
     loss, trained = (1.0 - config.base_loss_weight) * talk, {}
-    if settings.policy_weight:
+    if settings.reinforced:
         advantage = advantages(reward, positive_only=config.positive_only)
         policy = policy_loss(advantage, scores.log_probs, counts, reduction=config.policy_reduction)
         loss, trained = loss + settings.policy_weight * policy, {"policy_loss": policy}
-    real = real_ahead(text.mask, positions, ahead)[:, None]
-    first = real[..., 0]
+    first = real[:, None, :, 0]
 
     def mean_where_real(x: jax.Array) -> jax.Array:
         return jnp.where(first, x, 0.0).sum() / (settings.count * counts.targets[0])

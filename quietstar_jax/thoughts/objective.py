@@ -13,13 +13,15 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.thoughts.text import real_ahead
+
 
 class Counts(NamedTuple):
     """What sums over the whole batch are divided by.
 
     Attributes:
       text: real tokens that the text without thoughts predicts, at least 1.
-      targets: [K] how many x[j+1+k] exist and are real text, over the positions that think; at least 1.
+      targets: [K] how many x[j+1+k] are scored (see `real_ahead`), over the positions that think; at least 1.
       rewarded: positions that REINFORCE averages over, at least 1. Where all positions think these are B (L - 1 - K),
         padding included, as published; else those that were chosen.
     """
@@ -29,15 +31,18 @@ class Counts(NamedTuple):
     rewarded: jax.Array | float
 
 
-def count_targets(mask: jax.Array, tokens_ahead: int, chosen: jax.Array | None = None) -> Counts:
+def count_targets(
+    mask: jax.Array, tokens_ahead: int, chosen: jax.Array | None = None, starts: jax.Array | None = None
+) -> Counts:
     """Counts of a batch with mask [B, L].
 
     Args:
+      starts: [B, L] int32, the first token of the document of each; None = each row is one document.
       chosen: [B] how many positions of each sequence think, all K targets of which are real; None = all of them.
     """
     chex.assert_rank(mask, 2)
     batch, length = mask.shape
-    real = jnp.stack([mask[:, 1 + k :].sum() for k in range(tokens_ahead)])
+    real = real_ahead(mask, jnp.arange(length), tokens_ahead, starts).sum(axis=(0, 1))
     real = jnp.maximum(real, 1).astype(jnp.float32)
     if chosen is None:
         return Counts(real[0], real, float(batch * max(length - 1 - tokens_ahead, 1)))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from quietstar_jax.thoughts.chunks import PAST_THE_TEXT
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import Text
+from quietstar_jax.thoughts.text import Text, real_ahead
 
 Choose = Callable[[Text], jax.Array]
 
@@ -46,25 +46,31 @@ def choose(text: Text, draws: jax.Array, settings: ThoughtSettings) -> jax.Array
     if how == "entropy":
         chex.assert_shape(text.entropy, draws.shape)
         rank = text.entropy  # type: ignore[assignment]  # not None, as just checked
-    _, positions = jax.lax.top_k(jnp.where(candidates(text.mask, draws, settings), rank, -jnp.inf), at_most)
-    taken = jnp.arange(at_most) < count_chosen(text.mask, draws, settings)[:, None]
+    _, positions = jax.lax.top_k(
+        jnp.where(candidates(text.mask, draws, settings, text.starts), rank, -jnp.inf), at_most
+    )
+    taken = jnp.arange(at_most) < count_chosen(text.mask, draws, settings, text.starts)[:, None]
     return jnp.sort(jnp.where(taken, positions, PAST_THE_TEXT), axis=1)
 
 
-def count_chosen(mask: jax.Array, draws: jax.Array, settings: ThoughtSettings) -> jax.Array:
+def count_chosen(
+    mask: jax.Array, draws: jax.Array, settings: ThoughtSettings, starts: jax.Array | None = None
+) -> jax.Array:
     """How many positions of each sequence `choose` takes, int32 [B]; known before the text is read."""
-    found = candidates(mask, draws, settings).sum(axis=1)
+    found = candidates(mask, draws, settings, starts).sum(axis=1)
     if settings.config.positions == "stride":
         return found
     wanted = jnp.ceil(settings.config.position_fraction * found.astype(jnp.float32) - 1e-4).astype(jnp.int32)
     return jnp.minimum(wanted, settings.thinking_positions(mask.shape[1]))
 
 
-def candidates(mask: jax.Array, draws: jax.Array, settings: ThoughtSettings) -> jax.Array:
-    """Positions j [B, L] among which a choice is made: x[j+1] .. x[j+K] are real text and a reward is given."""
+def candidates(
+    mask: jax.Array, draws: jax.Array, settings: ThoughtSettings, starts: jax.Array | None = None
+) -> jax.Array:
+    """Positions j [B, L] among which a choice is made: x[j+1] .. x[j+K] are real text of the same document as x[j],
+    and a reward is given."""
     length, ahead = mask.shape[1], settings.tokens_ahead
-    padded = jnp.pad(mask, ((0, 0), (0, ahead)))
-    real = jnp.stack([padded[:, 1 + k : 1 + k + length] for k in range(ahead)]).all(axis=0)
+    real = real_ahead(mask, jnp.arange(length), ahead, starts).all(axis=-1)
     real &= jnp.arange(length) <= length - 2 - ahead
     if settings.config.positions == "stride":
         stride = round(1 / settings.config.position_fraction)

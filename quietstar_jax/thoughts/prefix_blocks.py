@@ -100,6 +100,8 @@ def dot(equation: str, *operands: Any) -> jax.Array:
 def _blocks(seen: Seen, width: int) -> tuple[jax.Array, jax.Array]:
     """Numbers of the first block of `width` prefix keys that a chain sees, and of one past the last."""
     first = jnp.maximum(seen.positions.min() + seen.offsets.min() + 2 - seen.window, 0)
+    if seen.first is not None:
+        first = jnp.maximum(first, seen.first.min())
     end = jnp.minimum(seen.positions.max() + 1, seen.mask.shape[1])
     return first // width, (end + width - 1) // width
 

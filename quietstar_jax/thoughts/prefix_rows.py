@@ -96,5 +96,6 @@ def _range(q: jax.Array, seen: Seen) -> Range:
     """Which prefix keys every row of q [B, G, R, J, X, H] sees."""
     batch, _, count, chunk, rows, _ = q.shape
     position = jnp.broadcast_to(seen.positions[..., None, :, None], (batch, count, chunk, rows))
-    low = jnp.maximum(position + 2 + seen.offsets - seen.window, 0)
+    first = 0 if seen.first is None else seen.first[:, None, :, None]
+    low = jnp.maximum(position + 2 + seen.offsets - seen.window, first)
     return Range(low.reshape(batch, -1), position.reshape(batch, -1), seen.mask)

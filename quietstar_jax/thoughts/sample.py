@@ -61,7 +61,7 @@ def _sample_chunk(
         embeddings, own = carry
         offset, draws = inputs
         hidden, own = chain_step(
-            model.decoder, embeddings, offset, positions, text.prefix, text.mask, own,
+            model.decoder, embeddings, offset, positions, text.prefix, text.mask, own, text.starts,
             prefix_attention=settings.prefix_attention,
         )  # fmt: skip
         logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)

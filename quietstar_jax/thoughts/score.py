@@ -21,10 +21,11 @@ class Scores(NamedTuple):
     """What the thoughts of J positions were worth.
 
     Attributes:
-      nats: [B, R, J, K] cross-entropy of x[j+1+k] with the thought; 0 where that is not real text.
+      nats: [B, R, J, K] cross-entropy of x[j+1+k] with the thought; 0 where `real_ahead` is False; exactly that of the
+        text where the mixing weight is exactly 0.
       log_probs: [B, R, J, T] log-probability of each thought token at the score temperature.
       weight: [B, R, J, K] mixing weight.
-      correct: [B, R, J, K] bool, x[j+1+k] is the most likely token; False where it is not real text.
+      correct: [B, R, J, K] bool, x[j+1+k] is the most likely token; False where `real_ahead` is.
       log_scores: [B, R, J, K, V] of every token at x[j+1+k], as from `talk`.
       layers: the weights of the decoder's layers, as from `run_layers`.
     """
@@ -52,7 +53,11 @@ def score_thoughts(
         nats = -pick(log_scores, targets)
     else:
         nats = cross_entropy(log_scores, targets)
-    real = real_ahead(text.mask, positions, ahead)[:, None]
+    # A weight of 0 leaves the prediction as it was. Another cross-entropy is rounding, which REINFORCE multiplies by a
+    # million. Only the value is replaced: the mixing head, whose weights begin at 0, learns from the gradient.
+    plain = here_and_ahead(text.nats, positions, ahead)[:, None]
+    nats += jax.lax.stop_gradient(jnp.where(weight == 0, plain - nats, 0.0))
+    real = real_ahead(text.mask, positions, ahead, text.starts)[:, None]
     correct = (log_scores.argmax(axis=-1) == targets) & real
     return Scores(jnp.where(real, nats, 0.0), log_probs, weight, correct, log_scores, layers)
 
@@ -121,7 +126,7 @@ def think(
         axis=3,
     )
     hidden, layers = chain_pass(
-        model.decoder, embeddings, positions, text.prefix, text.mask, rematerialize=settings.rematerialize,
+        model.decoder, embeddings, positions, text.prefix, text.mask, text.starts, rematerialize=settings.rematerialize,
         prefix_attention=settings.prefix_attention,
     )  # fmt: skip
     return hidden[..., :length, :], hidden[..., length + 1 :, :], layers

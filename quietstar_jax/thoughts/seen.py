@@ -16,12 +16,14 @@ class Seen(NamedTuple):
       positions: [J] int32, the j of each chain, or [B, J] where sequences differ.
       offsets: [C] int32, the c of each query token.
       window: scalar int32, keys that a query sees, itself included.
+      first: [B, J] int32, the first token of the document of each chain; None = each row is one document.
     """
 
     mask: jax.Array
     positions: jax.Array
     offsets: jax.Array
     window: jax.Array
+    first: jax.Array | None = None
 
 
 def prefix_visible(seen: Seen, keys: jax.Array) -> jax.Array:
@@ -29,6 +31,8 @@ def prefix_visible(seen: Seen, keys: jax.Array) -> jax.Array:
     position = seen.positions[..., None, None]
     query = position + 1 + seen.offsets[:, None]
     visible = (keys <= position) & (query - keys < seen.window)
+    if seen.first is not None:
+        visible &= keys >= seen.first[..., None, None]
     return seen.mask[:, keys][:, None, None, :] & visible
 
 

@@ -21,9 +21,11 @@ class Text(NamedTuple):
       tokens: [B, L] int32; mask: [B, L] bool, True where real.
       hidden: [B, L, D] final-norm hidden states.
       prefix: keys and values [layers, B, L, G, H].
-      nats: [B, L] float32, cross-entropy of x[j+1] given x[0..j]; 0 where x[j+1] is not real text.
+      nats: [B, L] float32, cross-entropy of x[j+1] given x[0..j]; 0 where x[j+1] is not real text, or begins another
+        document.
       entropy: [B, L] float32 nats of the prediction of x[j+1], without gradient; None where nobody asked for it.
       layers: the weights of the decoder's layers, as from `run_layers`.
+      starts: [B, L] int32, the first token of the document that each is of; None where each row is one document.
     """
 
     tokens: jax.Array
@@ -33,19 +35,20 @@ class Text(NamedTuple):
     nats: jax.Array
     entropy: jax.Array | None = None
     layers: Layers | None = None
+    starts: jax.Array | None = None
 
 
 def read_text(
-    decoder: Decoder, tokens: jax.Array, mask: jax.Array, *, dtype: jnp.dtype, rematerialize: bool = False,
-    with_entropy: bool = False,
+    decoder: Decoder, tokens: jax.Array, mask: jax.Array, starts: jax.Array | None = None, *, dtype: jnp.dtype,
+    rematerialize: bool = False, with_entropy: bool = False,
 ) -> Text:  # fmt: skip
-    """Runs the base pass and scores every next token without thoughts.
+    """Runs the base pass and scores every next token without thoughts; arguments as in `Text` and `ModelConfig`.
 
     Logits of more than `LOGITS_BYTES` never exist at once: rows are then scored in groups that fit, and recomputed in
     the backward pass.
     """
-    tokens, mask = (constrain(x, "batch", "keys") for x in (tokens, mask))
-    hidden, prefix, layers = base_pass(decoder, tokens, mask, dtype=dtype, rematerialize=rematerialize)
+    tokens, mask, starts = jax.tree.map(lambda x: constrain(x, "batch", "keys"), (tokens, mask, starts))
+    hidden, prefix, layers = base_pass(decoder, tokens, mask, starts, dtype=dtype, rematerialize=rematerialize)
     batch, length = tokens.shape
     targets = tokens_ahead(tokens, jnp.arange(length), 1, fill=0)[..., 0]
 
@@ -62,9 +65,9 @@ def read_text(
         by_row = jax.tree.map(lambda x: spread_rows(x, own), (hidden, targets))
         scored = jax.lax.map(lambda row: score(*row), by_row, batch_size=rows)
         nats, spread = jax.tree.map(collect_rows, scored)
-    nats = jnp.where(real_ahead(mask, jnp.arange(length), 1)[..., 0], nats, 0.0)
+    nats = jnp.where(real_ahead(mask, jnp.arange(length), 1, starts)[..., 0], nats, 0.0)
     nats, spread = jax.tree.map(lambda x: constrain(x, "batch", "keys"), (nats, spread))
-    return Text(tokens, mask, constrain(hidden, "batch", "keys", "hidden"), prefix, nats, spread, layers)
+    return Text(tokens, mask, constrain(hidden, "batch", "keys", "hidden"), prefix, nats, spread, layers, starts)
 
 
 def entropy(logits: jax.Array) -> jax.Array:
@@ -80,9 +83,18 @@ def tokens_ahead(tokens: jax.Array, positions: jax.Array, count: int, *, fill: i
     return _at(tokens, positions[..., None] + 1 + jnp.arange(count), fill)
 
 
-def real_ahead(mask: jax.Array, positions: jax.Array, count: int) -> jax.Array:
-    """ok[j, k]: x[j+1+k] exists and is not padding. mask [B, L], positions [J] or [B, J] -> [B, J, count] bool."""
-    return _at(mask, positions[..., None] + 1 + jnp.arange(count), False)
+def real_ahead(mask: jax.Array, positions: jax.Array, count: int, starts: jax.Array | None = None) -> jax.Array:
+    """ok[j, k]: x[j+1+k] exists, is not padding, and is of the same document as x[j].
+
+    Args:
+      mask: [B, L]; positions: [J] or [B, J]; starts: [B, L] as in `Text`.
+
+    Returns:
+      [B, J, count] bool.
+    """
+    ahead = positions[..., None] + 1 + jnp.arange(count)
+    real = _at(mask, ahead, False)
+    return real if starts is None else real & (_at(starts, ahead, 0) <= positions[..., None])
 
 
 def here_and_ahead(values: jax.Array, positions: jax.Array, count: int) -> jax.Array:

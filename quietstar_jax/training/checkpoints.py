@@ -175,7 +175,10 @@ def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
         return found
 
     phases = [complete(to_mapping(Phase()), phase) for phase in saved["phases"]]
-    return complete(to_mapping(Config()), saved) | {"phases": phases}
+    completed = complete(to_mapping(Config()), saved) | {"phases": phases}
+    # Packed documents saw each other before there was a setting; no other packing depends on it.
+    masked = completed["data"]["packing"] == "packed" and saved.get("data", {}).get("document_mask", False)
+    return completed | {"data": completed["data"] | {"document_mask": masked}}
 
 
 def _begun(phases: Any, step: int) -> list[dict[str, Any]]:

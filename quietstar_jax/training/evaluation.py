@@ -15,7 +15,7 @@ from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.parallel.layout import row_ways
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk, sampled_positions_per_chunk
-from quietstar_jax.thoughts.controls import think
+from quietstar_jax.thoughts.controls import draw_uniforms, think
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -30,7 +30,7 @@ class TokenScores(NamedTuple):
     """Scores of the next token x[j+1] at every position j; all [B, L] but the thoughts.
 
     Attributes:
-      real: x[j+1] exists and is not padding.
+      real: x[j+1] exists, is not padding, and is of the same document as x[j].
       base_nats, talk_nats: cross-entropy without and with the thought; base_correct, talk_correct: argmax is right.
       base_entropy: entropy in nats of the prediction without the thought, whatever the true token is.
       reward: nats by which the thought made the next K tokens more likely.
@@ -73,15 +73,15 @@ def make_token_scorer(structure: Structure, architecture: Architecture, settings
         sampled = sampled_positions_per_chunk(architecture, settings, rows, length)
         ahead = settings.tokens_ahead
         draws = jax.random.key(0) if key is None else key  # greedy thoughts need none, but some controls do
-        uniforms = jax.random.uniform(draws, (rows, 1, length, settings.length))
+        uniforms = draw_uniforms(draws, (rows, 1, length, settings.length))
         everywhere = jnp.arange(length)
         thoughts = None
         if settings.length:
             thoughts = think(model, text, everywhere, uniforms, settings, sampled, greedy=key is None)
 
         def of_chunk(model: QuietStar, text: Text, positions: jax.Array, thoughts: Any) -> TokenScores:
-            real = real_ahead(text.mask, positions, 1)[..., 0]
-            base_nats = here_and_ahead(text.nats, positions, ahead)
+            scored = real_ahead(text.mask, positions, ahead, text.starts)
+            real, base_nats = scored[..., 0], jnp.where(scored, here_and_ahead(text.nats, positions, ahead), 0.0)
             logits = model.decoder.logits(here_and_ahead(text.hidden, positions, 1)[..., 0, :])
             uncertainty = entropy(logits)
             correct = (logits.argmax(axis=-1) == tokens_ahead(text.tokens, positions, 1, fill=0)[..., 0]) & real

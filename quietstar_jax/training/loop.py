@@ -149,7 +149,7 @@ class Trainer:
         config = self._run.config
         for done in range(int(state.step) + 1, end + 1):
             rows = self._sequences.next_batch(phase.batch_size // self._reader.count)
-            batch = Batch(*(self._reader.place(rows[name], self._run.mesh) for name in ("tokens", "mask")))
+            batch = Batch(**{name: self._reader.place(value, self._run.mesh) for name, value in rows.items()})
             state, values = step_fn(state, batch, self._run.key, jnp.int32(start))
             self._read_metrics()
             self._unread = functools.partial(self._log, values, done, phase)

@@ -16,7 +16,7 @@ from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.axes import constrain, constrain_tree, shard, spread_rows
 from quietstar_jax.parallel.layout import place_rows, specs_like_parameters
 from quietstar_jax.thoughts.chunks import positions_per_chunk, sampled_positions_per_chunk
-from quietstar_jax.thoughts.controls import think
+from quietstar_jax.thoughts.controls import Uniforms, draw_uniforms, think
 from quietstar_jax.thoughts.loss import Metrics, language_model_loss, quiet_star_loss
 from quietstar_jax.thoughts.model import QuietStar, mean_embedding
 from quietstar_jax.thoughts.objective import Counts, count_targets
@@ -42,20 +42,25 @@ class TrainState(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """tokens: [B, L] int32; mask: [B, L] bool, True where the text is real."""
+    """tokens: [B, L] int32; mask: [B, L] bool, True where the text is real.
+
+    starts: [B, L] int32, the number of the first token of the document that each is of; None where each row is one
+    document, or documents of a row see each other.
+    """
 
     tokens: jax.Array
     mask: jax.Array
+    starts: jax.Array | None = None
 
 
 class Draws(NamedTuple):
     """The randomness of one step, uniform in [0, 1): a microbatch or a device takes its rows of it.
 
     Attributes:
-      thoughts: [B, R, L, T], one number per thought token; positions: [B, L], for the choice of which think.
+      thoughts: of all L positions; positions: [B, L], for the choice of which think.
     """
 
-    thoughts: jax.Array
+    thoughts: Uniforms
     positions: jax.Array
 
 
@@ -68,7 +73,7 @@ def draw(
       row_numbers: [B] the number in the batch of each row's sequence, whose draws it gets; None = in order.
     """
     batch, length = shape
-    thoughts = jax.random.uniform(key, (batch, settings.count, length, settings.length))
+    thoughts = draw_uniforms(key, (batch, settings.count, length, settings.length))
     draws = Draws(thoughts, jax.random.uniform(jax.random.fold_in(key, 0), (batch, length)))
     if row_numbers is not None:
         draws = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim)[row_numbers], draws)
@@ -77,7 +82,7 @@ def draw(
 
 def to_device(rows: Mapping[str, np.ndarray]) -> Batch:
     """A whole batch of the data pipeline, moved to the device or dealt out over the mesh."""
-    return Batch(place_rows(rows["tokens"]), place_rows(rows["mask"]))
+    return Batch(**jax.tree.map(place_rows, dict(rows)))
 
 
 class Vocabulary(NamedTuple):
@@ -88,6 +93,7 @@ class Vocabulary(NamedTuple):
       start_tokens, end_tokens: whose mean embeddings the thought's start and end begin as; none where the weights that
         training starts from have learned these two already.
       pause_id: fills thoughts under the control `pause`.
+      unused: ids of the model that are no token, see `hf.vocabulary.unused_ids`; no thought may contain them either.
     """
 
     pad_id: int
@@ -95,6 +101,7 @@ class Vocabulary(NamedTuple):
     start_tokens: tuple[int, ...]
     end_tokens: tuple[int, ...]
     pause_id: int = 0
+    unused: tuple[int, ...] = ()
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]
@@ -103,7 +110,7 @@ TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState
 def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> ThoughtSettings:
     """What all thoughts of a run share, and the fields of `ThoughtSettings` in which these differ."""
     return ThoughtSettings(
-        meta_tokens=vocabulary.meta_tokens,
+        meta_tokens=(*vocabulary.meta_tokens, *vocabulary.unused),
         pad_id=vocabulary.pad_id,
         pause_id=vocabulary.pause_id,
         compute_dtype=config.model.compute_dtype,
@@ -115,15 +122,13 @@ def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> Th
 
 def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> ThoughtSettings:
     """The thoughts of one phase."""
-    # Pauses are all alike: that one is better than another is rounding, and nothing to learn from.
-    policy_weight = 0.0 if config.thought.control == "pause" else phase.policy_weight
     return thought_settings(
         config,
         vocabulary,
         length=phase.thought_length,
         count=phase.num_thoughts,
         tokens_ahead=phase.tokens_ahead,
-        policy_weight=policy_weight,
+        policy_weight=phase.policy_weight,
         rematerialize=config.model.rematerialize,
     )
 
@@ -155,15 +160,17 @@ def make_train_step(
     def loss(params: Any, batch: Batch, draws: Draws, counts: Counts) -> tuple[jax.Array, Metrics]:
         model = assemble(structure, params)
         if not phase.thought_length:
-            return language_model_loss(model, *batch, counts, settings)
+            return language_model_loss(model, batch.tokens, batch.mask, counts, settings, batch.starts)
         chunk = positions_per_chunk(architecture, settings, *batch.tokens.shape)
         sampled = sampled_positions_per_chunk(architecture, settings, *batch.tokens.shape)
 
         def think_there(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:
-            return think(model, text, positions, at_positions(draws.thoughts, positions), settings, sampled)
+            uniforms = jax.tree.map(lambda x: at_positions(x, positions), draws.thoughts)
+            return think(model, text, positions, uniforms, settings, sampled)
 
         return quiet_star_loss(
-            model, *batch, think_there, counts, settings, chunk,
+            model, batch.tokens, batch.mask, think_there, counts, settings, chunk,
+            starts=batch.starts,
             choose=lambda text: choose(text, draws.positions, settings),
             frozen=lambda name: not rate_scale(name, phase.rates),
         )  # fmt: skip
@@ -179,8 +186,8 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array) -> tuple[TrainState, Metrics]:
         draws = draw(jax.random.fold_in(key, state.step), batch.tokens.shape, settings, row_numbers)
         some = config.thought.positions != "all"
-        chosen = count_chosen(batch.mask, draws.positions, settings) if some else None
-        counts = count_targets(batch.mask, phase.tokens_ahead, chosen)
+        chosen = count_chosen(batch.mask, draws.positions, settings, batch.starts) if some else None
+        counts = count_targets(batch.mask, phase.tokens_ahead, chosen, batch.starts)
         over_data = shard(own_rows, ("data",), ((), ("rows",), ("rows",), ()), ())
         gradients, metrics = over_data(state.params, batch, draws, counts)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

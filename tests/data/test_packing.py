@@ -18,12 +18,13 @@ from quietstar_jax.data import documents as documents_module
 from quietstar_jax.data import packing
 from quietstar_jax.data.documents import Framed, TextDocuments
 from quietstar_jax.data.packing import ConsecutiveSpans, Mixture, PackedSequences, Position, span_bounds
-from quietstar_jax.data.pipeline import training_sequences
+from quietstar_jax.data.pipeline import training_sequences, validation_batches
 from quietstar_jax.errors import CheckpointError, DataError
 from tests.data.words import (
     EOS,
     LENGTH,
     LENGTHS,
+    TOKENIZER,
     config,
     documents,
     interleaved,
@@ -102,6 +103,48 @@ def test_packing_by_counts_is_packing_by_reading(
             iterator.set_state(state)
             parts.append(joined([iterator.next_batch(5), iterator.next_batch(7)]))
     same(interleaved(parts), {key: value[count * before :] for key, value in expected.items()})
+
+
+@pytest.mark.parametrize("by_counts", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_token_knows_where_its_document_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_counts: bool, count: int
+) -> None:
+    """Words are numbered through all documents: a token that does not follow the one before it begins another."""
+    monkeypatch.setattr(TextDocuments, "counts_known", by_counts)
+    source = write(tmp_path / "a.jsonl", documents([1, 5, 2 * LENGTH + 3, 2, 0, 3]))
+    at: dict[str, Any] = {"packing": "packed", "append_eos": False}
+    for index in range(count):
+        batch = sequences(source, process=(index, count), **at).next_batch(40)
+        assert batch["starts"].dtype == np.int32
+        for tokens, starts in zip(batch["tokens"], batch["starts"], strict=True):
+            # A document may follow the one that is before it in the corpus; two of these are told apart by their words.
+            begins = [0, *(i for i in range(1, LENGTH) if starts[i] != starts[i - 1])]
+            assert all(starts[i] == max(b for b in begins if b <= i) for i in range(LENGTH))
+            jumps = {i for i in range(1, LENGTH) if tokens[i] != tokens[i - 1] + 1}
+            firsts = {2, 3, 8, 2 * LENGTH + 11, 2 * LENGTH + 13}
+            assert jumps <= set(begins)
+            assert all(tokens[i] in firsts for i in begins[1:])
+            assert all(i in begins for i in range(LENGTH) if tokens[i] in firsts)
+
+
+@pytest.mark.parametrize("packing", ["random_span", "consecutive_spans", "packed"])
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_only_packed_rows_have_starts(tmp_path: Path, packing: str, document_mask: bool) -> None:
+    source = write(tmp_path / "a.jsonl", documents(LENGTHS))
+    settings_ = config(source, packing=packing, document_mask=document_mask)
+    wanted = {"tokens", "mask"} | ({"starts"} if packing == "packed" and document_mask else set())
+    assert set(training_sequences(settings_, TOKENIZER, seed=0).next_batch(2)) == wanted
+    batches = list(validation_batches(settings_, TOKENIZER, batch_size=4))
+    assert all(set(batch) == wanted for batch in batches)
+    if "starts" in wanted:
+        ends = sum(int((batch["tokens"] == EOS).sum()) for batch in batches)
+        real = np.concatenate([batch["mask"] for batch in batches])
+        starts = np.concatenate([batch["starts"] for batch in batches])
+        begins = (starts == np.arange(LENGTH)) & real
+        crossing = real.any(axis=1).sum() - 1  # rows that may begin inside of a document
+        assert len(LENGTHS) <= begins.sum() <= len(LENGTHS) + crossing
+        assert ends >= len(LENGTHS)
 
 
 def test_only_own_documents_are_read(tmp_path: Path, counts_are_known: None, monkeypatch: pytest.MonkeyPatch) -> None:

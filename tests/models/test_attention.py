@@ -38,6 +38,8 @@ def test_causal_mask_with_padding() -> None:
 def test_causal_mask_with_window() -> None:
     everything = jnp.ones((1, 5), bool)
     assert drawing(causal_mask(everything, jnp.int32(2))[0]) == ["#....", "##...", ".##..", "..##.", "...##"]
+    starts = jnp.array([[0, 0, 2, 2, 2]])
+    assert drawing(causal_mask(everything, jnp.int32(5), starts)[0]) == ["#....", "##...", "..#..", "..##.", "..###"]
     assert drawing(causal_mask(everything, jnp.int32(1))[0]) == ["#....", ".#...", "..#..", "...#.", "....#"]
 
 

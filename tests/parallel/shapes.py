@@ -44,7 +44,12 @@ def config(mesh: MeshConfig, **model: Any) -> Config:
 def rows() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     tokens = rng.integers(6, 100, (ROWS, LENGTH)).astype(np.int32)
-    return {"tokens": tokens, "mask": np.arange(LENGTH) < rng.integers(4, LENGTH + 1, (ROWS, 1))}
+    mask, second = (np.arange(LENGTH) < rng.integers(4, LENGTH + 1, (ROWS, 1)) for _ in range(2))
+    return {
+        "tokens": tokens,
+        "mask": mask,
+        "starts": np.where(second, 0, second.sum(axis=1, keepdims=True)).astype(np.int32),
+    }
 
 
 def step_on(config: Config, devices: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:

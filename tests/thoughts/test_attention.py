@@ -29,6 +29,8 @@ def test_what_chain_tokens_see() -> None:
     keys = jnp.arange(6)
     assert drawing(prefix_visible(everything, keys)[0, 0]) == ["#.##.."] * 3
     assert drawing(prefix_visible(everything, keys[2:5])[0, 0]) == ["##."] * 3
+    second = everything._replace(first=jnp.array([[2]]))
+    assert drawing(prefix_visible(second, keys)[0, 0]) == ["..##.."] * 3
     windowed = everything._replace(window=jnp.int32(3))
     assert drawing(prefix_visible(windowed, keys)[0, 0]) == ["..##..", "...#..", "......"]
     assert drawing(own_visible(everything, 4)) == ["#...", "##..", "###."]
@@ -50,19 +52,14 @@ def all_at_once(queries, prefix_keys, prefix_values, own_keys, own_values, seen:
     return context.reshape(queries.shape)
 
 
-@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["small_scores", "large_scores"])
-@pytest.mark.parametrize("window", [2, 4, 2**31 - 1])
-@pytest.mark.parametrize("positions", [(0, 1, 2), (3, 4, 5), (6, 7, 8)], ids=["first", "middle", "past_the_end"])
-@pytest.mark.parametrize("block", [2, 3, 64])
-def test_blocks_equal_one_softmax_with_gradients(monkeypatch, scale, window, positions, block) -> None:
-    """Also where the largest score is in the hundreds, in either group, or the prefix is invisible."""
-    monkeypatch.setattr(prefix_blocks, "KEY_BLOCK", block)
+def equal_one_softmax(scale: float, window: int, positions: tuple[int, ...], first: jax.Array | None = None) -> None:
+    """Values and gradients of blocks, for two sequences and two groups."""
     batch, count, tokens, prefix, heads, groups, width = 2, 2, 3, 7, 4, 2, 6
     queries = scale * normal(0, batch, count, 3, tokens, heads, width)
     base = [normal(seed, batch, prefix, groups, width) for seed in (1, 2)]
     own = [normal(seed, batch, count, 3, tokens, groups, width) for seed in (3, 4)]
     mask = jnp.array([[1, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0]], bool)
-    seen = Seen(mask, jnp.array(positions), jnp.arange(tokens), jnp.int32(window))
+    seen = Seen(mask, jnp.array(positions), jnp.arange(tokens), jnp.int32(window), first)
     cotangent = normal(5, *queries.shape)
 
     def blocks(queries, keys, values, own_keys, own_values):
@@ -74,6 +71,23 @@ def test_blocks_equal_one_softmax_with_gradients(monkeypatch, scale, window, pos
     np.testing.assert_allclose(found, wanted, atol=tolerance)
     for name, x, y in zip(("q", "k", "v", "own k", "own v"), back(cotangent), wanted_back(cotangent), strict=True):
         np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(y).max())), err_msg=name)
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["small_scores", "large_scores"])
+@pytest.mark.parametrize("window", [2, 4, 2**31 - 1])
+@pytest.mark.parametrize("positions", [(0, 1, 2), (3, 4, 5), (6, 7, 8)], ids=["first", "middle", "past_the_end"])
+@pytest.mark.parametrize("block", [2, 3, 64])
+def test_blocks_equal_one_softmax_with_gradients(monkeypatch, scale, window, positions, block) -> None:
+    """Also where the largest score is in the hundreds, in either group, or the prefix is invisible."""
+    monkeypatch.setattr(prefix_blocks, "KEY_BLOCK", block)
+    equal_one_softmax(scale, window, positions)
+
+
+@pytest.mark.parametrize("window", [2, 2**31 - 1])
+@pytest.mark.parametrize("block", [2, 64])
+def test_documents_equal_one_softmax_with_gradients(monkeypatch, window, block) -> None:
+    monkeypatch.setattr(prefix_blocks, "KEY_BLOCK", block)
+    equal_one_softmax(1.0, window, (3, 4, 5), jnp.array([[3, 3, 5], [0, 4, 4]]))
 
 
 @pytest.mark.parametrize("window", [40, 2**31 - 1])

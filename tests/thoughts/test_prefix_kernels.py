@@ -18,9 +18,15 @@ from quietstar_jax.thoughts.seen import Seen
 
 MASK = jnp.array(np.random.default_rng(0).random((2, 21)) > 0.2)
 CASES = {
-    "shared positions": (jnp.arange(5, 12), 2**31 - 1),
-    "positions of their own": (jnp.array([[0, 3, 4, 9, 13, 19, 20], [1, 2, 8, 8, 11, 15, 2**30]]), 2**31 - 1),
-    "windows that end before the prefix": (jnp.arange(8, 15), 3),
+    "shared positions": (jnp.arange(5, 12), 2**31 - 1, None),
+    "positions of their own": (jnp.array([[0, 3, 4, 9, 13, 19, 20], [1, 2, 8, 8, 11, 15, 2**30]]), 2**31 - 1, None),
+    "windows that end before the prefix": (jnp.arange(8, 15), 3, None),
+    "documents": (jnp.arange(8, 15), 2**31 - 1, jnp.array([[3, 3, 10, 10, 10, 10, 14], [8, 9, 9, 9, 9, 9, 9]])),
+    "documents and windows": (
+        jnp.array([[0, 3, 4, 9, 13, 19, 20], [1, 2, 8, 8, 11, 15, 2**30]]),
+        7,
+        jnp.array([[0, 2, 2, 2, 12, 12, 12], [0, 0, 8, 8, 8, 8, 0]]),
+    ),
 }
 
 
@@ -41,11 +47,11 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scale", [1.0, 60.0], ids=["small_scores", "large_scores"])
 def test_kernels_equal_the_blocks(kernel: Any, name: str, scale: float) -> None:
-    positions, window = CASES[name]
+    positions, window, first = CASES[name]
     batch, groups, rows, width, length = 2, 2, 6, 8, MASK.shape[1]
     shape = (batch, groups, 2, positions.shape[-1], rows, width)
     text = (normal(1, batch, groups, length, width), normal(2, batch, groups, length, width))
-    seen = Seen(MASK, positions, jnp.tile(jnp.arange(3), 2), jnp.int32(window))
+    seen = Seen(MASK, positions, jnp.tile(jnp.arange(3), 2), jnp.int32(window), first)
     q, own = scale * normal(0, *shape), Sums(normal(3, *shape)[..., :1], jnp.ones((*shape[:-1], 1)), normal(4, *shape))
     tolerance = 1e-3 if scale > 1 else 2e-5
 

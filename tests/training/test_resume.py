@@ -117,6 +117,12 @@ def test_what_may_change_between_runs():
     pause = {"thought": {"control": "pause"}}
     phases = [phase(), phase(thought_length=6)]
     check_same_run(record(phases, thought={"control": "none"}), record(phases, **pause), step=4)
+    old, unmasked = {"packing": "packed"}, {"packing": "packed", "document_mask": False}
+    check_same_run(record(phases, data=old), record(phases, data=unmasked), step=2)
+    with pytest.raises(CheckpointError, match=r"data\.document_mask: False -> True"):
+        check_same_run(record(phases, data=old), record(phases, data=unmasked | {"document_mask": True}), step=2)
+    spans = {"packing": "random_span"}
+    check_same_run(record(phases, data=spans), record(phases, data=spans | {"document_mask": True}), step=2)
     with pytest.raises(CheckpointError, match=r"config\.thought\.control: 'none' -> 'pause'"):
         check_same_run(record(phases, thought={"control": "none"}), record(phases, **pause), step=5)
     all_rewards, untrained = {"thought": {"positive_only": False}}, [phase(thought_length=6, policy_weight=0.0)]
