@@ -72,7 +72,7 @@ def take(source: str, count: int, seed: int = 0, **changes: Any) -> Batch:
 
 
 def same(left: Batch, right: Batch) -> None:
-    assert left.keys() == right.keys() == {"tokens", "mask"}
+    assert left.keys() == right.keys() >= {"tokens", "mask"}
     for key in left:
         assert left[key].dtype == right[key].dtype
         np.testing.assert_array_equal(left[key], right[key])
@@ -80,8 +80,8 @@ def same(left: Batch, right: Batch) -> None:
 
 def interleaved(parts: Sequence[Batch]) -> Batch:
     """The global order of what several processes took."""
-    return {key: np.stack([part[key] for part in parts], axis=1).reshape(-1, LENGTH) for key in ("tokens", "mask")}
+    return {key: np.stack([part[key] for part in parts], axis=1).reshape(-1, LENGTH) for key in parts[0]}
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    return {key: np.concatenate([batch[key] for batch in batches]) for key in ("tokens", "mask")}
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
