@@ -82,7 +82,9 @@ def test_only_what_is_computed_is_counted() -> None:
 @functools.cache
 def compiled_cost(control: str, policy_weight: float) -> tuple[float, float]:
     """FLOPs of a small training step as XLA counts them, and as we do."""
-    architecture = dataclasses.replace(SMALL, vocab_size=3000, hidden_size=32, intermediate_size=64, num_layers=1)
+    architecture = dataclasses.replace(
+        SMALL, vocab_size=3000, hidden_size=32, intermediate_size=64, num_layers=1, head_dim=16
+    )
     phase = Phase(batch_size=2, thought_length=3, num_thoughts=2, tokens_ahead=1, policy_weight=policy_weight)
     thought = ThoughtConfig(control=control, positions_per_chunk=16)
     config, vocabulary = Config(phases=(phase,), thought=thought), Vocabulary(0, (1, 2), (0,), (0,))
@@ -98,9 +100,9 @@ def compiled_cost(control: str, policy_weight: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("control", "policy_weight"), [("none", 0.0), ("pause", 1.0), ("random", 1.0)])
 def test_what_a_setting_saves_is_what_the_compiler_saves(control: str, policy_weight: float) -> None:
-    """As a share of the step, to the small part that is no matrix product."""
+    """To the part that is no matrix product, which is large in so small a model: softmax over the vocabulary."""
     (theirs, ours), (all_theirs, all_ours) = compiled_cost(control, policy_weight), compiled_cost("none", 1.0)
-    assert (all_theirs - theirs) / all_theirs == pytest.approx((all_ours - ours) / all_ours, abs=0.04)
+    assert all_ours - ours == pytest.approx(all_theirs - theirs, rel=0.2)
     assert all_ours - ours > 0.05 * all_ours
 
 
