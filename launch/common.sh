@@ -2,6 +2,7 @@
 # shellcheck shell=bash
 
 START_AGAIN=75 # exit status of a run that saved where it is (quietstar_jax/errors.py)
+STOPPED=130    # the same, stopped by a person with Ctrl-C
 : "${MAX_RESTARTS:=50}" "${RESTART_SECONDS:=10}" "${MAX_RESTART_SECONDS:=300}"
 
 DRY_RUN=false
@@ -76,8 +77,8 @@ run_with_input() {
   fi
 }
 
-# Whether a run that ended so goes on when it is started again: it saved and left, or it was killed.
-goes_on() { (($1 == START_AGAIN || $1 > 128)); }
+# Whether a run that ended so is to be started again: it saved and left, or it was killed, but not by Ctrl-C.
+goes_on() { (($1 == START_AGAIN || ($1 > 128 && $1 != STOPPED))); }
 
 # Waits for a process to end, and has its exit status. A trapped signal interrupts `wait` with a status above 128, so
 # that one is asked again until it is that of a process which is gone.

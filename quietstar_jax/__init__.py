@@ -2,4 +2,7 @@
 
 import os
 
+from quietstar_jax import signals
+
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # only its tokenizers are used here: no word on PyTorch
+signals.while_importing(os.path.dirname(__file__))

@@ -1,15 +1,20 @@
 """Errors that a user can mend, and the exit statuses of command lines.
 
-A launcher starts a run again that ended with `START_AGAIN`, or was killed (a status above 128); with 0 it is done, with
-any other something is to be mended first.
+A launcher starts a run again that ended with `START_AGAIN`, or was killed (a status above 128, but not `STOPPED`); with
+0 it is done, with any other something is to be mended first.
 """
 
+import contextlib
 import errno
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
+
+from quietstar_jax.signals import Interrupted, end_now, end_quietly, listening
 
 MEND_FIRST = 2  # exit status: started again, it would only fail again
 START_AGAIN = 75  # exit status: started again, the run goes on where it stopped (EX_TEMPFAIL of sysexits.h)
+STOPPED = 130  # exit status: a person stopped it with Ctrl-C; the same command goes on
 
 MOST_LINES, MOST_CHARACTERS, LONGEST_LINE = 25, 2000, 600  # of a message on the terminal
 OUTSIDE = frozenset(  # errors of the system that no change of this program would prevent
@@ -41,9 +46,11 @@ class DivergedError(UserError):
 
 
 class PreemptedError(UserError):
-    """The run was told to leave its machine, and has saved where it is."""
+    """The run was asked to stop, and has saved where it is."""
 
-    status = START_AGAIN
+    def __init__(self, message: str, status: int = START_AGAIN):
+        super().__init__(message)
+        self.status = status
 
 
 def short(value: object, spell: Callable[[object], str] = repr) -> str:
@@ -55,23 +62,53 @@ def short(value: object, spell: Callable[[object], str] = repr) -> str:
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
-def run_command(command: Callable[[], object]) -> None:
-    """Runs a command line; it returns its exit status, or None for 0.
+def run_command(command: Callable[[], object]) -> NoReturn:
+    """Runs a command line, which returns its exit status or None for 0, and exits with that.
 
     What a user can mend ends with a message and the status of the error. So do errors of the file system (no space, no
     permission, a name that is too long) and too little memory. Any other exception is a defect, with its traceback and
-    status 1.
+    status 1. Ctrl-C, SIGTERM and SIGHUP end a command with one line and status 128 + signal, after it has cleaned up.
     """
-    try:
-        sys.exit(command())  # type: ignore[arg-type]
-    except (UserError, MemoryError, OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno not in OUTSIDE:
-            raise
-        if isinstance(error, RuntimeError) and "home directory" not in reason(error):  # of `~NAME`, from pathlib
-            raise
-        said = f"not enough memory. {reason(error)}" if isinstance(error, MemoryError) else reason(error)
-        print(f"error: {bounded(said)}", file=sys.stderr)
-        sys.exit(getattr(error, "status", MEND_FIRST))
+    asked: list[Interrupted] = []
+
+    def stop(number: int) -> None:
+        if not asked:
+            asked.append(Interrupted(number))
+            raise asked[0]
+
+    def unraisable(args: Any) -> None:
+        if asked and args.exc_value is asked[0]:  # a callback has swallowed it: nothing else would end the command
+            end_now(asked[0].status, str(asked[0]))
+        sys.__unraisablehook__(args)
+
+    sys.unraisablehook = unraisable
+    with listening(stop):
+        try:
+            status = command()
+        except SystemExit as error:
+            status = error.code
+        except BaseException as error:
+            found = asked[0] if asked else error  # a library may have made another error of it
+            line = _line(found)
+            if line is None:
+                raise
+            with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
+                print(line, file=sys.stderr)
+            status = getattr(found, "status", MEND_FIRST)
+    end_quietly(status if isinstance(status, int) else int(status is not None))
+    sys.exit(status)  # type: ignore[arg-type]
+
+
+def _line(error: BaseException) -> str | None:
+    """What a command says of an error at its end; None of a defect."""
+    if isinstance(error, Interrupted | PreemptedError):
+        return str(error)
+    outside = isinstance(error, OSError) and error.errno in OUTSIDE
+    home = isinstance(error, RuntimeError) and "home directory" in reason(error)  # of `~NAME`, from pathlib
+    if not isinstance(error, UserError | MemoryError) and not outside and not home:
+        return None
+    said = f"not enough memory. {reason(error)}" if isinstance(error, MemoryError) else reason(error)
+    return f"error: {bounded(said)}"
 
 
 def reason(error: BaseException) -> str:

@@ -49,8 +49,10 @@ def _to_terminal(generator: Generator, prompts: list[str], job: Job, seed: int, 
     for prompt, request in zip(prompts, generator.requests(prompts, job, seed), strict=True):
         print(prompt, end="", flush=True)
         tokens = (token for _, token in generator.run([request], job))
-        print_tokens(tokens, sys.stdout, show_thoughts=show, colour=colour)
-        print()
+        try:
+            print_tokens(tokens, sys.stdout, show_thoughts=show, colour=colour)
+        finally:  # Ctrl-C, where enough has been read
+            print()
 
 
 def _parser() -> CommandParser:
@@ -78,8 +80,4 @@ def _parser() -> CommandParser:
 
 
 if __name__ == "__main__":
-    try:
-        run_command(lambda: main(sys.argv[1:]))
-    except KeyboardInterrupt:  # enough has been read
-        print()
-        sys.exit(130)
+    run_command(lambda: main(sys.argv[1:]))

@@ -210,6 +210,10 @@ def _write_all(shards: Sequence[Shard], tokenizer: Tokenizer, workers: int) -> I
     try:
         for future in concurrent.futures.as_completed([pool.submit(_work, shard) for shard in shards]):
             yield future.result()
+    except BaseException:  # a shard takes minutes; those that are not complete are made again
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -1,53 +1,64 @@
-"""Notice that this run must leave its machine: SIGTERM, which is also how clusters and TPU maintenance tell of it."""
+"""Notice that a run must stop: SIGTERM (a cluster, TPU maintenance), Ctrl-C (a person), SIGHUP (a closed terminal)."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-import threading
 from types import TracebackType
 from typing import Any
 
 import jax
 from jax._src import distributed  # the store of the processes has no public name; orbax uses it as well
 
+from quietstar_jax.signals import listening
+
 NOTICES = "quietstar_jax/stop/"
 AHEAD = 4  # calls by which no process is ahead of another: each reads the results of the last step but one
 
 
 class PreemptionNotice:
-    """Listens for SIGTERM while it is entered.
+    """Remembers these signals while it is entered; a second Ctrl-C ends the process immediately.
 
-    With several processes, one that hears it says so in the store that they share, with a point of the run a few calls
-    ahead, which no process has reached yet; there all stop together.
+    With several processes, one that hears a signal says so in the store that they share, with a point of the run a few
+    calls ahead, which no process has reached yet; there all stop together.
     """
 
     def __init__(self) -> None:
-        self._asked = 0
-        self._signalled = self._said = False
-        self._before: Any = None
+        self._asked = self._signal = 0
+        self._said = False
+        self._listening = contextlib.ExitStack()
+        self._terminals: list[int] = []
 
     def __enter__(self) -> PreemptionNotice:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._hear)
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        self._listening.enter_context(listening(self._hear))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        self._listening.close()
 
-    def given(self) -> bool:
-        """Whether to stop now. Every process must ask equally often."""
+    def given(self) -> int:
+        """The signal for which to stop now, or 0. Every process must ask equally often."""
         self._asked += 1
         if jax.process_count() == 1:
-            return self._signalled
+            return self._signal
         store: Any = distributed.global_state.client
-        if self._signalled and not self._said:
+        if self._signal and not self._said:
             self._said = True
-            store.key_value_set(f"{NOTICES}{jax.process_index()}", str(self._asked + AHEAD))
-        points = [int(point) for _, point in store.key_value_dir_get(NOTICES)]
-        return bool(points) and self._asked >= min(points)
+            store.key_value_set(f"{NOTICES}{jax.process_index()}", f"{self._asked + AHEAD} {self._signal}")
+        notices = [tuple(map(int, notice.split())) for _, notice in store.key_value_dir_get(NOTICES)]
+        due = [number for point, number in notices if point <= self._asked]
+        return signal.SIGINT if signal.SIGINT in due else max(due, default=0)
 
-    def _hear(self, number: int, frame: Any) -> None:
-        self._signalled = True
+    def _hear(self, number: int) -> None:
+        if self._signal != signal.SIGINT:
+            self._signal = number
+        if number == signal.SIGHUP:  # writing to a terminal that is gone is an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in self._terminals:
+                os.dup2(nowhere, descriptor)
+        elif number == signal.SIGINT and 2 in self._terminals:
+            os.write(2, b"\nStopping after this step, which is then saved. Ctrl-C again ends immediately.\n")

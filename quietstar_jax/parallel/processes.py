@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from quietstar_jax.config import DistributedConfig
 from quietstar_jax.errors import START_AGAIN, ConfigError, PreemptedError, UserError, bounded
+from quietstar_jax.signals import Interrupted, end_now
 
 _GATHERED = itertools.count()
 
@@ -131,6 +132,10 @@ def stop_together() -> Iterator[None]:
         yield
     except PreemptedError:
         raise
+    except Interrupted as stopped:  # before the first step: there is nothing to save
+        if not jax.distributed.is_initialized():
+            raise
+        end_now(stopped.status, str(stopped))
     except Exception as error:
         if jax.process_count() == 1:
             raise

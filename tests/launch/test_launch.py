@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quietstar_jax.errors import MEND_FIRST, START_AGAIN
+from quietstar_jax.errors import MEND_FIRST, START_AGAIN, STOPPED
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SCRIPTS = ("local", "slurm", "gke_jobset", "xpk", "tpu_host", "tpu_vm", "queued_resource")
@@ -138,7 +138,9 @@ def test_slurm_runs_a_task_per_gpu_and_requeues():
     assert {"--gpu-bind=none", "--cpus-per-task=12"} <= set(step)
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, 0), (START_AGAIN, 1), (137, 1), (MEND_FIRST, 0), (1, 0)])
+@pytest.mark.parametrize(
+    ("status", "requeued"), [(0, 0), (START_AGAIN, 1), (137, 1), (STOPPED, 0), (MEND_FIRST, 0), (1, 0)]
+)
 @pytest.mark.parametrize(("restarts", "may"), [("0", 1), ("50", 0)])
 def test_a_slurm_job_requeues_itself_when_that_helps(tmp_path, status, requeued, restarts, may):
     (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {status}\n")
@@ -229,8 +231,8 @@ def test_a_jobset_starts_again_what_saved_or_was_killed_and_nothing_else():
     assert ended["action"] == "FailJob"
     assert ended["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
     assert ended["onExitCodes"]["operator"] == "NotIn"
-    assert {START_AGAIN, 129, 130, 132, 134, 136, 137, 139, 141, 143} <= set(ended["onExitCodes"]["values"])
-    assert not {1, MEND_FIRST} & set(ended["onExitCodes"]["values"])
+    assert {START_AGAIN, 129, 132, 134, 136, 137, 139, 141, 143} <= set(ended["onExitCodes"]["values"])
+    assert not {1, MEND_FIRST, STOPPED} & set(ended["onExitCodes"]["values"])
     assert job["backoffLimit"] == 0
 
 
@@ -411,7 +413,7 @@ def again(script: str, **variables: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("statuses", "final"),
     [([0], 0), ([START_AGAIN, START_AGAIN, 0], 0), ([137, 0], 0), ([1], 1), ([MEND_FIRST], MEND_FIRST),
-     ([START_AGAIN, MEND_FIRST], MEND_FIRST), ([START_AGAIN] * 4, START_AGAIN)],
+     ([STOPPED], STOPPED), ([START_AGAIN, MEND_FIRST], MEND_FIRST), ([START_AGAIN] * 4, START_AGAIN)],
 )  # fmt: skip
 def test_a_run_is_started_again_while_that_helps(tmp_path, statuses, final):
     count = tmp_path / "count"
