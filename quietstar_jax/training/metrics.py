@@ -77,8 +77,13 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in order; none where it does not exist. Broken lines are left out."""
-    return read_json_lines(path)
+    """The records of a `metrics.jsonl`, in order; none where it does not exist. Lines that hold none are left out."""
+    rows = read_json_lines(path)
+    return [
+        row
+        for row in rows
+        if type(row.get("step")) is int and isinstance(row.get("kind"), str) and isinstance(row.get("phase"), str)
+    ]
 
 
 def write_metrics(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -24,6 +24,25 @@ def test_a_resumed_run_drops_what_it_will_do_again(tmp_path):
     assert [(record["step"], record["loss"]) for record in records] == [(1, 0.5), (2, 1.0), (3, 9.0)]
 
 
+BROKEN = ["", "{", "null", "[1]", '"step"', "7", "{}", '{"step": 2}', '{"kind": "train", "step": "2"}', "NaN", "\udcff",
+          "[" * 9999, '{"kind": "train", "step": true, "phase": "a"}',
+          '{"kind": 3, "step": 1, "phase": "a"}', "\x00\x00"]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_line_that_holds_no_record_costs_that_line_only(tmp_path, broken):
+    with writer(tmp_path) as metrics:
+        for step in (1, 2, 3):
+            metrics.write("train", step, "plain", {"loss": 0.5 * step})
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], broken.encode(errors="surrogateescape") + b"\n", *lines[1:]]))
+    with writer(tmp_path, first_step=2) as metrics:
+        assert metrics.has("train", 1)
+        assert metrics.has("train", 2)
+    assert path.read_bytes() == b"".join(lines[:2])
+
+
 def test_tensorboard_gets_scalars(tmp_path):
     pytest.importorskip("tensorboardX")
     with writer(tmp_path, tensorboard=True) as metrics:
