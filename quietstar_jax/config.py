@@ -131,7 +131,8 @@ CONTROLS = ("none", "pause", "random", "shuffled")
 class ModelConfig:
     """Where the decoder comes from and how it computes."""
 
-    checkpoint: str = ""  # Hugging Face folder or hub id; empty = fresh weights of `architecture`
+    checkpoint: str = ""  # Hugging Face folder or hub id, or work directory of a run; empty = fresh weights of
+    # `architecture`
     revision: str = ""  # branch, tag or commit of a hub id
     architecture: Architecture = field(default_factory=Architecture)  # used only without `checkpoint`
     compute_dtype: str = "float32"  # float32 | bfloat16; master weights, logits and losses are always float32

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from quietstar_jax.config import Architecture, ModelConfig
-from quietstar_jax.errors import ConfigError
+from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf.files import read_json
 from quietstar_jax.models.families import architecture_from_hf
+from quietstar_jax.settings import from_mapping
+from quietstar_jax.training.resume import saved_record
+from quietstar_jax.training.saved_run import is_run
 
 _LLAMA_3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -48,13 +51,19 @@ KNOWN: dict[str, dict[str, Any]] = {
 def planned_architecture(model: ModelConfig) -> Architecture:
     """The shape of the model of a run, without its weights and without a network.
 
-    Of a folder, its config.json; of a hub id, the table above, or what `model.architecture` says; else that.
+    Of a run, what its checkpoint says; of a folder, its config.json; of a hub id, the table above, or what
+    `model.architecture` says; else that.
 
     Raises:
       ConfigError: the hub id is not in the table, and no architecture is written out.
       CheckpointError: the folder has no readable config.json, or one of a family that is not supported.
     """
     folder = Path(model.checkpoint).expanduser()
+    if model.checkpoint and is_run(folder):
+        record = saved_record(folder)
+        if record is None:
+            raise CheckpointError(f"{folder} holds no checkpoint. Give the workdir of a run that has saved one.")
+        return from_mapping(Architecture, record["architecture"], root="architecture")
     if model.checkpoint and folder.is_dir():
         return architecture_from_hf(read_json(folder / "config.json"), folder)
     if model.checkpoint in KNOWN:

@@ -19,8 +19,8 @@ from quietstar_jax.errors import ConfigError
 from quietstar_jax.io import locked, write_json
 from quietstar_jax.settings import differences, from_mapping, to_mapping
 from quietstar_jax.studies.study import Study, command, configuration
-from quietstar_jax.training.checkpoints import MEASUREMENT, THINKING, course_changes
 from quietstar_jax.training.metrics import read_metrics, write_metrics
+from quietstar_jax.training.resume import MEASUREMENT, THINKING, course_changes
 from quietstar_jax.training.summary import config_hash
 
 Say = Callable[[str], None]
@@ -77,10 +77,10 @@ def run_study(runs: Sequence[PlannedRun], wanted: Callable[[PlannedRun], bool], 
                 _begin_from_another(run, [other for other in runs if other.seed == run.seed], say)
             say(f"{run.variant}, seed {run.seed}: {run.workdir}")
             with (run.workdir / "log.txt").open("a", encoding="utf-8") as log:
-                ended = subprocess.run(run.command, stdout=log, stderr=subprocess.STDOUT, check=False, pass_fds=(lock,))
-            if ended.returncode or run.summary is None:
-                status = f"FAILED with status {ended.returncode}"
-                if not ended.returncode:  # the files of a study, or this program, changed while it ran
+                status_of_run = _run(run.command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,))
+            if status_of_run or run.summary is None:
+                status = f"FAILED with status {status_of_run}"
+                if not status_of_run:  # the files of a study, or this program, changed while it ran
                     status = "ended, but its summary.json is not of this configuration: run the study again"
                 say(f"{run.variant}, seed {run.seed} {status}; see {run.workdir / 'log.txt'}")
         yield run
@@ -96,6 +96,17 @@ def _alone(workdir: Path, say: Say) -> Iterator[int]:
         workdir / "lock", lambda: say(f"{workdir} is in use by another process; waiting until it ends.")
     ) as lock:
         yield lock
+
+
+def _run(command: Sequence[str], **options: Any) -> int:
+    """The status of a training process. Where the study is asked to stop, the process is too, and saves first."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def _saved_steps(workdir: Path) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ import numpy as np
 
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
-from quietstar_jax.errors import DataError, DivergedError, PreemptedError
-from quietstar_jax.io import folder_to_write, write_json
+from quietstar_jax.errors import START_AGAIN, STOPPED, DataError, DivergedError, PreemptedError
+from quietstar_jax.io import folder_to_write, place, write_json
 from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.layout import Reader, find_reader
 from quietstar_jax.parallel.preemption import PreemptionNotice
+from quietstar_jax.signals import NAMES
 from quietstar_jax.training.answers import measure_answers
-from quietstar_jax.training.checkpoints import Checkpoints, check_same_run
+from quietstar_jax.training.checkpoints import Checkpoints
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, summarize
 from quietstar_jax.training.metrics import MetricsWriter
+from quietstar_jax.training.resume import check_position, check_same_run, check_same_sources, saved_record
 from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare, start_optimizer
 from quietstar_jax.training.step import Batch, TrainState, TrainStep, compile_train_step
 from quietstar_jax.training.summary import config_hash, most_helpful_thoughts
@@ -39,12 +42,12 @@ def train(config: Config) -> dict[str, Any]:
       UserError: with what to do about it; nothing is left half-written.
     """
     processes.start(config.distributed)
-    run = prepare(config)
-    with open_workdir(config) as workdir, jax.set_mesh(run.mesh), PreemptionNotice() as notice:
-        return _train(run, workdir, notice)
+    run = prepare(config, saved_record(place(config.workdir, "config.workdir")))
+    with open_workdir(config) as workdir, jax.set_mesh(run.mesh):
+        return _train(run, workdir)
 
 
-def _train(run: Run, workdir: Workdir, notice: PreemptionNotice) -> dict[str, Any]:
+def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
     config, reader, first = run.config, find_reader(run.mesh), processes.is_first()
     folder = workdir.path
     sequences = training_sequences(
@@ -55,13 +58,14 @@ def _train(run: Run, workdir: Workdir, notice: PreemptionNotice) -> dict[str, An
     with Checkpoints(folder / "checkpoints", config.checkpoint, ends) as checkpoints:
         state = resume_or_start(run, checkpoints, sequences)
         if first:
-            with folder_to_write(folder / "tokenizer") as local:
-                run.tokenizer.save(local)
+            if checkpoints.latest_step is None or not (folder / "tokenizer" / "tokenizer.json").exists():
+                with folder_to_write(folder / "tokenizer") as local:
+                    run.tokenizer.save(local)
             write_json(folder / "config.json", run.record)
         with MetricsWriter(
             folder, config.logging, first_step=int(state.step), total_steps=config.total_steps,
             run_config=run.record["config"], silent=not first,
-        ) as metrics:  # fmt: skip
+        ) as metrics, PreemptionNotice() as notice:  # fmt: skip
             trainer = Trainer(run, reader, sequences, held_out, checkpoints, metrics, workdir, notice)
             try:
                 state = trainer.run_phases(state)
@@ -98,8 +102,12 @@ def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceItera
     step = checkpoints.latest_step
     if step is None:
         return first_state(run)
-    check_same_run(checkpoints.record(step), run.record, step)
+    saved = checkpoints.record(step)
+    check_same_run(saved, run.record, step)
     restored = checkpoints.restore(step, abstract_state(run.config, run.architecture, run.mesh))
+    check_position(saved, restored.data, step, int(restored.state.step), checkpoints.folder(step))
+    if "sources" not in restored.data:
+        check_same_sources(saved, run.record)
     sequences.set_state(restored.data)
     return restored.state
 
@@ -168,11 +176,12 @@ class Trainer:
         self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
 
     def _leave_if_told(self, state: TrainState) -> None:
-        """Saves and stops where this run was told to leave its machine."""
-        if self._notice.given():
+        """Saves and stops where this run was asked to."""
+        if number := self._notice.given():
             self._save(state)
             raise PreemptedError(
-                f"Told to stop (SIGTERM) after step {int(state.step)}, which is saved. Start the run again to go on."
+                f"Stopped by {NAMES[number]} after step {int(state.step)}, which is saved. The same command resumes.",
+                STOPPED if number == signal.SIGINT else START_AGAIN,
             )
 
     def _is_evaluated(self, step: int, phase_end: int) -> bool:

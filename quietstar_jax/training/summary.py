@@ -14,8 +14,8 @@ import numpy as np
 from quietstar_jax.config import Config
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.settings import to_mapping
-from quietstar_jax.training.checkpoints import UNRELATED
 from quietstar_jax.training.evaluation import TokenScores
+from quietstar_jax.training.resume import UNRELATED
 
 CONTEXT_TOKENS = 24
 

@@ -22,7 +22,7 @@ from quietstar_jax.config import from_config_dict
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.safetensors_file import ITEM_BYTES, read_header, read_tensor
-from quietstar_jax.training.setup import check_thoughts
+from quietstar_jax.training.base import check_thoughts
 from tests.hf.checkpoints import TINY, random_tensors, write_index, write_sharded
 
 JUNK = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just([]) | st.just({})

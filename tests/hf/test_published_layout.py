@@ -23,8 +23,8 @@ from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.objective import count_targets
 from quietstar_jax.thoughts.sample import Thoughts
+from quietstar_jax.training.base import can_think, load_thinking
 from quietstar_jax.training.export import ExportOptions, export
-from quietstar_jax.training.setup import can_think, load_thinking
 from tests.hf.runs import END, START, start_run, write_tokenizer
 from tests.thoughts.cases import relative_error, worst_errors
 from tests.thoughts.test_golden import FILES, Golden, read

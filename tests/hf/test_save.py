@@ -32,9 +32,9 @@ from quietstar_jax.hf.vocabulary import add_tokens
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.settings import to_mapping
 from quietstar_jax.training import checkpoints as checkpoints_module
+from quietstar_jax.training.base import load_thinking
 from quietstar_jax.training.checkpoints import Checkpoints
 from quietstar_jax.training.export import export
-from quietstar_jax.training.setup import load_thinking
 from quietstar_jax.training.step import TrainState, Vocabulary
 from tests.hf.checkpoints import TINY
 from tests.hf.runs import END, START, start_run, write_tokenizer

@@ -1,16 +1,24 @@
-"""SIGTERM saves at once, ends with the status that means "start again", and costs nothing: bit for bit."""
+"""A signal makes a run save and end with a status that says whether to start it again; nothing changes: bit for bit."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import random
+import select
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from quietstar_jax.errors import START_AGAIN, PreemptedError
+from quietstar_jax.errors import START_AGAIN, STOPPED, PreemptedError
 from quietstar_jax.parallel.preemption import PreemptionNotice
 from quietstar_jax.training.loop import train
-from tests.parallel.test_processes import PATIENCE, finish, latest, records, started, wait_for_step
+from tests.parallel.test_processes import PATIENCE, ROOT, finish, latest, records, started, wait_for_step
 from tests.training.tiny import tiny_config
 
 
@@ -35,21 +43,66 @@ def uninterrupted(tmp_path_factory):
     return [records(workdir, kind) for kind in ("train", "evaluation")]
 
 
-@pytest.mark.parametrize("asked", [2, 4, 30], ids=["a step", "an evaluation", "the next phase"])
-def test_resumed_bit_for_bit_wherever_the_notice_comes(uninterrupted, tmp_path, monkeypatch, asked):
+@pytest.mark.parametrize(
+    ("asked", "number", "status"),
+    [(2, signal.SIGTERM, START_AGAIN), (4, signal.SIGINT, STOPPED), (30, signal.SIGHUP, START_AGAIN)],
+    ids=["a step", "an evaluation", "the next phase"],
+)
+def test_resumed_bit_for_bit_wherever_the_notice_comes(uninterrupted, tmp_path, monkeypatch, asked, number, status):
     """The notice comes when the run asks for it for the n-th time: after steps, and before batches of evaluation."""
     given = PreemptionNotice.given
 
-    def notice(self: PreemptionNotice) -> bool:
+    def notice(self: PreemptionNotice) -> int:
         if self._asked + 1 == asked:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         return given(self)
 
     with monkeypatch.context() as patched:
         patched.setattr(PreemptionNotice, "given", notice)
         with pytest.raises(PreemptedError) as error:
             train(tiny_config(tmp_path))
-    assert error.value.status == START_AGAIN
+    assert error.value.status == status
     train(tiny_config(tmp_path))
     assert [records(tmp_path, kind) for kind in ("train", "evaluation")] == uninterrupted
     assert json.loads((tmp_path / "summary.json").read_text())["step"] == 7
+
+
+def test_signals_at_random_moments_cost_nothing(uninterrupted, tmp_path):
+    """During imports, reading, compiling, steps, saving, the summary: one line each time, and the same figures."""
+    draw = random.Random(13)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        with started(tmp_path, 1) as (process,):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=draw.uniform(2, 12))
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=PATIENCE)
+        during_imports = -signal.SIGTERM  # they have nothing to save, and only Ctrl-C is worth a line there
+        assert process.returncode in (0, START_AGAIN, 128 + number, during_imports), errors[-2000:]
+        assert "Traceback" not in errors
+        stopped = [line for line in errors.splitlines() if line.startswith("Stopped by")]
+        assert len(stopped) == (process.returncode > 0), errors[-2000:]
+    finish(tmp_path, 1)
+    assert [records(tmp_path, kind) for kind in ("train", "evaluation")] == uninterrupted
+
+
+def test_a_closed_terminal_saves_and_ends(tmp_path):
+    ours, theirs = pty.openpty()
+    on_terminal = "import os, sys; os.login_tty(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = [sys.executable, "-c", on_terminal, "-m", "quietstar_jax.train", "--config", "tests/parallel/tiny_run.py",
+               f"--config.workdir={tmp_path}", "--config.phases[0].steps=100000", "--config.logging.progress_bar=True",
+               "--config.checkpoint.every_steps=100000"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=theirs)
+    os.close(theirs)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not records(tmp_path):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            if select.select([ours], [], [], 0.1)[0]:
+                os.read(ours, 4096)
+        os.close(ours)
+        assert process.wait(timeout=PATIENCE) == START_AGAIN
+    finally:
+        process.kill()
+        process.wait()
+    assert latest(tmp_path) == records(tmp_path)[-1]["step"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from quietstar_jax.errors import MEND_FIRST, START_AGAIN
+from quietstar_jax.errors import MEND_FIRST, START_AGAIN, STOPPED
 from tests.support.commands import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,13 +136,16 @@ def latest(workdir: Path) -> int:
     return max(int(folder.name) for folder in (workdir / "checkpoints").iterdir() if folder.name.isdigit())
 
 
-def test_told_to_stop_all_save_the_same_step(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "heard_by", "status"), [(signal.SIGTERM, 1, START_AGAIN), (signal.SIGINT, 0, STOPPED)]
+)
+def test_told_to_stop_all_save_the_same_step(tmp_path, number, heard_by, status):
     with started(tmp_path, 2, *LONG) as processes:
         wait_for_step(tmp_path, 5, processes)
-        processes[1].send_signal(signal.SIGTERM)
+        processes[heard_by].send_signal(number)
         ended = [process.communicate(timeout=PATIENCE) for process in processes]
         for process, (_, errors) in zip(processes, ended, strict=True):
-            assert process.returncode == START_AGAIN, errors[-2000:]
+            assert process.returncode == status, errors[-2000:]
             assert f"after step {latest(tmp_path)}, which is saved" in errors
 
 

@@ -16,8 +16,8 @@ import pytest
 from quietstar_jax.config import Config
 from quietstar_jax.errors import CheckpointError, DivergedError
 from quietstar_jax.settings import to_mapping
-from quietstar_jax.training.checkpoints import check_same_run, course_changes
 from quietstar_jax.training.loop import train
+from quietstar_jax.training.resume import check_same_run, course_changes
 from tests.training.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,243 @@
+"""Whether a configuration may resume what its work directory holds, and from where."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from quietstar_jax.config import Config, Phase
+from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.errors import CheckpointError, ConfigError, DataError
+from quietstar_jax.io import AnyPath, folder_to_read, place
+from quietstar_jax.settings import differences, to_mapping
+from quietstar_jax.training.saved_run import is_run
+
+# What changes nothing that a run computes; chunks, meshes, rematerialisation and kernels only through rounding.
+UNRELATED = ("config.workdir", "config.logging", "config.checkpoint", "config.data.workers", "config.data.data_dir",
+             "config.data.cache_dir", "config.thought.chunk_megabytes", "config.thought.positions_per_chunk",
+             "config.mesh", "config.distributed", "config.model.rematerialize",
+             "config.model.prefix_attention")  # fmt: skip
+MEASUREMENT = ("config.evaluation", "config.data.validation")  # touches figures, not the course of training
+FREE = UNRELATED + MEASUREMENT  # may change between the runs that share a work directory
+THINKING = tuple(
+    f"config.thought.{name}"
+    for name in ("sampling_temperature", "mixing", "control", "base_loss_weight", "positions", "position_fraction")
+)  # touches nothing before the first phase that thinks
+REINFORCE = tuple(
+    f"config.thought.{name}" for name in ("score_temperature", "positive_only", "policy_reduction")
+)  # touches no weight before the first phase whose thoughts are trained
+# Names of content whose fingerprint is compared instead: the same bytes may be somewhere else.
+BASE = ("config.model.checkpoint", "config.model.revision", "model_commit")
+MOVABLE = ("config.data.train", "config.data.tokenizer")
+MOST_LINES, MOST_CHARACTERS = 10, 240  # of a list of differences
+
+
+def saved_record(workdir: AnyPath) -> dict[str, Any] | None:
+    """`Run.record` of the newest checkpoint whose record can be read; None where there is none."""
+    folder = workdir / "checkpoints"
+    for step in sorted(ocp.utils.checkpoint_steps(folder), reverse=True) if folder.is_dir() else ():
+        try:
+            record: dict[str, Any] = json.loads((folder / str(step) / "config" / "metadata").read_text("utf-8"))
+            if {"config", "architecture", "vocabulary"} <= record.keys():
+                return record
+        except (OSError, ValueError, AttributeError):
+            continue
+    return None
+
+
+def same_base(saved: Mapping[str, Any], config: Config) -> bool:
+    """Whether a configuration names the base as the run did that is resumed."""
+    model = saved["config"]["model"]
+    return (model["checkpoint"], model.get("revision", "")) == (config.model.checkpoint, config.model.revision)
+
+
+def tokenizer_source(config: Config) -> tuple[str, str]:
+    """(folder or hub id of a run's tokenizer, its revision).
+
+    Raises:
+      ConfigError: none is named.
+    """
+    model = config.model
+    if config.data.tokenizer:
+        return config.data.tokenizer, ""
+    if not model.checkpoint:
+        raise ConfigError(
+            "config.data.tokenizer is empty and there is no model checkpoint to take a tokenizer from. Set it to a "
+            "folder or hub id with a tokenizer, or to `synthetic` for the embedded corpus."
+        )
+    folder = Path(model.checkpoint).expanduser()
+    if not is_run(folder):
+        return model.checkpoint, model.revision
+    return str((folder.parent if folder.name == "checkpoints" else folder) / "tokenizer"), ""
+
+
+def resumed_tokenizer(config: Config, saved: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that a resumed run names, or the copy that it keeps where that one is part of its base or gone.
+
+    Raises:
+      CheckpointError: it is not the one that the run began with.
+    """
+    kept = place(config.workdir, "config.workdir") / "tokenizer"
+    name, revision = tokenizer_source(config)
+    copy: Tokenizer | None = None
+    with contextlib.suppress(DataError, OSError), folder_to_read(kept) as local:
+        copy = Tokenizer(name, load_tokenizer(str(local)).fast)
+    if copy and not config.data.tokenizer:
+        return copy
+    try:
+        tokenizer = load_tokenizer(name, revision)
+    except DataError:
+        if copy and name == saved["config"]["data"]["tokenizer"]:
+            return copy
+        raise
+    # Records of earlier versions have no fingerprint.
+    expected = saved.get("tokenizer") or (copy.fingerprint() if copy else tokenizer.fingerprint())
+    if tokenizer.fingerprint() != expected:
+        raise CheckpointError(
+            f"The tokenizer {name} is not the one that the run in {config.workdir} was trained with"
+            f"{_token_changes(copy, tokenizer)}. Bring the old one back, or set config.data.tokenizer to {kept}, "
+            "the copy that the run keeps; with another tokenizer, choose a new config.workdir."
+        )
+    return tokenizer
+
+
+def _token_changes(before: Tokenizer | None, now: Tokenizer) -> str:
+    if before is None:
+        return ""
+    old, new = before.fast.get_vocab(), now.fast.get_vocab()
+    changed = [f"{token!r} {old[token]} -> {new.get(token, 'absent')}" for token in old if old[token] != new.get(token)]
+    if not changed:
+        return ""
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f" (ids of tokens: {', '.join(changed[:3])}{more})"
+
+
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> None:
+    """Refuses to resume a run that changed in what has already shaped its weights (see `course_changes`).
+
+    Args:
+      saved, wanted: `Run.record` of the checkpoint and of now; step: of the checkpoint.
+
+    Raises:
+      CheckpointError: lists every difference.
+    """
+    changed = course_changes(saved["config"], wanted["config"], step)
+    # With a base these settings are not used; without one they are the architecture.
+    settings = "config.model.architecture"
+    architecture = "architecture" if wanted["config"].get("model", {}).get("checkpoint") else settings
+    changed = [line for line in changed if not line.startswith(settings)]
+    for part, name in (("architecture", architecture), ("model_commit", "model_commit"), ("vocabulary", "vocabulary")):
+        changed += differences(saved[part], wanted[part], name)
+    free: tuple[str, ...] = MOVABLE
+    if saved.get("base") and saved["base"] == wanted.get("base"):
+        free += BASE
+    changed = [line for line in changed if not line.startswith(free)]
+    if changed:
+        workdir = wanted["config"].get("workdir", "the work directory")
+        raise CheckpointError(
+            f"{workdir} holds a run at step {step} that was trained with other settings (saved -> now):\n"
+            + bounded(changed)
+            + "\nFinished steps cannot change. There are three ways on:\n"
+            "  - Continue this run: set these back. Phases appended to config.phases may have settings of their own.\n"
+            f"  - Begin a new run with its weights: set config.model.checkpoint to {workdir} and config.workdir to a "
+            "new folder.\n"
+            "  - Begin a new run without them: set config.workdir to a new folder."
+        )
+
+
+def check_same_sources(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """For a checkpoint of an early version, which knows its text by name only.
+
+    Raises:
+      CheckpointError: the names have changed.
+    """
+    names = [list(record["config"]["data"]["train"]) for record in (saved, wanted)]
+    if names[0] != names[1]:
+        raise CheckpointError(
+            f"config.data.train was {names[0]} and is {names[1]}; this checkpoint does not say what text it was. "
+            "Give the old names."
+        )
+
+
+def check_position(saved: Mapping[str, Any], data: Mapping[str, Any], step: int, done: int, folder: Path) -> None:
+    """Refuses a checkpoint whose parts say different things of how far the run was.
+
+    Args:
+      saved: `Run.record` of the checkpoint; data: the position in the training text that it holds.
+      step: by the checkpoint's name; done: as stored; folder: of the checkpoint.
+
+    Raises:
+      CheckpointError: says what does not fit.
+    """
+    read, start = 0, 0
+    for phase in saved["config"]["phases"]:
+        read += phase["batch_size"] * min(max(step - start, 0), phase["steps"])
+        start += phase["steps"]
+    found = []
+    if done != step:
+        found.append(f"it says that {done} steps are done")
+    if step > start:
+        found.append(f"its configuration has only {start} steps")
+    elif data.get("sequences") != read:
+        found.append(f"it has read {data.get('sequences')} sequences of text, where {step} steps read {read}")
+    if data.get("packing") != "packed" and (data.get("document") or data.get("offset")):
+        found.append(f"it is at document {data.get('document')}, which only packed text has")
+    if found:
+        raise CheckpointError(
+            f"The checkpoint {folder} is damaged: {'; '.join(found)}. Move this folder elsewhere: the run then resumes "
+            "from the checkpoint before it, or begins again where there is none."
+        )
+
+
+def bounded(lines: Sequence[str]) -> str:
+    """A list for a message that fits a screen."""
+    shown = [f"  - {line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 4] + ' ...'}" for line in lines]
+    more = [f"  - and {len(shown) - MOST_LINES} more"] if len(shown) > MOST_LINES else []
+    return "\n".join(shown[:MOST_LINES] + more)
+
+
+def course_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> list[str]:
+    """Lines `setting: saved -> wanted` for all that makes two configurations differ in what they do up to a step.
+
+    Settings in `FREE` may change, and so may phases that had not begun, those in `THINKING` where none that thinks had,
+    and those in `REINFORCE` where none that trains thoughts had; the last phase that had begun may get more steps.
+    """
+    saved, wanted = _completed(saved), _completed(wanted)
+    before, after = _begun(saved["phases"], step), _begun(wanted["phases"], step)
+    thinking = [phase for phase in (*before, *after) if phase["thought_length"]]
+    free = FREE if thinking else FREE + THINKING
+    free += () if any(phase["policy_weight"] for phase in thinking) else REINFORCE
+    found = differences({**saved, "phases": before}, {**wanted, "phases": after})
+    return [line for line in found if not line.startswith(free)]
+
+
+def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the settings that came after it was saved: until then their defaults were all there was."""
+
+    def complete(known: Any, found: Any) -> Any:
+        if isinstance(known, Mapping) and isinstance(found, Mapping):
+            return {**known, **{name: complete(known.get(name), value) for name, value in found.items()}}
+        return found
+
+    phases = [complete(to_mapping(Phase()), phase) for phase in saved["phases"]]
+    completed = complete(to_mapping(Config()), saved) | {"phases": phases}
+    # Packed documents saw each other before there was a setting; no other packing depends on it.
+    masked = completed["data"]["packing"] == "packed" and saved.get("data", {}).get("document_mask", False)
+    return completed | {"data": completed["data"] | {"document_mask": masked}}
+
+
+def _begun(phases: Any, step: int) -> list[dict[str, Any]]:
+    """The phases of which a step is done. Microbatches, which only round, are left out, and so are the steps of the
+    last phase where its rate does not depend on them."""
+    begun, start = [], 0
+    for phase in phases:
+        if start < step:
+            open_ended = start + phase["steps"] >= step and phase["decay"] == "constant"
+            begun.append({**phase, "microbatches": "any", **({"steps": "open"} if open_ended else {})})
+        start += phase["steps"]
+    return begun
