@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import signal
@@ -55,7 +56,11 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
     )
     held_out = held_out_batches(run)
     ends = [end for _, _, end in phases_left(config, 0)] if config.checkpoint.keep_phase_ends else []
-    with Checkpoints(folder / "checkpoints", config.checkpoint, ends) as checkpoints:
+    # From the first step until the last checkpoint is written, signals are heard between steps only.
+    with (
+        contextlib.ExitStack() as listening,
+        Checkpoints(folder / "checkpoints", config.checkpoint, ends) as checkpoints,
+    ):
         state = resume_or_start(run, checkpoints, sequences)
         if first:
             if checkpoints.latest_step is None or not (folder / "tokenizer" / "tokenizer.json").exists():
@@ -65,7 +70,8 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
         with MetricsWriter(
             folder, config.logging, first_step=int(state.step), total_steps=config.total_steps,
             run_config=run.record["config"], silent=not first,
-        ) as metrics, PreemptionNotice() as notice:  # fmt: skip
+        ) as metrics:  # fmt: skip
+            notice = listening.enter_context(PreemptionNotice())
             trainer = Trainer(run, reader, sequences, held_out, checkpoints, metrics, workdir, notice)
             try:
                 state = trainer.run_phases(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,11 @@ def _token_changes(before: Tokenizer | None, now: Tokenizer) -> str:
     if before is None:
         return ""
     old, new = before.fast.get_vocab(), now.fast.get_vocab()
-    changed = [f"{token!r} {old[token]} -> {new.get(token, 'absent')}" for token in old if old[token] != new.get(token)]
+    changed = [
+        f"{token!r} {number} -> {new.get(token, 'absent')}"
+        for token, number in sorted(old.items(), key=operator.itemgetter(1))
+        if number != new.get(token)
+    ]
     if not changed:
         return ""
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
