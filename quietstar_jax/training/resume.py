@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
+from etils import epath
 
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
@@ -40,7 +41,7 @@ MOST_LINES, MOST_CHARACTERS = 10, 240  # of a list of differences
 
 def saved_record(workdir: AnyPath) -> dict[str, Any] | None:
     """`Run.record` of the newest checkpoint whose record can be read; None where there is none."""
-    folder = workdir / "checkpoints"
+    folder = epath.Path(workdir) / "checkpoints"
     for step in sorted(ocp.utils.checkpoint_steps(folder), reverse=True) if folder.is_dir() else ():
         try:
             record: dict[str, Any] = json.loads((folder / str(step) / "config" / "metadata").read_text("utf-8"))
