@@ -104,7 +104,11 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
             start_tokens=() if learned else start_tokens,
             end_tokens=() if learned else end_tokens,
             pause_id=start_tokens[0],
-            unused=unused_ids(tokenizer, architecture.vocab_size, {UNUSED: saved.get("unused_ids", [])} if saved else base_vocabulary(base)),
+            unused=unused_ids(
+                tokenizer,
+                architecture.vocab_size,
+                {UNUSED: saved.get("unused_ids", [])} if saved else base_vocabulary(base),
+            ),
         ),
         key=jax.random.key(config.seed),
         mesh=mesh,
