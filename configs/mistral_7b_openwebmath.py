@@ -37,6 +37,8 @@ def paper_recipe(config: ml_collections.ConfigDict, *, thought_tokens: int, toke
     config.seed = 42
     config.data.sequence_length = 256
     config.data.packing = "random_span"
+    config.data.prepend_bos = "document_start"  # as in the published code, which adds no end of text either
+    config.data.append_eos = False
     config.thought.initial_start_token = "---"
     config.thought.initial_end_token = "---"
     config.thought.chunk_megabytes = 8_192

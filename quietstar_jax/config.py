@@ -321,8 +321,9 @@ class DataConfig:
     # its spans) | packed (documents end to end)
     document_mask: bool = True  # packed: no document sees another, and nothing predicts the first token of one
     prepend_bos: str = "auto"  # begin documents and spans with the begin-of-text token: auto (where the tokenizer
-    # itself does) | always | never
+    # itself does) | document_start (as auto, but spans from within a document begin without it) | always | never
     append_eos: bool = True  # end every document with the end-of-text token
+    max_unknown_fraction: float = 0.2  # refuse training text of which the tokenizer does not know more than this
     workers: int = 0  # processes that tokenize ahead; 0 = in this process
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
@@ -336,7 +337,10 @@ class DataConfig:
             *require(self.sequence_length >= 3, "sequence_length", self.sequence_length, "at least 3"),
             *one_of("text_documents", self.text_documents, TEXT_DOCUMENTS),
             *one_of("packing", self.packing, ("random_span", "consecutive_spans", "packed")),
-            *one_of("prepend_bos", self.prepend_bos, ("auto", "always", "never")),
+            *require(
+                0 <= self.max_unknown_fraction <= 1, "max_unknown_fraction", self.max_unknown_fraction, "within 0 .. 1"
+            ),
+            *one_of("prepend_bos", self.prepend_bos, ("auto", "document_start", "always", "never")),
             *require(0 <= self.workers <= MOST_WORKERS, "workers", self.workers, f"0 .. {MOST_WORKERS}"),
         ]  # fmt: skip
 

@@ -50,6 +50,12 @@ def test_config_fits_together(path):
     assert scores.thoughts.shape == (config.evaluation.batch_size, length, config.evaluation_thought_length)
 
 
+@pytest.mark.parametrize("name", ["mistral_7b_openwebmath", "mistral_7b_c4"])
+def test_the_published_recipe_begins_documents_only_and_ends_none(name):
+    data = load(next(path for path in CONFIGS if path.stem == name)).data
+    assert (data.prepend_bos, data.append_eos) == ("document_start", False)
+
+
 def test_mistral_7b_has_its_published_size():
     config = load(next(path for path in CONFIGS if path.stem == "mistral_7b_openwebmath"))
     params, _ = abstract_params(config.model.architecture)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grain
@@ -16,7 +18,8 @@ from quietstar_jax.data.fingerprint import fingerprint
 from quietstar_jax.data.prepared import PreparedDocuments, is_prepared, prepared_folder
 from quietstar_jax.data.sources import Split, open_source
 from quietstar_jax.data.sources.common import Concatenated, Numbered, Piece, RandomAccessSource
-from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.data.tokenization import Tokenizer, without_begin
+from quietstar_jax.data.unknown import Unknown, unknown_in_text
 from quietstar_jax.data.workers import ahead
 from quietstar_jax.errors import DataError
 
@@ -25,15 +28,23 @@ KEPT_TOKENS = 1 << 25  # tokenized documents remembered in this process: 128 MiB
 
 
 class Documents(Numbered[np.ndarray], Protocol):
-    """Documents without begin or end token: int32 [tokens]."""
+    """Documents as their text says, without a begin or end token added: int32 [tokens]."""
 
     @property
     def counts_known(self) -> bool:
         """Whether `counts` costs nothing."""
         ...
 
-    def counts(self) -> np.ndarray:
-        """Tokens of every document, int32 [documents]; counted once and cached where they are not known."""
+    def unknown(self, index: int) -> Unknown:
+        """How much of a document the tokenizer does not know."""
+        ...
+
+    def counts(self, begin: tuple[int, ...] = ()) -> np.ndarray:
+        """Tokens of every document, int32 [documents]; counted once and cached where they are not known.
+
+        Args:
+          begin: ids that are not counted where a document itself begins with them.
+        """
         ...
 
 
@@ -44,7 +55,7 @@ def open_documents(spec: str, config: DataConfig, tokenizer: Tokenizer, *, split
       DataError: it is missing, empty, of an unknown kind, incomplete, or of another tokenizer.
     """
     if is_prepared(spec):
-        return PreparedDocuments(prepared_folder(spec), tokenizer)
+        return PreparedDocuments(prepared_folder(spec), tokenizer, config.cache_dir)
     source = open_source(spec, config, split=split, seed=seed, render=tokenizer.render_conversation)
     documents = TextDocuments(spec, source, tokenizer, config)
     if not tokenizer.encode(UNKNOWN):
@@ -100,20 +111,24 @@ class TextDocuments:
     def pieces(self) -> list[Piece]:
         return self._source.pieces()
 
-    def counts(self) -> np.ndarray:
+    def unknown(self, index: int) -> Unknown:
+        return unknown_in_text(self._tokenizer, self._source[index])
+
+    def counts(self, begin: tuple[int, ...] = ()) -> np.ndarray:
         known = (
             fingerprint(self._spec, self.pieces(), len(self)),
-            self._tokenizer.vocabulary_fingerprint,
+            (self._tokenizer.vocabulary_fingerprint, *begin),
             self._config.text_key,
             self._config.text_documents,
             self._tokenizer.fast.chat_template,
         )
         key = hashlib.sha256(repr(known).encode()).hexdigest()
-        return cached_array(self._config.cache_dir, f"token-counts-{key}", self._count)
+        return cached_array(self._config.cache_dir, f"token-counts-{key}", functools.partial(self._count, begin))
 
-    def _count(self) -> np.ndarray:
+    def _count(self, begin: tuple[int, ...]) -> np.ndarray:
         counts = np.zeros(len(self), np.int32)
-        with ahead(grain.MapDataset.source(self).map(len), self._config.workers) as found:
+        lengths = grain.MapDataset.source(self).map(_Length(begin))
+        with ahead(lengths, self._config.workers) as found:
             # disable=None: no bar where nobody watches
             for i, count in enumerate(tqdm(found, f"counting tokens of {self._spec}", len(self), disable=None)):
                 counts[i] = count
@@ -140,8 +155,21 @@ class _Chosen:
     def pieces(self) -> list[Piece]:
         return self._documents.pieces()
 
-    def counts(self) -> np.ndarray:
-        return self._documents.counts()[self._numbers]
+    def unknown(self, index: int) -> Unknown:
+        return self._documents.unknown(int(self._numbers[index]))
+
+    def counts(self, begin: tuple[int, ...] = ()) -> np.ndarray:
+        return self._documents.counts(begin)[self._numbers]
+
+
+@dataclass(frozen=True)
+class _Length:
+    """Tokens of a document behind `begin`; can be sent to worker processes."""
+
+    begin: tuple[int, ...]
+
+    def __call__(self, tokens: np.ndarray) -> int:
+        return len(without_begin(tokens, self.begin))
 
 
 class _Joined(Concatenated[np.ndarray]):
@@ -153,23 +181,32 @@ class _Joined(Concatenated[np.ndarray]):
     def counts_known(self) -> bool:
         return all(part.counts_known for part in self._documents)
 
-    def counts(self) -> np.ndarray:
-        return np.concatenate([part.counts() for part in self._documents])
+    def unknown(self, index: int) -> Unknown:
+        for part in self._documents:
+            if index < len(part):
+                return part.unknown(index)
+            index -= len(part)
+        raise IndexError(index)
+
+    def counts(self, begin: tuple[int, ...] = ()) -> np.ndarray:
+        return np.concatenate([part.counts(begin) for part in self._documents])
 
 
 class Framed:
-    """Documents with what begins and ends each of them: int32 [tokens]."""
+    """Documents with what begins and ends each of them: int32 [tokens]. None begins twice."""
 
-    def __init__(self, documents: Documents, bos: tuple[int, ...], eos: tuple[int, ...]):
+    def __init__(self, documents: Documents, bos: tuple[int, ...], eos: tuple[int, ...], *, begins: bool = True):
+        """Args: begins: False leaves out what begins a document, for spans that all begin so."""
         self._documents = documents
-        self._bos = np.asarray(bos, np.int32)
+        self._bos, self._begins = bos, begins
         self._eos = np.asarray(eos, np.int32)
 
     def __len__(self) -> int:
         return len(self._documents)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return np.concatenate([self._bos, self._documents[int(index)], self._eos])
+        begin = np.asarray(self._bos if self._begins else (), np.int32)
+        return np.concatenate([begin, without_begin(self._documents[int(index)], self._bos), self._eos])
 
     @property
     def counts_known(self) -> bool:
@@ -179,11 +216,11 @@ class Framed:
     @property
     def added(self) -> int:
         """Tokens of the frame."""
-        return len(self._bos) + len(self._eos)
+        return len(self._bos) * self._begins + len(self._eos)
 
     def counts(self) -> np.ndarray:
         """Tokens of every document without its frame, int32 [documents]."""
-        return self._documents.counts()
+        return self._documents.counts(self._bos)
 
 
 def require_some(documents: Framed, least: int) -> None:

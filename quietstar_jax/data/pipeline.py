@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import grain
@@ -37,7 +37,8 @@ from quietstar_jax.data.packing import (
 )
 from quietstar_jax.data.sources import Split
 from quietstar_jax.data.tokenization import Tokenizer
-from quietstar_jax.errors import CheckpointError, ConfigError, DataError
+from quietstar_jax.data.unknown import Unknown, sampled, total
+from quietstar_jax.errors import CheckpointError, DataError
 
 # tokens: int32 [B, L]; mask: bool [B, L], False where padded; with packed documents and `data.document_mask` also
 # starts: int32 [B, L], the number of the first token of the document of each
@@ -87,6 +88,13 @@ class SequenceIterator:
     def fingerprints(self) -> list[dict[str, Any]]:
         """What is known of each source's content, JSON-able."""
         return [fingerprint(spec, documents.pieces(), len(documents)) for spec, documents in self._sources]
+
+    def unknown(self) -> list[tuple[str, Unknown]]:
+        """How much of each source the tokenizer does not know, on a sample of its documents."""
+        return [
+            (spec, total(documents.unknown(index) for index in sampled(len(documents))))
+            for spec, documents in self._sources
+        ]
 
     def get_state(self) -> dict[str, Any]:
         """Where the batches handed out so far end, ready for JSON. The same on every process of a run."""
@@ -143,7 +151,7 @@ def training_sequences(
     With packing `random_span` (paper) a sequence is a random span of one document, padded where the document is
     shorter; with `consecutive_spans` every document is cut into spans, all of which are shuffled; with `packed`,
     documents follow each other without gaps and are cut every L tokens. The begin-of-text token, where wanted, begins
-    every span or every packed document.
+    every span or, under `document_start` and in packed documents, every document.
 
     Without `weights` the sources are one corpus, of which an epoch has every document, span or token exactly once. With
     them, sequences are drawn from each source in the proportion of its weight, and each has its own epochs.
@@ -192,16 +200,16 @@ def validation_batches(
     """
     sources = _open_all(config.validation, config, tokenizer, split="validation", seed=VALIDATION_SEED)
     documents = joined([documents for _, documents in sources])
-    bos, eos = bos_tokens(config, tokenizer), _eos_tokens(config, tokenizer)
+    frame = _frame(config, tokenizer)
     length, pad_id = config.sequence_length, tokenizer.pad_id
 
     def generate() -> Iterator[Batch]:
         # Every process walks all sequences: only so do all know how many there are, and stop at the same batch.
         if config.packing == "packed":
-            rows = _end_to_end(Framed(documents, bos, eos), length, pad_id)
+            rows = _end_to_end(frame.documents(documents), length, pad_id)
         else:
             walk = _all_spans if config.packing == "consecutive_spans" else _rounds
-            rows = walk(Framed(documents, (), eos), length, pad_id, bos)
+            rows = walk(frame.spans(documents), length, pad_id, frame.span_begin)
         given = 0
         while not batches or given < batches:
             taken = list(itertools.islice(rows, process_count * batch_size))
@@ -215,22 +223,6 @@ def validation_batches(
             given += 1
 
     return generate()
-
-
-def bos_tokens(config: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What begins a text: the begin-of-text token, or nothing.
-
-    Raises:
-      ConfigError: it is always wanted but the tokenizer has none.
-    """
-    if config.prepend_bos == "never" or (config.prepend_bos == "auto" and not tokenizer.adds_bos):
-        return ()
-    if tokenizer.bos_id is None:
-        raise ConfigError(
-            f"config.data.prepend_bos is 'always', but the tokenizer {tokenizer.name!r} names no begin-of-text token. "
-            "Set `bos_token` in its tokenizer_config.json, or set prepend_bos to 'auto'."
-        )
-    return (tokenizer.bos_id,)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -247,9 +239,31 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def _eos_tokens(config: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends a document."""
-    return (tokenizer.eos_id,) if config.append_eos else ()
+@dataclass(frozen=True)
+class Frame:
+    """What begins and ends the documents of a run, and what begins its spans."""
+
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+    every_span: bool  # whether `begin` is at the start of every span, or at that of a document only
+
+    @property
+    def span_begin(self) -> tuple[int, ...]:
+        """Begins every span of the documents of `spans`."""
+        return self.begin if self.every_span else ()
+
+    def documents(self, documents: Documents) -> Framed:
+        """Whole documents."""
+        return Framed(documents, self.begin, self.end)
+
+    def spans(self, documents: Documents) -> Framed:
+        """Documents to be cut into spans, which `span_begin` begins."""
+        return Framed(documents, self.begin, self.end, begins=not self.every_span)
+
+
+def _frame(config: DataConfig, tokenizer: Tokenizer) -> Frame:
+    end = (tokenizer.eos_id,) if config.append_eos else ()
+    return Frame(tokenizer.begins(config.prepend_bos), end, config.prepend_bos != "document_start")
 
 
 def _open_all(
@@ -264,7 +278,7 @@ def _packing(config: DataConfig, documents: Documents, tokenizer: Tokenizer, see
     """One corpus to sequences."""
     if config.packing != "packed":
         return Indexed(*_endless(config, documents, tokenizer, seed), share)
-    framed = Framed(documents, bos_tokens(config, tokenizer), _eos_tokens(config, tokenizer))
+    framed = _frame(config, tokenizer).documents(documents)
     if documents.counts_known:
         return PackedByCounts(framed, _order(grain.MapDataset.range(len(framed)), seed), config.sequence_length, share)
     stream = _order(grain.MapDataset.source(framed), seed)
@@ -279,12 +293,12 @@ def _endless(
     For `packed` and `consecutive_spans` this takes the token counts of all documents.
     """
     length, pad_id = config.sequence_length, tokenizer.pad_id
-    bos, eos = bos_tokens(config, tokenizer), _eos_tokens(config, tokenizer)
+    frame = _frame(config, tokenizer)
     if config.packing == "packed":
-        framed = Framed(documents, bos, eos)
+        framed = frame.documents(documents)
         packed = PackedSequences(framed, _order(grain.MapDataset.range(len(framed)), seed), length, Position())
         return grain.MapDataset.source(packed), packed.require_tokens
-    framed = Framed(documents, (), eos)
+    framed, bos = frame.spans(documents), frame.span_begin
     if config.packing == "consecutive_spans":
         spans = ConsecutiveSpans(framed, length, pad_id, bos)
         return _order(grain.MapDataset.source(spans), seed), lambda: None

@@ -29,18 +29,20 @@ from quietstar_jax.config import DataConfig
 from quietstar_jax.data.cache import write_array
 from quietstar_jax.data.fingerprint import fingerprint
 from quietstar_jax.data.parts import Input, Part, read_input
-from quietstar_jax.data.prepared import COUNTS, FORMAT, MANIFEST, PLAN, describe_tokenizer, read_manifest
+from quietstar_jax.data.prepared import BEGUN, COUNTS, FORMAT, MANIFEST, PLAN, describe_tokenizer, read_manifest
 from quietstar_jax.data.sources.texts import TextOf
-from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.data.tokenization import Tokenizer, begins_with, load_tokenizer
+from quietstar_jax.data.unknown import SAMPLED_DOCUMENTS, check_known, sampled, total, unknown_in_text
 from quietstar_jax.errors import DataError
 from quietstar_jax.io import TEMPORARY, locked, replacing, write_json
 from quietstar_jax.settings import differences
 
 SHARD_BYTES = 1 << 28  # of text in a shard, where their number is not given
+SAMPLED_PARTS = 16  # looked at before, to see whether the tokenizer knows the text
 BATCH = 256  # documents tokenized in one call
 WRITER = "group_size:1,uncompressed"  # every document by itself; token ids hardly compress
 
-RESULTS = ("documents", "tokens", "empty_documents", "shards")  # what a manifest has beside the plan
+RESULTS = ("documents", "tokens", "empty_documents", "begin", "shards")  # what a manifest has beside the plan
 
 _LOCK = ".lock"
 
@@ -64,6 +66,7 @@ class Shard:
 
     @property
     def counts(self) -> Path:
+        """Tokens of each document, and whether its text itself begins with the begin token: int32 [2, documents]."""
         return self.folder / f"{self.name}.npy"
 
 
@@ -95,6 +98,7 @@ def prepare(
         _require_same(output, {name: value for name, value in manifest.items() if name not in RESULTS}, plan)
         _clean(output)
         return manifest
+    _check_known(sources, parts, tokenizer, config)
     with _locked(output):
         _begin(output, plan)
         wanted = [
@@ -113,7 +117,20 @@ def prepare(
         with tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc="shards", disable=None) as bar:
             for _ in _write_all(missing, tokenizer, workers):
                 bar.update()
-        return _finish(output, plan, wanted)
+        return _finish(output, plan, wanted, tokenizer)
+
+
+def _check_known(sources: Sequence[str], parts: Sequence[Part], tokenizer: Tokenizer, config: DataConfig) -> None:
+    """Raises DataError where the tokenizer does not know the text: judged by the first documents of some parts."""
+    text = TextOf(config.text_key, tokenizer.render_conversation)
+    looked_at = [parts[number] for number in sampled(len(parts))][:: max(1, len(parts) // SAMPLED_PARTS)]
+    texts = itertools.chain.from_iterable(
+        itertools.islice(part.documents(text), SAMPLED_DOCUMENTS // min(len(looked_at), SAMPLED_PARTS))
+        for part in looked_at
+    )
+    found = total(unknown_in_text(tokenizer, one) for one in texts)
+    setting = "max_unknown_fraction (--max-unknown-fraction)"
+    check_known([(", ".join(sources), found)], config.max_unknown_fraction, tokenizer, setting)
 
 
 def _cut(inputs: Sequence[Input], shards: int) -> list[Part]:
@@ -239,27 +256,27 @@ def write_shard(shard: Shard, tokenizer: Tokenizer) -> None:
     """Tokenizes the documents of a shard. Empty ones and those without a token are left out and counted."""
     final = shard.folder / f"{shard.name}.array_record"
     text = TextOf(shard.text_key, tokenizer.render_conversation)
-    counts: list[int] = []
-    empty = 0
+    counts: list[tuple[int, bool]] = []
+    empty, begin = 0, tokenizer.usual_begin
     with replacing(final) as temporary:
         writer = ArrayRecordWriter(str(temporary), WRITER)
         for texts in _batched(itertools.chain.from_iterable(part.documents(text) for part in shard.parts)):
             for ids in tokenizer.encode_many(texts):
                 if ids:
                     writer.write(np.asarray(ids, shard.dtype).tobytes())
-                    counts.append(len(ids))
+                    counts.append((len(ids), begins_with(ids, begin)))
                 else:
                     empty += 1
         writer.close()
         record = {
             "file": final.name,
             "documents": len(counts),
-            "tokens": sum(counts),
+            "tokens": sum(count for count, _ in counts),
             "empty_documents": empty,
             "bytes": temporary.stat().st_size,
             "sha256": _sha256(temporary),
         }
-    write_array(shard.counts, np.asarray(counts, np.int32))
+    write_array(shard.counts, np.asarray(counts, np.int32).reshape(-1, 2).T)
     write_json(shard.done, record)
 
 
@@ -269,14 +286,16 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _finish(output: Path, plan: dict[str, Any], shards: Sequence[Shard]) -> dict[str, Any]:
+def _finish(output: Path, plan: dict[str, Any], shards: Sequence[Shard], tokenizer: Tokenizer) -> dict[str, Any]:
     """Token counts of all shards in one file, then the manifest, then no trace of the work."""
     records = [json.loads(shard.done.read_text("utf-8")) for shard in shards]
     totals = {name: sum(record[name] for record in records) for name in ("documents", "tokens", "empty_documents")}
     if not totals["documents"]:
         raise DataError(f"The sources {[item['source'] for item in plan['sources']]} hold no token. Check --text-key.")
-    write_array(output / COUNTS, np.concatenate([np.load(shard.counts) for shard in shards]))
-    manifest = {**plan, **totals, "shards": records}
+    counts, begun = np.concatenate([np.load(shard.counts) for shard in shards], axis=1)
+    write_array(output / COUNTS, counts)
+    write_array(output / BEGUN, begun.astype(np.bool_))
+    manifest = {**plan, **totals, "begin": list(tokenizer.usual_begin), "shards": records}
     write_json(output / MANIFEST, manifest)
     _clean(output)
     return manifest

@@ -31,9 +31,15 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--data-dir", default="", help="where tensorflow-datasets are")
     parser.add_argument("--cache-dir", default="", help="for indices of tfrecord files")
+    parser.add_argument(
+        "--max-unknown-fraction", type=float, default=DataConfig.max_unknown_fraction,
+        help="refuse text of which the tokenizer does not know more than this",
+    )  # fmt: skip
     given = parser.parse_args(arguments)
     if given.shards < 0 or given.workers < 1:
         raise ConfigError(f"--shards is {given.shards}, --workers {given.workers}; they take 0 or more and 1 or more.")
+    if not 0 <= given.max_unknown_fraction <= 1:
+        raise ConfigError(f"--max-unknown-fraction is {given.max_unknown_fraction}; it takes 0 .. 1.")
     if is_url(given.output):
         raise ConfigError(
             f"--output {given.output} is a URL; shards are written to a disk. Copy the folder afterwards."
@@ -41,6 +47,7 @@ def main(arguments: list[str]) -> None:
     config = DataConfig(
         text_key=given.text_key, text_documents=given.text_documents, data_dir=given.data_dir,
         cache_dir=given.cache_dir,
+        max_unknown_fraction=given.max_unknown_fraction,
     )  # fmt: skip
     output = Path(given.output).expanduser()
     tokenizer = load_tokenizer(given.tokenizer, given.revision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,36 +10,42 @@ from typing import Any
 
 import numpy as np
 
+from quietstar_jax.data.cache import cached_array
 from quietstar_jax.data.sources.array_record import ArrayRecords
 from quietstar_jax.data.sources.common import Label, Piece
 from quietstar_jax.data.sources.files import is_url, one_file
 from quietstar_jax.data.sources.tfrecord import Stretch
-from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.data.tokenization import Tokenizer, begins_with
+from quietstar_jax.data.unknown import Unknown, unknown_in_ids
 from quietstar_jax.errors import DataError
 
 PREPARED = "prepared:"
-MANIFEST, PLAN, COUNTS = "manifest.json", "plan.json", "token_counts.npy"
+MANIFEST, PLAN, COUNTS, BEGUN = "manifest.json", "plan.json", "token_counts.npy", "begun.npy"
 FORMAT = "quietstar_jax tokens 1"
 
 _AGAIN = "Remove the folder and prepare it again with `python -m quietstar_jax.data.prepare`."
 
 
 class PreparedDocuments:
-    """Token ids of documents by number: int32 [tokens], without begin or end token."""
+    """Token ids of documents by number: int32 [tokens], without a begin or end token added."""
 
     counts_known = True
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer):
+    def __init__(self, folder: Path, tokenizer: Tokenizer, cache_dir: str = ""):
         """Opens a complete folder.
+
+        Args:
+          cache_dir: see `cached_array`.
 
         Raises:
           DataError: it is incomplete, damaged, or of another tokenizer.
         """
         manifest = read_manifest(folder)
         check_tokenizer(folder, manifest["tokenizer"], tokenizer)
-        self._folder = folder
+        self._folder, self._tokenizer = folder, tokenizer
         self._dtype = np.dtype(manifest["dtype"])
         self._tokens = manifest["tokens"]
+        self._known_begin, self._cache_dir = manifest.get("begin"), cache_dir
         stretches = []
         for shard in manifest["shards"]:
             file, count = one_file(str(folder / shard["file"])), shard["documents"]
@@ -70,15 +77,37 @@ class PreparedDocuments:
     def pieces(self) -> list[Piece]:
         return [Label(str(self._folder), self._marks)]
 
-    def counts(self) -> np.ndarray:
-        path = self._folder / COUNTS
+    def unknown(self, index: int) -> Unknown:
+        return unknown_in_ids(self._tokenizer, self[index])
+
+    def counts(self, begin: tuple[int, ...] = ()) -> np.ndarray:
+        counts = self._array(COUNTS)
+        if int(counts.sum(dtype=np.int64)) != self._tokens:
+            raise DataError(f"{self._folder / COUNTS} does not fit {MANIFEST}. {_AGAIN}")
+        begun = self._begun(begin) if begin else np.zeros(0, np.bool_)
+        return counts - len(begin) * begun.astype(np.int32) if begun.any() else counts
+
+    def _begun(self, begin: tuple[int, ...]) -> np.ndarray:
+        """Which documents begin with these ids themselves, bool [documents]; read once where that is not kept."""
+        if self._known_begin == list(begin):
+            return self._array(BEGUN)
+        key = hashlib.sha256(f"{self._marks} {begin}".encode()).hexdigest()
+
+        def read() -> np.ndarray:
+            return np.array([begins_with(self[index], begin) for index in range(len(self))], np.bool_)
+
+        return cached_array(self._cache_dir, f"begun-{key}", read)
+
+    def _array(self, name: str) -> np.ndarray:
+        """A file with one number for each document."""
+        path = self._folder / name
         try:
-            counts: np.ndarray = np.load(path, mmap_mode="r")
+            found: np.ndarray = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path} cannot be read: {error}. {_AGAIN}") from error
-        if counts.shape != (len(self),) or int(counts.sum(dtype=np.int64)) != self._tokens:
+        if found.shape != (len(self),):
             raise DataError(f"{path} does not fit {MANIFEST}. {_AGAIN}")
-        return counts
+        return found
 
 
 def is_prepared(spec: str) -> bool:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from quietstar_jax.errors import DataError
+from quietstar_jax.data.begin_of_text import as_published, inserted, set_template
+from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.hf.files import check_regular
 
+Ids = TypeVar("Ids", list[int], np.ndarray)
+
 SYNTHETIC = "synthetic"
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what bytes of an unfinished character decode to
 _FILE = "tokenizer.json"
 # Where tokenizers of one vocabulary may differ: spaces, numbers, scripts, case, accents, code.
 _PROBE = (
@@ -31,9 +36,9 @@ _HUB_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A fast tokenizer that adds nothing of its own: no begin or end token, no truncation, no padding.
+    """A fast tokenizer without truncation and padding.
 
-    Where documents begin and end is the data pipeline's business.
+    `encode` adds no token; `encode_text` adds those that begin a text. `begins` is the only place that says which.
 
     It can be pickled, so worker processes may hold one.
     """
@@ -124,14 +129,64 @@ class Tokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens spelled out, without any clean-up of spaces."""
-        text: str = self.fast.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
-        return text
+        """Text of token ids, special tokens spelled out, without any clean-up of spaces.
+
+        A byte that is no part of a character becomes U+FFFD. The characters beside it stay: the library would replace
+        all neighbouring characters that are spelled in byte tokens.
+        """
+        ids = [int(i) for i in ids]
+        text: str = self.fast.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        if BROKEN not in text or not self._bytes:
+            return text
+        broken = self._broken_bytes(ids)
+        if not broken:
+            return text
+        anchor = [
+            self._letter
+        ]  # tokenizers drop the space of a beginning, so what follows a break is decoded behind it
+        bounds = [-1, *broken, len(ids)]
+        parts = [ids[start + 1 : stop] for start, stop in itertools.pairwise(bounds)]
+        decoded = [self.fast.backend_tokenizer.decode(part, skip_special_tokens=False) for part in parts[:1]]
+        for part in parts[1:]:
+            decoded.append(self.fast.backend_tokenizer.decode([*anchor, *part], skip_special_tokens=False)[1:])
+        return BROKEN.join(decoded)
+
+    @functools.cached_property
+    def _bytes(self) -> dict[int, int]:
+        """Id -> byte of the tokens that spell unknown characters; none where the decoder does not read them so."""
+        decoder = self.fast.backend_tokenizer.decoder
+        if decoder is None or b"ByteFallback" not in decoder.__getstate__():
+            return {}
+        found = ((self.token_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
+        return {token: byte for token, byte in found if token is not None}
+
+    @functools.cached_property
+    def _letter(self) -> int:
+        """Id of the byte token of a letter."""
+        return next(token for token, byte in self._bytes.items() if byte == ord("a"))
+
+    def _broken_bytes(self, ids: Sequence[int]) -> list[int]:
+        """Places of byte tokens that are no part of a character."""
+        found: list[int] = []
+        for is_byte, run in itertools.groupby(range(len(ids)), lambda place: ids[place] in self._bytes):
+            places = list(run)
+            if is_byte:
+                spelled = bytes(self._bytes[ids[place]] for place in places)
+                at = 0
+                while at < len(spelled):
+                    size = next((n for n in range(1, 5) if _is_character(spelled[at : at + n])), 0)
+                    found += [] if size else [places[at]]
+                    at += size or 1
+        return found
 
     def token_id(self, token: str) -> int | None:
         """Id of a single token, None where the vocabulary lacks it."""
         found: int | None = self.fast.backend_tokenizer.token_to_id(token)
         return found
+
+    def shown(self, token: int) -> str:
+        """An id and what it spells, for messages."""
+        return f"{token} ({self.decode([token])!r})" if 0 <= token < self.vocab_size else str(token)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -145,7 +200,7 @@ class Tokenizer:
         """
         content = _set_fields(json.loads(self.fast.backend_tokenizer.to_str()))
         content["post_processor"] = None  # adds begin and end tokens only, which are named here
-        decided = [content, self.bos_id, self.eos_id, self.pad_id, self.adds_bos]
+        decided = [content, self.bos_id, self.eos_id, self.pad_id, self.begin_ids]
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
@@ -162,11 +217,36 @@ class Tokenizer:
         """Id of the begin-of-text token, where there is one."""
         return None if self.fast.bos_token is None else self.token_id(self.fast.bos_token)
 
+    @functools.cached_property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts before every text; () where it adds nothing. See docs/tokenizers.md."""
+        return inserted(self.fast)
+
+    def begins(self, prepend_bos: str = "auto") -> tuple[int, ...]:
+        """Ids that begin a text under a value of `data.prepend_bos`.
+
+        Raises:
+          ConfigError: a begin token is always wanted but the tokenizer has none.
+        """
+        if prepend_bos == "never":
+            return ()
+        if prepend_bos != "always":
+            return self.begin_ids
+        if not self.usual_begin:
+            raise ConfigError(
+                f"config.data.prepend_bos is 'always', but the tokenizer {self.name!r} names no begin-of-text token. "
+                "Set `bos_token` in its tokenizer_config.json, or set prepend_bos to 'auto'."
+            )
+        return self.usual_begin
+
     @property
-    def adds_bos(self) -> bool:
-        """Whether the tokenizer, used as its authors meant it, begins every text with the begin-of-text token."""
-        ids = self.fast.backend_tokenizer.encode("a", add_special_tokens=True).ids
-        return self.bos_id is not None and ids[:1] == [self.bos_id]
+    def usual_begin(self) -> tuple[int, ...]:
+        """`begin_ids`, or else the begin-of-text token that the tokenizer names: all that `begins` can give."""
+        return self.begin_ids or (() if self.bos_id is None else (self.bos_id,))
+
+    def encode_text(self, text: str, begin: Sequence[int]) -> list[int]:
+        """Token ids of a text from its beginning: `begin` once, also where the text spells it out itself."""
+        return [*begin, *without_begin(self.encode(text), begin)]
 
     @property
     def eos_id(self) -> int:
@@ -178,11 +258,23 @@ class Tokenizer:
         """Stands for text that the tokenizer does not know, or None."""
         return self.fast.unk_token_id
 
+    @functools.cached_property
+    def unknown_ids(self) -> tuple[int, ...]:
+        """Ids that stand for text that the tokenizer does not know."""
+        names = (getattr(self.fast.backend_tokenizer.model, "unk_token", None), self.fast.unk_token)
+        return tuple({token for name in names if name for token in (self.token_id(name),) if token is not None})
+
     @property
     def pad_id(self) -> int:
         """Id that fills short sequences: the padding token, or the end of text as in the paper."""
         found = None if self.fast.pad_token is None else self.token_id(self.fast.pad_token)
         return self.eos_id if found is None or 0 < self.rows <= found else found
+
+    def begin_with(self, begin: Sequence[int]) -> None:
+        """Makes the tokenizer itself put `begin` before every text, also where transformers reads what is saved."""
+        if tuple(begin) != self.begin_ids:
+            set_template(self.fast, begin)
+            self.__dict__.pop("begin_ids", None)
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, loadable by transformers 4.45 and later."""
@@ -200,6 +292,23 @@ class Tokenizer:
         for key in ("backend", "is_local", "local_files_only"):
             settings.pop(key, None)
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _is_character(spelled: bytes) -> bool:
+    try:
+        return len(spelled.decode("utf-8")) == 1
+    except UnicodeDecodeError:
+        return False
+
+
+def begins_with(ids: list[int] | np.ndarray, begin: Sequence[int]) -> bool:
+    """Whether ids [tokens] begin with all of `begin`."""
+    return list(ids[: len(begin)]) == list(begin)
+
+
+def without_begin(ids: Ids, begin: Sequence[int]) -> Ids:
+    """Ids [tokens] behind `begin`, where they begin with it; else all of them."""
+    return ids[len(begin) :] if begins_with(ids, begin) else ids
 
 
 def load_tokenizer(name: str, revision: str = "") -> Tokenizer:
@@ -226,7 +335,9 @@ def load_tokenizer(name: str, revision: str = "") -> Tokenizer:
         if name.startswith(("/", ".", "~")) or name.count("/") > 1:
             raise DataError(f"There is no tokenizer folder {name!r}. Check the path, or give a hub id (`owner/name`).")
         folder = _download(name, revision)
-    return Tokenizer(name, _read_folder(folder))
+    fast = _read_folder(folder)
+    as_published(fast, folder)
+    return Tokenizer(name, fast)
 
 
 def _set_fields(value: Any) -> Any:

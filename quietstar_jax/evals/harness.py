@@ -13,19 +13,19 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import ConfigError, DataError
+from quietstar_jax.evals.harness_arguments import read_arguments
 from quietstar_jax.evals.measure import thought_modes
 from quietstar_jax.evals.tails import Tail, TailScorer
 from quietstar_jax.generation.generator import Generator
 from quietstar_jax.training.trained import open_model
 
-BATCH_SIZE = 16
 BATCHES_AT_ONCE = 32  # between two movements of the progress bar, and what a response cache loses at most
-MAX_TOKENS = 256  # generated where a task does not say
 SAMPLING = {"temperature", "top_p", "do_sample"}
 NEUTRAL = {"num_beams": 1, "top_k": 0, "repetition_penalty": 1.0}  # what other settings must be
 
@@ -36,41 +36,32 @@ Encoded = tuple[Any, list[int], list[int]]  # (the texts, ids of the context, id
 class QuietStarLM(TemplateLM):
     """A run, an exported or published Quiet-STaR, or a plain Hugging Face model."""
 
-    def __init__(
-        self, checkpoint: str, thoughts: str | bool = "auto", thought_length: int | None = None,
-        step: int | None = None, revision: str = "", dtype: str = "float32", batch_size: int | str = BATCH_SIZE,
-        max_batch_size: int | None = None, max_length: int | None = None, add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None, seed: int = 0, device: str | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, pretrained: str | None = None, **arguments: Any) -> None:
         """Opens the model.
 
         Args:
-          checkpoint, step, revision, dtype: see `open_model`.
-          thoughts: `on`, `off`, or `auto` (on where the model can think); thought_length: T, None = as trained.
-          batch_size: texts at once, over all local devices; `auto` means 16.
-          max_length: tokens of a text without its last; None = what the model takes.
-          add_bos_token: whether texts begin with the begin-of-text token; None = as the tokenizer does by itself.
-          prefix_token_id: stands before texts that have no context; None = begin of text, or end of text without one.
-          seed: of sampling, for tasks that sample.
-          max_batch_size, device: the harness hands them over; JAX's own settings decide the device.
+          pretrained: or `checkpoint`: see `open_model`.
+          arguments: see `Arguments`, and those of the harness's `hf` model that change nothing here.
 
         Raises:
-          UserError: it cannot be opened, or thoughts are asked of a model that cannot think.
+          UserError: an argument is unknown or impossible, the model cannot be opened, or thoughts are asked of a model
+            that cannot think.
         """
         super().__init__()
-        self.model = open_model(str(checkpoint), step=step, revision=str(revision), dtype=dtype)
-        self.thinks = thought_modes(_thoughts(thoughts), self.model)[-1] == "with_thoughts"
-        self.thought_length = (thought_length or self.model.thought_length) if self.thinks else 0
-        size = BATCH_SIZE if str(batch_size).startswith("auto") else _positive("batch_size", batch_size)
-        self._scorer = TailScorer(self.model, self.model.settings(self.thought_length), size)
+        given = self._given = read_arguments({"pretrained": pretrained, **arguments})
+        self.model = open_model(given.checkpoint, step=given.step, revision=given.revision, dtype=given.dtype)
+        if given.tokenizer is not None:
+            self._require_same(given.tokenizer)
+        self.thinks = thought_modes(given.thoughts, self.model)[-1] == "with_thoughts"
+        self.thought_length = (given.thought_length or self.model.thought_length) if self.thinks else 0
+        self._scorer = TailScorer(self.model, self.model.settings(self.thought_length), given.batch_size)
         self._generator = Generator(self.model, batch_size=self._scorer.batch_size)
         longest = self._scorer.longest - 1
-        self.max_length = longest if max_length is None else _positive("max_length", max_length)
+        self.max_length = given.max_length or longest
         if self.max_length > longest:
             raise ConfigError(f"max_length is {self.max_length}; this model takes at most {longest}.")
         self.tokenizer = self.model.tokenizer.fast
-        self.add_bos_token = add_bos_token
-        self._prefix_token_id, self._seed = prefix_token_id, seed
+        self._begin = self._begins(given.add_bos_token)
 
     @property
     def batch_size(self) -> int:
@@ -85,10 +76,9 @@ class QuietStarLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """Stands before texts that have no context."""
-        if self._prefix_token_id is not None:
-            return self._prefix_token_id
-        bos = self.model.tokenizer.bos_id
-        return self.eot_token_id if bos is None else bos
+        if self._given.prefix_token_id is not None:
+            return self._given.prefix_token_id
+        return (self.model.bos or self.model.tokenizer.usual_begin or (self.eot_token_id,))[-1]
 
     @property
     def tokenizer_name(self) -> str:
@@ -107,17 +97,41 @@ class QuietStarLM(TemplateLM):
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
+                **self._template_arguments,
             )
         )
 
+    @property
+    def _template_arguments(self) -> dict[str, Any]:
+        thinking = self._given.enable_thinking
+        return {**self._given.chat_template_args, **({} if thinking is None else {"enable_thinking": thinking})}
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; what begins them is the tokenizer's choice unless it is said, and stands there only once."""
-        if add_special_tokens is None:
-            begun = has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-            add_special_tokens = False if begun else self.add_bos_token
-        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        ids: list[int] = self.tokenizer.encode(string, **special)
-        return ids
+        """Token ids; what begins them is the model's choice unless an argument says, and is there only once."""
+        begin = self._begin if add_special_tokens is None else self._begins(add_special_tokens)
+        return self.model.tokenizer.encode_text(string, begin)
+
+    def _begins(self, add_bos_token: bool | None) -> tuple[int, ...]:
+        """Ids that begin a text.
+
+        Raises:
+          ConfigError: a begin token is asked for where there is none.
+        """
+        if add_bos_token is None:
+            return self.model.bos
+        begin = self.model.tokenizer.usual_begin if add_bos_token else ()
+        if add_bos_token and not begin:
+            raise ConfigError(
+                f"add_bos_token is True, but the tokenizer of {self._given.checkpoint} names no such token."
+            )
+        return begin
+
+    def _require_same(self, name: str) -> None:
+        """Refuses another tokenizer than the model's own."""
+        if load_tokenizer(name).vocabulary_fingerprint != self.model.tokenizer.vocabulary_fingerprint:
+            raise ConfigError(
+                f"tokenizer={name!r} gives other ids than the tokenizer of {self._given.checkpoint}. Leave it out."
+            )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, in windows as long as possible, each token scored once."""
@@ -203,7 +217,7 @@ class QuietStarLM(TemplateLM):
 
     def _generate(self, contexts: Sequence[list[int]], settings: dict[str, Any], numbers: Sequence[int]) -> list[str]:
         """Texts that follow contexts of token ids; numbers: of the requests, for seeds that no batch changes."""
-        given: dict[str, Any] = dict(normalize_gen_kwargs(settings, MAX_TOKENS))
+        given: dict[str, Any] = dict(normalize_gen_kwargs(settings, self._given.max_gen_toks))
         stop = handle_stop_sequences(given.pop("until"), eos=self.tokenizer.decode(self.eot_token_id))
         max_tokens = given.pop("max_gen_toks")
         unknown = [name for name in given if name not in SAMPLING and given[name] not in (None, NEUTRAL.get(name))]
@@ -225,26 +239,21 @@ class QuietStarLM(TemplateLM):
             thought_length=self.thought_length or None,
             temperature=float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0,
             top_p=float(given.get("top_p") or 1.0),
-            seed=[self._seed + number for number in numbers],
+            seed=[self._given.seed + number for number in numbers],
             stop=[text for text in stop if text],
         )
-        texts = (str(self.tokenizer.decode(list(one.token_ids), skip_special_tokens=True)) for one in generations)
-        return [postprocess_generated_text(text, stop=stop, think_end_token=None) for text in texts]
+        return [self._answer(one.token_ids, stop) for one in generations]
+
+    def _answer(self, ids: Sequence[int], stop: list[str]) -> str:
+        """The text of generated ids up to a stop string; of reasoning whose end is named, only what follows."""
+        end = self._given.think_end_token
+        if isinstance(end, int) and end in ids:
+            ids = ids[len(ids) - list(reversed(ids)).index(end) :]
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        if isinstance(end, int):
+            text = text.lstrip()
+        return postprocess_generated_text(text, stop=stop, think_end_token=end if isinstance(end, str) else None)
 
 
 def _slices(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _thoughts(given: str | bool) -> str:
-    """`thoughts=true` on the harness's command line arrives as a bool."""
-    text = {True: "on", False: "off"}[given] if isinstance(given, bool) else given
-    if text not in ("auto", "on", "off"):
-        raise ConfigError(f"thoughts is {given!r}; it takes on, off or auto.")
-    return text
-
-
-def _positive(name: str, given: Any) -> int:
-    if not str(given).isdigit() or int(given) < 1:
-        raise ConfigError(f"{name} is {given!r}; it takes 1 or more.")
-    return int(given)

@@ -141,7 +141,7 @@ def _windowed(
     """Windows of all texts, one text in memory at a time, each with its share of the bytes."""
     for number in range(texts):
         text = source[number]
-        tokens = [*begin, *tokenizer.encode(text)]
+        tokens = tokenizer.encode_text(text, begin)
         per_token = len(text.encode()) / max(1, len(tokens) - 1)
         for tail in windows.tails(tokens):
             yield tail, tail.last * per_token

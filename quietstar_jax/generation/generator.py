@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from quietstar_jax.generation.sampling import Sampling
 from quietstar_jax.generation.steps import Plan
 from quietstar_jax.training.trained import TrainedModel, open_model
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray
 TOKENS_PER_CALL = 8  # between two looks at what came out; one where somebody is reading along
 
 
@@ -129,20 +130,28 @@ class Generator:
         return requests
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """A prompt as token ids, which begin as training texts did.
+        """A prompt as token ids, which begin as training texts did; ids are used as they are.
+
+        Args:
+          prompt: a text, or integers in a list, a tuple or an array [tokens] of numpy or JAX.
 
         Raises:
-          DataError: it is empty, or the model has no embedding for one of its tokens.
+          DataError: it is empty, is neither, or the model has no embedding for one of its tokens.
         """
         model = self.model
-        tokens = (*model.bos, *model.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(map(int, prompt))
-        if not prompt or not tokens:
+        tokens = _ids(prompt) if not isinstance(prompt, str) else ()
+        if isinstance(prompt, str) and prompt:
+            tokens = tuple(model.tokenizer.encode_text(prompt, model.bos))
+        if not tokens:
             raise DataError("The prompt is empty. Give some text to go on from.")
         rows = model.architecture.vocab_size
         unknown = [token for token in tokens if not 0 <= token < rows]
         if unknown:
-            names = ", ".join(f"{token} ({model.tokenizer.decode([max(token, 0)])!r})" for token in unknown[:3])
-            raise DataError(f"The prompt holds tokens that the model has no embedding for: {names}. Leave them out.")
+            names = ", ".join(model.tokenizer.shown(token) for token in unknown[:3])
+            raise DataError(
+                f"The prompt holds tokens that the model has no embedding for: {names}. It has 0 .. {rows - 1}. "
+                "Leave them out."
+            )
         return tokens
 
     def limit(self, tokens: int, job: Job) -> int:
@@ -202,6 +211,28 @@ class Generator:
             eos_ids=model.eos_ids,
             tokens_per_call=tokens_per_call,
         )
+
+
+def _ids(prompt: Sequence[int] | np.ndarray) -> tuple[int, ...]:
+    """A prompt that is not text.
+
+    Raises:
+      DataError: it does not hold integers in one dimension.
+    """
+    wrong = DataError(f"A prompt is a text or a sequence of token ids, not {type(prompt).__name__}.")
+    if not isinstance(prompt, Sequence) and np.ndim(prompt) != 1:
+        raise wrong if np.ndim(prompt) == 0 else DataError(f"A prompt is [tokens], not of shape {np.shape(prompt)}.")
+    if isinstance(prompt, bytes | bytearray | memoryview):
+        raise wrong
+    found = []
+    for value in prompt:
+        if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == np.bool_:
+            raise DataError(f"A prompt of token ids holds {value!r}, which is no integer.")
+        try:
+            found.append(operator.index(value))
+        except TypeError as error:
+            raise DataError(f"A prompt of token ids holds {value!r:.80}, which is no integer.") from error
+    return tuple(found)
 
 
 def _key(seed: int, tokens: tuple[int, ...], occurrence: int) -> np.ndarray:

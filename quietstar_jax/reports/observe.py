@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quietstar_jax.data.documents import Documents
+from quietstar_jax.data.tokenization import without_begin
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.models.parameters import assemble
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
@@ -72,7 +73,8 @@ def cut_windows(
     """
     found, left = [], max_tokens
     for number in range(min(documents, len(source))):
-        ids = np.asarray([*model.bos, *source[number], model.tokenizer.eos_id], np.int32)
+        text = without_begin(source[number], model.bos)
+        ids = np.asarray([*model.bos, *text, model.tokenizer.eos_id], np.int32)
         for start in range(0, min(len(ids), left), length):
             tokens = ids[start : min(start + length, left)]
             if len(tokens) >= 2:  # a single token has nothing before it

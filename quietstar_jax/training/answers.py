@@ -18,7 +18,8 @@ QUESTIONS = 400
 def answer_batches(run: Run, documents: Sequence[Document]) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
     """Questions with their answer as batches of evaluation size; and [documents] the position before each answer."""
     tokenizer, size = run.tokenizer, run.config.evaluation.batch_size
-    rows = [tokenizer.encode(f"{document.prompt} {document.answer}") for document in documents]
+    begin = tokenizer.begins(run.config.data.prepend_bos)
+    rows = [tokenizer.encode_text(f"{document.prompt} {document.answer}", begin) for document in documents]
     length = max(map(len, rows))
     tokens = np.full((-(-len(rows) // size) * size, length), run.vocabulary.pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)

@@ -26,6 +26,7 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
     """
     run = open_run(checkpoint, step)
     tokenizer = run_tokenizer(run)
+    tokenizer.begin_with(tokenizer.begins(run.config.data.prepend_bos))
     thought = run.config.thought
     thoughts = Thoughts(
         length=run.config.evaluation_thought_length,

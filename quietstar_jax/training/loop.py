@@ -16,6 +16,7 @@ import numpy as np
 
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
+from quietstar_jax.data.unknown import SETTING, check_known
 from quietstar_jax.errors import START_AGAIN, STOPPED, DataError, DivergedError, PreemptedError
 from quietstar_jax.io import folder_to_write, place, write_json
 from quietstar_jax.parallel import processes
@@ -54,6 +55,7 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
     sequences = training_sequences(
         config.data, run.tokenizer, seed=config.seed, process_index=reader.index, process_count=reader.count
     )
+    check_known(sequences.unknown(), config.data.max_unknown_fraction, run.tokenizer, SETTING, say=first)
     held_out = held_out_batches(run)
     ends = [end for _, _, end in phases_left(config, 0)] if config.checkpoint.keep_phase_ends else []
     # From the first step until the last checkpoint is written, signals are heard between steps only.

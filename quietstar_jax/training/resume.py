@@ -21,7 +21,8 @@ from quietstar_jax.training.saved_run import is_run
 
 # What changes nothing that a run computes; chunks, meshes, rematerialisation and kernels only through rounding.
 UNRELATED = ("config.workdir", "config.logging", "config.checkpoint", "config.data.workers", "config.data.data_dir",
-             "config.data.cache_dir", "config.thought.chunk_megabytes", "config.thought.positions_per_chunk",
+             "config.data.cache_dir", "config.data.max_unknown_fraction", "config.thought.chunk_megabytes",
+             "config.thought.positions_per_chunk",
              "config.mesh", "config.distributed", "config.model.rematerialize",
              "config.model.prefix_attention")  # fmt: skip
 MEASUREMENT = ("config.evaluation", "config.data.validation")  # touches figures, not the course of training

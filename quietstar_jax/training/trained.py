@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from quietstar_jax.config import Architecture, Config, DataConfig, ModelConfig, ThoughtConfig
-from quietstar_jax.data.pipeline import bos_tokens
+from quietstar_jax.config import Architecture, Config, ModelConfig, ThoughtConfig
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf.canonical import EMBEDDING, LM_HEAD
@@ -203,7 +202,7 @@ def _of_run(path: str, run: SavedRun, dtype: str, layout: Layout | None) -> Trai
         thought=run.config.thought,
         thought_length=run.config.evaluation_thought_length if thinking else 0,
         tokens_ahead=max((phase.tokens_ahead for phase in thinking), default=1),
-        bos=bos_tokens(run.config.data, tokenizer),
+        bos=tokenizer.begins(run.config.data.prepend_bos),
         eos_ids=eos,
         suppressed_ids=suppressed,
         path=path,
@@ -245,7 +244,7 @@ def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layo
         thought=_thought_config(files, tokenizer, meta) if thinks else ThoughtConfig(),
         thought_length=_thought_length(files) if thinks else 0,
         tokens_ahead=1,
-        bos=bos_tokens(DataConfig(), tokenizer),
+        bos=tokenizer.begins(),
         eos_ids=eos or (tokenizer.eos_id,),
         suppressed_ids=suppressed,
         path=path,

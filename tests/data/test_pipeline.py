@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from quietstar_jax.config import DataConfig
 from quietstar_jax.data import documents as documents_module
-from quietstar_jax.data import pipeline
+from quietstar_jax.data import pipeline, preparation
 from quietstar_jax.data.pipeline import (
     Batch,
     check_vocabulary,
@@ -93,6 +93,12 @@ def test_begin_of_text(corpus: str, prepend_bos: str, by_itself: bool, begins: b
     for row, mask in zip(batch["tokens"], batch["mask"], strict=True):
         words = row[mask].tolist()[begins:]
         assert any(words == [*text, EOS][i : i + len(words)] for text in texts for i in range(len(text) + 1))
+
+    spelled = Path(corpus).with_name("spelled.jsonl")  # the same text, which begins with the token itself
+    spelled.write_text(Path(corpus).read_text().replace('"text": "', '"text": "<bos> '))
+    if begins:
+        own = config(str(spelled), prepend_bos=prepend_bos)
+        same(training_sequences(own, tokenizer, seed=0).next_batch(len(LENGTHS)), batch)
 
     packed = config(corpus, prepend_bos=prepend_bos, packing="packed")
     stream = training_sequences(packed, tokenizer, seed=0).next_batch(20)["tokens"].ravel().tolist()
@@ -239,6 +245,53 @@ def test_memory_of_documents_changes_nothing(corpus: str, packing: str, monkeypa
         same(take(corpus, 40, packing=packing), expected)
 
 
+@pytest.mark.parametrize("packing", ["random_span", "consecutive_spans"])
+def test_a_span_from_within_a_document_begins_without_the_token(corpus: str, packing: str) -> None:
+    tokenizer = words_with_bos(by_itself=True)
+    starts = {text[0] for text in documents(LENGTHS)}
+    settings_ = config(corpus, prepend_bos="document_start", packing=packing)
+    rows = training_sequences(settings_, tokenizer, seed=0).next_batch(200)["tokens"]
+    begun = rows[:, 0] == 999
+    assert 0 < begun.sum() < len(rows)
+    assert set(rows[begun, 1].tolist()) <= starts
+    if packing == "consecutive_spans":
+        assert not set(rows[~begun, 0].tolist()) & starts
+    assert not np.any(rows[:, 1:] == 999)
+    held_out = next(validation_batches(settings_, tokenizer, batch_size=60))
+    assert held_out["tokens"][0].tolist() == [999, 2, 3, 4, 5]
+    assert np.sum(held_out["tokens"] == 999) == len(LENGTHS)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("packing", ["random_span", "consecutive_spans", "packed"])
+def test_documents_that_begin_with_the_token_themselves(tmp_path: Path, packing: str, kept: bool) -> None:
+    """The same sequences read directly and prepared, with the token that a text spells out once, or as it is."""
+    tokenizer = words_with_bos(by_itself=True)
+    plain, mixed = tmp_path / "plain.jsonl", tmp_path / "mixed.jsonl"
+    write(plain, documents(LENGTHS))
+    lines = plain.read_text().splitlines()
+    mixed.write_text("".join(
+        line.replace(': "', ': "<bos> ') + "\n" if number % 2 else line + "\n" for number, line in enumerate(lines)
+    ))  # fmt: skip
+    folder = tmp_path / "prepared"
+    preparation.prepare([str(mixed)], tokenizer, "", folder, config(str(mixed)), shards=2, workers=1)
+    if not kept:  # prepared before it was kept which documents begin so
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "begin"}))
+        (folder / "begun.npy").unlink()
+
+    def batch(source: Path, prepend_bos: str) -> Batch:
+        given = config(str(source), packing=packing, prepend_bos=prepend_bos, cache_dir=str(tmp_path / "cache"))
+        return training_sequences(given, tokenizer, seed=0).next_batch(60)
+
+    for prepend_bos in ("auto", "always", "document_start"):
+        expected = batch(plain, prepend_bos)
+        same(batch(mixed, prepend_bos), expected)
+        same(batch(folder, prepend_bos), expected)
+    same(batch(folder, "never"), batch(mixed, "never"))
+    assert np.any(batch(mixed, "never")["tokens"] == 999)
+
+
 def test_every_document_is_tokenized_once_while_there_is_room(corpus: str) -> None:
     class Counting:
         eos_id, pad_id, calls = EOS, PAD, 0
@@ -247,6 +300,9 @@ def test_every_document_is_tokenized_once_while_there_is_room(corpus: str) -> No
         def encode(self, text: str) -> list[int]:
             self.calls += 1
             return TOKENIZER.encode(text)
+
+        def begins(self, prepend_bos: str) -> tuple[int, ...]:
+            return ()
 
     counting = Counting()
     training_sequences(config(corpus, prepend_bos="never"), counting, seed=0).next_batch(50)  # type: ignore[arg-type]

@@ -1,5 +1,8 @@
 """The evaluation harness: equal to its own `hf` model where nothing thinks, and able to think."""
 
+import dataclasses
+import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.evals.harness import QuietStarLM
+from quietstar_jax.evals.harness_arguments import read_arguments
 from quietstar_jax.evals.tails import Tail
 from tests.evals.models import write_plain, write_run
 from tests.material import material
@@ -120,6 +124,64 @@ def test_refusals(folder):
             QuietStarLM(plain, **wrong)
     with pytest.raises(DataError, match="at least one of each"):
         QuietStarLM(plain)._loglikelihood_tokens([(None, [], [1])])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"No model is named\. Give --model_args pretrained=FOLDER"),
+        ({"pretrained": "x", "thought": "on"}, r"thought='on' is unknown\. Did you mean thoughts\?"),
+        ({"pretrained": "x", "max_lenght": 5}, r"max_lenght=5 is unknown\. Did you mean max_length\?"),
+        ({"pretrained": "x", "zzz": 5}, r"zzz=5 is unknown\. Arguments are add_bos_token, .*pretrained"),
+        ({"pretrained": "x", "checkpoint": "y"}, "checkpoint='y' contradicts checkpoint='x'"),
+        ({"pretrained": "x", "add_bos_token": "maybe"}, "add_bos_token is 'maybe'; it takes True or False"),
+        ({"pretrained": "x", "peft": "adapter"}, "peft='adapter' is not supported"),
+        ({"pretrained": "x", "load_in_4bit": True}, "load_in_4bit=True is not supported"),
+        ({"pretrained": "x", "backend": "seq2seq"}, "backend='seq2seq' is not supported"),
+        ({"pretrained": "x", "batch_size": "many"}, "batch_size is 'many'"),
+        ({"pretrained": "x", "max_gen_toks": True}, "max_gen_toks is True"),
+        ({"pretrained": "x", "seed": -1}, "seed is -1"),
+        ({"pretrained": "x", "chat_template_args": "a"}, "chat_template_args is 'a'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        QuietStarLM(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_the_names_of_the_harness_are_known():
+    """The defaults of its own `hf` model ask for what is done here."""
+    hf = importlib.import_module("lm_eval.models.huggingface").HFLM
+    for name, parameter in inspect.signature(hf.__init__).parameters.items():
+        if name not in ("self", "kwargs", "pretrained"):
+            assert read_arguments({"pretrained": "x", name: parameter.default}).checkpoint == "x", name
+    found = read_arguments(
+        {"pretrained": "x", "dtype": "auto", "revision": "main", "batch_size": "auto:4", "max_batch_size": 8,
+         "device": "cuda:0", "trust_remote_code": True, "truncation": True, "think_end_token": "12", "max_gen_toks": 9}
+    )  # fmt: skip
+    assert (found.dtype, found.revision, found.batch_size, found.think_end_token) == ("float32", "", 8, 12)
+    assert read_arguments({"pretrained": "x", "dtype": "bfloat16", "revision": "v1"}).dtype == "bfloat16"
+
+
+def test_arguments_are_honoured(folder):
+    plain = str(folder / "plain")
+    model = QuietStarLM(pretrained=plain, tokenizer=plain, max_gen_toks=3, enable_thinking=False)
+    (text,) = model.generate_until([Instance("generate_until", {}, ("one", {"until": []}), 0)])
+    assert text == model._generator.generate(["one"], max_tokens=3)[0].text
+    model.tokenizer.chat_template = "{% for m in messages %}{{m.content}}{% endfor %}{{enable_thinking}}"
+    assert model.apply_chat_template([{"role": "user", "content": "hi "}]) == "hi False"
+    with pytest.raises(ConfigError, match="tokenizer='synthetic' gives other ids"):
+        QuietStarLM(pretrained=plain, tokenizer="synthetic")
+
+
+@pytest.mark.parametrize("end", ["B", 33])
+def test_an_answer_follows_the_end_of_the_reasoning(folder, end):
+    model = QuietStarLM(pretrained=str(folder / "plain"))
+    ids = model.tok_encode("aB bB c")
+    end = end if isinstance(end, str) else model.tok_encode("B")[-1]
+    model._given = dataclasses.replace(model._given, think_end_token=end)
+    assert model._answer(ids, []) == "c"
 
 
 def test_the_command_line(folder, tmp_path):

@@ -152,6 +152,8 @@ def test_texts_begin_as_in_training(generator):
     assert generator.model.bos == (0,)
     assert generator.encode("w3 w4") == (0, 3, 4)
     assert generator.encode([3, 4]) == (3, 4)
+    spelled = generator.model.tokenizer.decode([0])
+    assert generator.encode(f"{spelled} w3 w4") == (0, 3, 4)
 
 
 def test_bfloat16(generator):
@@ -193,6 +195,39 @@ def test_settings_that_cannot_be(generator, options, message):
 def test_prompts_that_cannot_be(generator, prompt):
     with pytest.raises(DataError, match="Prompt 2: "):
         generator.generate(["w3", prompt])
+
+
+@pytest.mark.parametrize(
+    "prompt", [[3, 4], (3, 4), np.array([3, 4]), np.array([3, 4], np.uint8), jnp.array([3, 4]), [np.int64(3), 4]]
+)
+def test_kinds_of_token_ids(generator, prompt):
+    assert generator.encode(prompt) == (3, 4)
+    assert all(type(token) is int for token in generator.encode(prompt))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (np.array([], np.int32), "The prompt is empty"),
+        (np.array([[3, 4]]), r"not of shape \(1, 2\)"),
+        (np.array(3), "not ndarray"),
+        (3, "not int"),
+        (None, "not NoneType"),
+        ({3, 4}, "not set"),
+        (b"w3", "not bytes"),
+        ([3.0], "holds 3.0, which is no integer"),
+        (np.array([3.5]), "no integer"),
+        ([True, 3], "holds True"),
+        (np.array([True]), "holds"),
+        (["w3"], "holds 'w3'"),
+        ([[3]], r"holds \[3\]"),
+        ([-1, 3], "no embedding for: -1"),
+        ([10**30], "no embedding for: 1000"),
+    ],
+)
+def test_what_is_no_prompt(generator, prompt, message):
+    with pytest.raises(DataError, match=message):
+        generator.encode(prompt)
 
 
 def test_one_text_is_no_list_of_prompts(generator):

@@ -9,8 +9,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.generation.text import TextStream
+from tests.data.layouts import byte_fallback
+from tests.data.layouts import byte_level as byte_level_bpe
+from tests.material import material
 
 
 def wrap(backend: Backend) -> Tokenizer:
@@ -60,6 +63,57 @@ def test_an_unfinished_character_comes_at_the_end_as_it_is(byte_level):
 def test_broken_bytes_do_not_hold_up_what_follows(byte_level):
     ids = [byte_level.encode("🎈")[0], *byte_level.encode("ok")]
     assert "".join(pieces(TextStream(byte_level, []), ids)) == "\N{REPLACEMENT CHARACTER}ok"
+
+
+TINY = {"byte fallback": byte_fallback(), "byte level": byte_level_bpe(("</s>",))}
+TINY = {name: wrap(backend) for name, backend in TINY.items()}
+SCRIPTS = ["ສະບາຍດີ ໂລກ", "ሰላም ለዓለም", "ᚠᛇᚻ᛫ᛒᛦᚦ", "龘靐齉 麤 cat", "👩‍👩‍👧‍👦 ok 🏳️‍🌈", "naïve  cats\n\nThe � mat"]
+
+
+def follows(tokenizer: Tokenizer, ids: list[int], cut: int) -> str:
+    """What the whole text has behind the whole characters of its first `cut` tokens."""
+    before, text = tokenizer.decode(ids[:cut]), tokenizer.decode(ids)
+    whole = before.rstrip("�")
+    broken = len(text[len(whole) :]) - len(text[len(whole) :].lstrip("�"))
+    return text[len(whole) + min(broken, len(before) - len(whole)) :]
+
+
+def assert_every_cut(tokenizer: Tokenizer, ids: list[int]) -> None:
+    for cut in range(len(ids) + 1):
+        assert "".join(pieces(TextStream(tokenizer, ids[:cut]), ids[cut:])) == follows(tokenizer, ids, cut), cut
+
+
+@pytest.mark.parametrize("name", TINY)
+@given(text=st.text(max_size=12) | st.sampled_from(SCRIPTS))
+def test_every_cut_of_every_text(name: str, text: str) -> None:
+    ids = TINY[name].encode(text)
+    assert TINY[name].decode(ids) == text or "</s>" in text or "�" in TINY[name].decode(ids) or name != "byte level"
+    assert_every_cut(TINY[name], ids)
+
+
+@pytest.mark.parametrize("name", TINY)
+@given(data=st.data())
+def test_every_cut_of_any_ids(name: str, data: st.DataObject) -> None:
+    """Also of bytes that are no text."""
+    ids = data.draw(st.lists(st.integers(0, TINY[name].vocab_size - 1), max_size=12))
+    assert_every_cut(TINY[name], ids)
+
+
+def test_every_cut_with_the_tokenizer_of_mistral() -> None:
+    tokenizer = load_tokenizer(str(material("tokenizers/mistral-7b-v0.1")))
+    for text in SCRIPTS:
+        ids = [1, *tokenizer.encode(text)]
+        assert tokenizer.decode(ids) == tokenizer.fast.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        assert_every_cut(tokenizer, ids)
+
+
+@given(text=st.text("aéສ👩", min_size=1, max_size=6), broken=st.binary(max_size=4), after=st.text("bກ", max_size=3))
+def test_a_broken_byte_leaves_the_characters_beside_it(text: str, broken: bytes, after: str) -> None:
+    tokenizer = TINY["byte fallback"]
+    spelled = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in text.encode() + broken + after.encode()]
+    assert tokenizer.decode(spelled).startswith(text)
+    assert tokenizer.decode(spelled).endswith(after)
+    assert "".join(pieces(TextStream(tokenizer, []), spelled)) == tokenizer.decode(spelled)
 
 
 def test_the_space_after_the_prompt_is_kept(sentencepiece):

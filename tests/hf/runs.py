@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from quietstar_jax.config import default_config, from_config_dict, phase
@@ -32,6 +33,7 @@ def write_tokenizer(folder: Path, size: int, *more: str) -> None:
     words = ["<s>", "</s>", "---", *(f"w{i}" for i in range(3, size)), *more]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
     backend.pre_tokenizer = WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 

@@ -1,0 +1,107 @@
+"""Which tokens a tokenizer puts before a text: read from its files as the model's authors used them, and written back.
+
+Published models were made with transformers 4. Some of its classes ignore the template of tokenizer.json and build one
+from `add_bos_token` and the named token; transformers 5 reads tokenizer.json only. The published behaviour is kept, and
+written into the template, where both versions read it. The table is in docs/tokenizers.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+
+class Rebuilt(NamedTuple):
+    """A class of transformers 4 that builds its template from tokenizer_config.json, and what that leaves out."""
+
+    add_bos_token: bool
+    names: dict[str, str]
+
+
+_LLAMA = Rebuilt(True, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+REBUILT = {
+    "LlamaTokenizer": _LLAMA,
+    "CodeLlamaTokenizer": _LLAMA,
+    "GemmaTokenizer": Rebuilt(True, {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}),
+    "CohereTokenizer": Rebuilt(True, {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>"}),
+    "GPTNeoXTokenizer": Rebuilt(False, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}),
+}
+# The class of a folder that names none, by the model_type of its config.json.
+CLASSES = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "phi3": "LlamaTokenizer"}
+
+
+def as_published(fast: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Makes a tokenizer that was read from a folder begin texts as the model's authors did; nothing ends them.
+
+    Args:
+      folder: holds tokenizer_config.json and config.json, where there are such files.
+    """
+    config = _read(folder / "tokenizer_config.json")
+    rebuilt = REBUILT.get(_class_name(config, folder))
+    begin = inserted(fast)
+    if rebuilt and "backend" not in config:  # that field is written by transformers 5, whose template is the truth
+        for field, name in rebuilt.names.items():
+            if field not in config and getattr(fast, field) is None and name in fast.get_vocab():
+                setattr(fast, field, name)
+        named = fast.backend_tokenizer.token_to_id(fast.bos_token) if fast.bos_token else None
+        if named is not None:
+            begin = (named,) if config.get("add_bos_token", rebuilt.add_bos_token) else ()
+    if _added(fast) != (*begin, None):
+        set_template(fast, begin)
+
+
+def inserted(fast: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Ids that the template puts before a text."""
+    added = _added(fast)
+    return tuple(token for token in added[: added.index(None)] if token is not None)
+
+
+def set_template(fast: PreTrainedTokenizerFast, begin: Sequence[int]) -> None:
+    """Makes the template put `begin` before a text, and nothing behind it."""
+    names = fast.convert_ids_to_tokens(list(begin))
+
+    def part(letter: str, kind: int) -> list[dict[str, Any]]:
+        pieces: list[dict[str, Any]] = [{"SpecialToken": {"id": name, "type_id": kind}} for name in names]
+        return [*pieces, {"Sequence": {"id": letter, "type_id": kind}}]
+
+    template = {
+        "type": "TemplateProcessing",
+        "single": part("A", 0),
+        "pair": [*part("A", 0), *part("B", 1)],
+        "special_tokens": {
+            name: {"id": name, "ids": [token], "tokens": [name]} for name, token in zip(names, begin, strict=True)
+        },
+    }
+    processor = processors.TemplateProcessing()
+    processor.__setstate__(json.dumps(template).encode())  # its text form cannot hold every name
+    fast.backend_tokenizer.post_processor = processor
+
+
+def _added(fast: PreTrainedTokenizerFast) -> tuple[int | None, ...]:
+    """What the template adds to a text, ids; None in the place of the text."""
+    encoding = fast.backend_tokenizer.encode(fast.eos_token or "a", add_special_tokens=True)
+    marked = [token if added else None for token, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True)]
+    return tuple(token for i, token in enumerate(marked) if token is not None or marked[:i].count(None) == 0) or (None,)
+
+
+def _class_name(config: dict[str, Any], folder: Path) -> str:
+    """The tokenizer's class in transformers 4, without the ending that says it is a fast one."""
+    name = config.get("tokenizer_class")
+    if name is None:
+        model = _read(folder / "config.json")
+        name = model.get("tokenizer_class") or CLASSES.get(str(model.get("model_type")))
+    return str(name).removesuffix("Fast")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file. What is broken has been refused when the tokenizer was read."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

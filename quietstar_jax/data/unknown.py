@@ -1,0 +1,101 @@
+"""How much of a text the tokenizer does not know: much of it means a tokenizer that was made for other text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.errors import DataError
+
+SETTING = "config.data.max_unknown_fraction"
+WARNED = 0.01
+SAMPLED_DOCUMENTS = 64  # of each source, evenly spread over it
+SAMPLED_CHARACTERS = 20_000  # of each document
+EXAMPLES = 3
+
+
+class Unknown(NamedTuple):
+    """Counts over some text, and pieces that are not known."""
+
+    tokens: int = 0
+    unknown_tokens: int = 0
+    characters: int = 0  # without spaces; 0 where only token ids are at hand
+    unknown_characters: int = 0  # that no token stands for, or the unknown token
+    examples: tuple[str, ...] = ()
+
+    def __add__(self, other: Unknown) -> Unknown:  # type: ignore[override]  # a sum of counts, not a longer tuple
+        return Unknown(
+            self.tokens + other.tokens,
+            self.unknown_tokens + other.unknown_tokens,
+            self.characters + other.characters,
+            self.unknown_characters + other.unknown_characters,
+            tuple(dict.fromkeys((*self.examples, *other.examples)))[:EXAMPLES],
+        )
+
+    @property
+    def fraction(self) -> float:
+        """By tokens or by characters, whichever is more: one unknown token may stand for a whole line."""
+        return max(self.unknown_tokens / max(self.tokens, 1), self.unknown_characters / max(self.characters, 1))
+
+
+def unknown_in_text(tokenizer: Tokenizer, text: str) -> Unknown:
+    """Counts over one text."""
+    encoding = tokenizer.fast.backend_tokenizer.encode(text[:SAMPLED_CHARACTERS], add_special_tokens=False)
+    written = np.array([not letter.isspace() for letter in text[:SAMPLED_CHARACTERS]], np.bool_)
+    missing, count = written.copy(), 0
+    examples: list[str] = []
+    for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        if token in tokenizer.unknown_ids and tokenizer.decode([token]).strip() != text[start:end].strip():
+            count += 1
+            examples += [text[start:end].strip()] * (len(examples) < EXAMPLES)
+        else:
+            missing[start:end] = False
+    return Unknown(len(encoding.ids), count, int(written.sum()), int(missing.sum()), tuple(examples))
+
+
+def unknown_in_ids(tokenizer: Tokenizer, ids: np.ndarray) -> Unknown:
+    """Counts over one document [tokens] that was tokenized before."""
+    return Unknown(len(ids), int(np.isin(ids, tokenizer.unknown_ids).sum()))
+
+
+def sampled(count: int) -> Sequence[int]:
+    """Numbers of the documents to look at, of so many."""
+    return sorted({int(at) for at in np.linspace(0, count - 1, min(count, SAMPLED_DOCUMENTS))})
+
+
+def check_known(
+    sources: Iterable[tuple[str, Unknown]], most: float, tokenizer: Tokenizer, setting: str, *, say: bool = True
+) -> None:
+    """Says how much of each source is unknown, on stderr.
+
+    Args:
+      most: the fraction that is refused; setting: what it is called; say: False on all processes but one.
+
+    Raises:
+      DataError: more of a source is unknown.
+    """
+    for spec, found in sources:
+        _check(spec, found, most, tokenizer, setting, say)
+
+
+def _check(spec: str, found: Unknown, most: float, tokenizer: Tokenizer, setting: str, say: bool) -> None:
+    """Raises DataError where more is unknown."""
+    examples = f" (such as {', '.join(f'{one[:20]!r}' for one in found.examples)})" if found.examples else ""
+    share = f"The tokenizer {tokenizer.name!r} does not know {found.fraction:.1%} of {spec}{examples}"
+    if found.fraction > most:
+        raise DataError(
+            f"{share}: it was made for other text, and a model cannot learn what it does not see. Set the tokenizer to "
+            f"one for this text, or {setting} to at least {found.fraction:.2g} to go on all the same."
+        )
+    if say and found.tokens:
+        warning = "warning: " if found.fraction > WARNED else ""
+        print(f"{warning}{share}.", file=sys.stderr)
+
+
+def total(parts: Iterable[Unknown]) -> Unknown:
+    """The counts of all."""
+    return sum(parts, Unknown())
