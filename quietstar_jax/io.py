@@ -6,6 +6,7 @@ Paths may be local or URLs (`etils.epath`). On an object store a file is whole b
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -290,3 +291,30 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# Of the disk, and not of what is asked of it: full, over quota, read-only, failing, gone, or not permitted.
+DISK = ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EFBIG", "ENOENT", "ENOTDIR", "EACCES", "EPERM", "ESTALE", "ENODEV",
+        "ENXIO", "ENOTCONN", "EHOSTDOWN", "ETIMEDOUT", "EEXIST", "ELOOP", "ENAMETOOLONG", "EMFILE")  # fmt: skip
+_DISK = {getattr(errno, name): os.strerror(getattr(errno, name)) for name in DISK}
+
+
+def disk_error(error: BaseException) -> str | None:
+    """What an error that came from writing says of the disk, also through a library that made another error of it.
+
+    None where it says nothing of a disk.
+    """
+    for cause in _causes(error):
+        if isinstance(cause, OSError):
+            return f"{cause.filename}: {cause.strerror}" if cause.filename else str(cause.strerror or cause)
+        for said in _DISK.values():
+            if said in str(cause):
+                return said
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__

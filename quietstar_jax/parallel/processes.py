@@ -121,6 +121,11 @@ def agree(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
 
 
+def any_process(value: bool) -> bool:
+    """Whether it is true on any process; all wait for each other."""
+    return bool(multihost_utils.process_allgather(np.array(value)).any()) if jax.process_count() > 1 else value
+
+
 @contextlib.contextmanager
 def stop_together() -> Iterator[None]:
     """Ends this process at once where an error makes it leave a run of several.

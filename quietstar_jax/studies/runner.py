@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
-
 from quietstar_jax.config import Config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.io import locked, write_json
@@ -21,6 +19,7 @@ from quietstar_jax.settings import differences, from_mapping, to_mapping
 from quietstar_jax.studies.study import Study, command, configuration
 from quietstar_jax.training.metrics import read_metrics, write_metrics
 from quietstar_jax.training.resume import MEASUREMENT, THINKING, course_changes
+from quietstar_jax.training.steps import absolute, damage, saved_steps
 from quietstar_jax.training.summary import config_hash
 
 Say = Callable[[str], None]
@@ -110,8 +109,7 @@ def _run(command: Sequence[str], **options: Any) -> int:
 
 
 def _saved_steps(workdir: Path) -> list[int]:
-    folder = workdir / "checkpoints"
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    return saved_steps(absolute(workdir / "checkpoints"))
 
 
 def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say) -> None:
@@ -120,8 +118,9 @@ def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say)
     for other in others:
         for step in set(_saved_steps(other.workdir)) & set(_phase_ends(run.config)):
             found = _saved_config(other.workdir, step)
-            if found and (best is None or step > best[0]) and _same_until(found, run.config, step):
-                best = step, other, found
+            better = found and (best is None or step > best[0]) and _same_until(found, run.config, step)
+            if better and not damage(absolute(other.workdir / "checkpoints"), step):
+                best = step, other, found  # type: ignore[assignment]
     if best is None:
         return
     step, other, saved = best

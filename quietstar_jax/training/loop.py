@@ -107,7 +107,7 @@ def held_out_batches(run: Run) -> list[dict[str, np.ndarray]]:
 
 def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceIterator) -> TrainState:
     """The state of the newest checkpoint, with the data moved to where it stood; step 0 where there is none."""
-    step = checkpoints.latest_step
+    step = checkpoints.newest_whole_step()
     if step is None:
         return first_state(run)
     saved = checkpoints.record(step)

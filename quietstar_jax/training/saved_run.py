@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore
+from etils import epath
 
 from quietstar_jax.config import Architecture, Config
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
@@ -22,13 +21,15 @@ from quietstar_jax.hf.names import Shape, Target
 from quietstar_jax.io import folder_to_read
 from quietstar_jax.settings import from_mapping
 from quietstar_jax.training.step import Vocabulary
+from quietstar_jax.training.steps import absolute, saved_steps, whole_step
+from quietstar_jax.training.stored_arrays import UNREADABLE, first_line, open_arrays
 
 
 @dataclass(frozen=True)
 class SavedRun:
     """One checkpoint of a run, and the folder around it."""
 
-    workdir: Path  # holds tokenizer/, metrics.jsonl and summary.json
+    workdir: Path | epath.Path  # holds tokenizer/, metrics.jsonl and summary.json
     step: int
     config: Config
     architecture: Architecture
@@ -44,7 +45,7 @@ class StoredParameters:
     Memory: the layers that one stored chunk spans, of one parameter.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: epath.Path):
         """Opens every array.
 
         Raises:
@@ -52,11 +53,9 @@ class StoredParameters:
         """
         self.folder = folder
         try:
-            described = json.loads((folder / "_METADATA").read_text("utf-8"))
-            names = [item["key_metadata"][0]["key"] for item in described["tree_metadata"].values()]
-            self._arrays = {name: _open_array(folder, name, described) for name in names}
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise CheckpointError(f"{folder} cannot be read: {error}. Choose another step.") from error
+            self._arrays = open_arrays(folder)
+        except UNREADABLE as error:
+            raise CheckpointError(f"{folder} cannot be read: {first_line(error)}. Choose another step.") from error
         self.shapes: Mapping[str, Shape] = {name: tuple(array.shape) for name, array in self._arrays.items()}
         self._piece: tuple[str, int, np.ndarray] = ("", 0, np.empty(0))  # (path, first layer, layers)
 
@@ -81,29 +80,24 @@ class StoredParameters:
     def _read(self, path: str, array: Any) -> np.ndarray:
         try:
             return array.read().result()
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{self.folder}: parameter {path} cannot be read: {error}") from error
+        except UNREADABLE as error:
+            raise CheckpointError(f"{self.folder}: parameter {path} cannot be read: {first_line(error)}") from error
 
 
 def open_run(checkpoint: Path, step: int | None = None) -> SavedRun:
-    """Opens a checkpoint; reads no weights yet, and changes nothing in the folder.
+    """Opens a checkpoint, after a check of all files but the optimizer's; changes nothing in the folder.
 
     Args:
       checkpoint: a run's work directory, or the `checkpoints` folder in it.
       step: of the checkpoint; None = the newest.
 
     Raises:
-      CheckpointError: there is none, or it cannot be read.
+      CheckpointError: there is none, or it is damaged; names the newest whole step.
     """
     folder = _checkpoints_folder(checkpoint)
     if not folder.is_dir():
         raise CheckpointError(f"{checkpoint} is not a folder. Give a run's workdir, or the checkpoints folder in it.")
-    steps = sorted(ocp.utils.checkpoint_steps(folder))
-    if not steps:
-        raise CheckpointError(f"{checkpoint} holds no checkpoint. Give the workdir of a run that has saved one.")
-    if step is not None and step not in steps:
-        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
-    step = steps[-1] if step is None else step
+    step = whole_step(folder, step, leave_out=("opt_state",))
     record_file = folder / str(step) / "config" / "metadata"
     try:
         record = json.loads(record_file.read_text("utf-8"))
@@ -127,7 +121,7 @@ def is_run(path: Path) -> bool:
     """Whether a folder is what `open_run` takes; a work directory may have no checkpoint yet."""
     if (path / "checkpoints").is_dir():
         return True
-    return path.is_dir() and not (path / "config.json").exists() and bool(ocp.utils.checkpoint_steps(path))
+    return path.is_dir() and not (path / "config.json").exists() and bool(saved_steps(absolute(path)))
 
 
 def run_tokenizer(run: SavedRun) -> Tokenizer:
@@ -153,15 +147,6 @@ def _vocabulary(record: dict[str, Any]) -> Vocabulary:
     return Vocabulary(**fields)
 
 
-def _checkpoints_folder(path: Path) -> Path:
+def _checkpoints_folder(path: Path) -> epath.Path:
     inside = path / "checkpoints"
-    return (inside if inside.is_dir() else path).absolute()
-
-
-def _open_array(folder: Path, name: str, described: Mapping[str, Any]) -> Any:
-    base = folder.absolute().as_uri() + "/"
-    store: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": name + "/"}
-    if not described.get("use_ocdbt", False):
-        store = {"driver": "file", "path": f"{folder.absolute() / name}/"}
-    driver = "zarr3" if described.get("use_zarr3", False) else "zarr"
-    return tensorstore.open({"driver": driver, "kvstore": store}, open=True, read=True).result()
+    return absolute(inside if inside.is_dir() else path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import pytest
 
 from quietstar_jax.config import Config
 from quietstar_jax.errors import CheckpointError, DivergedError
+from quietstar_jax.hf.names import Target
 from quietstar_jax.settings import to_mapping
 from quietstar_jax.training.loop import train
 from quietstar_jax.training.resume import check_same_run, course_changes
+from quietstar_jax.training.saved_run import open_run
 from tests.training.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,10 +159,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not (tmp_path / "summary.json").exists()
 
 
-def test_a_damaged_checkpoint_says_what_to_remove(tmp_path):
-    train(tiny_config(tmp_path))
-    for file in (tmp_path / "checkpoints" / "7" / "params").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="step 7"):
-        train(tiny_config(tmp_path))
+def test_a_damaged_checkpoint_is_as_if_it_had_never_been(uninterrupted, tmp_path):
+    """The step before it is resumed, with its data position, and comes to the same numbers bit for bit."""
+    whole, summary = uninterrupted
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    for name in ("params", "data"):
+        files = (path for path in (workdir / "checkpoints/7" / name).rglob("*") if path.is_file())
+        file = max(files, key=os.path.getsize)
+        file.write_bytes(file.read_bytes()[:-9])
+    assert {**train(tiny_config(workdir)), "paths": None} == {**summary, "paths": None}
+    assert records(workdir) == records(whole)
+    names = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    assert names == ["6", "7", "7.broken-1"]
+    again, before = (open_run(folder, 7).parameters for folder in (workdir, whole))
+    assert again.shapes == before.shapes
+    for name, shape in before.shapes.items():
+        assert (again.read(Target(name, shape)) == before.read(Target(name, shape))).all()

@@ -1,0 +1,150 @@
+"""The manifest of a saved step: size and CRC-32C of each of its files, written last and checked before they are read.
+
+The file `manifest.json` is stored in the folder of the step, so that it is moved, copied and removed with it:
+
+    {"version": 1, "step": 24, "config": SHA-256 of config/metadata, "files": {PATH: [BYTES, CRC-32C]}, "manifest": CRC}
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import google_crc32c
+from etils import epath
+
+NAME = "manifest.json"
+CONFIG = "config/metadata"  # the record of the configuration
+PROGRESS = "progress/metadata"  # {"step": number}
+CHUNK_BYTES = 2**22
+THREADS = 8
+_UNREADABLE = (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, getattr(errno, "EUCLEAN", errno.EIO))
+
+
+def write(folder: epath.Path) -> None:
+    """Writes the manifest of a folder that has all of its other files.
+
+    Raises:
+      OSError: a file cannot be read back, or the manifest cannot be written.
+    """
+    paths = sorted(_files(folder))
+    with ThreadPoolExecutor(THREADS) as pool:
+        sums = list(pool.map(lambda path: _checksum(folder / path), paths))
+    content = {
+        "version": 1,
+        "step": _stored_step(folder),
+        "config": _config_hash(folder) if CONFIG in paths else "",
+        "files": dict(zip(paths, sums, strict=True)),
+    }
+    (folder / NAME).write_bytes(_encode(content))
+
+
+def exists(folder: epath.Path) -> bool:
+    """Whether a step has a manifest: all but those of earlier versions have one."""
+    return (folder / NAME).exists()
+
+
+def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), part: int = 0, parts: int = 1) -> str:
+    """What is wrong with a saved step, as `FILE: reason`; empty where nothing is.
+
+    Of a step without a manifest only the stored number of the step is compared.
+
+    Args:
+      folder: of the step; step: its number.
+      leave_out: items, such as `opt_state`, that the caller does not read.
+      part, parts: reads every `parts`-th file from number `part` on, since several processes share the work.
+
+    Raises:
+      OSError: a file is there, but may not or cannot be read now: no sign of damage.
+    """
+    try:
+        if not exists(folder):
+            stored = _stored_step(folder)
+            return "" if stored == step else f"{PROGRESS}: it is of step {stored}, not {step}"
+        content = _decode((folder / NAME).read_bytes())
+        if content is None:
+            return f"{NAME}: it is damaged"
+        if content["step"] != step:
+            return f"{NAME}: it is of step {content['step']}, not {step}"
+        files = [(path, *entry) for path, entry in content["files"].items() if path.partition("/")[0] not in leave_out][
+            part::parts
+        ]
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = [line for line in pool.map(lambda file: _compare(folder, *file), files) if line]
+        if not found and CONFIG in content["files"] and _config_hash(folder) != content["config"]:
+            return f"{CONFIG}: it is another configuration than the manifest's"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{PROGRESS}: {error}"
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
+        return f"{_relative(folder, error)}: {error.strerror}"
+    return found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "") if found else ""
+
+
+def _compare(folder: epath.Path, path: str, size: int, checksum: int) -> str:
+    file = folder / path
+    if not file.exists():
+        return f"{path}: it is missing"
+    if not file.is_file():
+        return f"{path}: it is not a file"
+    if (found := file.stat().length) != size:
+        return f"{path}: it has {found:,} bytes, not {size:,}"
+    try:
+        same = _checksum(file) == [size, checksum]
+    except OSError as error:
+        if error.errno not in _UNREADABLE:
+            raise
+        return f"{path}: {error.strerror}"
+    return "" if same else f"{path}: its bytes have changed (checksum)"
+
+
+def _checksum(file: epath.Path) -> list[int]:
+    size, checksum = 0, 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            size += len(chunk)
+            checksum = google_crc32c.extend(checksum, chunk)
+    return [size, checksum]
+
+
+def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path, f"{prefix}{path.name}/")
+        else:
+            yield prefix + path.name
+
+
+def _stored_step(folder: epath.Path) -> int:
+    progress = json.loads((folder / PROGRESS).read_bytes())
+    return int(progress["step"])
+
+
+def _config_hash(folder: epath.Path) -> str:
+    return hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
+
+
+def _encode(content: dict[str, Any]) -> bytes:
+    text = json.dumps(content)
+    return json.dumps(content | {"manifest": google_crc32c.value(text.encode())}).encode()
+
+
+def _decode(text: bytes) -> dict[str, Any] | None:
+    """The content, or None where a byte of it is not as `_encode` wrote it."""
+    try:
+        content: dict[str, Any] = json.loads(text)
+        del content["manifest"]
+        return content if _encode(content) == text else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _relative(folder: epath.Path, error: OSError) -> str:
+    name = str(error.filename or folder)
+    return os.path.relpath(name, folder) if name.startswith(str(folder)) else name

@@ -1,0 +1,150 @@
+"""The folders of saved steps: which there are, which of them are whole, and how they are removed or set aside."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from quietstar_jax.errors import CheckpointError
+from quietstar_jax.training import manifest
+from quietstar_jax.training.stored_arrays import unreadable
+
+REMOVED = ".removed"  # how the name of a step ends that is being removed
+_said: set[str] = set()
+
+
+def absolute(path: Path | epath.Path) -> epath.Path:
+    """The path, or the URL as it is."""
+    return epath.Path(path) if "://" in str(path) else epath.Path(os.path.abspath(path))
+
+
+def saved_steps(folder: epath.Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending; none where there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(folder))
+
+
+def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), part: int = 0, parts: int = 1) -> str:
+    """As `manifest.damage`, of the step in a `checkpoints` folder; of one without a manifest all arrays are read.
+
+    Raises:
+      CheckpointError: it cannot be read at present, as where a permission is missing.
+    """
+    path = folder / str(step)
+    try:
+        found = manifest.damage(path, step, leave_out=leave_out, part=part, parts=parts)
+        if found or manifest.exists(path):
+            return found
+        for item in {"params", "opt_state"} - set(leave_out):
+            if found := unreadable(path / item):
+                return found
+    except OSError as error:
+        raise CheckpointError(
+            f"The checkpoint of step {step} in {folder} cannot be read now: {error.strerror or error}: "
+            f"{error.filename or path}. Mend that, then run the same command again."
+        ) from error
+    say_once(
+        f"{path} has no manifest: an earlier version wrote it, or the manifest was lost. It is used without a check of "
+        "its bytes."
+    )
+    return ""
+
+
+def whole_step(folder: epath.Path, step: int | None = None, leave_out: Collection[str] = ()) -> int:
+    """The step to read, after what is read of it has been checked.
+
+    Args:
+      folder: named `checkpoints`; step: as wanted, None = the newest; leave_out: items that are not read.
+
+    Raises:
+      CheckpointError: there is no such step, or it is damaged; names the newest whole one.
+    """
+    steps = saved_steps(folder)
+    if not steps:
+        raise CheckpointError(f"{folder} holds no checkpoint. Give the workdir of a run that has saved one.")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
+    step = steps[-1] if step is None else step
+    if found := damage(folder, step, leave_out=leave_out):
+        others = (
+            other for other in reversed(steps) if other != step and not damage(folder, other, leave_out=leave_out)
+        )
+        whole = next(others, None)
+        advice = (
+            "No other step is whole." if whole is None else f"Step {whole} is the newest whole one: --step {whole}."
+        )
+        raise CheckpointError(f"The checkpoint of step {step} is damaged: {folder / str(step)}/{found}. {advice}")
+    return step
+
+
+def set_aside(folder: epath.Path, step: int) -> epath.Path:
+    """Renames a damaged step, so that it no longer counts as one; returns its new path.
+
+    Raises:
+      OSError: it cannot be renamed.
+    """
+    number = 1
+    while (kept := folder / f"{step}.broken-{number}").exists():
+        number += 1
+    return (folder / str(step)).rename(kept)
+
+
+def prune(folder: epath.Path, kept: Callable[[Sequence[int]], Collection[int]]) -> None:
+    """Removes the steps that are not kept. One that cannot be removed is named once, and stays.
+
+    Of a step that is a symbolic link only the link is removed.
+    """
+    try:
+        left_over = [path for path in folder.iterdir() if path.name.endswith(REMOVED)]
+        steps = saved_steps(folder)
+        doomed = [folder / str(step) for step in steps if step not in kept(steps)]
+    except OSError as error:
+        return say_once(f"{folder} cannot be listed: {error}. No old checkpoint is removed.")
+    for path in [*left_over, *doomed]:
+        try:
+            _remove(path)
+        except OSError as error:
+            renamed = path.with_name(path.name.removesuffix(REMOVED) + REMOVED)
+            path = renamed if renamed.exists() else path
+            say_once(f"{path} cannot be removed: {error.strerror or error}. Remove it yourself; training continues.")
+
+
+def remove_unfinished(folder: epath.Path) -> None:
+    """Removes what a failed write has left of a step, to free its space."""
+    for _ in range(10):  # writes that were under way make the folder anew
+        left = [path for path in folder.iterdir() if ocp.path.atomicity_types.TMP_DIR_SUFFIX in path.name]
+        for path in left:
+            with contextlib.suppress(OSError):
+                path.rmtree()
+        if not left:
+            break
+        time.sleep(0.1)
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a step so that it is at no instant a step that lacks files."""
+    if os.path.islink(path):
+        return os.unlink(path)
+    if "://" in str(path):
+        (path / ocp.path.atomicity_types.COMMIT_SUCCESS_FILE).unlink(missing_ok=True)
+    elif not path.name.endswith(REMOVED):
+        for root, _, _ in os.walk(path):
+            if not os.access(root, os.W_OK):
+                raise PermissionError(f"{root} is read-only")
+        path = path.rename(path.with_name(path.name + REMOVED))
+    path.rmtree()
+
+
+def say_once(line: str) -> None:
+    """Warns, the first time that this process has cause to."""
+    if line not in _said:
+        _said.add(line)
+        logging.warning(line)
