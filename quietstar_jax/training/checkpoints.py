@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -231,18 +232,18 @@ def _step_path(
     return StepPath
 
 
+@functools.cache
 def _silence_orbax() -> None:
     """Keeps tracebacks of errors in its threads off the terminal: the first of them is raised as well."""
     for name in ("absl", "asyncio"):
-        if _raised_anyway not in logging.getLogger(name).filters:
-            logging.getLogger(name).addFilter(_raised_anyway)
-    if (show := sys.unraisablehook).__name__ != "_show_unraisable":
+        logging.getLogger(name).addFilter(_raised_anyway)
+    show = sys.unraisablehook
 
-        def _show_unraisable(what: sys.UnraisableHookArgs) -> None:
-            if str(what.exc_value) != "Event loop is closed":  # tensorstore, of each write after one that failed
-                show(what)
+    def show_unraisable(what: sys.UnraisableHookArgs) -> None:
+        if str(what.exc_value) != "Event loop is closed":  # tensorstore, of each write after one that failed
+            show(what)
 
-        sys.unraisablehook = _show_unraisable
+    sys.unraisablehook = show_unraisable
 
 
 def _raised_anyway(record: logging.LogRecord) -> bool:
