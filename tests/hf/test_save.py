@@ -40,6 +40,7 @@ from tests.hf.checkpoints import TINY
 from tests.hf.runs import END, START, start_run, write_tokenizer
 from tests.models.test_parity import VARIANTS, VOCAB, batch, our_logits, random_model, their_logits
 from tests.support.commands import run_command
+from tests.training.saved import edit
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,7 +229,7 @@ def test_the_model_card_names_no_folder_of_this_machine(run, tmp_path):
     saved = json.loads(record.read_text())
     saved["config"]["data"] |= {"train": ["/home/me/text/*.jsonl", "tfds:c4/en:train"], "validation": ["../held_out"],
                                 "data_dir": "~/tensorflow", "tokenizer": "someone/model"}  # fmt: skip
-    record.write_text(json.dumps(saved))
+    edit(run / "checkpoints/0", "config", json.dumps(saved))
     export(run, tmp_path / "out", ExportOptions())
     card = (tmp_path / "out/README.md").read_text()
     assert not [part for part in (str(tmp_path), "/home", "../", "~") if part in card]
@@ -406,7 +407,7 @@ def test_checkpoints_that_cannot_be_exported(run, tmp_path):
     record = run / "checkpoints/0/config/metadata"
     kept = record.read_text()
     for text in ("{", "{}", json.dumps({**json.loads(kept), "architecture": {"vocab_size": "many"}})):
-        record.write_text(text)
+        edit(run / "checkpoints/0", "config", text)
         assert "config/metadata does not describe a run" in refusal(run)
     record.write_text(kept)
     for file in (run / "checkpoints/0/params").rglob("d/*"):

@@ -28,6 +28,7 @@ from quietstar_jax.training.setup import prepare
 from quietstar_jax.training.step import TrainState
 from tests.hf.runs import start_run, write_tokenizer
 from tests.models.test_parity import VOCAB, random_model
+from tests.training.saved import edit
 from tests.training.tiny import tiny_config
 
 
@@ -135,8 +136,8 @@ def test_nothing_of_a_base_or_tokenizer_that_is_gone_is_needed(root):
 def test_a_tokenizer_that_changed_under_its_path_is_refused(root, old_record):
     if old_record:  # of a version that kept no fingerprint
         file = root / "run/checkpoints/2/config/metadata"
-        file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items()
-                                    if name != "tokenizer"}))  # fmt: skip
+        record = {name: value for name, value in json.loads(file.read_text()).items() if name != "tokenizer"}
+        edit(root / "run/checkpoints/2", "config", json.dumps(record))
     kept = (root / "run/tokenizer/tokenizer.json").read_bytes()
     words(root / "words", 11, 17)
     with pytest.raises(
@@ -231,9 +232,9 @@ def test_a_base_run_is_used_with_its_own_tokenizer_and_mixing(root):
     [
         ("data", {"sequences": 9}, "has read 9 sequences of text, where 2 steps read 8"),
         ("data", {"sequences": 0}, "has read 0 sequences of text"),
-        ("progress", {"step": 3}, "it says that 3 steps are done"),
-        ("folder", 3, "it says that 2 steps are done"),
-        ("folder", 12, "its configuration has only 7 steps"),
+        ("progress", {"step": 3}, "it is of step 3, not 2"),
+        ("folder", 3, "it is of step 2, not 3"),
+        ("folder", 12, "it is of step 2, not 12"),
     ],
 )
 def test_a_checkpoint_whose_parts_contradict_each_other_is_refused(root, part, change, message):
@@ -242,7 +243,7 @@ def test_a_checkpoint_whose_parts_contradict_each_other_is_refused(root, part, c
         folder = folder.rename(folder.with_name(str(change)))
     else:
         file = folder / part / "metadata"
-        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        edit(folder, part, json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
         go(settings(root))
 
