@@ -24,6 +24,7 @@ from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.thoughts.model import QuietStar, fresh, initialize
+from quietstar_jax.training import manifest
 from quietstar_jax.training.saved_run import SavedRun, is_run, open_run, run_tokenizer
 from quietstar_jax.training.step import Vocabulary, initial_thought_embeddings
 
@@ -61,7 +62,8 @@ def base_record(base: Base | None) -> dict[str, Any]:
     if base is None:
         return {"model_commit": "", "generation": {}, "base": {}}
     if isinstance(base, SavedRun):
-        files = sorted(file for file in base.parameters.folder.rglob("*") if file.is_file())
+        folder = base.parameters.folder
+        files = sorted(folder / name for name in manifest.files(folder))
         commit = base.model_commit
     else:
         files, commit = sorted({info.file for info in base.tensors.values()}), base.commit

@@ -32,7 +32,7 @@ def write(folder: epath.Path) -> None:
     Raises:
       OSError: a file cannot be read back, or the manifest cannot be written.
     """
-    paths = sorted(_files(folder))
+    paths = sorted(files(folder))
     with ThreadPoolExecutor(THREADS) as pool:
         sums = list(pool.map(lambda path: _checksum(folder / path), paths))
     content = {
@@ -71,11 +71,9 @@ def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), pa
             return f"{NAME}: it is damaged"
         if content["step"] != step:
             return f"{NAME}: it is of step {content['step']}, not {step}"
-        files = [(path, *entry) for path, entry in content["files"].items() if path.partition("/")[0] not in leave_out][
-            part::parts
-        ]
+        read = [(path, *entry) for path, entry in content["files"].items() if path.partition("/")[0] not in leave_out]
         with ThreadPoolExecutor(THREADS) as pool:
-            found = [line for line in pool.map(lambda file: _compare(folder, *file), files) if line]
+            found = [line for line in pool.map(lambda file: _compare(folder, *file), read[part::parts]) if line]
         if not found and CONFIG in content["files"] and _config_hash(folder) != content["config"]:
             return f"{CONFIG}: it is another configuration than the manifest's"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -113,10 +111,11 @@ def _checksum(file: epath.Path) -> list[int]:
     return [size, checksum]
 
 
-def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+def files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+    """Paths in a folder of all files in it, with `prefix` before each."""
     for path in folder.iterdir():
         if path.is_dir():
-            yield from _files(path, f"{prefix}{path.name}/")
+            yield from files(path, f"{prefix}{path.name}/")
         else:
             yield prefix + path.name
 

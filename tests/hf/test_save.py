@@ -130,7 +130,7 @@ def test_tokenizer_ids_follow_the_rows_of_the_model(run, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(tokenizer) == VOCAB + 2
     assert tokenizer.convert_ids_to_tokens(VOCAB - 1) == f"<|unused_{VOCAB - 1}|>"
-    assert tokenizer(f"w5 {START} w6 {END}").input_ids == [5, VOCAB, 6, VOCAB + 1]
+    assert tokenizer(f"w5 {START} w6 {END}").input_ids == [0, 5, VOCAB, 6, VOCAB + 1]
     assert tokenizer.decode([5, VOCAB, VOCAB - 1], skip_special_tokens=True) == "w5"
     again = load_tokenizer(str(tmp_path / "out"))
     assert add_tokens(again, VOCAB + 2, (START, END)) == (VOCAB, VOCAB + 1)
@@ -146,7 +146,12 @@ def test_tokens_that_the_tokenizer_has_keep_their_ids(tmp_path):
     end, start = VOCAB - 4, VOCAB - 3
     for name, value in before.items():
         assert base[name].tobytes() == thinking[name].tobytes() == value.tobytes(), name
-    assert json.loads((tmp_path / "base/generation_config.json").read_text())["suppress_tokens"] == [start, end]
+    assert json.loads((tmp_path / "base/generation_config.json").read_text())["suppress_tokens"] == [
+        start,
+        end,
+        VOCAB - 2,
+        VOCAB - 1,
+    ]
     assert json.loads((tmp_path / "quietstar/config.json").read_text())["thought_token_ids"] == [start, end]
 
 
@@ -245,10 +250,12 @@ def test_it_samples_and_stops_as_before_training(tmp_path):
     start_run(tmp_path / "run", source)
     export(tmp_path / "run", tmp_path / "out", ExportOptions("base"))
     written = json.loads((tmp_path / "out/generation_config.json").read_text())
-    assert written == before | {"eos_token_id": [1, 7], "pad_token_id": 1, "bos_token_id": 0}
+    suppressed = [*range(VOCAB - 4, VOCAB), 4]  # rows without a token, then those of before
+    stops = {"eos_token_id": [1, 7], "pad_token_id": 1, "bos_token_id": 0}
+    assert written == before | stops | {"suppress_tokens": suppressed}
     export(tmp_path / "run", tmp_path / "thinking", ExportOptions())
     written = json.loads((tmp_path / "thinking/generation_config.json").read_text())
-    assert written["suppress_tokens"] == [VOCAB, VOCAB + 1, 4]
+    assert written["suppress_tokens"] == [VOCAB, VOCAB + 1, *suppressed]
     (source / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json is not valid JSON"):
         open_checkpoint(str(source))
@@ -257,7 +264,7 @@ def test_it_samples_and_stops_as_before_training(tmp_path):
 def test_a_tokenizer_that_never_padded_pads_as_training_did(run, tmp_path):
     export(run, tmp_path / "out", ExportOptions("base"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert tokenizer(["w5", "w5 w6"], padding=True).input_ids == [[1, 5], [5, 6]]
+    assert tokenizer(["w5", "w5 w6"], padding=True).input_ids == [[1, 0, 5], [0, 5, 6]]
     start_run(tmp_path / "again", tmp_path / "out", keep_thoughts=False)
     configured = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     configured.pad_token = "w9"
