@@ -9,8 +9,14 @@ import pytest
 from etils import epath
 
 from quietstar_jax import io, lock
+from quietstar_jax.errors import CheckpointError
+from quietstar_jax.hf.save import ExportOptions
 from quietstar_jax.lock import Lock, LockedError
+from quietstar_jax.training.export import export
+from quietstar_jax.training.loop import train
+from quietstar_jax.training.trained import open_model
 from tests.object_store import bucket  # noqa: F401 (a fixture)
+from tests.training.tiny import tiny_config
 
 pytestmark = pytest.mark.usefixtures("bucket")
 
@@ -59,3 +65,23 @@ def test_one_holder_of_a_lock(bucket: Path) -> None:  # noqa: F811
     with Lock(path, "here", said.append):
         assert "no sign of life of process 3 on h" in said[-1]
     assert list(bucket.iterdir()) == []
+
+
+def test_a_run_that_resumes_and_is_read(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    url = "gs://bucket/some/run"
+    config = tiny_config(url)
+    first = train(config)
+    run = bucket / "some" / "run"
+    assert sorted(item.name for item in run.iterdir()) == [
+        "checkpoints", "config.json", "metrics.jsonl", "summary.json", "tokenizer",
+    ]  # fmt: skip
+    records = io.read_json_lines(run / "metrics.jsonl")
+    assert [record["step"] for record in records if record["kind"] == "train"][-1] == config.total_steps
+    again = train(config)  # restores the last step
+    assert again["loss_with_thoughts"] == pytest.approx(first["loss_with_thoughts"])
+    assert open_model(url).step == config.total_steps
+    export(io.place(url, "--checkpoint"), tmp_path / "exported", ExportOptions())
+    with pytest.raises(CheckpointError, match="is not a run with checkpoints"):
+        open_model("gs://bucket/other")
+    assert {item.name for item in tmp_path.iterdir()} == {"store", "exported"}
