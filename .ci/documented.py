@@ -71,7 +71,8 @@ ENVIRONMENT = {
     # The least effort of the compiler: that it runs is what counts here.
     "quietstar_jax.aot": {"JAX_OPTIMIZATION_LEVEL": "O0", "JAX_MEMORY_FITTING_LEVEL": "O0"},
 }
-HOURS = ("launch/slurm.sh", "launch/gke_jobset.sh")  # dry runs, with variables that only the reader knows
+FIRST = (r"\.(train|data\.prepare) ", r"\.export ")
+OTHERS = ("launch/slurm.sh", "launch/gke_jobset.sh")  # dry runs, with variables that only the reader knows
 
 
 def make_material() -> None:
@@ -137,6 +138,8 @@ def shortened(command: str) -> str:
     command = re.sub(r"\s+\.\.\.$", "", re.sub(r"\s+#.*", "", command.strip()) if "\n" not in command else command)
     if command.startswith("python "):
         command = ".venv/bin/" + command
+    if command.startswith("pip "):
+        command = ".venv/bin/python -m " + command
     if "quietstar_jax.aot" in command:
         return command
     for name, settings in SETTINGS.items():
@@ -155,12 +158,10 @@ def main() -> int:
     every = [block for document in arguments.documents or [Path("README.md")] for block in blocks(document)]
     chosen = [
         (language, body) for language, body in every
-        if arguments.only in body and not any(text in body for text in (*arguments.without, "make ", *HOURS))
+        if arguments.only in body and not any(text in body for text in (*arguments.without, "make ", *OTHERS))
     ]  # fmt: skip
-    # Folders are used before the section that makes them: training first, then the export, then the rest.
-    chosen.sort(
-        key=lambda block: (0 if ".train " in block[1] else 1) if re.search(r"\.(train|export) ", block[1]) else 2
-    )
+    # Some folders are used before the section that makes them: text and training first, then the export, then the rest.
+    chosen.sort(key=lambda block: next((i for i, text in enumerate(FIRST) if re.search(text, block[1])), len(FIRST)))
     failed = 0
     for language, body in chosen:
         command = shortened(body) if language == "sh" else body
