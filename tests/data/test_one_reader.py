@@ -211,7 +211,8 @@ def test_a_text_without_a_token_is_left_out_in_both_ways(tmp_path: Path) -> None
     backend = Backend(models.BPE({"<eos>": 0, "a": 1, "b": 2}, []))
     tokenizer = Tokenizer("few", PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"))
     spec = write(tmp_path, "a.jsonl", lines(["a", "ж", "", "ab"]))
-    prepare([spec], tokenizer, "", tmp_path / "tokens", DataConfig(), shards=1, workers=1)
+    few = DataConfig(max_unknown_fraction=1.0)
+    prepare([spec], tokenizer, "", tmp_path / "tokens", few, shards=1, workers=1)
     config = DataConfig(cache_dir=str(tmp_path / "cache"))
     for source in (spec, str(tmp_path / "tokens")):
         documents = open_documents(source, config, tokenizer, split="train", seed=0)
