@@ -90,9 +90,12 @@ class SequenceIterator:
         return [fingerprint(spec, documents.pieces(), len(documents)) for spec, documents in self._sources]
 
     def unknown(self) -> list[tuple[str, Unknown]]:
-        """How much of each source the tokenizer does not know, on a sample of its documents."""
+        """(source and its number of documents, how much of it the tokenizer does not know, on a sample) of each."""
         return [
-            (spec, total(documents.unknown(index) for index in sampled(len(documents))))
+            (
+                f"{spec} ({len(documents):,} document{'s' * (len(documents) != 1)})",
+                total(documents.unknown(index) for index in sampled(len(documents))),
+            )
             for spec, documents in self._sources
         ]
 
