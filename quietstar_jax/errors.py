@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 from quietstar_jax.signals import Interrupted, end_now, end_quietly, listening
 
-MEND_FIRST = 2  # exit status: started again, it would only fail again
-START_AGAIN = 75  # exit status: started again, the run goes on where it stopped (EX_TEMPFAIL of sysexits.h)
-STOPPED = 130  # exit status: a person stopped it with Ctrl-C; the same command goes on
+MEND_FIRST = 2  # exit status: an unchanged restart fails again
+START_AGAIN = 75  # exit status: a restarted run resumes where it stopped (EX_TEMPFAIL of sysexits.h)
+STOPPED = 130  # exit status: stopped with Ctrl-C; the same command resumes
 
 MOST_LINES, MOST_CHARACTERS, LONGEST_LINE = 25, 2000, 600  # of a message on the terminal
 OUTSIDE = frozenset(  # errors of the system that no change of this program would prevent

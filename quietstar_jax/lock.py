@@ -140,7 +140,7 @@ class Lock:
         return True
 
     def _write(self) -> bool:
-        """Puts our name into the file; whether it is still there when every other one who tries has written, too."""
+        """Writes this process into the file; whether it is still there after all competing processes have written."""
         io.write_text(self._path, self._text())
         time.sleep(SETTLE_SECONDS)
         return read(self._path)[0].get("nonce") == self.nonce

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     )
     text.add_argument("--thought-length", type=integer, help="tokens of a thought; as trained unless told otherwise")
     text.add_argument(
-        "--tokens-ahead", type=integer, help="tokens that a reward is about; as trained unless told otherwise"
+        "--tokens-ahead", type=integer, help="tokens that a reward is computed over; default: as in training"
     )
     text.add_argument("--samples", type=integer, default=3, help="thoughts drawn beside the greedy one (%(default)s)")
     text.add_argument("--seed", type=integer, default=0, help="of these draws (%(default)s)")

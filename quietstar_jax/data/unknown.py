@@ -89,7 +89,7 @@ def _check(spec: str, found: Unknown, most: float, tokenizer: Tokenizer, setting
     if found.fraction > most:
         raise DataError(
             f"{share}: it was made for other text, and a model cannot learn what it does not see. Set the tokenizer to "
-            f"one for this text, or {setting} to at least {found.fraction:.2g} to go on all the same."
+            f"one for this text, or {setting} to at least {found.fraction:.2g} to train in spite of this."
         )
     if say and found.tokens:
         warning = "warning: " if found.fraction > WARNED else ""

@@ -93,7 +93,7 @@ class _Line:
         except KeyError as error:
             raise DataError(
                 f"{self}: there is no field {place!r} for the {name}; the record has "
-                f"{', '.join(map(repr, self.record.fields))}. Say where it lies with --field {name}=NAME (with dots "
+                f"{', '.join(map(repr, self.record.fields))}. Name the field with --field {name}=NAME (with dots "
                 "for nested fields)."
             ) from error
 

@@ -224,7 +224,7 @@ def course_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: in
 
 
 def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the settings that came after it was saved: until then their defaults were all there was."""
+    """A saved configuration with the settings of later versions, at the defaults that earlier versions used."""
 
     def complete(known: Any, found: Any) -> Any:
         if isinstance(known, Mapping) and isinstance(found, Mapping):

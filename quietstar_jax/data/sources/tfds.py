@@ -95,7 +95,7 @@ def _builder(tfds: Any, spec: str, directory: str) -> Any:
 
 
 def _require_own_features(tfds: Any, spec: str, name: str, path: Path) -> None:
-    """Refuses a dataset with a feature class of anyone else: tensorflow_datasets imports what the file names.
+    """Refuses a feature class from outside tensorflow_datasets, which imports whatever class the file names.
 
     Raises:
       DataError: names the class.
