@@ -306,10 +306,12 @@ def disk_error(error: BaseException) -> str | None:
     """
     for cause in _causes(error):
         if isinstance(cause, OSError):
-            return f"{cause.filename}: {cause.strerror}" if cause.filename else str(cause.strerror or cause)
-        for said in _DISK.values():
-            if said in str(cause):
-                return said
+            if cause.errno in _DISK:
+                return f"{cause.filename}: {cause.strerror}" if cause.filename else str(cause.strerror)
+        elif type(cause).__name__ != "JaxRuntimeError":  # that is of a device or of another process
+            for said in _DISK.values():
+                if said in str(cause):
+                    return said
     return None
 
 
@@ -317,4 +319,4 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     found: BaseException | None = error
     while found is not None:
         yield found
-        found = found.__cause__ or found.__context__
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)

@@ -118,6 +118,7 @@ class TextDocuments:
         known = (
             fingerprint(self._spec, self.pieces(), len(self)),
             (self._tokenizer.vocabulary_fingerprint, *begin),
+            sorted(self._tokenizer.fast.get_added_vocab().items()),  # a conversation spells them out
             self._config.text_key,
             self._config.text_documents,
             self._tokenizer.fast.chat_template,

@@ -200,7 +200,7 @@ class Tokenizer:
         """
         content = _set_fields(json.loads(self.fast.backend_tokenizer.to_str()))
         content["post_processor"] = None  # adds begin and end tokens only, which are named here
-        decided = [content, self.bos_id, self.eos_id, self.pad_id, self.begin_ids]
+        decided = [content, self.bos_id, self.eos_id, self._named_pad_id, self.begin_ids]
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
@@ -267,8 +267,13 @@ class Tokenizer:
     @property
     def pad_id(self) -> int:
         """Id that fills short sequences: the padding token, or the end of text as in the paper."""
+        return self.eos_id if 0 < self.rows <= self._named_pad_id else self._named_pad_id
+
+    @property
+    def _named_pad_id(self) -> int:
+        """As `pad_id`, whether the model has a row for it or not."""
         found = None if self.fast.pad_token is None else self.token_id(self.fast.pad_token)
-        return self.eos_id if found is None or 0 < self.rows <= found else found
+        return self.eos_id if found is None else found
 
     def begin_with(self, begin: Sequence[int]) -> None:
         """Makes the tokenizer itself put `begin` before every text, also where transformers reads what is saved."""

@@ -165,7 +165,8 @@ def stop_together() -> Iterator[None]:
 def _is_lost_touch(error: Exception) -> bool:
     """Whether communication or a device failed. Where a program is also compiled, JAX says so with a ValueError."""
     said = str(error)
-    failed = isinstance(error, jax.errors.JaxRuntimeError) or (
+    # orbax makes a TimeoutError of a process that does not come to where it waits.
+    failed = isinstance(error, jax.errors.JaxRuntimeError | TimeoutError) or (
         isinstance(error, ValueError) and said.startswith(("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "ABORTED: "))
     )
     return failed and "RESOURCE_EXHAUSTED" not in said  # too little memory there would be again

@@ -154,7 +154,8 @@ def _saved_config(workdir: Path, step: int) -> dict[str, Any] | None:
     """The configuration that a checkpoint was written with; None where it cannot be read."""
     try:
         record = json.loads((workdir / "checkpoints" / str(step) / "config" / "metadata").read_text("utf-8"))
-        config: dict[str, Any] = to_mapping(from_mapping(Config, record["config"]))
+        config: dict[str, Any] = record["config"]  # as it was written: what it lacks tells of an earlier version
+        from_mapping(Config, config)
     except (OSError, ValueError, KeyError, ConfigError):
         return None
     return config

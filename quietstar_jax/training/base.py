@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.thoughts.model import QuietStar, fresh, initialize
 from quietstar_jax.training import manifest
-from quietstar_jax.training.saved_run import SavedRun, is_run, open_run, run_tokenizer
+from quietstar_jax.training.saved_run import SavedRun, named_run, open_run, run_tokenizer
 from quietstar_jax.training.step import Vocabulary, initial_thought_embeddings
 
 PUBLISHED_SCALE, PUBLISHED_MIXING = 100.0, "hidden_states"  # of checkpoints whose config.json does not say
@@ -42,14 +41,14 @@ def open_base(model: ModelConfig) -> Base | None:
     """
     if not model.checkpoint:
         return None
-    if not is_run(Path(model.checkpoint).expanduser()):
+    if (run := named_run(model.checkpoint)) is None:
         return open_checkpoint(model.checkpoint, model.revision)
     if model.revision:
         raise CheckpointError(
             f"config.model.checkpoint {model.checkpoint} is a run and has no revision {model.revision!r}. "
             "Leave config.model.revision empty."
         )
-    return open_run(Path(model.checkpoint).expanduser())
+    return open_run(run)
 
 
 def base_architecture(base: Base) -> Architecture:

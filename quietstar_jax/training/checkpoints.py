@@ -69,10 +69,10 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # Closing waits for the other processes, which an error that is not theirs too would have do so for ever.
-        if kind is None:
+        if kind is None or issubclass(kind, (PreemptedError, DivergedError)):  # these name what has been saved
             with self._disk_errors("The last checkpoint cannot be written"):
                 self._manager.close()
-        elif issubclass(kind, (PreemptedError, DivergedError)) or jax.process_count() == 1:
+        elif jax.process_count() == 1:
             with contextlib.suppress(Exception):  # the first error says more
                 self._manager.close()
 

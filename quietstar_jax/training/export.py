@@ -25,7 +25,7 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
       UserError: with what to do about it; nothing is left under the name of the output.
     """
     run = open_run(checkpoint, step)
-    tokenizer = run_tokenizer(run)
+    tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)  # pads with what has a row
     tokenizer.begin_with(tokenizer.begins(run.config.data.prepend_bos))
     thought = run.config.thought
     thoughts = Thoughts(

@@ -49,6 +49,15 @@ def exists(folder: epath.Path) -> bool:
     return (folder / NAME).exists()
 
 
+def has_other_config(folder: epath.Path) -> bool:
+    """Whether a step has a manifest, and another configuration than the manifest says, or either cannot be read."""
+    try:
+        content = _decode((folder / NAME).read_bytes()) if exists(folder) else {"config": _config_hash(folder)}
+        return content is None or content["config"] != _config_hash(folder)
+    except OSError:
+        return True
+
+
 def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), part: int = 0, parts: int = 1) -> str:
     """What is wrong with a saved step, as `FILE: reason`; empty where nothing is.
 

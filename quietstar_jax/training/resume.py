@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
 from etils import epath
 
 from quietstar_jax.config import Config, Phase
@@ -17,7 +16,9 @@ from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.io import AnyPath, folder_to_read, place
 from quietstar_jax.settings import differences, to_mapping
-from quietstar_jax.training.saved_run import is_run
+from quietstar_jax.training import manifest
+from quietstar_jax.training.saved_run import named_run
+from quietstar_jax.training.steps import saved_steps
 
 # What changes nothing that a run computes; chunks, meshes, rematerialisation and kernels only through rounding.
 UNRELATED = ("config.workdir", "config.logging", "config.checkpoint", "config.data.workers", "config.data.data_dir",
@@ -43,7 +44,9 @@ MOST_LINES, MOST_CHARACTERS = 10, 240  # of a list of differences
 def saved_record(workdir: AnyPath) -> dict[str, Any] | None:
     """`Run.record` of the newest checkpoint whose record can be read; None where there is none."""
     folder = epath.Path(workdir) / "checkpoints"
-    for step in sorted(ocp.utils.checkpoint_steps(folder), reverse=True) if folder.is_dir() else ():
+    for step in reversed(saved_steps(folder)):
+        if manifest.has_other_config(folder / str(step)):
+            continue
         try:
             record: dict[str, Any] = json.loads((folder / str(step) / "config" / "metadata").read_text("utf-8"))
             if {"config", "architecture", "vocabulary"} <= record.keys():
@@ -73,8 +76,7 @@ def tokenizer_source(config: Config) -> tuple[str, str]:
             "config.data.tokenizer is empty and there is no model checkpoint to take a tokenizer from. Set it to a "
             "folder or hub id with a tokenizer, or to `synthetic` for the embedded corpus."
         )
-    folder = Path(model.checkpoint).expanduser()
-    if not is_run(folder):
+    if (folder := named_run(model.checkpoint)) is None:
         return model.checkpoint, model.revision
     return str((folder.parent if folder.name == "checkpoints" else folder) / "tokenizer"), ""
 

@@ -117,6 +117,21 @@ def open_run(checkpoint: Path, step: int | None = None) -> SavedRun:
         ) from error
 
 
+def named_run(checkpoint: str) -> Path | None:
+    """The folder of the run that `config.model.checkpoint` names; None where it names a Hugging Face checkpoint.
+
+    Raises:
+      ConfigError: it is a URL.
+    """
+    if "://" in checkpoint:
+        raise ConfigError(
+            f"config.model.checkpoint {checkpoint} is a URL; it takes a local folder or a hub id. Copy the folder to a "
+            "local disk first."
+        )
+    folder = Path(checkpoint).expanduser()
+    return folder if is_run(folder) else None
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is what `open_run` takes; a work directory may have no checkpoint yet."""
     if (path / "checkpoints").is_dir():

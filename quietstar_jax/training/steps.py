@@ -44,7 +44,7 @@ def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), pa
         if found or manifest.exists(path):
             return found
         for item in {"params", "opt_state"} - set(leave_out):
-            if found := unreadable(path / item):
+            if found := unreadable(path / item, part, parts):
                 return found
     except OSError as error:
         raise CheckpointError(

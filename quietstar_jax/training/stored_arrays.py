@@ -24,11 +24,19 @@ def open_arrays(folder: epath.Path) -> dict[str, Any]:
     return {name: _open(folder, name, described) for name in names}
 
 
-def unreadable(folder: epath.Path) -> str:
-    """Why an item of a step without a manifest cannot be read, empty where all of its arrays can. Reads them all."""
+def unreadable(folder: epath.Path, part: int = 0, parts: int = 1) -> str:
+    """Why an item of a step without a manifest cannot be read, empty where its arrays can.
+
+    Reads every `parts`-th array from number `part` on, one stored chunk of its first axis at a time.
+    """
     try:
-        for array in open_arrays(folder).values():
-            array.read().result()
+        for array in list(open_arrays(folder).values())[part::parts]:
+            if not array.rank:
+                array.read().result()
+                continue
+            span = max(1, array.chunk_layout.read_chunk.shape[0])
+            for first in range(0, array.shape[0], span):
+                array[first : min(first + span, array.shape[0])].read().result()
     except UNREADABLE as error:
         return f"{folder.name}: {first_line(error)}"
     return ""

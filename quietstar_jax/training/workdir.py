@@ -61,7 +61,7 @@ def open_workdir(config: Config) -> Iterator[Workdir]:
                 raise
             except Exception as error:  # of any file system: a file of that name, no rights, a full disk, no bucket
                 raise ConfigError(
-                    f"{name} cannot be written to: {error}. Choose another folder, free disk space, or grant write permission."
+                    f"{name} cannot be written to: {error}. Choose another folder, or free disk space there."
                 ) from error
             return lock.nonce
 
