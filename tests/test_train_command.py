@@ -48,13 +48,14 @@ def test_a_missing_configuration_is_one_clear_error(tmp_path):
     assert "no/such/config.py" in ended.stderr
 
 
-def test_validation_text_without_a_token_to_predict_is_named(tmp_path):
+@pytest.mark.parametrize(("content", "message"), [("\n", "holds no text"), ("ann\n", "no document of two tokens")])
+def test_validation_text_without_a_token_to_predict_is_named(tmp_path, content, message):
     text = tmp_path / "empty.txt"
-    text.write_text("\n")
+    text.write_text(content)
     ended = run(tmp_path, f"--config.data.validation=('{text}',)", "--config.data.append_eos=False",
                 "--config.data.packing=random_span")  # fmt: skip
     assert ended.returncode == 2
-    assert "no document of two tokens" in ended.stderr
+    assert message in ended.stderr
 
 
 def test_an_unknown_flag_is_refused(tmp_path):

@@ -165,9 +165,14 @@ class Thinking:
             kwargs["past_key_values"] = DynamicCache()
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, which before 4.49 does not pass on what it does not know."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers, which before 4.49 does not pass on what it does not know.
+
+        It looks for `inputs_embeds` in this signature.
+        """
+        inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
         return {"thought_length": kwargs.get("thought_length"), **inputs}
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
