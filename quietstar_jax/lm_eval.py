@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from quietstar_jax.errors import ConfigError, run_command
+from quietstar_jax.errors import ConfigError, DataError, run_command
 
 
 def main() -> None:
@@ -20,7 +20,13 @@ def main() -> None:
 
     import quietstar_jax.evals.harness  # noqa: F401  registers ours
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ConnectionError as error:
+        raise DataError(
+            f"The harness cannot reach what a task needs: {error}. Without a network, use tasks whose data are in the "
+            "cache of `datasets`, or files (--include_path)."
+        ) from error
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class Commands:
         (folder / "closed").chmod(0)
         os.mkfifo(folder / "fifo")
         (folder / "good").write_text(f"def get_config(): return {{'workdir': {str(folder / 'run')!r}, 'seed': 1}}")
-        (folder / "questions").write_text(json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
+        (folder / "questions.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
         (folder / "study").write_text(GOOD_STUDY.replace("{good}", self.places["good"]))
         self.files = []
         for number, text in enumerate(FILES):
@@ -103,7 +103,7 @@ class Commands:
         (folder / "bad").write_text("import sys; sys.exit(0)")
         settings = ["--config", self.places["good"], "--config.seed=3", "--config.phases[0].steps=5", "--config.data.train=('x',)",
                     "--config.logging.progress_bar", "--noconfig.logging.tensorboard"]  # fmt: skip
-        new, data = str(folder / "new"), str(folder / "questions")
+        new, data = str(folder / "new"), str(folder / "questions.jsonl")
         self.lines: dict[Callable[[Sequence[str]], object], list[str]] = {
             train.main: settings,
             aot.main: [*settings, "--topology", "cpu:1", "--phase", "thoughts", "--search", "--tries=2", "--json"],

@@ -115,7 +115,7 @@ def test_refusals(folder, capsys):
         (CheckpointError, "cannot think", {"checkpoint": "plain", "args": ["--thoughts", "on"]}),
         (CheckpointError, "cannot think", {"checkpoint": "plain", "args": ["--thoughts", "both"]}),
         (ConfigError, "--thoughts is 'yes'", {"args": ["--thoughts", "yes"]}),
-        (DataError, "missing", {"data": "nothing.jsonl"}),
+        (DataError, "no file or folder .*nothing.jsonl", {"data": "nothing.jsonl"}),
         (DataError, "there is no field 'question'", {"data": "choices.jsonl"}),
         (ConfigError, "is not understood", {"args": ["--field", "prompt=x"]}),
         (ConfigError, "--limit is -1", {"args": ["--limit", "-1"]}),
