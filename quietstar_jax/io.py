@@ -33,7 +33,8 @@ from quietstar_jax.settings import shown
 AnyPath: TypeAlias = os.PathLike[str]  # local or an URL of etils.epath
 STORES = {"gs": "gcsfs", "s3": "s3fs"}  # schemes of URLs, and the package that etils reads them with
 TEMPORARY = ".partial"  # how the name of a file ends that is being written
-ABANDONED_SECONDS = 3600  # a temporary file of another machine that has not changed for so long has no writer
+INCOMPLETE = ".incomplete"  # and of a folder
+ABANDONED_SECONDS = 3600  # what another machine has not changed for so long has no writer any more
 
 
 def is_url(path: AnyPath | str) -> bool:
@@ -90,9 +91,7 @@ def replacing(path: AnyPath) -> Iterator[Path]:
                 shutil.copyfileobj(source, target)
         return
     target = Path(os.path.realpath(path))
-    start = f".{target.name.encode()[:100].decode(errors='ignore')}."
-    _remove_abandoned(target.parent, start)
-    temporary = target.parent / f"{start}{machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}"
+    temporary = _temporary(target.parent, f".{_short(target.name)}.", TEMPORARY)
     try:
         yield temporary
         _to_disk(temporary)
@@ -103,6 +102,28 @@ def replacing(path: AnyPath) -> Iterator[Path]:
         raise
     with contextlib.suppress(OSError):  # not every file system can do this for a folder
         _to_disk(target.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside the local `path`, which must not exist; takes its name at the end, or is removed.
+
+    The folder of a process that was killed is removed by the next one that makes the same.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path.parent, f"{_short(path.name)}.", INCOMPLETE)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _to_disk(file)
+        _to_disk(temporary)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    with contextlib.suppress(OSError):  # not every file system can do this for a folder
+        _to_disk(path.parent)
 
 
 def write_text(path: AnyPath, text: str) -> None:
@@ -253,16 +274,26 @@ def locked(path: Path, busy: Callable[[], None]) -> Iterator[int]:
         yield stream.fileno()
 
 
-def _remove_abandoned(folder: Path, start: str) -> None:
-    """Removes temporary files of this name whose writers are gone."""
+def _temporary(folder: Path, start: str, end: str) -> Path:
+    """A new name that says who writes; removes what was abandoned by writers of the same that are gone."""
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
-            writer = re.fullmatch(re.escape(start) + r"(\w+)-(\d+)-\w{8}" + re.escape(TEMPORARY), name)
+            writer = re.fullmatch(re.escape(start) + r"(\w+)-(\d+)-\w{8}" + re.escape(end), name)
             if not writer:
                 continue
-            old = time.time() - (folder / name).stat().st_mtime > ABANDONED_SECONDS
-            if not process_exists(int(writer[2])) if writer[1] == machine() else old:
-                (folder / name).unlink(missing_ok=True)
+            path = folder / name
+            if not process_exists(int(writer[2])) if writer[1] == machine() else _is_old(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return folder / f"{start}{machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{end}"
+
+
+def _is_old(path: Path) -> bool:
+    changed = max(item.stat().st_mtime for item in (path, *path.rglob("*")))
+    return time.time() - changed > ABANDONED_SECONDS
+
+
+def _short(name: str) -> str:
+    return name.encode()[:100].decode(errors="ignore")
 
 
 def process_exists(process: int) -> bool:

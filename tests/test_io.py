@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,17 @@ from pathlib import Path
 from quietstar_jax import io
 with io.replacing(Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+FOLDER_WRITER = """
+import sys, time
+from pathlib import Path
+from quietstar_jax import io
+with io.new_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "weights").write_text("half")
     print("writing", flush=True)
     time.sleep(60)
 """
@@ -71,17 +84,33 @@ def test_any_name_can_be_replaced(tmp_path: Path, name: str) -> None:
     assert names(tmp_path) == [name]
 
 
-def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+def make(path: Path, text: str) -> None:
+    with io.new_folder(path) as temporary:
+        (temporary / "weights").write_text(text)
+
+
+@pytest.mark.parametrize(("code", "write"), [(WRITER, io.write_text), (FOLDER_WRITER, make)])
+def test_what_a_killed_writer_left_goes_with_the_next_write(
+    tmp_path: Path, code: str, write: Callable[[Path, str], None]
+) -> None:
     path = tmp_path / "file"
-    with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True) as writer:
+    with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "writing\n"
-        io.write_text(path, "other")  # the writer lives: its file stays
+        write(path, "other")  # the writer lives: what it has written stays
         assert len(names(tmp_path)) == 2
         writer.send_signal(signal.SIGKILL)
     assert len(names(tmp_path)) == 2
-    io.write_text(path, "next")
+    shutil.rmtree(path) if path.is_dir() else None
+    write(path, "next")
     assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), io.new_folder(tmp_path / "a" / "b") as temporary:
+        (temporary / "weights").write_text("half")
+        raise OSError("full")
+    assert names(tmp_path / "a") == []
 
 
 def test_a_temporary_file_of_another_machine_goes_when_it_is_old(tmp_path: Path) -> None:

@@ -45,7 +45,10 @@ def generate_file(
     Raises:
       UserError: the source or output cannot be used, or another command left a partial output.
     """
-    if output.exists():
+    partial = Path(f"{output}.partial")
+    # The last acts are to rename the partial output and to remove its record: a kill may have come in between.
+    renamed = output.exists() and not partial.exists() and _record_file(partial).exists()
+    if output.exists() and not renamed:
         raise DataError(f"{output} exists already. Remove it, or choose another file.")
     if not output.absolute().parent.is_dir():
         raise DataError(f"{output}: the folder {output.absolute().parent} is missing. Make it first.")
@@ -64,11 +67,15 @@ def generate_file(
         "batch_size": generator.batch_size,
         "max_length": generator.max_length,
     }
-    partial = Path(f"{output}.partial")
+    record = json.loads(json.dumps(record))
+    if renamed:
+        _check_same(partial, record)
+        _record_file(partial).unlink()
+        return len(rows)
     size = generator.batch_size
     with partial.open("a+b") as file:
         lock_file(file, partial)
-        done = _resume(file, partial, json.loads(json.dumps(record)))
+        done = _resume(file, partial, record)
         with _bar(len(rows), done, quiet) as bar:
             for first in range(done, len(rows), size):
                 found = generator.run(requests[first : first + size], job).finish()
@@ -110,6 +117,16 @@ def _resume(file: BinaryIO, partial: Path, record: Mapping[str, Any]) -> int:
         file.truncate(0)
         write_json(record_file, record)
         return 0
+    _check_same(partial, record)
+    file.seek(0)
+    kept = file.read()
+    file.truncate(kept.rfind(b"\n") + 1)
+    return kept.count(b"\n")
+
+
+def _check_same(partial: Path, record: Mapping[str, Any]) -> None:
+    """Raises DataError: the partial output was made with other settings."""
+    record_file = _record_file(partial)
     try:
         made_with = json.loads(record_file.read_text("utf-8"))
     except ValueError as error:
@@ -121,10 +138,6 @@ def _resume(file: BinaryIO, partial: Path, record: Mapping[str, Any]) -> int:
             + "\n".join(f"  - {line.removeprefix('.')}" for line in changed)
             + f"\nSet these back to go on, or remove {partial} and {record_file} to start afresh."
         )
-    file.seek(0)
-    kept = file.read()
-    file.truncate(kept.rfind(b"\n") + 1)
-    return kept.count(b"\n")
 
 
 def _record_file(partial: Path) -> Path:

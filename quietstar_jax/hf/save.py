@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from quietstar_jax.hf.generation import generation_config
 from quietstar_jax.hf.names import Entry, Shape, Target, decoder_entries, parameter_shapes, quietstar_entries, to_theirs
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, write_file
 from quietstar_jax.hf.vocabulary import UNUSED, add_tokens, pad_as_trained
+from quietstar_jax.io import new_folder
 from quietstar_jax.models.families import architecture_to_hf
 
 FORMATS = ("quietstar", "base")
@@ -87,7 +86,7 @@ def save(
     """Writes a checkpoint folder that transformers loads.
 
     Memory: the largest tensor, a few times over. The folder appears under its name when it is complete; until then it
-    is `OUTPUT.incomplete-...` beside it.
+    is `OUTPUT.WRITER.incomplete` beside it, which the next export to OUTPUT removes if its writer was killed.
 
     Args:
       tokenizer: of the model; gets the start and end tokens that it lacks if the format is `quietstar`.
@@ -113,7 +112,7 @@ def save(
     pad_as_trained(tokenizer)
     writer = _Writer(parameters, architecture, thoughts, ids, options)
     shards = _split(writer.tensor_shapes(), options)
-    with complete_folder(output) as folder:
+    with _complete_folder(output) as folder:
         (folder / "README.md").write_text(card, "utf-8")
         tokenizer.save(folder)
         _write_json(
@@ -134,26 +133,11 @@ def save(
 
 
 @contextmanager
-def complete_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name as the last act; removed if an exception comes.
-
-    Raises:
-      CheckpointError: nothing can be written there.
-    """
+def _complete_folder(output: Path) -> Iterator[Path]:
+    """As `io.new_folder`, with the errors of this module."""
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{output.name}.incomplete-", dir=output.parent))
-        try:
+        with new_folder(output) as folder:
             yield folder
-            folder.chmod(0o755)  # mkdtemp keeps others out
-            for file in folder.iterdir():
-                _to_disk(file)
-            _to_disk(folder)
-            folder.rename(output)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        _to_disk(output.parent)
     except OSError as error:
         raise CheckpointError(
             f"{output} cannot be written: {error}. Free some space there, or choose another folder."
@@ -295,12 +279,3 @@ def _split(shapes: Mapping[str, Shape], options: ExportOptions) -> Any:
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file or the entries of a folder would survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

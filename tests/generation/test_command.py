@@ -128,11 +128,20 @@ def test_killed_and_run_again_it_goes_on(run, generator, tmp_path):
     with partial.open("a") as file:
         file.write('{"prompt": "sum 5')  # a line that was being written
     kept = read_lines_of(partial)
+    record = Path(f"{partial}.json")
+    made_with = record.read_text()
     with pytest.raises(DataError, match=r"max_tokens: 3 -> 4"):
         call(*arguments, "--max-tokens", "4")
     call(*arguments)
     found = read_lines(output)
     assert found[: len(kept)] == kept
+    assert not record.exists()
+    record.write_text(made_with)  # as a kill between the last two acts leaves it
+    with pytest.raises(DataError, match=r"max_tokens: 3 -> 4"):
+        call(*arguments, "--max-tokens", "4")
+    call(*arguments)
+    assert read_lines(output) == found
+    assert not record.exists()
     prompts = [row["prompt"] for row in read_lines(source)]
     expected = generator.generate(prompts, max_tokens=3, temperature=1.0)
     assert [row["completion"] for row in found] == [one.text for one in expected]

@@ -29,6 +29,7 @@ from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.hf.names import parameter_shapes, quietstar_entries
 from quietstar_jax.hf.save import ExportOptions, Thoughts, save
 from quietstar_jax.hf.vocabulary import add_tokens
+from quietstar_jax.io import new_folder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.settings import to_mapping
 from quietstar_jax.training import checkpoints as checkpoints_module
@@ -333,7 +334,7 @@ def test_killed_at_any_moment_it_leaves_nothing_that_looks_complete(tmp_path):
 
     def under_way() -> bool:
         try:
-            return bool(list(tmp_path.glob("*.incomplete-*/model-*")) and list(tmp_path.glob("out0")))
+            return bool(list(tmp_path.glob("*.incomplete/model-*")) and list(tmp_path.glob("out0")))
         except FileNotFoundError:  # it was renamed in this moment
             return False
 
@@ -346,6 +347,9 @@ def test_killed_at_any_moment_it_leaves_nothing_that_looks_complete(tmp_path):
     complete = [folder for folder in left if "incomplete" not in folder.name]
     assert complete
     assert len(left) - len(complete) <= 1
+    for folder in set(left) - set(complete):  # what was abandoned is removed by the next of its name
+        with new_folder(tmp_path / folder.name.partition(".")[0]):
+            assert not folder.exists()
     sizes = {sum(value.nbytes for value in tensors(folder).values()) for folder in complete}
     assert len(sizes) == 1
     for folder in left:
