@@ -6,6 +6,7 @@ A launcher starts a run again that ended with `START_AGAIN`, or was killed (a st
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -21,6 +22,9 @@ OUTSIDE = frozenset(  # errors of the system that no change of this program woul
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
      errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 )  # fmt: skip
+
+# The same in the words of libraries that raise errors of their own for it.
+OUTSIDE_TEXTS = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))
 
 
 class UserError(Exception):
@@ -104,6 +108,8 @@ def _line(error: BaseException) -> str | None:
     if isinstance(error, Interrupted | PreemptedError):
         return str(error)
     outside = isinstance(error, OSError) and error.errno in OUTSIDE
+    if isinstance(error, RuntimeError | ValueError) and type(error).__name__ != "JaxRuntimeError":  # that: of a device
+        outside = any(text in reason(error) for text in OUTSIDE_TEXTS)
     home = isinstance(error, RuntimeError) and "home directory" in reason(error)  # of `~NAME`, from pathlib
     if not isinstance(error, UserError | MemoryError) and not outside and not home:
         return None

@@ -148,6 +148,8 @@ def test_errors_of_the_system_are_messages_and_defects_are_not(capsys):
         assert status == 2
         assert "/some/file" in message
     assert ended(capsys, MemoryError())[0] == 2
+    library = RuntimeError("write() failed: No space left on device; writing /some/file")  # as array_record says it
+    assert ended(capsys, library) == (2, f"error: {library}\n")
     for defect in (ValueError("x"), OSError("x"), RuntimeError("x"), KeyError("x")):
         with pytest.raises(type(defect)):
             run_command(lambda defect=defect: (_ for _ in ()).throw(defect))

@@ -58,7 +58,7 @@ class Torture:
             "train": lambda out: ("train", "--config", self.config, f"--config.workdir={out}"),
             "prepare": lambda out: ("data.prepare", "--source", folder / "text.jsonl", "--tokenizer", "synthetic",
                                     "--output", out, "--shards", 3, "--workers", 1),
-            "export": lambda out: ("export", "--checkpoint", self.run, "--output", out),
+            "export": lambda out: ("export", "--checkpoint", self.run, "--output", out, "--format", "quietstar"),
             "generate": lambda out: ("generate", "--checkpoint", self.run, "--input", folder / "prompts.jsonl",
                                      "--output", out, "--max-tokens", 4, "--batch-size", 2, "--quiet"),
             "evaluate": lambda out: ("evaluate", "--checkpoint", self.run, "--task", "numeric_cot", "--data",
@@ -66,7 +66,7 @@ class Torture:
                                      out.with_suffix(".records"), "--output", out, "--thoughts", "off"),
             "study": lambda out: ("study", "--study", folder / "study.py", "--workdir", out),
         }  # fmt: skip
-        rows = [{"text": f"ann has {i} coin . ask {i + 1} ."} for i in range(3000)]
+        rows = [{"text": f"ann has {i % 9} coin . ask {(i + i // 9) % 9} ."} for i in range(3000)]
         prompts = [{"prompt": f"sum {i} +1 ask"} for i in range(6)]
         questions = [{"question": f"sum {i} +1 ask", "answer": f"#### {i + 1}"} for i in range(4)]
         for name, lines in (("text", rows), ("prompts", prompts), ("questions", questions)):
@@ -131,15 +131,13 @@ class Torture:
 
     def damaged(self, reader: str, kind: str) -> str:
         """A damaged file of a saved step: its reader says so, or takes another step and comes to the same."""
-        run = self.folder / "damaged"
-        shutil.rmtree(run, ignore_errors=True)
+        run = self.folder / "damaged" / "run"
+        shutil.rmtree(run.parent, ignore_errors=True)
         shutil.copytree(self.run, run)
         steps = sorted((p for p in (run / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
         files = sorted(p for p in steps[-1].rglob("*") if p.is_file() and p.stat().st_size)
         damage(self.random.choice(files), kind, self.random)
-        out = self.folder / "damaged_out"
-        shutil.rmtree(out, ignore_errors=True)
-        out.unlink(missing_ok=True) if out.is_file() else None
+        out = self.folder / "damaged" / "out"
         if reader == "train":  # the summary is missing as after a kill: the run is read again
             (run / "summary.json").unlink()
             ended = self.start("train", run)
@@ -197,9 +195,9 @@ def result_of(path: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         content = file.read_bytes()
-        if file.suffix == ".json" and b'"seconds"' in content:
-            content = json.dumps({k: v for k, v in json.loads(content).items() if k != "seconds"}).encode()
-        digest.update(file.name.encode() + b"\0" + content)
+        if file == path and content.startswith(b"{\n"):  # of evaluate: what it measured, and not where
+            content = json.dumps(json.loads(content)["without_thoughts"], sort_keys=True).encode()
+        digest.update(str(file.relative_to(path)).encode() + b"\0" + content)
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ Start and end tokens that the tokenizer lacks get rows behind the others, which 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -90,7 +91,7 @@ def save(
 
     Args:
       tokenizer: of the model; gets the start and end tokens that it lacks if the format is `quietstar`.
-      card: text of README.md.
+      card: text of README.md, another one for each checkpoint and format. An output that has this text is complete.
       generation: generation_config.json of the model that training began from.
 
     Raises:
@@ -98,7 +99,8 @@ def save(
         value is not finite in the wanted dtype.
       ConfigError, DataError: the shard size cannot be read, or start and end cannot become tokens.
     """
-    _check_output(output)
+    if _is_there(output, card):
+        return
     _check_parameters(parameters, architecture)
     ids: tuple[int, ...] = ()
     tokens = (thoughts.start_token, thoughts.end_token)
@@ -244,9 +246,18 @@ def _old_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return old if parameters["rope_type"] == "default" else {**old, "rope_scaling": scaling}
 
 
-def _check_output(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise CheckpointError(f"{output} exists already. Remove it, or choose another folder.")
+def _is_there(output: Path, card: str) -> bool:
+    """Whether the folder holds this very export: a kill may have come after its last act.
+
+    Raises:
+      CheckpointError: it holds something else.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        if (output / "README.md").read_text("utf-8") == card:
+            return True
+    raise CheckpointError(f"{output} exists already. Remove it, or choose another folder.")
 
 
 def _check_parameters(parameters: Parameters, architecture: Architecture) -> None:

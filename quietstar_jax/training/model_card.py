@@ -60,7 +60,8 @@ def model_card(run: SavedRun, options: ExportOptions) -> str:
         "Trained with quietstar_jax, Quiet-STaR in JAX ([paper](https://arxiv.org/abs/2403.09629)): the model learns "
         "from plain text to think before every token.",
         f"## Use\n\n{USE[options.format]}",
-        f"## Training\n\nFrom {origin}; {run.step} of {config.total_steps} steps done.",
+        f"## Training\n\nFrom {origin}; {run.step} of {config.total_steps} steps done. Weights: {options.dtype}, "
+        f"from checkpoint `{run.checksum[:16]}`.",
         _phase_table(config.phases, run.step),
         f"Text: {_sources(config.data.train)}, sequences of "
         f"{config.data.sequence_length} tokens ({config.data.packing}).",

@@ -5,6 +5,7 @@ Needs no accelerator, whatever mesh the checkpoint was written on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.hf.names import Shape, Target
 from quietstar_jax.io import folder_to_read
 from quietstar_jax.settings import from_mapping
+from quietstar_jax.training import manifest
 from quietstar_jax.training.step import Vocabulary
 from quietstar_jax.training.steps import absolute, saved_steps, whole_step
 from quietstar_jax.training.stored_arrays import UNREADABLE, first_line, open_arrays
@@ -37,6 +39,14 @@ class SavedRun:
     model_commit: str  # of the hub id that training began from, or empty
     generation: Mapping[str, Any]  # generation_config.json of the checkpoint that training began from
     parameters: StoredParameters
+
+    @property
+    def checksum(self) -> str:
+        """Tells this checkpoint from any other: SHA-256 of its manifest, or of its configuration if it has none."""
+        folder = self.parameters.folder.parent
+        return hashlib.sha256(
+            (folder / (manifest.NAME if manifest.exists(folder) else manifest.CONFIG)).read_bytes()
+        ).hexdigest()
 
 
 class StoredParameters:
