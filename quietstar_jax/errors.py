@@ -83,9 +83,9 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     def unraisable(args: Any) -> None:
         if asked and args.exc_value is asked[0]:  # a callback has swallowed it: nothing else would end the command
             end_now(asked[0].status, str(asked[0]))
-        sys.__unraisablehook__(args)
+        shown(args)
 
-    sys.unraisablehook = unraisable
+    shown, sys.unraisablehook = sys.unraisablehook, unraisable
     with listening(stop):
         try:
             status = command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,6 +23,8 @@ import hypothesis
 import jax
 import pytest
 
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # the suite runs under nohup, and commands of tests would too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=25)
 hypothesis.settings.load_profile("suite")
 
