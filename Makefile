@@ -8,7 +8,7 @@ SEED ?= 0
 # What the tests want installed; with `test,tpu` they also compile for TPUs, which takes no TPU but 700 MB.
 TEST_EXTRAS ?= test
 # How a test process shares the machine; tests are many small compilations.
-PYTEST_FLAGS ?= -n 2
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 FAULTS ?= 100
 
 export JAX_PLATFORMS ?= cpu

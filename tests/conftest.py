@@ -23,6 +23,9 @@ import hypothesis
 import jax
 import pytest
 
+from tests.support import compile_once
+
+compile_once.install()
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # the suite runs under nohup, and commands of tests would too
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=25)

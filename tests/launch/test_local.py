@@ -67,7 +67,7 @@ def process_number(number: int, launcher: subprocess.Popen) -> int:
 
 
 def test_a_killed_process_makes_all_start_again_and_the_run_is_finished(tmp_path):
-    steps = 400
+    steps = 100
     launcher = start(tmp_path, steps)
     checkpoints = tmp_path / "run/checkpoints"
     wait_until(lambda: any(path.name.isdigit() for path in checkpoints.glob("*")), launcher)

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.commands import run_command
+
 OF_8 = [",".join(map(str, sizes)) for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
 
 
 def equal(*arguments: str) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.parallel.shapes", *arguments],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "8"},
-    )  # fmt: skip
+    ended = run_command("tests.parallel.shapes", *arguments, devices=8)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.split() == [word for shape in arguments[1:] for word in (shape, "equal")]
 

@@ -68,12 +68,12 @@ def test_resumed_bit_for_bit_wherever_the_notice_comes(uninterrupted, tmp_path, 
 
 
 def test_signals_at_random_moments_cost_nothing(uninterrupted, tmp_path):
-    """During imports, reading, compiling, steps, saving, the summary: one line each time, and the same figures."""
+    """During reading, compiling, steps, saving, the summary: one line each time, and the same figures."""
     draw = random.Random(13)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
         with started(tmp_path, 1) as (process,):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=draw.uniform(2, 12))
+                process.wait(timeout=draw.uniform(0.2, 8))
             process.send_signal(number)
             _, errors = process.communicate(timeout=PATIENCE)
         during_imports = -signal.SIGTERM  # they have nothing to save, and only Ctrl-C is worth a line there

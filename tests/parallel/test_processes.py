@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,21 +14,19 @@ from pathlib import Path
 import pytest
 
 from quietstar_jax.errors import MEND_FIRST, START_AGAIN, STOPPED
-from tests.support.commands import run_command
+from tests.support.commands import Command, run_command, start_command
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 300  # seconds for a run on a machine that does other things too
 
 
 @contextlib.contextmanager
-def started(workdir: Path, count: int, *settings: str, devices: int = 1) -> Iterator[list[subprocess.Popen]]:
+def started(workdir: Path, count: int, *settings: str, devices: int = 1) -> Iterator[list[Command]]:
     """The real command line in `count` processes with `devices` each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
-    command = [sys.executable, "-m", "quietstar_jax.train", "--config", "tests/parallel/tiny_run.py",
-               f"--config.workdir={workdir}", *settings]  # fmt: skip
+    command = ["train", "--config", "tests/parallel/tiny_run.py", f"--config.workdir={workdir}", *settings]
     if count > 1:
         command += ["--config.distributed.processes=given", f"--config.distributed.coordinator=localhost:{port}",
                     f"--config.distributed.num_processes={count}"]  # fmt: skip
@@ -39,11 +34,7 @@ def started(workdir: Path, count: int, *settings: str, devices: int = 1) -> Iter
     try:
         for i in range(count):
             own = [f"--config.distributed.process_id={i}"] if count > 1 else []
-            processes.append(
-                subprocess.Popen(
-                    command + own, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-                )
-            )
+            processes.append(start_command(*command, *own, devices=devices))
         yield processes
     finally:
         for process in processes:
@@ -73,7 +64,7 @@ def losses(workdir: Path, kind: str = "train") -> dict[int, float]:
     return {record["step"]: record[name] for record in records(workdir, kind)}
 
 
-def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen]) -> None:
+def wait_for_step(workdir: Path, step: int, processes: list[Command]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not any(record["step"] >= step for record in records(workdir)):
         for process in processes:

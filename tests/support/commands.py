@@ -12,6 +12,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,22 +31,79 @@ class Ended(NamedTuple):
     stderr: str
 
 
-def run_command(
-    module: str, *arguments: object, cwd: Path = ROOT, after: tuple[float, int] | None = None, **environment: str
-) -> Ended:
-    """`python -m quietstar_jax.MODULE ARGUMENTS...` to its end.
+class Command:
+    """As a `subprocess.Popen` whose output is read at the end."""
+
+    def __init__(self, folder: Path, pid: int):
+        self._folder, self.pid = folder, pid
+        self.returncode: int | None = None
+        self._output = ("", "")
+
+    def poll(self) -> int | None:
+        status = self._folder / "status"
+        if self.returncode is None and status.exists():
+            self.returncode = int(status.read_text())
+            self._output = ((self._folder / "out").read_text(), (self._folder / "err").read_text())
+            shutil.rmtree(self._folder)
+        return self.returncode
+
+    def wait(self, timeout: float = float("inf")) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.005)
+        return status
+
+    def communicate(self, timeout: float = float("inf")) -> tuple[str, str]:
+        self.wait(timeout)
+        return self._output
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start_command(
+    module: str, *arguments: object, cwd: Path = ROOT, devices: int | None = None, **environment: str
+) -> Command:
+    """`python -m quietstar_jax.MODULE ARGUMENTS...`; or a module of tests, by its whole name.
 
     Args:
-      after: (seconds, signal) sends the signal after so many seconds, if the command still runs.
+      devices: of the CPU.
       environment: of a process of its own, shared by all commands that ask for the same.
     """
     server = _server(tuple(sorted(environment.items())))
     assert server.stdin
     assert server.stdout
-    request = [f"quietstar_jax.{module}", str(cwd), after, *map(str, arguments)]
-    server.stdin.write(json.dumps(request) + "\n")
+    name = module if module.startswith("tests.") else f"quietstar_jax.{module}"
+    server.stdin.write(json.dumps([name, str(cwd), devices, *map(str, arguments)]) + "\n")
     server.stdin.flush()
-    return Ended(*json.loads(server.stdout.readline()))
+    folder, pid = json.loads(server.stdout.readline())
+    return Command(Path(folder), pid)
+
+
+def run_command(
+    module: str, *arguments: object, after: tuple[float, int] | None = None, cwd: Path = ROOT,
+    devices: int | None = None, **environment: str,
+) -> Ended:  # fmt: skip
+    """As `start_command`, to its end.
+
+    Args:
+      after: (seconds, signal) sends the signal after so many seconds, if the command still runs.
+    """
+    command = start_command(module, *arguments, cwd=cwd, devices=devices, **environment)
+    if after:
+        try:
+            command.wait(after[0])
+        except subprocess.TimeoutExpired:
+            command.send_signal(after[1])
+    output = command.communicate()
+    return Ended(command.wait(), *output)
 
 
 @functools.cache
@@ -59,31 +117,40 @@ def _server(environment: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
     return server
 
 
-def _answer(module: str, cwd: str, after: tuple[float, int] | None, *arguments: str) -> Ended:
+def _start(module: str, cwd: str, devices: int | None, *arguments: str) -> tuple[str, int]:
+    """Forks a process that forks the command, waits for it and writes its status."""
     folder = tempfile.mkdtemp()  # of no object, whose end in the child would remove it
-    out, err = Path(folder, "out"), Path(folder, "err")
+    read, write = os.pipe()
+    if os.fork():
+        os.wait()
+        os.close(write)
+        with os.fdopen(read) as stream:
+            return folder, int(stream.read())
+    if os.fork():
+        os._exit(0)  # what it leaves has no parent that would have to wait for it
     child = os.fork()
-    if not child:
-        for number, path in ((1, out), (2, err)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.chdir(cwd)
-        sys.argv = [module, *arguments]
-        os.setpgid(0, 0)
-        _run(module)
-    ended = 0, 0
-    if after:
-        deadline = time.monotonic() + after[0]
-        while ended == (0, 0) and time.monotonic() < deadline:
-            time.sleep(0.005)
-            ended = os.waitpid(child, os.WNOHANG)
-        if ended == (0, 0):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, after[1])
-    status = os.waitstatus_to_exitcode((ended if ended != (0, 0) else os.waitpid(child, 0))[1])
-    answer = Ended(status, out.read_text(), err.read_text())
-    shutil.rmtree(folder)
-    return answer
+    if child:
+        os.setpgid(child, child)
+        os.write(write, str(child).encode())
+        os.close(write)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        Path(folder, "new").write_text(str(status))
+        os.rename(Path(folder, "new"), Path(folder, "status"))
+        os._exit(0)
+    os.setpgid(0, 0)  # here as well, since it is not known which of the two comes first
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.close(read)
+    os.close(write)
+    os.chdir(cwd)
+    if devices:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", devices)
+    sys.argv = [module, *arguments]
+    _run(module)
+    raise AssertionError("not reached")
 
 
 def _run(module: str) -> None:
@@ -113,8 +180,9 @@ if __name__ == "__main__":
     from ml_collections import config_flags  # noqa: F401
 
     import quietstar_jax.planning.search
+    import quietstar_jax.studies.runner
     import quietstar_jax.training.loop
     import quietstar_jax.training.summary  # noqa: F401
 
     for line in sys.stdin:
-        print(json.dumps(_answer(*json.loads(line))), flush=True)
+        print(json.dumps(_start(*json.loads(line))), flush=True)
