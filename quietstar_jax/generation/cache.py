@@ -4,7 +4,7 @@ The tokens of a pass are a chain (see `thoughts/chains.py`) rooted in the last t
 the text, then the thought after it. What a token sees is therefore decided in one place for training and generation.
 Sequences have lengths of their own; the work of attention follows the longest, not the room in the cache.
 
-Axis letters as in `thoughts/attention.py`; here R = J = 1.
+Axis letters as in `thoughts/attention/chain_attention.py`; here R = J = 1.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from quietstar_jax.config import Architecture
 from quietstar_jax.models.decoder import Decoder, KeyValues, run_layers
-from quietstar_jax.thoughts.attention import attend_cache, to_chain_layout
-from quietstar_jax.thoughts.seen import Seen
+from quietstar_jax.thoughts.attention.chain_attention import attend_cache, to_chain_layout
+from quietstar_jax.thoughts.attention.mask import ChainMask
 
 
 def key_block() -> int:
@@ -56,7 +56,7 @@ def cached_pass(
             jax.lax.dynamic_update_slice_in_dim(written.keys, to_chain_layout(k), offset, axis=4),
             jax.lax.dynamic_update_slice_in_dim(written.values, to_chain_layout(v), offset, axis=4),
         )
-        seen = Seen(mask, positions[:, None], offsets, window)
+        seen = ChainMask(mask, positions[:, None], offsets, window)
         return attend_cache(q, *cache, layer, *written, seen, key_block()), written
 
     rotary = positions[:, None, None, None] + 1 + offsets

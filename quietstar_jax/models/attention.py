@@ -1,4 +1,4 @@
-"""Grouped-query attention of the text itself. That of thoughts is in `thoughts/attention.py`.
+"""Grouped-query attention of the text itself. That of thoughts is in `thoughts/attention/chain_attention.py`.
 
 Axis letters: B batch, L positions, G key/value heads, M query heads per key/value head, H head width, P keys.
 Scores and softmax are float32.

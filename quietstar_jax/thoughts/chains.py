@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.models.decoder import Decoder, KeyValues, Layers, run_layers
-from quietstar_jax.thoughts.attention import attend_chains, to_chain_layout
-from quietstar_jax.thoughts.seen import Seen
+from quietstar_jax.thoughts.attention.chain_attention import attend_chains, to_chain_layout
+from quietstar_jax.thoughts.attention.mask import ChainMask
 from quietstar_jax.thoughts.text import here_and_ahead
 
 
@@ -34,7 +34,7 @@ def chain_pass(
     offsets, first = jnp.arange(embeddings.shape[3]), _first(starts, positions)
 
     def attend_chain(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, base: KeyValues) -> Any:
-        own, seen = (to_chain_layout(k), to_chain_layout(v)), Seen(mask, positions, offsets, window, first)
+        own, seen = (to_chain_layout(k), to_chain_layout(v)), ChainMask(mask, positions, offsets, window, first)
         return attend_chains(q, base.keys, base.values, *own, seen, prefix_attention), None
 
     rotary = positions[..., None, :, None] + 1 + offsets
@@ -76,7 +76,7 @@ def chain_step(
             jax.lax.dynamic_update_slice_in_dim(written.keys, to_chain_layout(k), offset, axis=4),
             jax.lax.dynamic_update_slice_in_dim(written.values, to_chain_layout(v), offset, axis=4),
         )
-        seen = Seen(mask, positions, offset[None], window, first)
+        seen = ChainMask(mask, positions, offset[None], window, first)
         return attend_chains(q, base.keys, base.values, *written, seen, prefix_attention), written
 
     rotary = positions[..., None, :, None] + 1 + offset

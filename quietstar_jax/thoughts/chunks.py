@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from quietstar_jax.config import Architecture
 from quietstar_jax.parallel.axes import constrain_tree, shard, ways
-from quietstar_jax.thoughts.prefix_blocks import KEY_BLOCK
+from quietstar_jax.thoughts.attention.prefix_xla import KEY_BLOCK
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 Tree = TypeVar("Tree")

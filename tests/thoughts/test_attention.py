@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from quietstar_jax.models.attention import MASKED, split_heads
-from quietstar_jax.thoughts import prefix_blocks
-from quietstar_jax.thoughts.attention import attend_chains, to_chain_layout
-from quietstar_jax.thoughts.seen import Seen, own_visible, prefix_visible
+from quietstar_jax.thoughts.attention import prefix_xla as prefix_xla
+from quietstar_jax.thoughts.attention.chain_attention import attend_chains, to_chain_layout
+from quietstar_jax.thoughts.attention.mask import ChainMask, own_visible, prefix_visible
 
 UNLIMITED = jnp.int32(2**31 - 1)
 
@@ -25,7 +25,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 def test_what_chain_tokens_see() -> None:
     """Rows: tokens c = 0, 1, 2 of the chain of position 3, at rotary positions 4, 5, 6."""
-    everything = Seen(jnp.array([[1, 0, 1, 1, 1, 1]], bool), jnp.array([3]), jnp.arange(3), UNLIMITED)
+    everything = ChainMask(jnp.array([[1, 0, 1, 1, 1, 1]], bool), jnp.array([3]), jnp.arange(3), UNLIMITED)
     keys = jnp.arange(6)
     assert drawing(prefix_visible(everything, keys)[0, 0]) == ["#.##.."] * 3
     assert drawing(prefix_visible(everything, keys[2:5])[0, 0]) == ["##."] * 3
@@ -37,7 +37,7 @@ def test_what_chain_tokens_see() -> None:
     assert drawing(own_visible(windowed._replace(window=jnp.int32(2)), 4)) == ["#...", "##..", ".##."]
 
 
-def all_at_once(queries, prefix_keys, prefix_values, own_keys, own_values, seen: Seen) -> jax.Array:
+def all_at_once(queries, prefix_keys, prefix_values, own_keys, own_values, seen: ChainMask) -> jax.Array:
     """The same attention by one softmax over every key, own keys and values [B, R, J, E, G, H]."""
     q = split_heads(queries * queries.shape[-1] ** -0.5, prefix_keys.shape[-2])
     prefix = jnp.einsum("brjcgmh,bpgh->bgmrjcp", q, prefix_keys)
@@ -59,7 +59,7 @@ def equal_one_softmax(scale: float, window: int, positions: tuple[int, ...], fir
     base = [normal(seed, batch, prefix, groups, width) for seed in (1, 2)]
     own = [normal(seed, batch, count, 3, tokens, groups, width) for seed in (3, 4)]
     mask = jnp.array([[1, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0]], bool)
-    seen = Seen(mask, jnp.array(positions), jnp.arange(tokens), jnp.int32(window), first)
+    seen = ChainMask(mask, jnp.array(positions), jnp.arange(tokens), jnp.int32(window), first)
     cotangent = normal(5, *queries.shape)
 
     def blocks(queries, keys, values, own_keys, own_values):
@@ -79,14 +79,14 @@ def equal_one_softmax(scale: float, window: int, positions: tuple[int, ...], fir
 @pytest.mark.parametrize("block", [2, 3, 64])
 def test_blocks_equal_one_softmax_with_gradients(monkeypatch, scale, window, positions, block) -> None:
     """Also where the largest score is in the hundreds, in either group, or the prefix is invisible."""
-    monkeypatch.setattr(prefix_blocks, "KEY_BLOCK", block)
+    monkeypatch.setattr(prefix_xla, "KEY_BLOCK", block)
     equal_one_softmax(scale, window, positions)
 
 
 @pytest.mark.parametrize("window", [2, 2**31 - 1])
 @pytest.mark.parametrize("block", [2, 64])
 def test_documents_equal_one_softmax_with_gradients(monkeypatch, window, block) -> None:
-    monkeypatch.setattr(prefix_blocks, "KEY_BLOCK", block)
+    monkeypatch.setattr(prefix_xla, "KEY_BLOCK", block)
     equal_one_softmax(1.0, window, (3, 4, 5), jnp.array([[3, 3, 5], [0, 4, 4]]))
 
 
@@ -97,7 +97,7 @@ def test_blocks_out_of_sight_are_not_computed_in_either_pass(window: int) -> Non
     keys, values = normal(0, 1, 256, 1, 4), normal(1, 1, 256, 1, 4)
     number = jnp.arange(256)[None, :, None, None]
     rubbish = (number >= 192) | ((number < 64) & (window < 256))
-    seen = Seen(jnp.ones((1, 256), bool), jnp.arange(150, 160), jnp.arange(1), jnp.int32(window))
+    seen = ChainMask(jnp.ones((1, 256), bool), jnp.arange(150, 160), jnp.arange(1), jnp.int32(window))
     queries, own = normal(2, 1, 1, 10, 1, 2, 4), normal(3, 1, 1, 1, 10, 1, 4)
 
     def loss(queries, keys, values, own):
@@ -112,7 +112,7 @@ def test_bfloat16_gradients_are_those_of_float32_to_rounding() -> None:
     """With grouped heads, a window and a last block that is not whole."""
     inputs = [normal(0, 2, 2, 5, 3, 4, 8), normal(1, 2, 150, 2, 8), normal(2, 2, 150, 2, 8),
               normal(3, 2, 2, 2, 5, 3, 8), normal(4, 2, 2, 2, 5, 3, 8)]  # fmt: skip
-    seen = Seen(jnp.ones((2, 150), bool), jnp.arange(145, 150), jnp.arange(3), jnp.int32(90))
+    seen = ChainMask(jnp.ones((2, 150), bool), jnp.arange(145, 150), jnp.arange(3), jnp.int32(90))
     cotangent = normal(5, *inputs[0].shape)
 
     def gradients(dtype):
@@ -129,7 +129,7 @@ def test_bfloat16_scores_and_sums_are_float32() -> None:
     size, dtype = 1000, jnp.bfloat16
     values = jnp.where(jnp.arange(size)[None, :, None, None] < size // 2, 1, 0) * jnp.ones((1, 1, 1, 2))
     keys = jnp.zeros_like(values)
-    seen = Seen(jnp.ones((1, size), bool), jnp.array([size - 1]), jnp.arange(1), UNLIMITED)
+    seen = ChainMask(jnp.ones((1, size), bool), jnp.array([size - 1]), jnp.arange(1), UNLIMITED)
     own = jnp.zeros((1, 1, 1, 1, 1, 2), dtype)
     context = attend_chains(
         jnp.ones((1, 1, 1, 1, 1, 2), dtype), keys.astype(dtype), values.astype(dtype), own, own, seen

@@ -21,7 +21,7 @@ CASE = Case(
     architecture={"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2,
                   "head_dim": 16},
 )  # fmt: skip
-# Relative: of the loss, and of the 2-norm of every parameter's gradient. Seen: 0.0003 and 0.10.
+# Relative: of the loss, and of the 2-norm of every parameter's gradient. ChainMask: 0.0003 and 0.10.
 LOSS, GRADIENT = 0.001, 0.13
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from quietstar_jax.data.packing import document_starts
 from quietstar_jax.models.parameters import assemble, disassemble
-from quietstar_jax.thoughts import controls, prefix_blocks
+from quietstar_jax.thoughts import controls
+from quietstar_jax.thoughts.attention import prefix_xla as prefix_xla
 from quietstar_jax.thoughts.loss import language_model_loss, quiet_star_loss
 from quietstar_jax.thoughts.objective import count_targets
 from quietstar_jax.thoughts.positions import choose, count_chosen
@@ -69,7 +70,7 @@ def objective(
 )  # fmt: skip
 def test_a_packed_row_is_the_sum_of_its_documents(case: Case, mixing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, metrics and all gradients, with given thoughts."""
-    monkeypatch.setattr(prefix_blocks, "KEY_BLOCK", 3)
+    monkeypatch.setattr(prefix_xla, "KEY_BLOCK", 3)
     case = dataclasses.replace(case, config={"mixing": mixing})
     params, structure = disassemble(random_model(case.decoder, case.thought.config.embedding_scale))
     (tokens, mask), thoughts, starts = case.text(), case.thoughts(), starts_of()

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.thoughts import prefix_blocks, prefix_gpu, prefix_tpu
-from quietstar_jax.thoughts.prefix_blocks import Sums
-from quietstar_jax.thoughts.prefix_gpu import Blocks
-from quietstar_jax.thoughts.prefix_rows import Range
-from quietstar_jax.thoughts.seen import Seen
+from quietstar_jax.thoughts.attention import prefix_mosaic as prefix_mosaic
+from quietstar_jax.thoughts.attention import prefix_triton as prefix_triton
+from quietstar_jax.thoughts.attention import prefix_xla as prefix_xla
+from quietstar_jax.thoughts.attention.kernel_common import Range
+from quietstar_jax.thoughts.attention.mask import ChainMask
+from quietstar_jax.thoughts.attention.prefix_triton import Blocks
+from quietstar_jax.thoughts.attention.prefix_xla import Sums
 
 MASK = jnp.array(np.random.default_rng(0).random((2, 21)) > 0.2)
 CASES = {
@@ -34,13 +36,13 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-@pytest.fixture(params=[prefix_tpu, prefix_gpu], ids=["tpu", "gpu"])
+@pytest.fixture(params=[prefix_mosaic, prefix_triton], ids=["tpu", "gpu"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """With several blocks of rows and keys, the last ones not whole."""
-    monkeypatch.setattr(prefix_tpu, "ROW_BLOCK", 16)
-    monkeypatch.setattr(prefix_tpu, "KEY_BLOCK", 8)
-    monkeypatch.setattr(prefix_gpu, "FORWARD", {1024: Blocks(32, 8, 4)})
-    monkeypatch.setattr(prefix_gpu, "BACKWARD", {1024: Blocks(16, 8, 4)})
+    monkeypatch.setattr(prefix_mosaic, "ROW_BLOCK", 16)
+    monkeypatch.setattr(prefix_mosaic, "KEY_BLOCK", 8)
+    monkeypatch.setattr(prefix_triton, "FORWARD", {1024: Blocks(32, 8, 4)})
+    monkeypatch.setattr(prefix_triton, "BACKWARD", {1024: Blocks(16, 8, 4)})
     return request.param
 
 
@@ -51,7 +53,7 @@ def test_kernels_equal_the_blocks(kernel: Any, name: str, scale: float) -> None:
     batch, groups, rows, width, length = 2, 2, 6, 8, MASK.shape[1]
     shape = (batch, groups, 2, positions.shape[-1], rows, width)
     text = (normal(1, batch, groups, length, width), normal(2, batch, groups, length, width))
-    seen = Seen(MASK, positions, jnp.tile(jnp.arange(3), 2), jnp.int32(window), first)
+    seen = ChainMask(MASK, positions, jnp.tile(jnp.arange(3), 2), jnp.int32(window), first)
     q, own = scale * normal(0, *shape), Sums(normal(3, *shape)[..., :1], jnp.ones((*shape[:-1], 1)), normal(4, *shape))
     tolerance = 1e-3 if scale > 1 else 2e-5
 
@@ -59,11 +61,11 @@ def test_kernels_equal_the_blocks(kernel: Any, name: str, scale: float) -> None:
         for x, y in zip(found, wanted, strict=True):
             np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(y).max())))
 
-    sums = prefix_blocks.add_prefix(q, *text, seen, own)
-    check(kernel.add_prefix(q, *text, seen, own, interpret=True), sums)
+    sums = prefix_xla.prefix_fwd(q, *text, seen, own)
+    check(kernel.prefix_fwd(q, *text, seen, own, interpret=True), sums)
     saved = (sums.peak + jnp.log(sums.total), normal(5, *shape)[..., :1], normal(6, *shape))
-    gradients = prefix_blocks.prefix_gradients(q, *text, seen, *saved)
-    check(kernel.prefix_gradients(q, *text, seen, *saved, interpret=True), gradients)
+    gradients = prefix_xla.prefix_bwd(q, *text, seen, *saved)
+    check(kernel.prefix_bwd(q, *text, seen, *saved, interpret=True), gradients)
     assert all(np.any(x) for x in gradients)
 
 

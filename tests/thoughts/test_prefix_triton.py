@@ -16,12 +16,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.models.attention import MASKED
-from quietstar_jax.thoughts import prefix_gpu
-from quietstar_jax.thoughts.attention import attend_chains
-from quietstar_jax.thoughts.prefix_blocks import Sums
-from quietstar_jax.thoughts.prefix_gpu import BACKWARD, FORWARD, STAGES, Blocks
-from quietstar_jax.thoughts.prefix_rows import Range
-from quietstar_jax.thoughts.seen import Seen, prefix_visible
+from quietstar_jax.thoughts.attention import prefix_triton as prefix_triton
+from quietstar_jax.thoughts.attention.chain_attention import attend_chains
+from quietstar_jax.thoughts.attention.kernel_common import Range
+from quietstar_jax.thoughts.attention.mask import ChainMask, prefix_visible
+from quietstar_jax.thoughts.attention.prefix_triton import BACKWARD, FORWARD, STAGES, Blocks
+from quietstar_jax.thoughts.attention.prefix_xla import Sums
 
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
 TRITON, MOSAIC = "__gpu$xla.gpu.triton", "tpu_custom_call"
@@ -33,7 +33,9 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
-def one_softmax(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, own: Sums) -> tuple[jax.Array, jax.Array]:
+def one_softmax(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums
+) -> tuple[jax.Array, jax.Array]:
     """(context, log-sum-exp) over the prefix and what `own` has summed, all at once."""
     visible = prefix_visible(seen, jnp.arange(keys.shape[2]))[:, None, None]
     scores = jnp.where(visible, jnp.einsum("bgrjxh,bgph->bgrjxp", q, keys), MASKED)
@@ -52,11 +54,11 @@ def one_softmax(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, ow
 @pytest.mark.parametrize("window", [UNLIMITED, 9], ids=["all", "window"])
 def test_values_and_gradients_equal_one_softmax(monkeypatch, width, dtype, tolerance, window) -> None:
     """Padded text, positions in no order and past its end, three query heads, two tokens, blocks not whole."""
-    monkeypatch.setattr(prefix_gpu, "FORWARD", {1024: Blocks(32, 16, 4)})
-    monkeypatch.setattr(prefix_gpu, "BACKWARD", {1024: Blocks(16, 16, 4)})
+    monkeypatch.setattr(prefix_triton, "FORWARD", {1024: Blocks(32, 16, 4)})
+    monkeypatch.setattr(prefix_triton, "BACKWARD", {1024: Blocks(16, 16, 4)})
     mask = jnp.arange(37)[None] >= jnp.array([[0], [11]])
     positions = jnp.array([[30, 3, 36, 0, 17], [12, 2, 50, 20, 11]])
-    seen = Seen(mask, positions, jnp.tile(jnp.arange(2), 3), jnp.int32(window))
+    seen = ChainMask(mask, positions, jnp.tile(jnp.arange(2), 3), jnp.int32(window))
     shape = (2, 2, 1, 5, 6, width)
     narrow = [width**-0.5 * normal(0, *shape, dtype=dtype), *(normal(i, 2, 2, 37, width, dtype=dtype) for i in (1, 2))]
     own = Sums(normal(3, *shape)[..., :1], jnp.ones((*shape[:-1], 1)), normal(4, *shape))
@@ -65,9 +67,9 @@ def test_values_and_gradients_equal_one_softmax(monkeypatch, width, dtype, toler
     (context, log_total), back = jax.vjp(lambda *x: one_softmax(*x, seen, own), *wide)
     wanted = back((gradient.astype(jnp.float32), jnp.zeros_like(log_total)))
 
-    sums = prefix_gpu.add_prefix(*narrow, seen, own, interpret=True)
+    sums = prefix_triton.prefix_fwd(*narrow, seen, own, interpret=True)
     mean = (gradient.astype(jnp.float32) * context).sum(axis=-1, keepdims=True)
-    found = prefix_gpu.prefix_gradients(*narrow, seen, log_total, mean, gradient, interpret=True)
+    found = prefix_triton.prefix_bwd(*narrow, seen, log_total, mean, gradient, interpret=True)
     pairs = {"context": (sums.context / sums.total, context), "lse": (sums.peak + jnp.log(sums.total), log_total)}
     pairs |= dict(zip(("q", "keys", "values"), zip(found, wanted, strict=True), strict=True))
     for name, (x, y) in pairs.items():
@@ -82,12 +84,12 @@ def chains(width: int, dtype: Any, prefix_attention: str) -> tuple[Callable[...,
     of_text, of_chains = (batch, length, groups, width), (batch, groups, 2, positions, tokens, width)
     shapes = [(batch, 2, positions, tokens, heads, width), of_text, of_text, of_chains, of_chains]
     arguments: list[Any] = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    seen = Seen(
+    seen = ChainMask(
         jax.ShapeDtypeStruct((batch, length), bool),
         *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((positions,), (tokens,), ())),
     )
 
-    def loss(arguments: list[jax.Array], seen: Seen) -> jax.Array:
+    def loss(arguments: list[jax.Array], seen: ChainMask) -> jax.Array:
         return attend_chains(*arguments, seen, prefix_attention).astype(jnp.float32).sum()
 
     return jax.value_and_grad(loss), [arguments, seen]
@@ -121,8 +123,8 @@ def test_heads_of_other_widths_lower(width, dtype) -> None:
     rows, text = jax.ShapeDtypeStruct((1, 2, 100, width), dtype), jax.ShapeDtypeStruct((1, 2, 70, width), dtype)
     column, numbers = jax.ShapeDtypeStruct((1, 2, 100, 1), jnp.float32), jax.ShapeDtypeStruct((1, 100), jnp.int32)
     seen = Range(numbers, numbers, jax.ShapeDtypeStruct((1, 70), bool))
-    assert lowered(prefix_gpu.forward, [rows, text, text, seen], "cuda").count(TRITON) == 1
-    assert lowered(prefix_gpu.backward, [rows, text, text, seen, column, column, rows], "cuda").count(TRITON) == 2
+    assert lowered(prefix_triton.forward, [rows, text, text, seen], "cuda").count(TRITON) == 1
+    assert lowered(prefix_triton.backward, [rows, text, text, seen, column, column, rows], "cuda").count(TRITON) == 2
 
 
 def test_blocks_fit_the_shared_memory() -> None:
@@ -138,7 +140,7 @@ def test_blocks_fit_the_shared_memory() -> None:
 def test_what_the_kernels_cannot_do_is_named(monkeypatch) -> None:
     def attend(width: int) -> Any:
         seen = Range(jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 3), bool))
-        return prefix_gpu.forward(*(jnp.zeros((1, 1, size, width)) for size in (2, 3, 3)), seen, interpret=True)
+        return prefix_triton.forward(*(jnp.zeros((1, 1, size, width)) for size in (2, 3, 3)), seen, interpret=True)
 
     with pytest.raises(ConfigError, match=r"heads of 300 numbers in float32 are wider.*'blocks'"):
         attend(300)

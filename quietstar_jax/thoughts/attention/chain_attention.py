@@ -3,8 +3,8 @@
 All chains of a position are extra query rows against the same prefix keys, which are never copied. They meet them
 block by block with a running maximum and sum (as in FlashAttention), so that scores over the whole prefix never
 exist at once, and blocks that no chain of the chunk can see are never computed. The backward pass computes the
-scores again from the saved log-sum-exp. The part over the prefix has three forms that give the same: `prefix_blocks`
-for any device, and the kernels `prefix_tpu` and `prefix_gpu`; `ModelConfig.prefix_attention` says which.
+scores again from the saved log-sum-exp. The part over the prefix has three forms that give the same: `prefix_xla`
+for any device, and the kernels `prefix_mosaic` and `prefix_triton`; `ModelConfig.prefix_attention` says which.
 
 Axis letters: B batch, G key/value heads, M query heads of each, R thoughts, J positions, C chain tokens, X = M * C
 query rows of a chain and head, P prefix keys, E chain keys, H head width. Scores and sums are float32.
@@ -22,9 +22,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from quietstar_jax.models.attention import ATTENTION, MASKED, split_heads
 from quietstar_jax.parallel.axes import shard
-from quietstar_jax.thoughts import prefix_blocks, prefix_gpu, prefix_tpu
-from quietstar_jax.thoughts.prefix_blocks import Sums, add_blocks, dot, through_softmax
-from quietstar_jax.thoughts.seen import Seen, own_visible
+from quietstar_jax.thoughts.attention import prefix_mosaic as prefix_mosaic
+from quietstar_jax.thoughts.attention import prefix_triton as prefix_triton
+from quietstar_jax.thoughts.attention import prefix_xla as prefix_xla
+from quietstar_jax.thoughts.attention.mask import ChainMask, own_visible
+from quietstar_jax.thoughts.attention.prefix_xla import Sums, add_blocks, dot, through_softmax
 
 # Every device attends with its own sequences and heads, and needs nothing of another.
 _OVER = ("data", "fsdp", "tensor", "group")
@@ -34,7 +36,7 @@ _KEYS, _OWN_KEYS = ("batch", "kv_heads", None, None), ("batch", "kv_heads", None
 
 def attend_chains(
     queries: jax.Array, prefix_keys: jax.Array, prefix_values: jax.Array, own_keys: jax.Array, own_values: jax.Array,
-    seen: Seen, prefix_attention: str = "auto",
+    seen: ChainMask, prefix_attention: str = "auto",
 ) -> jax.Array:  # fmt: skip
     """One layer's attention of chains.
 
@@ -53,7 +55,7 @@ def attend_chains(
 
 def attend_cache(
     queries: jax.Array, cache_keys: jax.Array, cache_values: jax.Array, layer: jax.Array, own_keys: jax.Array,
-    own_values: jax.Array, seen: Seen, key_block: int,
+    own_values: jax.Array, seen: ChainMask, key_block: int,
 ) -> jax.Array:  # fmt: skip
     """`attend_chains` against one layer of a cache that is read in place: only the blocks that are seen are touched.
 
@@ -79,7 +81,7 @@ def attend_cache(
     return _from_query_rows(_finish(sums, own_values.dtype), queries)
 
 
-def _query_rows(queries: jax.Array, groups: int, seen: Seen) -> tuple[jax.Array, Seen]:
+def _query_rows(queries: jax.Array, groups: int, seen: ChainMask) -> tuple[jax.Array, ChainMask]:
     """Queries [B, R, J, C, G * M, H] -> scaled rows [B, G, R, J, X, H], and what each of them sees."""
     heads, width = queries.shape[-2:]
     rows = split_heads(queries * width**-0.5, groups).transpose(0, 4, 1, 2, 5, 3, 6)  # [B, G, R, J, M, C, H]
@@ -101,7 +103,7 @@ def to_chain_layout(x: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
     prefix_attention: str, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own_values: jax.Array,
-    seen: Seen,
+    seen: ChainMask,
 ):  # fmt: skip
     """q [B, G, R, J, X, H] scaled; keys, values [B, G, P, H]; own [B, G, R, J, E, H] -> context like q."""
     return _forward(prefix_attention, q, keys, values, own_keys, own_values, seen)[0]
@@ -123,12 +125,12 @@ def _backward(prefix_attention: str, saved: tuple, gradient: jax.Array) -> tuple
 _attention.defvjp(_forward, _backward)
 
 
-def _arguments(seen: Seen) -> tuple[Any, ...]:
+def _arguments(seen: ChainMask) -> tuple[Any, ...]:
     """Logical axes of the arguments of `_attention`."""
     positions: Any = ("batch", None) if seen.positions.ndim == 2 else ()
     axes: Any = {"mask": ("batch", None), "positions": positions, "offsets": ("query_rows",), "window": ()}
     axes["first"] = None if seen.first is None else ("batch", None)
-    return _QUERIES, _KEYS, _KEYS, _OWN_KEYS, _OWN_KEYS, Seen(**axes)
+    return _QUERIES, _KEYS, _KEYS, _OWN_KEYS, _OWN_KEYS, ChainMask(**axes)
 
 
 def _choose(
@@ -142,17 +144,17 @@ def _choose(
 
 def _attend(
     prefix_attention: str, _: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array,
-    own_values: jax.Array, seen: Seen,
+    own_values: jax.Array, seen: ChainMask,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(context like q, log-sum-exp [B, G, R, J, X, 1])."""
-    add = _choose(prefix_attention, prefix_blocks.add_prefix, prefix_tpu.add_prefix, prefix_gpu.add_prefix)
+    add = _choose(prefix_attention, prefix_xla.prefix_fwd, prefix_mosaic.prefix_fwd, prefix_triton.prefix_fwd)
     sums = add(q, keys, values, seen, _own_sums(q, own_keys, own_values, seen))
     return _finish(sums, own_values.dtype), sums.peak + jnp.log(sums.total)
 
 
 def _gradients(
     prefix_attention: str, add_up: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array,
-    own_values: jax.Array, seen: Seen, context: jax.Array, log_total: jax.Array, gradient: jax.Array,
+    own_values: jax.Array, seen: ChainMask, context: jax.Array, log_total: jax.Array, gradient: jax.Array,
 ) -> tuple:  # fmt: skip
     """Of q, keys, values, own_keys and own_values."""
     mean = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-1, keepdims=True)
@@ -162,7 +164,7 @@ def _gradients(
     to_own = dot("bgrjxe,bgrjxh->bgrjeh", to_scores, q), dot("bgrjxe,bgrjxh->bgrjeh", weights, gradient)
     to_q = dot("bgrjxe,bgrjeh->bgrjxh", to_scores, own_keys)
     through_prefix = _choose(
-        prefix_attention, prefix_blocks.prefix_gradients, prefix_tpu.prefix_gradients, prefix_gpu.prefix_gradients
+        prefix_attention, prefix_xla.prefix_bwd, prefix_mosaic.prefix_bwd, prefix_triton.prefix_bwd
     )
     from_prefix, *to_prefix = through_prefix(q, keys, values, seen, log_total, mean, gradient)
     # Devices that hold query heads of the same key/value heads.
@@ -170,12 +172,12 @@ def _gradients(
     return tuple(x.astype(q.dtype) for x in (to_q + from_prefix, *to_keys))
 
 
-def _own_scores(q: jax.Array, own_keys: jax.Array, seen: Seen) -> jax.Array:
+def _own_scores(q: jax.Array, own_keys: jax.Array, seen: ChainMask) -> jax.Array:
     scores = dot("bgrjxh,bgrjeh->bgrjxe", q, own_keys)
     return jnp.where(own_visible(seen, own_keys.shape[4]), scores, MASKED)
 
 
-def _own_sums(q: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: Seen) -> Sums:
+def _own_sums(q: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: ChainMask) -> Sums:
     """The softmax over the chain itself. Its peak is finite: every token sees itself."""
     scores = _own_scores(q, own_keys, seen)
     peak = scores.max(axis=-1, keepdims=True)

@@ -1,10 +1,10 @@
 """The prefix part of chain attention as Pallas kernels for NVIDIA GPUs, compiled by Triton.
 
-`add_prefix` and `prefix_gradients` compute what those of `thoughts/prefix_blocks.py` do, over the rows and blocks of
-`thoughts/prefix_rows.py`: blocks of keys that no row of a block sees are neither read nor computed. A program sums over
+`prefix_fwd` and `prefix_bwd` compute what those of `prefix_xla` do, over the rows and blocks of
+`kernel_common`: blocks of keys that no row of a block sees are neither read nor computed. A program sums over
 keys for its own rows, or over rows for its own keys, so that nothing is added atomically and results repeat. Products
 are of the compute dtype, on tensor cores (float32 as XLA's own products: `jax.default_matmul_precision`); scores and
-sums are float32. Axis letters as in `thoughts/prefix_rows.py`.
+sums are float32. Axis letters as in `kernel_common`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from jax.experimental import pallas as pl
 
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.models.attention import MASKED
-from quietstar_jax.thoughts import prefix_rows
-from quietstar_jax.thoughts.prefix_blocks import Sums, through_softmax
-from quietstar_jax.thoughts.prefix_rows import Range, bounds, dot, pad, pad_axis
-from quietstar_jax.thoughts.seen import Seen
+from quietstar_jax.thoughts.attention import kernel_common as kernel_common
+from quietstar_jax.thoughts.attention.kernel_common import Range, bounds, dot, pad, pad_axis
+from quietstar_jax.thoughts.attention.mask import ChainMask
+from quietstar_jax.thoughts.attention.prefix_xla import Sums, through_softmax
 
 
 class Blocks(NamedTuple):
@@ -46,24 +46,24 @@ STAGES = 2
 LEAST = 16  # numbers along each axis of a product
 
 
-def add_prefix(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, own: Sums, *, interpret: bool = False
+def prefix_fwd(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums, *, interpret: bool = False
 ) -> Sums:
-    """As `prefix_blocks.add_prefix`; `interpret` runs the kernel on any device.
+    """As `prefix_xla.prefix_fwd`; `interpret` runs the kernel on any device.
 
     Raises:
       ConfigError: heads are wider than the kernels' blocks.
     """
-    return prefix_rows.add_prefix(functools.partial(forward, interpret=interpret), q, keys, values, seen, own)
+    return kernel_common.prefix_fwd(functools.partial(forward, interpret=interpret), q, keys, values, seen, own)
 
 
-def prefix_gradients(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, log_total: jax.Array, mean: jax.Array,
+def prefix_bwd(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, log_total: jax.Array, mean: jax.Array,
     gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """As `prefix_blocks.prefix_gradients`."""
+    """As `prefix_xla.prefix_bwd`."""
     kernels = functools.partial(backward, interpret=interpret)
-    return prefix_rows.prefix_gradients(kernels, q, keys, values, seen, log_total, mean, gradient)
+    return kernel_common.prefix_bwd(kernels, q, keys, values, seen, log_total, mean, gradient)
 
 
 def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, interpret: bool = False) -> Sums:

@@ -1,6 +1,6 @@
 """The prefix part of chain attention, a block of keys at a time with a running maximum and sum.
 
-Axis letters as in `thoughts/attention.py`.
+Axis letters as in `thoughts/attention/chain_attention.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.models.attention import MASKED
-from quietstar_jax.thoughts.seen import Seen, prefix_visible
+from quietstar_jax.thoughts.attention.mask import ChainMask, prefix_visible
 
 KEY_BLOCK = 64  # prefix keys at once
 
@@ -32,14 +32,14 @@ class Sums(NamedTuple):
     context: jax.Array
 
 
-def add_prefix(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, own: Sums) -> Sums:
+def prefix_fwd(q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums) -> Sums:
     """Sums over chain and prefix: q [B, G, R, J, X, H] scaled; keys, values [B, G, P, H]; own sums of the chain."""
     width = min(KEY_BLOCK, keys.shape[2])
     return add_blocks(q, seen, own, width, lambda start: (_cut(keys, start, width), _cut(values, start, width)))
 
 
-def add_blocks(q: jax.Array, seen: Seen, own: Sums, width: int, cut: Cut) -> Sums:
-    """`add_prefix`, where keys and values are read by `cut`: from the first of `width` to their [B, G, width, H]."""
+def add_blocks(q: jax.Array, seen: ChainMask, own: Sums, width: int, cut: Cut) -> Sums:
+    """`prefix_fwd`, where keys and values are read by `cut`: from the first of `width` to their [B, G, width, H]."""
 
     def block(i: jax.Array, sums: Sums) -> Sums:
         start, visible = _block(i, width, seen)
@@ -56,8 +56,8 @@ def add_blocks(q: jax.Array, seen: Seen, own: Sums, width: int, cut: Cut) -> Sum
     return jax.lax.fori_loop(*_blocks(seen, width), block, own)
 
 
-def prefix_gradients(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, log_total: jax.Array, mean: jax.Array,
+def prefix_bwd(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, log_total: jax.Array, mean: jax.Array,
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """What the prefix adds to the gradients of queries, keys and values, float32, from scores computed again.
@@ -97,7 +97,7 @@ def dot(equation: str, *operands: Any) -> jax.Array:
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
-def _blocks(seen: Seen, width: int) -> tuple[jax.Array, jax.Array]:
+def _blocks(seen: ChainMask, width: int) -> tuple[jax.Array, jax.Array]:
     """Numbers of the first block of `width` prefix keys that a chain sees, and of one past the last."""
     first = jnp.maximum(seen.positions.min() + seen.offsets.min() + 2 - seen.window, 0)
     if seen.first is not None:
@@ -106,7 +106,7 @@ def _blocks(seen: Seen, width: int) -> tuple[jax.Array, jax.Array]:
     return first // width, (end + width - 1) // width
 
 
-def _block(i: jax.Array, width: int, seen: Seen) -> tuple[jax.Array, jax.Array]:
+def _block(i: jax.Array, width: int, seen: ChainMask) -> tuple[jax.Array, jax.Array]:
     """The first key of block i, and which of its keys a query row sees, [B, 1, 1, J, X, width].
 
     The last block begins earlier where the text is no multiple of the width.

@@ -1,7 +1,7 @@
 """The prefix part of chain attention as Pallas kernels for TPU: scores of a block never leave the chip's fast memory.
 
-`add_prefix` and `prefix_gradients` compute what those of `thoughts/prefix_blocks.py` do, over the rows and blocks of
-`thoughts/prefix_rows.py`: blocks of keys that no row of a block sees are not computed. Axis letters as there; scores
+`prefix_fwd` and `prefix_bwd` compute what those of `prefix_xla` do, over the rows and blocks of
+`kernel_common`: blocks of keys that no row of a block sees are not computed. Axis letters as there; scores
 and sums are float32.
 """
 
@@ -16,28 +16,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from quietstar_jax.models.attention import MASKED
-from quietstar_jax.thoughts import prefix_rows
-from quietstar_jax.thoughts.prefix_blocks import Sums
-from quietstar_jax.thoughts.prefix_rows import Range, bounds, dot, pad, pad_axis
-from quietstar_jax.thoughts.seen import Seen
+from quietstar_jax.thoughts.attention import kernel_common as kernel_common
+from quietstar_jax.thoughts.attention.kernel_common import Range, bounds, dot, pad, pad_axis
+from quietstar_jax.thoughts.attention.mask import ChainMask
+from quietstar_jax.thoughts.attention.prefix_xla import Sums
 
 ROW_BLOCK, KEY_BLOCK = 256, 128
 
 
-def add_prefix(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, own: Sums, *, interpret: bool = False
+def prefix_fwd(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums, *, interpret: bool = False
 ) -> Sums:
-    """As `prefix_blocks.add_prefix`; `interpret` runs the kernel on any device."""
-    return prefix_rows.add_prefix(functools.partial(forward, interpret=interpret), q, keys, values, seen, own)
+    """As `prefix_xla.prefix_fwd`; `interpret` runs the kernel on any device."""
+    return kernel_common.prefix_fwd(functools.partial(forward, interpret=interpret), q, keys, values, seen, own)
 
 
-def prefix_gradients(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, log_total: jax.Array, mean: jax.Array,
+def prefix_bwd(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, log_total: jax.Array, mean: jax.Array,
     gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """As `prefix_blocks.prefix_gradients`."""
+    """As `prefix_xla.prefix_bwd`."""
     kernels = functools.partial(backward, interpret=interpret)
-    return prefix_rows.prefix_gradients(kernels, q, keys, values, seen, log_total, mean, gradient)
+    return kernel_common.prefix_bwd(kernels, q, keys, values, seen, log_total, mean, gradient)
 
 
 def forward(

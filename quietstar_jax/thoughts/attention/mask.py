@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Seen(NamedTuple):
+class ChainMask(NamedTuple):
     """What decides which keys a chain token sees.
 
     Attributes:
@@ -26,7 +26,7 @@ class Seen(NamedTuple):
     first: jax.Array | None = None
 
 
-def prefix_visible(seen: Seen, keys: jax.Array) -> jax.Array:
+def prefix_visible(seen: ChainMask, keys: jax.Array) -> jax.Array:
     """Which of the prefix keys with numbers `keys` [N] a chain token sees: [B, J, C, N] bool."""
     position = seen.positions[..., None, None]
     query = position + 1 + seen.offsets[:, None]
@@ -36,7 +36,7 @@ def prefix_visible(seen: Seen, keys: jax.Array) -> jax.Array:
     return seen.mask[:, keys][:, None, None, :] & visible
 
 
-def own_visible(seen: Seen, length: int) -> jax.Array:
+def own_visible(seen: ChainMask, length: int) -> jax.Array:
     """Which token of its own chain (of `length` tokens) a chain token sees: [C, length] bool."""
     distance = seen.offsets[:, None] - jnp.arange(length)[None, :]
     return (distance >= 0) & (distance < seen.window)

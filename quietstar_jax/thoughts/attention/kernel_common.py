@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.thoughts.prefix_blocks import Sums
-from quietstar_jax.thoughts.seen import Seen
+from quietstar_jax.thoughts.attention.mask import ChainMask
+from quietstar_jax.thoughts.attention.prefix_xla import Sums
 
 
 class Range(NamedTuple):
@@ -30,10 +30,10 @@ class Range(NamedTuple):
     mask: jax.Array
 
 
-def add_prefix(
-    forward: Callable[..., Sums], q: jax.Array, keys: jax.Array, values: jax.Array, seen: Seen, own: Sums
+def prefix_fwd(
+    forward: Callable[..., Sums], q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums
 ) -> Sums:
-    """As `prefix_blocks.add_prefix`, where `forward(rows [B, G, N, H], keys, values, Range)` sums over the prefix."""
+    """As `prefix_xla.prefix_fwd`, where `forward(rows [B, G, N, H], keys, values, Range)` sums over the prefix."""
     found = forward(_as_rows(q), keys, values, _range(q, seen))
     prefix = Sums(*(x.reshape(mine.shape) for x, mine in zip(found, own, strict=True)))
     higher = jnp.maximum(own.peak, prefix.peak)
@@ -41,11 +41,11 @@ def add_prefix(
     return Sums(higher, own.total * kept + prefix.total * added, own.context * kept + prefix.context * added)
 
 
-def prefix_gradients(
+def prefix_bwd(
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]], q: jax.Array, keys: jax.Array, values: jax.Array,
-    seen: Seen, log_total: jax.Array, mean: jax.Array, gradient: jax.Array,
+    seen: ChainMask, log_total: jax.Array, mean: jax.Array, gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """As `prefix_blocks.prefix_gradients`, where `backward(rows, keys, values, Range, log_total, mean, gradient)` gives
+    """As `prefix_xla.prefix_bwd`, where `backward(rows, keys, values, Range, log_total, mean, gradient)` gives
     those of rows, keys and values, the last three of its arguments as rows too."""
     rows = (_as_rows(x) for x in (log_total, mean, gradient))
     to_q, to_keys, to_values = backward(_as_rows(q), keys, values, _range(q, seen), *rows)
@@ -92,7 +92,7 @@ def _as_rows(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _range(q: jax.Array, seen: Seen) -> Range:
+def _range(q: jax.Array, seen: ChainMask) -> Range:
     """Which prefix keys every row of q [B, G, R, J, X, H] sees."""
     batch, _, count, chunk, rows, _ = q.shape
     position = jnp.broadcast_to(seen.positions[..., None, :, None], (batch, count, chunk, rows))
