@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.command import run
-from quietstar_jax.config import Architecture, ThoughtConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.generation.cache import append, cached_pass
 from quietstar_jax.generation.engine import Engine, Request
 from quietstar_jax.generation.sampling import Sampling

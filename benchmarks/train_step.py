@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.command import matmul_rate, run
-from quietstar_jax.config import Architecture, Config, DataConfig, ModelConfig, Phase, RateScales, ThoughtConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config, DataConfig, ModelConfig, Phase, RateScales, ThoughtConfig
 from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.thoughts.chunks import positions_per_chunk
 from quietstar_jax.thoughts.flops import step_flops

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from quietstar_jax.config import Architecture, MeshConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import MeshConfig
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.models.parameters import Structure, assemble

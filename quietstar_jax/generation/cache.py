@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.decoder import Decoder, KeyValues, run_layers
 from quietstar_jax.thoughts.attention.chain_attention import attend_cache, to_chain_layout
 from quietstar_jax.thoughts.attention.mask import ChainMask

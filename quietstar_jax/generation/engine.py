@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.generation.cache import empty_cache
 from quietstar_jax.generation.sampling import Sampling
 from quietstar_jax.generation.steps import Emitted, Knobs, Plan, State, generate_tokens, read_prompt

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import CheckpointError, short
 from quietstar_jax.hf.canonical import LM_HEAD
 from quietstar_jax.hf.files import listing

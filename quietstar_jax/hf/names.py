@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.families import FAMILIES
 
 Shape = tuple[int, ...]

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf.canonical import EMBEDDING, LM_HEAD

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.models import rope
 from quietstar_jax.models.attention import ATTENTION, attend, causal_mask
 from quietstar_jax.models.layer_scan import scan_layers

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quietstar_jax.config import Architecture, RopeScaling
+from quietstar_jax.architecture import Architecture, RopeScaling
 from quietstar_jax.errors import ConfigError, short
 from quietstar_jax.settings import differences, from_mapping, to_mapping
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 
 
 def frequencies(architecture: Architecture) -> tuple[np.ndarray, float]:

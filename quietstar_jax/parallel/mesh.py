@@ -11,7 +11,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from quietstar_jax.config import PREFIX_ATTENTION, Architecture, Config, MeshConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import PREFIX_ATTENTION, Config, MeshConfig
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.parallel.axes import MESH_AXES
 

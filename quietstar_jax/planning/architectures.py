@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quietstar_jax.config import Architecture, ModelConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import ModelConfig
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf.files import read_json
 from quietstar_jax.models.families import architecture_from_hf

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from quietstar_jax.config import Architecture, Config, Phase
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config, Phase
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.generation.cache import empty_cache
 from quietstar_jax.generation.engine import Engine

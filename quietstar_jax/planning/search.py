@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from quietstar_jax.config import Architecture, Config, Phase
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config, Phase
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.planning.plan import plan
 from quietstar_jax.planning.programs import VOCABULARY, chunk_sizes, find_phase, passes, plan_mesh, with_mesh

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.parallel.axes import constrain_tree, shard, ways
 from quietstar_jax.thoughts.attention.prefix_xla import KEY_BLOCK
 from quietstar_jax.thoughts.settings import ThoughtSettings

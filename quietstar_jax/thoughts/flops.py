@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from quietstar_jax.config import Architecture, Config, Phase, RateScales
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config, Phase, RateScales
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 EVERYTHING_LEARNS = RateScales()

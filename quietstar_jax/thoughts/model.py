@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.parameters import parameter, zeros
 from quietstar_jax.thoughts.mixing import MixingHead

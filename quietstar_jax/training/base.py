@@ -10,7 +10,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Sharding
 
-from quietstar_jax.config import Architecture, Config, ModelConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config, ModelConfig
 from quietstar_jax.data.fingerprint import fingerprint
 from quietstar_jax.data.sources.files import one_file
 from quietstar_jax.data.tokenization import Tokenizer

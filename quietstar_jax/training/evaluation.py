@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quietstar_jax.config import Architecture, Config
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.parallel.layout import row_ways

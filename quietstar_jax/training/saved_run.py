@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from quietstar_jax.config import Architecture, Config
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.hf.names import Shape, Target

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from quietstar_jax.config import Architecture, Config
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config
 from quietstar_jax.data.pipeline import check_vocabulary
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import ConfigError

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from quietstar_jax.config import Architecture, Config, Phase
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config, Phase
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.axes import constrain, constrain_tree, shard, spread_rows
 from quietstar_jax.parallel.layout import place_rows, specs_like_parameters

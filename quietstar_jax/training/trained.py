@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from quietstar_jax.config import Architecture, Config, ModelConfig, ThoughtConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config, ModelConfig, ThoughtConfig
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf.canonical import EMBEDDING, LM_HEAD

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.hf.names import decoder_entries
 from tests.hf.checkpoints import TINY, write

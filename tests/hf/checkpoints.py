@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import CheckpointError
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.hf.load import load_decoder

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.hf.load import build, load_decoder, load_parameters
 from quietstar_jax.hf.names import collect, decoder_entries, parameter_shapes, quietstar_entries, to_ours, to_theirs

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from quietstar_jax.config import Architecture, CheckpointConfig, Config
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import CheckpointConfig, Config
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf import save as hf_save
@@ -303,7 +304,8 @@ def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
 KILLED = """
 import sys, numpy as np
 from pathlib import Path
-from quietstar_jax.config import Architecture, CheckpointConfig, Config
+from quietstar_jax.config import CheckpointConfig, Config
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.hf.save import ExportOptions, Thoughts, save
 from quietstar_jax.hf.names import parameter_shapes, quietstar_entries

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import UserError
 from quietstar_jax.hf.canonical import WRAPPERS
 from quietstar_jax.hf.files import open_checkpoint

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quietstar_jax.config import Architecture, RopeScaling
+from quietstar_jax.architecture import Architecture, RopeScaling
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.models.families import FAMILIES, THEIR_FIELDS, architecture_from_hf, architecture_to_hf, canonical
 

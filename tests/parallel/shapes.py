@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from quietstar_jax.config import Architecture, Config, DataConfig, MeshConfig, ModelConfig, Phase, ThoughtConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Phase, ThoughtConfig
 from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.parallel.layout import on_mesh
 from quietstar_jax.parallel.mesh import make_mesh

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from quietstar_jax.config import Architecture, Config, MeshConfig, Phase
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config, MeshConfig, Phase
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.parallel.axes import constrain, partition_spec
 from quietstar_jax.parallel.layout import Reader, specs_like_parameters

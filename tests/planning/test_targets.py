@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from quietstar_jax.config import Architecture, ModelConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import ModelConfig
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.planning import targets
 from quietstar_jax.planning.architectures import KNOWN, planned_architecture

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quietstar_jax.config import Architecture, ThoughtConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.models.parameters import named_parameters
 from quietstar_jax.thoughts.model import QuietStar, fresh
 from quietstar_jax.thoughts.sample import Thoughts

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 Params = Mapping[str, jax.Array]

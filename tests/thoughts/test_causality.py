@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.config import CONTROLS, Architecture, ThoughtConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import CONTROLS, ThoughtConfig
 from quietstar_jax.thoughts import controls
 from quietstar_jax.thoughts.model import fresh
 from quietstar_jax.thoughts.positions import at_positions, choose

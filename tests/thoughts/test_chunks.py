@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from quietstar_jax.config import Architecture, ThoughtConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.parallel.axes import MESH_AXES
 from quietstar_jax.thoughts.chunks import (
     map_chunks,

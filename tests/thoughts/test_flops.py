@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from quietstar_jax.config import CONTROLS, Architecture, Config, Phase, RateScales, ThoughtConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import CONTROLS, Config, Phase, RateScales, ThoughtConfig
 from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.thoughts.flops import Flops, decoder_flops, step_flops
 from quietstar_jax.thoughts.model import fresh

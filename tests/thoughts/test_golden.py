@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.config import Architecture, ThoughtConfig
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.hf.names import Entry, parameter_shapes, quietstar_entries, to_ours
 from quietstar_jax.models.parameters import assemble, disassemble
 from quietstar_jax.thoughts.loss import quiet_star_loss

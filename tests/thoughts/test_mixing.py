@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.thoughts.mixing import MixingHead, mix_hidden_states, mix_log_probabilities, mixing_weight
 

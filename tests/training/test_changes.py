@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.config import Architecture, Config
+from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import Config
 from quietstar_jax.data.pipeline import training_sequences
 from quietstar_jax.data.preparation import prepare as prepare_text
 from quietstar_jax.data.tokenization import load_tokenizer

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.config import Architecture
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import CheckpointError, ConfigError, UserError
 from quietstar_jax.hf.save import ExportOptions
 from quietstar_jax.models.parameters import assemble
