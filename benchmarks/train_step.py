@@ -23,7 +23,8 @@ from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.thoughts.chunks import positions_per_chunk
 from quietstar_jax.thoughts.flops import step_flops
 from quietstar_jax.thoughts.model import fresh
-from quietstar_jax.training.step import Batch, Vocabulary, initial_state, make_train_step, phase_settings
+from quietstar_jax.thoughts.settings import Vocabulary
+from quietstar_jax.training.step import Batch, initial_state, make_train_step, phase_settings
 
 
 @dataclasses.dataclass(frozen=True)

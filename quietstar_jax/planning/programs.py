@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.generation.cache import empty_cache
@@ -23,10 +24,10 @@ from quietstar_jax.planning.architectures import planned_architecture
 from quietstar_jax.planning.targets import Target
 from quietstar_jax.thoughts.chunks import positions_per_chunk, sampled_positions_per_chunk
 from quietstar_jax.thoughts.flops import Flops, decoder_flops, step_flops
-from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.training.evaluation import evaluation_settings
 from quietstar_jax.training.setup import abstract_state, abstract_structure, check_length
-from quietstar_jax.training.step import Batch, TrainState, Vocabulary, compile_train_step, phase_settings
+from quietstar_jax.training.step import Batch, compile_train_step, phase_settings
 
 # Which ids these are changes neither memory nor time.
 VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(1, 2), start_tokens=(1,), end_tokens=(2,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -59,3 +60,22 @@ class ThoughtSettings:
     def dtype(self) -> jnp.dtype:
         """The compute dtype."""
         return jnp.dtype(self.compute_dtype)
+
+
+class Vocabulary(NamedTuple):
+    """What the objective must know of the tokenizer.
+
+    Attributes:
+      pad_id: fills short sequences; meta_tokens: no thought may contain them.
+      start_tokens, end_tokens: whose mean embeddings the thought's start and end begin as; none where the weights that
+        training starts from have learned these two already.
+      pause_id: fills thoughts under the control `pause`.
+      unused: ids of the model that are no token, see `hf.vocabulary.unused_ids`; no thought may contain them either.
+    """
+
+    pad_id: int
+    meta_tokens: tuple[int, ...]
+    start_tokens: tuple[int, ...]
+    end_tokens: tuple[int, ...]
+    pause_id: int = 0
+    unused: tuple[int, ...] = ()

@@ -24,9 +24,10 @@ from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.thoughts.model import QuietStar, fresh, initialize
+from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training import manifest
 from quietstar_jax.training.saved_run import SavedRun, named_run, open_run, run_tokenizer
-from quietstar_jax.training.step import Vocabulary, initial_thought_embeddings
+from quietstar_jax.training.step import initial_thought_embeddings
 
 PUBLISHED_SCALE, PUBLISHED_MIXING = 100.0, "hidden_states"  # of checkpoints whose config.json does not say
 

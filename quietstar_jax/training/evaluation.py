@@ -19,9 +19,9 @@ from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk, sampl
 from quietstar_jax.thoughts.controls import draw_uniforms, think
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
-from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.thoughts.text import Text, entropy, here_and_ahead, read_text, real_ahead, tokens_ahead
-from quietstar_jax.training.step import Batch, Vocabulary, thought_settings, to_device
+from quietstar_jax.training.step import Batch, thought_settings, to_device
 
 DECILES = 10
 Scorer = Callable[..., "TokenScores"]  # (params, batch, key = None); see `make_token_scorer`

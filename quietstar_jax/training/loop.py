@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
 from quietstar_jax.data.unknown import SETTING, check_known
@@ -29,7 +30,7 @@ from quietstar_jax.training.evaluation import evaluation_settings, make_token_sc
 from quietstar_jax.training.metrics import MetricsWriter
 from quietstar_jax.training.resume import check_position, check_same_run, check_same_sources, saved_record
 from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare, start_optimizer
-from quietstar_jax.training.step import Batch, TrainState, TrainStep, compile_train_step
+from quietstar_jax.training.step import Batch, TrainStep, compile_train_step
 from quietstar_jax.training.summary import config_hash, most_helpful_thoughts
 from quietstar_jax.training.workdir import Workdir, open_workdir
 

@@ -22,8 +22,8 @@ from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.hf.names import Shape, Target
 from quietstar_jax.io import folder_to_read
 from quietstar_jax.settings import from_mapping
+from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training import manifest
-from quietstar_jax.training.step import Vocabulary
 from quietstar_jax.training.steps import absolute, saved_steps, whole_step
 from quietstar_jax.training.stored_arrays import UNREADABLE, first_line, open_arrays
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
 from quietstar_jax.data.pipeline import check_vocabulary
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
@@ -22,6 +23,7 @@ from quietstar_jax.parallel.layout import on_mesh
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
 from quietstar_jax.settings import from_mapping, to_mapping
 from quietstar_jax.thoughts.model import fresh
+from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.base import (
     Base,
     base_architecture,
@@ -33,7 +35,7 @@ from quietstar_jax.training.base import (
     open_base,
 )
 from quietstar_jax.training.resume import resumed_tokenizer, same_base, tokenizer_source
-from quietstar_jax.training.step import TrainState, Vocabulary, initial_state, state_specs
+from quietstar_jax.training.step import initial_state, state_specs
 
 
 @dataclass(frozen=True)

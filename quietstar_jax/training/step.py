@@ -12,6 +12,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.axes import constrain, constrain_tree, shard, spread_rows
@@ -23,23 +24,9 @@ from quietstar_jax.thoughts.model import QuietStar, mean_embedding
 from quietstar_jax.thoughts.objective import Counts, count_targets
 from quietstar_jax.thoughts.positions import at_positions, choose, count_chosen
 from quietstar_jax.thoughts.sample import Thoughts
-from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.thoughts.text import Text
 from quietstar_jax.training.optimizer import apply_updates, learning_rate, make_optimizer, rate_scale
-
-
-class TrainState(NamedTuple):
-    """Everything that changes from step to step.
-
-    Attributes:
-      step: scalar int32, optimizer steps done in all phases.
-      params: float32 master weights under their dotted paths.
-      opt_state: of `make_optimizer`.
-    """
-
-    step: jax.Array
-    params: dict[str, jax.Array]
-    opt_state: Any
 
 
 class Batch(NamedTuple):
@@ -84,25 +71,6 @@ def draw(
 def to_device(rows: Mapping[str, np.ndarray]) -> Batch:
     """A whole batch of the data pipeline, moved to the device or dealt out over the mesh."""
     return Batch(**jax.tree.map(place_rows, dict(rows)))
-
-
-class Vocabulary(NamedTuple):
-    """What the objective must know of the tokenizer.
-
-    Attributes:
-      pad_id: fills short sequences; meta_tokens: no thought may contain them.
-      start_tokens, end_tokens: whose mean embeddings the thought's start and end begin as; none where the weights that
-        training starts from have learned these two already.
-      pause_id: fills thoughts under the control `pause`.
-      unused: ids of the model that are no token, see `hf.vocabulary.unused_ids`; no thought may contain them either.
-    """
-
-    pad_id: int
-    meta_tokens: tuple[int, ...]
-    start_tokens: tuple[int, ...]
-    end_tokens: tuple[int, ...]
-    pause_id: int = 0
-    unused: tuple[int, ...] = ()
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]

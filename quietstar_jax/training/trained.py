@@ -30,11 +30,11 @@ from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import Structure
 from quietstar_jax.parallel.mesh import check_kernels
 from quietstar_jax.settings import from_mapping, to_mapping
-from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.training.base import PUBLISHED_MIXING, PUBLISHED_SCALE, can_think
 from quietstar_jax.training.saved_run import SavedRun, is_run, open_run, run_tokenizer
 from quietstar_jax.training.setup import abstract_params
-from quietstar_jax.training.step import Vocabulary, thought_settings
+from quietstar_jax.training.step import thought_settings
 
 DTYPES = ("float32", "bfloat16")
 PUBLISHED_LENGTH = 9  # T of checkpoints whose config.json does not say: the paper's main setting

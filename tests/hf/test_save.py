@@ -22,6 +22,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import CheckpointConfig, Config
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError
@@ -33,11 +34,11 @@ from quietstar_jax.hf.vocabulary import add_tokens
 from quietstar_jax.io import new_folder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.settings import to_mapping
+from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training import checkpoints as checkpoints_module
 from quietstar_jax.training.base import load_thinking
 from quietstar_jax.training.checkpoints import Checkpoints
 from quietstar_jax.training.export import export
-from quietstar_jax.training.step import TrainState, Vocabulary
 from tests.hf.checkpoints import TINY
 from tests.hf.runs import END, START, start_run, write_tokenizer
 from tests.models.test_parity import VARIANTS, VOCAB, batch, our_logits, random_model, their_logits

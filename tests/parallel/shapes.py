@@ -18,8 +18,9 @@ from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.parallel.layout import on_mesh
 from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.thoughts import text
+from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches
-from quietstar_jax.training.step import Vocabulary, compile_train_step, initial_state, state_specs, to_device
+from quietstar_jax.training.step import compile_train_step, initial_state, state_specs, to_device
 from tests.thoughts.cases import random_model, worst_errors
 
 ROWS, LENGTH = 16, 12

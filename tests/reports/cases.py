@@ -17,9 +17,8 @@ from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.reports.checkpoint_page import Observed
 from quietstar_jax.reports.observe import LIKELIEST, Observation, Window
 from quietstar_jax.thoughts.model import fresh
-from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.training.setup import abstract_structure
-from quietstar_jax.training.step import Vocabulary
 from quietstar_jax.training.trained import TrainedModel
 
 NASTY = "a </script><b>x</b> &amp;\n\n\té€ <!-- 😀 \x01\u202e"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
 from quietstar_jax.data.pipeline import training_sequences
 from quietstar_jax.data.preparation import prepare as prepare_text
@@ -26,7 +27,6 @@ from quietstar_jax.training.loop import resume_or_start
 from quietstar_jax.training.resume import MOST_LINES, saved_record
 from quietstar_jax.training.saved_run import open_run
 from quietstar_jax.training.setup import prepare
-from quietstar_jax.training.step import TrainState
 from tests.hf.runs import start_run, write_tokenizer
 from tests.models.test_parity import VOCAB, random_model
 from tests.training.saved import edit
