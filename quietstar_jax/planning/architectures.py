@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.checkpoint.run_checkpoint import is_run
 from quietstar_jax.config import ModelConfig
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf.files import read_json
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.settings import from_mapping
 from quietstar_jax.training.resume import saved_record
-from quietstar_jax.training.saved_run import is_run
 
 _LLAMA_3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

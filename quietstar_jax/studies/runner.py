@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quietstar_jax.checkpoint.steps import absolute, damage, saved_steps
 from quietstar_jax.config import Config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.io import locked, write_json
@@ -19,7 +20,6 @@ from quietstar_jax.settings import differences, from_mapping, to_mapping
 from quietstar_jax.studies.study import Study, command, configuration
 from quietstar_jax.training.metrics import read_metrics, write_metrics
 from quietstar_jax.training.resume import MEASUREMENT, THINKING, course_changes
-from quietstar_jax.training.steps import absolute, damage, saved_steps
 from quietstar_jax.training.summary import config_hash
 
 Say = Callable[[str], None]

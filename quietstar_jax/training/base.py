@@ -11,6 +11,8 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.checkpoint import manifest
+from quietstar_jax.checkpoint.run_checkpoint import SavedRun, named_run, open_run, run_tokenizer
 from quietstar_jax.config import Config, ModelConfig
 from quietstar_jax.data.fingerprint import fingerprint
 from quietstar_jax.data.sources.files import one_file
@@ -25,8 +27,6 @@ from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.thoughts.model import QuietStar, fresh, initialize
 from quietstar_jax.thoughts.settings import Vocabulary
-from quietstar_jax.training import manifest
-from quietstar_jax.training.saved_run import SavedRun, named_run, open_run, run_tokenizer
 from quietstar_jax.training.step import initial_thought_embeddings
 
 PUBLISHED_SCALE, PUBLISHED_MIXING = 100.0, "hidden_states"  # of checkpoints whose config.json does not say

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quietstar_jax.checkpoint.run_checkpoint import SavedRun, open_run, run_tokenizer
 from quietstar_jax.hf.save import ExportOptions, Thoughts, save
 from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
 from quietstar_jax.training.model_card import model_card
-from quietstar_jax.training.saved_run import SavedRun, open_run, run_tokenizer
 
 
 def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | None = None) -> SavedRun:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quietstar_jax.checkpoint.checkpoints import Checkpoints
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
@@ -25,7 +26,6 @@ from quietstar_jax.parallel.layout import Reader, find_reader
 from quietstar_jax.parallel.preemption import PreemptionNotice
 from quietstar_jax.signals import NAMES
 from quietstar_jax.training.answers import measure_answers
-from quietstar_jax.training.checkpoints import Checkpoints
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, summarize
 from quietstar_jax.training.metrics import MetricsWriter
 from quietstar_jax.training.resume import check_position, check_same_run, check_same_sources, saved_record

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quietstar_jax.checkpoint.run_checkpoint import SavedRun
 from quietstar_jax.config import Phase
 from quietstar_jax.hf.save import ExportOptions
 from quietstar_jax.io import read_json_lines
 from quietstar_jax.settings import to_mapping
-from quietstar_jax.training.saved_run import SavedRun
 
 MEASURED = {
     "loss_without_thoughts": "loss without thoughts (nats per token)",

@@ -11,14 +11,14 @@ from typing import Any
 
 from etils import epath
 
+from quietstar_jax.checkpoint import manifest
+from quietstar_jax.checkpoint.run_checkpoint import named_run
+from quietstar_jax.checkpoint.steps import saved_steps
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.io import AnyPath, folder_to_read, place
 from quietstar_jax.settings import differences, to_mapping
-from quietstar_jax.training import manifest
-from quietstar_jax.training.saved_run import named_run
-from quietstar_jax.training.steps import saved_steps
 
 # What changes nothing that a run computes; chunks, meshes, rematerialisation and kernels only through rounding.
 UNRELATED = ("config.workdir", "config.logging", "config.checkpoint", "config.data.workers", "config.data.data_dir",

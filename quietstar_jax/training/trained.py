@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.checkpoint.run_checkpoint import SavedRun, is_run, open_run, run_tokenizer
 from quietstar_jax.config import Config, ModelConfig, ThoughtConfig
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError
@@ -32,7 +33,6 @@ from quietstar_jax.parallel.mesh import check_kernels
 from quietstar_jax.settings import from_mapping, to_mapping
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.training.base import PUBLISHED_MIXING, PUBLISHED_SCALE, can_think
-from quietstar_jax.training.saved_run import SavedRun, is_run, open_run, run_tokenizer
 from quietstar_jax.training.setup import abstract_params
 from quietstar_jax.training.step import thought_settings
 

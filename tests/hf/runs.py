@@ -15,13 +15,13 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from quietstar_jax.checkpoint.checkpoints import Checkpoints
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import default_config, from_config_dict, phase
 from quietstar_jax.models.parameters import assemble
 from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.score import talk, think
 from quietstar_jax.thoughts.text import read_text
-from quietstar_jax.training.checkpoints import Checkpoints
 from quietstar_jax.training.evaluation import evaluation_settings
 from quietstar_jax.training.setup import Run, first_state, prepare
 

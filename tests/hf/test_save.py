@@ -22,6 +22,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.checkpoint import checkpoints as checkpoints_module
+from quietstar_jax.checkpoint.checkpoints import Checkpoints
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import CheckpointConfig, Config
 from quietstar_jax.data.tokenization import load_tokenizer
@@ -35,9 +37,7 @@ from quietstar_jax.io import new_folder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.settings import to_mapping
 from quietstar_jax.thoughts.settings import Vocabulary
-from quietstar_jax.training import checkpoints as checkpoints_module
 from quietstar_jax.training.base import load_thinking
-from quietstar_jax.training.checkpoints import Checkpoints
 from quietstar_jax.training.export import export
 from tests.hf.checkpoints import TINY
 from tests.hf.runs import END, START, start_run, write_tokenizer

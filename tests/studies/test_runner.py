@@ -16,13 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from quietstar_jax.checkpoint.run_checkpoint import open_run
 from quietstar_jax.studies import runner
 from quietstar_jax.studies.results import collect, read_results
 from quietstar_jax.studies.runner import plan, run_study
 from quietstar_jax.studies.study import Study
 from quietstar_jax.training.loop import train
 from quietstar_jax.training.metrics import read_metrics
-from quietstar_jax.training.saved_run import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from quietstar_jax.checkpoint.checkpoints import Checkpoints
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import CheckpointConfig
-from quietstar_jax.training.checkpoints import Checkpoints
 from quietstar_jax.training.setup import Run, abstract_state, prepare
 from tests.training.tiny import tiny_config
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.checkpoint.checkpoints import Checkpoints
+from quietstar_jax.checkpoint.run_checkpoint import open_run
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
 from quietstar_jax.data.pipeline import training_sequences
@@ -22,10 +24,8 @@ from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.planning.architectures import planned_architecture
 from quietstar_jax.settings import from_mapping
 from quietstar_jax.training.base import check_base
-from quietstar_jax.training.checkpoints import Checkpoints
 from quietstar_jax.training.loop import resume_or_start
 from quietstar_jax.training.resume import MOST_LINES, saved_record
-from quietstar_jax.training.saved_run import open_run
 from quietstar_jax.training.setup import prepare
 from tests.hf.runs import start_run, write_tokenizer
 from tests.models.test_parity import VOCAB, random_model

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from quietstar_jax.checkpoint import manifest, steps
+from quietstar_jax.checkpoint.run_checkpoint import open_run
 from quietstar_jax.errors import CheckpointError
-from quietstar_jax.training import manifest, steps
-from quietstar_jax.training.saved_run import open_run
 from tests.training.saved import SavedSteps
 
 FAULTS = ("flip", "truncate", "empty", "extend", "delete", "folder")

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from quietstar_jax.checkpoint.run_checkpoint import open_run
 from quietstar_jax.config import Config
 from quietstar_jax.errors import CheckpointError, DivergedError
 from quietstar_jax.hf.names import Target
 from quietstar_jax.settings import to_mapping
 from quietstar_jax.training.loop import train
 from quietstar_jax.training.resume import check_same_run, course_changes
-from quietstar_jax.training.saved_run import open_run
 from tests.training.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,14 +16,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from quietstar_jax.checkpoint import manifest
+from quietstar_jax.checkpoint.steps import absolute, damage, prune, remove_unfinished, saved_steps, say_once, set_aside
+from quietstar_jax.checkpoint.stored_arrays import UNREADABLE, first_line
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import CheckpointConfig
 from quietstar_jax.errors import CheckpointError, DivergedError, PreemptedError
 from quietstar_jax.io import disk_error
 from quietstar_jax.parallel.processes import any_process
-from quietstar_jax.training import manifest
-from quietstar_jax.training.steps import absolute, damage, prune, remove_unfinished, saved_steps, say_once, set_aside
-from quietstar_jax.training.stored_arrays import UNREADABLE, first_line
 
 ARRAYS, RECORDS = ("params", "opt_state"), ("data", "config", "progress")
 LARGE_BYTES = 2**26  # stacked layers beyond it are stored apart, so that an export need not hold them all

@@ -16,6 +16,9 @@ import numpy as np
 from etils import epath
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.checkpoint import manifest
+from quietstar_jax.checkpoint.steps import absolute, saved_steps, whole_step
+from quietstar_jax.checkpoint.stored_arrays import UNREADABLE, first_line, open_arrays
 from quietstar_jax.config import Config
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
@@ -23,9 +26,6 @@ from quietstar_jax.hf.names import Shape, Target
 from quietstar_jax.io import folder_to_read
 from quietstar_jax.settings import from_mapping
 from quietstar_jax.thoughts.settings import Vocabulary
-from quietstar_jax.training import manifest
-from quietstar_jax.training.steps import absolute, saved_steps, whole_step
-from quietstar_jax.training.stored_arrays import UNREADABLE, first_line, open_arrays
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
+from quietstar_jax.checkpoint import manifest
+from quietstar_jax.checkpoint.stored_arrays import unreadable
 from quietstar_jax.errors import CheckpointError
-from quietstar_jax.training import manifest
-from quietstar_jax.training.stored_arrays import unreadable
 
 REMOVED = ".removed"  # how the name of a step ends that is being removed
 _said: set[str] = set()
