@@ -29,7 +29,7 @@ from quietstar_jax.thoughts.settings import Vocabulary
 
 
 @dataclass(frozen=True)
-class SavedRun:
+class RunCheckpoint:
     """One checkpoint of a run, and the folder around it."""
 
     workdir: Path | epath.Path  # holds tokenizer/, metrics.jsonl and summary.json
@@ -95,7 +95,7 @@ class StoredParameters:
             raise CheckpointError(f"{self.folder}: parameter {path} cannot be read: {first_line(error)}") from error
 
 
-def open_run(checkpoint: Path, step: int | None = None) -> SavedRun:
+def open_run(checkpoint: Path, step: int | None = None) -> RunCheckpoint:
     """Opens a checkpoint, after a check of all files but the optimizer's; changes nothing in the folder.
 
     Args:
@@ -112,7 +112,7 @@ def open_run(checkpoint: Path, step: int | None = None) -> SavedRun:
     record_file = folder / str(step) / "config" / "metadata"
     try:
         record = json.loads(record_file.read_text("utf-8"))
-        return SavedRun(
+        return RunCheckpoint(
             workdir=folder.parent,
             step=step,
             config=from_mapping(Config, record["config"]),
@@ -150,7 +150,7 @@ def is_run(path: Path) -> bool:
     return path.is_dir() and not (path / "config.json").exists() and bool(saved_steps(absolute(path)))
 
 
-def run_tokenizer(run: SavedRun) -> Tokenizer:
+def run_tokenizer(run: RunCheckpoint) -> Tokenizer:
     """The tokenizer that a run keeps.
 
     Raises:

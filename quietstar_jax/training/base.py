@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint import manifest
-from quietstar_jax.checkpoint.run_checkpoint import SavedRun, named_run, open_run, run_tokenizer
+from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, named_run, open_run, run_tokenizer
 from quietstar_jax.config import Config, ModelConfig
 from quietstar_jax.data.fingerprint import fingerprint
 from quietstar_jax.data.sources.files import one_file
@@ -31,7 +31,7 @@ from quietstar_jax.training.step import initial_thought_embeddings
 
 PUBLISHED_SCALE, PUBLISHED_MIXING = 100.0, "hidden_states"  # of checkpoints whose config.json does not say
 
-Base = CheckpointFiles | SavedRun
+Base = CheckpointFiles | RunCheckpoint
 Shardings = Mapping[str, Sharding]
 
 
@@ -55,14 +55,14 @@ def open_base(model: ModelConfig) -> Base | None:
 
 def base_architecture(base: Base) -> Architecture:
     """Its shape."""
-    return base.architecture if isinstance(base, SavedRun) else architecture_from_hf(base.config, base.folder)
+    return base.architecture if isinstance(base, RunCheckpoint) else architecture_from_hf(base.config, base.folder)
 
 
 def base_record(base: Base | None) -> dict[str, Any]:
     """What a run keeps of its base, so that it can resume without it."""
     if base is None:
         return {"model_commit": "", "generation": {}, "base": {}}
-    if isinstance(base, SavedRun):
+    if isinstance(base, RunCheckpoint):
         folder = base.parameters.folder
         files = sorted(folder / name for name in manifest.files(folder))
         commit = base.model_commit
@@ -80,7 +80,7 @@ def base_vocabulary(base: Base | None) -> Mapping[str, Any]:
     """A config.json, as far as it says which ids are no token."""
     if base is None:
         return {}
-    return {UNUSED: base.vocabulary.unused} if isinstance(base, SavedRun) else base.config
+    return {UNUSED: base.vocabulary.unused} if isinstance(base, RunCheckpoint) else base.config
 
 
 def has_thought(base: Base | None) -> bool:
@@ -107,7 +107,7 @@ def check_base(base: Base | None, config: Config, tokenizer: Tokenizer, meta: tu
     Args:
       meta: ids of start and end token of a thought, where the tokenizer has them.
     """
-    if isinstance(base, SavedRun) and run_tokenizer(base).fingerprint() != tokenizer.fingerprint():
+    if isinstance(base, RunCheckpoint) and run_tokenizer(base).fingerprint() != tokenizer.fingerprint():
         raise ConfigError(
             f"config.data.tokenizer {config.data.tokenizer!r} is not the tokenizer of the run "
             f"{config.model.checkpoint}. Leave it empty: the run's own is then used."
@@ -126,7 +126,7 @@ def load_base(base: Base, architecture: Architecture, config: Config, vocabulary
       CheckpointError: a weight is missing or cannot be read.
     """
     scale = config.thought.embedding_scale
-    if isinstance(base, SavedRun):
+    if isinstance(base, RunCheckpoint):
         return _of_run(base, architecture, vocabulary, scale, shardings)
     if can_think(base):
         return disassemble(load_thinking(base, architecture, scale, shardings=shardings))[0]
@@ -143,7 +143,7 @@ def load_base(base: Base, architecture: Architecture, config: Config, vocabulary
 
 
 def _of_run(
-    run: SavedRun, architecture: Architecture, vocabulary: Vocabulary, embedding_scale: float, shardings: Shardings
+    run: RunCheckpoint, architecture: Architecture, vocabulary: Vocabulary, embedding_scale: float, shardings: Shardings
 ) -> dict[str, jax.Array]:
     shapes = jax.eval_shape(lambda: disassemble(fresh(architecture, [0], [0], 1.0, jax.random.key(0)))[0])
     abstract = {
@@ -186,7 +186,7 @@ def _rescaled(params: dict[str, jax.Array], theirs: float, ours: float) -> dict[
 
 def check_thoughts(base: Base, config: Config, meta: tuple[int | None, int | None]) -> None:
     """Raises ConfigError where a base has learned to think in another way than the run is configured for."""
-    if isinstance(base, SavedRun):
+    if isinstance(base, RunCheckpoint):
         source, mixing, ids = str(base.workdir), base.config.thought.mixing, list(base.vocabulary.meta_tokens) or None
     else:
         source, theirs = str(base.folder), base.config

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quietstar_jax.checkpoint.run_checkpoint import SavedRun, open_run, run_tokenizer
+from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, open_run, run_tokenizer
 from quietstar_jax.hf.save import ExportOptions, Thoughts, save
 from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
 from quietstar_jax.training.model_card import model_card
 
 
-def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | None = None) -> SavedRun:
+def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | None = None) -> RunCheckpoint:
     """Exports one checkpoint of a run; see `hf.save`.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quietstar_jax.checkpoint.run_checkpoint import SavedRun
+from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint
 from quietstar_jax.config import Phase
 from quietstar_jax.hf.save import ExportOptions
 from quietstar_jax.io import read_json_lines
@@ -46,7 +46,7 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 }
 
 
-def model_card(run: SavedRun, options: ExportOptions) -> str:
+def model_card(run: RunCheckpoint, options: ExportOptions) -> str:
     """Markdown with the front matter of the Hugging Face hub."""
     config = run.config
     settings = _without_folders({key: value for key, value in to_mapping(config).items() if key != "workdir"})
@@ -71,7 +71,7 @@ def model_card(run: SavedRun, options: ExportOptions) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def measurements(run: SavedRun) -> dict[str, Any]:
+def measurements(run: RunCheckpoint) -> dict[str, Any]:
     """The run's figures on held-out text at the exported step; empty where it did not measure then."""
     for record in reversed(read_json_lines(run.workdir / "metrics.jsonl")):
         if record.get("kind") == "evaluation" and record.get("step") == run.step:
@@ -79,7 +79,7 @@ def measurements(run: SavedRun) -> dict[str, Any]:
     return {}
 
 
-def _measurements(run: SavedRun) -> str:
+def _measurements(run: RunCheckpoint) -> str:
     found = measurements(run)
     if not found:
         return "## Measured\n\nNothing was measured on held-out text at this step."

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.checkpoint.run_checkpoint import SavedRun, is_run, open_run, run_tokenizer
+from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, is_run, open_run, run_tokenizer
 from quietstar_jax.config import Config, ModelConfig, ThoughtConfig
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError
@@ -180,7 +180,7 @@ def stored_dtype(name: str, dtype: str) -> str:
     return "float32" if exact else dtype
 
 
-def _of_run(path: str, run: SavedRun, dtype: str, layout: Layout | None) -> TrainedModel:
+def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) -> TrainedModel:
     thinking = [phase for phase in run.config.phases if phase.thought_length]
     tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)
     eos, suppressed = stops_and_suppressed(run.generation, tokenizer.eos_id, run.workdir)
