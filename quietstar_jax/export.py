@@ -8,8 +8,8 @@ import jax
 
 from quietstar_jax.command_line import CommandParser, integer_from, path, path_or_url
 from quietstar_jax.errors import run_command
-from quietstar_jax.hf.save import DTYPES, FORMATS, ExportOptions
-from quietstar_jax.training.export import export
+from quietstar_jax.export_hf.export_run import export
+from quietstar_jax.export_hf.save import DTYPES, FORMATS, ExportOptions
 
 
 def main(arguments: list[str]) -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from quietstar_jax.errors import ConfigError, DataError, UserError
+from quietstar_jax.export_hf.export_run import export
+from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.generate import Generator, Token, main
 from quietstar_jax.generation.files import generate_file
 from quietstar_jax.generation.terminal import print_tokens
-from quietstar_jax.hf.save import ExportOptions
 from quietstar_jax.io import lock_file
-from quietstar_jax.training.export import export
 from quietstar_jax.training.loop import train
 from tests.training.tiny import tiny_config
 

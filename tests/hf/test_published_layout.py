@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from quietstar_jax.export_hf.export_run import ExportOptions, export
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.models.families import architecture_from_hf, architecture_to_hf
 from quietstar_jax.models.parameters import disassemble
@@ -24,7 +25,6 @@ from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.objective import count_targets
 from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.training.base import can_think, load_thinking
-from quietstar_jax.training.export import ExportOptions, export
 from tests.hf.runs import END, START, start_run, write_tokenizer
 from tests.thoughts.cases import relative_error, worst_errors
 from tests.thoughts.test_golden import FILES, Golden, read

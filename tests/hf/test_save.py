@@ -28,17 +28,17 @@ from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import CheckpointConfig, Config
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError
-from quietstar_jax.hf import save as hf_save
+from quietstar_jax.export_hf import save as hf_save
+from quietstar_jax.export_hf.added_tokens import add_tokens
+from quietstar_jax.export_hf.export_run import export
+from quietstar_jax.export_hf.save import ExportOptions, Thoughts, save
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.hf.names import parameter_shapes, quietstar_entries
-from quietstar_jax.hf.save import ExportOptions, Thoughts, save
-from quietstar_jax.hf.vocabulary import add_tokens
 from quietstar_jax.io import new_folder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.settings import to_mapping
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.base import load_thinking
-from quietstar_jax.training.export import export
 from tests.hf.checkpoints import TINY
 from tests.hf.runs import END, START, start_run, write_tokenizer
 from tests.models.test_parity import VARIANTS, VOCAB, batch, our_logits, random_model, their_logits
@@ -308,7 +308,7 @@ from pathlib import Path
 from quietstar_jax.config import CheckpointConfig, Config
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.data.tokenization import load_tokenizer
-from quietstar_jax.hf.save import ExportOptions, Thoughts, save
+from quietstar_jax.export_hf.save import ExportOptions, Thoughts, save
 from quietstar_jax.hf.names import parameter_shapes, quietstar_entries
 from tests.hf.test_save import TINY, Constant
 
@@ -443,8 +443,8 @@ def test_a_run_of_other_settings_exports_what_it_was(tmp_path):
 MEASURE = """
 import sys
 from pathlib import Path
-from quietstar_jax.hf.save import ExportOptions
-from quietstar_jax.training.export import export
+from quietstar_jax.export_hf.save import ExportOptions
+from quietstar_jax.export_hf.export_run import export
 
 def megabytes():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))

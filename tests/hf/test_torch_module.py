@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quietstar_jax.hf.save import CLASSES, ExportOptions
+from quietstar_jax.export_hf.export_run import export
+from quietstar_jax.export_hf.save import CLASSES, ExportOptions
 from quietstar_jax.models.families import FAMILIES
-from quietstar_jax.training.export import export
 from tests.hf.runs import END, START, our_predictions, start_run, write_tokenizer
 from tests.models.test_parity import LENGTH, VOCAB, random_model, their_logits
 

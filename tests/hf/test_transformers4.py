@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from quietstar_jax.data.tokenization import load_tokenizer
-from quietstar_jax.hf.save import ExportOptions
+from quietstar_jax.export_hf.export_run import export
+from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.models.families import architecture_from_hf
-from quietstar_jax.training.export import export
 from tests.hf.real_layouts import write_layout
 from tests.hf.runs import our_predictions, start_run
 from tests.models.test_families import FIELDS, left_out

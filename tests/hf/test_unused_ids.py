@@ -11,12 +11,12 @@ import pytest
 
 from quietstar_jax.errors import CheckpointError
 from quietstar_jax.evals.tails import Tail, TailScorer
+from quietstar_jax.export_hf.export_run import export
+from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.generation.generator import Generator
-from quietstar_jax.hf.save import ExportOptions
 from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
 from quietstar_jax.thoughts.controls import random_tokens
 from quietstar_jax.training.evaluation import make_token_scorer
-from quietstar_jax.training.export import export
 from quietstar_jax.training.step import Batch
 from quietstar_jax.training.trained import open_model
 from tests.hf.runs import start_run, write_tokenizer

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from quietstar_jax.errors import CheckpointError, ConfigError
-from quietstar_jax.hf.save import ExportOptions
+from quietstar_jax.export_hf.export_run import export
+from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.report import main
 from quietstar_jax.reports.make import MOST_TOKENS
-from quietstar_jax.training.export import export
 from quietstar_jax.training.loop import train
 from tests.training.tiny import tiny_config
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, open_run, run_tokenizer
-from quietstar_jax.hf.save import ExportOptions, Thoughts, save
+from quietstar_jax.export_hf.model_card import model_card
+from quietstar_jax.export_hf.save import ExportOptions, Thoughts, save
 from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
-from quietstar_jax.training.model_card import model_card
 
 
 def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | None = None) -> RunCheckpoint:
-    """Exports one checkpoint of a run; see `hf.save`.
+    """Exports one checkpoint of a run; see `export_hf.save`.
 
     Args:
       checkpoint: a run's work directory, or the `checkpoints` folder in it.

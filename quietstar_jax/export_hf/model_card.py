@@ -9,7 +9,7 @@ from typing import Any
 
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint
 from quietstar_jax.config import Phase
-from quietstar_jax.hf.save import ExportOptions
+from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.io import read_json_lines
 from quietstar_jax.settings import to_mapping
 
