@@ -19,15 +19,15 @@ import numpy as np
 from benchmarks.command import run
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import ThoughtConfig
-from quietstar_jax.generation.cache import append, cached_pass
-from quietstar_jax.generation.engine import Engine, Request
-from quietstar_jax.generation.sampling import Sampling
-from quietstar_jax.generation.steps import Plan, State
+from quietstar_jax.inference.decode import Plan, State
+from quietstar_jax.inference.engine import Engine, Request
+from quietstar_jax.inference.kv_cache import append, cached_pass
+from quietstar_jax.inference.load_model import stored_dtype
+from quietstar_jax.inference.sampling import Sampling
 from quietstar_jax.models.parameters import assemble, disassemble
 from quietstar_jax.thoughts.chains import empty_chains
 from quietstar_jax.thoughts.model import fresh
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.training.trained import stored_dtype
 
 
 @dataclasses.dataclass(frozen=True)

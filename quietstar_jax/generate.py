@@ -7,10 +7,10 @@ import sys
 
 from quietstar_jax.command_line import MOST_AT_ONCE, CommandParser, integer, integer_from, path
 from quietstar_jax.errors import ConfigError, run_command
-from quietstar_jax.generation.batch import Generation, Job, Token
-from quietstar_jax.generation.files import generate_file
-from quietstar_jax.generation.generator import TOKENS_PER_CALL, Generator
-from quietstar_jax.generation.terminal import print_tokens
+from quietstar_jax.inference.batch import Generation, Job, Token
+from quietstar_jax.inference.batch_files import generate_file
+from quietstar_jax.inference.generator import TOKENS_PER_CALL, Generator
+from quietstar_jax.inference.terminal import print_tokens
 
 __all__ = ["Generation", "Generator", "Token"]
 

@@ -22,8 +22,8 @@ from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.evals.harness_arguments import read_arguments
 from quietstar_jax.evals.measure import thought_modes
 from quietstar_jax.evals.tails import Tail, TailScorer
-from quietstar_jax.generation.generator import Generator
-from quietstar_jax.training.trained import open_model
+from quietstar_jax.inference.generator import Generator
+from quietstar_jax.inference.load_model import open_model
 
 BATCHES_AT_ONCE = 32  # between two movements of the progress bar, and what a response cache loses at most
 SAMPLING = {"temperature", "top_p", "do_sample"}

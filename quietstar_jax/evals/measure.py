@@ -28,9 +28,9 @@ from quietstar_jax.evals.records import Records
 from quietstar_jax.evals.tails import TailScorer, longest_text
 from quietstar_jax.evals.tasks import DIRECT, TEXT, VOTING, find_task, with_fields
 from quietstar_jax.evals.voting import ANSWER_TOKENS, CONCLUSION, STEPS, Sampling, measure_votes
-from quietstar_jax.generation.generator import Generator
-from quietstar_jax.generation.sampling import TEMPERATURES, is_temperature
-from quietstar_jax.training.trained import TrainedModel, open_model
+from quietstar_jax.inference.generator import Generator
+from quietstar_jax.inference.load_model import TrainedModel, open_model
+from quietstar_jax.inference.sampling import TEMPERATURES, is_temperature
 
 MODES = ("auto", "on", "off", "both")
 PACKAGES = ("quietstar_jax", "jax", "jaxlib", "flax", "transformers", "numpy")

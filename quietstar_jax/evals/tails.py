@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import MeshConfig
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.inference.load_model import TrainedModel
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.layout import place_rows, row_ways
@@ -30,7 +31,6 @@ from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
 from quietstar_jax.thoughts.score import talk, think
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, entropy, here_and_ahead, read_text, tokens_ahead
-from quietstar_jax.training.trained import TrainedModel
 
 SHORTEST = 16  # of the grid of text lengths
 

@@ -15,7 +15,7 @@ from quietstar_jax.evals.numbers import find_number, parse_number
 from quietstar_jax.evals.questions import Question
 from quietstar_jax.evals.records import Records
 from quietstar_jax.evals.statistics import compare_paired, confidence_interval, majority_accuracy
-from quietstar_jax.generation.generator import Generator
+from quietstar_jax.inference.generator import Generator
 
 STEPS = "\nA: Let's think step by step."
 CONCLUSION = "\nTherefore, the answer (arabic numerals) is"

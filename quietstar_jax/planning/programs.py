@@ -15,9 +15,9 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.generation.cache import empty_cache
-from quietstar_jax.generation.engine import Engine
-from quietstar_jax.generation.steps import Knobs, Plan, State
+from quietstar_jax.inference.decode import Knobs, Plan, State
+from quietstar_jax.inference.engine import Engine
+from quietstar_jax.inference.kv_cache import empty_cache
 from quietstar_jax.parallel.layout import ROWS, find_reader
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
 from quietstar_jax.planning.architectures import planned_architecture
@@ -59,7 +59,7 @@ class Program:
 def generate_program(config: Config, target: Target, phase_name: str = "") -> Program:
     """One call of the decoder: a token for each of `evaluation.batch_size` texts, after a thought as in evaluation.
 
-    The cache has room for `data.sequence_length` tokens, as `generation/engine.py` rounds that up, and lies where it
+    The cache has room for `data.sequence_length` tokens, as `inference/engine.py` rounds that up, and lies where it
     puts it.
     """
     architecture, mesh = plan_mesh(config, target)

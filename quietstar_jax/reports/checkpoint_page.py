@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from quietstar_jax.inference.load_model import TrainedModel
 from quietstar_jax.reports.figures import gain_by_decile, reward_histogram, training_curves, weight_histogram
 from quietstar_jax.reports.observe import Observation, Window
 from quietstar_jax.reports.page import render, tiles
 from quietstar_jax.reports.pieces import Pieces, visible
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.training.trained import TrainedModel
 
 LEVELS = (0.02, 0.1, 0.5, 1.5)  # nats from which on a token is coloured, in four strengths
 CLEAR = 0.1  # nats: a change worth counting

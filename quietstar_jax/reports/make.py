@@ -11,13 +11,13 @@ from quietstar_jax.data.documents import joined, open_documents
 from quietstar_jax.data.pipeline import VALIDATION_SEED
 from quietstar_jax.data.sources import SYNTHETIC
 from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.inference.load_model import TrainedModel, open_model
 from quietstar_jax.io import place
 from quietstar_jax.reports.checkpoint_page import Observed, checkpoint_page
 from quietstar_jax.reports.observe import cut_windows, longest_window, observe
 from quietstar_jax.reports.study_page import study_page
 from quietstar_jax.studies.results import read_results
 from quietstar_jax.training.metrics import read_metrics
-from quietstar_jax.training.trained import TrainedModel, open_model
 
 MOST_TOKENS = 20_000  # on one page: about 10 MB with four thoughts of six tokens
 SYNTHETIC_TEXT = (

@@ -13,6 +13,7 @@ import numpy as np
 from quietstar_jax.data.documents import Documents
 from quietstar_jax.data.tokenization import without_begin
 from quietstar_jax.errors import ConfigError, DataError
+from quietstar_jax.inference.load_model import TrainedModel
 from quietstar_jax.models.parameters import assemble
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
 from quietstar_jax.thoughts.controls import draw_uniforms, think
@@ -21,7 +22,6 @@ from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, entropy, here_and_ahead, read_text
 from quietstar_jax.training.step import Batch, to_device
-from quietstar_jax.training.trained import TrainedModel
 
 LIKELIEST = 5  # next tokens that are kept
 ROWS = 8  # windows at once

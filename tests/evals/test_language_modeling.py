@@ -6,8 +6,8 @@ import pytest
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.evals.language_modeling import Windows, measure_text, summarize_windows
 from quietstar_jax.evals.tails import Tail, TailScorer
+from quietstar_jax.inference.load_model import open_model
 from quietstar_jax.training.evaluation import TokenScores
-from quietstar_jax.training.trained import open_model
 from tests.evals.models import write_plain, write_run
 
 

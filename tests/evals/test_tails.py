@@ -5,9 +5,9 @@ import pytest
 from quietstar_jax.config import CONTROLS
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.evals.tails import Tail, TailScorer, grid_count, grid_length
+from quietstar_jax.inference.load_model import open_model
 from quietstar_jax.training.evaluation import make_token_scorer
 from quietstar_jax.training.step import Batch
-from quietstar_jax.training.trained import open_model
 from tests.evals.models import write_plain, write_run
 
 

@@ -17,7 +17,7 @@ from quietstar_jax.evals.records import Records
 from quietstar_jax.evals.statistics import interval_of_difference
 from quietstar_jax.evals.voting import CONCLUSION, STEPS, Sampling, measure_votes
 from quietstar_jax.evaluate import main
-from quietstar_jax.generation.batch import Generation
+from quietstar_jax.inference.batch import Generation
 from tests.evals.models import bytes_tokenizer, write_plain, write_run
 from tests.evals.test_questions import write_lines
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quietstar_jax.checkpoint.train_state import TrainState
+from quietstar_jax.inference.load_model import TrainedModel, open_model
 from quietstar_jax.training.setup import Run
-from quietstar_jax.training.trained import TrainedModel, open_model
 from tests.hf.runs import start_run, write_tokenizer
 from tests.models.test_parity import VOCAB, random_model
 

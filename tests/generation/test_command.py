@@ -17,8 +17,8 @@ from quietstar_jax.errors import ConfigError, DataError, UserError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.generate import Generator, Token, main
-from quietstar_jax.generation.files import generate_file
-from quietstar_jax.generation.terminal import print_tokens
+from quietstar_jax.inference.batch_files import generate_file
+from quietstar_jax.inference.terminal import print_tokens
 from quietstar_jax.io import lock_file
 from quietstar_jax.training.loop import train
 from tests.training.tiny import tiny_config
@@ -102,7 +102,7 @@ def test_from_file_to_file(run, generator, tmp_path, capsys):
 
 KILLED = """
 import sys, time
-from quietstar_jax.generation.batch import Batch
+from quietstar_jax.inference.batch import Batch
 from quietstar_jax.generate import main
 finish = Batch.finish
 Batch.finish = lambda self: (finish(self), time.sleep(1.0))[0]

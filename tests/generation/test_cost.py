@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from benchmarks.generate import Sizes, make_engine, measure
-from quietstar_jax.generation.cache import key_block
-from quietstar_jax.generation.engine import Request
-from quietstar_jax.generation.sampling import Sampling
-from quietstar_jax.generation.steps import Plan
+from quietstar_jax.inference.decode import Plan
+from quietstar_jax.inference.engine import Request
+from quietstar_jax.inference.kv_cache import key_block
+from quietstar_jax.inference.sampling import Sampling
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 SIZES = Sizes(layers=2, hidden=16, heads=2, kv_heads=1, head_dim=8, mlp=24, vocab=50, batch=2, prompt=70, tokens=4,

@@ -11,12 +11,12 @@ import pytest
 
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
-from quietstar_jax.generation.engine import Engine
-from quietstar_jax.generation.generator import Generator
-from quietstar_jax.generation.steps import generate_tokens, think_and_talk
+from quietstar_jax.inference.decode import generate_tokens, think_and_talk
+from quietstar_jax.inference.engine import Engine
+from quietstar_jax.inference.generator import Generator
+from quietstar_jax.inference.load_model import open_model
 from quietstar_jax.models.parameters import assemble
 from quietstar_jax.thoughts.chains import empty_chains
-from quietstar_jax.training.trained import open_model
 from tests.generation.models import PROMPT_LENGTHS, Thinker, prompts, thinker
 from tests.hf.runs import our_predictions
 

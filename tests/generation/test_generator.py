@@ -11,9 +11,9 @@ import pytest
 
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from quietstar_jax.generate import Generator
-from quietstar_jax.generation.engine import PROMPT_CHUNK
 from quietstar_jax.hf.files import open_checkpoint
-from quietstar_jax.training.trained import open_model
+from quietstar_jax.inference.engine import PROMPT_CHUNK
+from quietstar_jax.inference.load_model import open_model
 from tests.hf.checkpoints import TINY, random_tensors, write
 from tests.hf.runs import END, START, start_run, write_tokenizer
 

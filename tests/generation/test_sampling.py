@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.generation.sampling import choose, nucleus
+from quietstar_jax.inference.sampling import choose, nucleus
 
 
 def kept(logits: np.ndarray, top_p: float) -> np.ndarray:

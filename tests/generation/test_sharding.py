@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 jax.config.update("jax_num_cpu_devices", 2)
 
 from quietstar_jax.generate import Generator
-from quietstar_jax.training.trained import open_model
+from quietstar_jax.inference.load_model import open_model
 from tests.hf.checkpoints import TINY, random_tensors, write
 from tests.hf.runs import start_run, write_tokenizer
 

@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
-from quietstar_jax.generation.text import TextStream
+from quietstar_jax.inference.detokenize import TextStream
 from tests.data.layouts import byte_fallback
 from tests.data.layouts import byte_level as byte_level_bpe
 from tests.material import material

@@ -19,8 +19,8 @@ from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import DataError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
-from quietstar_jax.generation.generator import Generator
-from quietstar_jax.training.trained import open_model
+from quietstar_jax.inference.generator import Generator
+from quietstar_jax.inference.load_model import open_model
 from tests.hf.checkpoints import TINY, random_tensors, write
 from tests.hf.runs import END, START, start_run, write_tokenizer
 

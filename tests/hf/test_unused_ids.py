@@ -13,12 +13,12 @@ from quietstar_jax.errors import CheckpointError
 from quietstar_jax.evals.tails import Tail, TailScorer
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
-from quietstar_jax.generation.generator import Generator
 from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
+from quietstar_jax.inference.generator import Generator
+from quietstar_jax.inference.load_model import open_model
 from quietstar_jax.thoughts.controls import random_tokens
 from quietstar_jax.training.evaluation import make_token_scorer
 from quietstar_jax.training.step import Batch
-from quietstar_jax.training.trained import open_model
 from tests.hf.runs import start_run, write_tokenizer
 from tests.models.test_parity import VOCAB, random_model
 from tests.training.saved import edit

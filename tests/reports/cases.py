@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerFast
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.inference.load_model import TrainedModel
 from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.reports.checkpoint_page import Observed
 from quietstar_jax.reports.observe import LIKELIEST, Observation, Window
 from quietstar_jax.thoughts.model import fresh
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.training.setup import abstract_structure
-from quietstar_jax.training.trained import TrainedModel
 
 NASTY = "a </script><b>x</b> &amp;\n\n\té€ <!-- 😀 \x01\u202e"
 

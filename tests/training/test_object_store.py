@@ -12,9 +12,9 @@ from quietstar_jax import io, lock
 from quietstar_jax.errors import CheckpointError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
+from quietstar_jax.inference.load_model import open_model
 from quietstar_jax.lock import Lock, LockedError
 from quietstar_jax.training.loop import train
-from quietstar_jax.training.trained import open_model
 from tests.object_store import bucket  # noqa: F401 (a fixture)
 from tests.training.tiny import tiny_config
 

@@ -16,10 +16,10 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import CheckpointError, ConfigError, UserError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
+from quietstar_jax.inference.load_model import TrainedModel, open_model, stored_dtype
 from quietstar_jax.models.parameters import assemble
 from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.text import read_text
-from quietstar_jax.training.trained import TrainedModel, open_model, stored_dtype
 from tests.hf.checkpoints import TINY, random_tensors, write
 from tests.hf.runs import END, START, start_run, write_tokenizer
 from tests.hf.test_published_layout import write_published

@@ -15,9 +15,9 @@ from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources import content_hash, read_all
 from quietstar_jax.data.sources.common import Record
 from quietstar_jax.errors import DataError, UserError
-from quietstar_jax.generation.batch import Generation, Job
-from quietstar_jax.generation.engine import Request
-from quietstar_jax.generation.generator import Generator
+from quietstar_jax.inference.batch import Generation, Job
+from quietstar_jax.inference.engine import Request
+from quietstar_jax.inference.generator import Generator
 from quietstar_jax.io import lock_file, write_json
 from quietstar_jax.settings import differences
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.generation.cache import empty_cache
-from quietstar_jax.generation.sampling import Sampling
-from quietstar_jax.generation.steps import Emitted, Knobs, Plan, State, generate_tokens, read_prompt
+from quietstar_jax.inference.decode import Emitted, Knobs, Plan, State, generate_tokens, read_prompt
+from quietstar_jax.inference.kv_cache import empty_cache
+from quietstar_jax.inference.sampling import Sampling
 from quietstar_jax.models.decoder import KeyValues
 from quietstar_jax.models.parameters import Structure, assemble
 

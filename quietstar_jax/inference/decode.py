@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.generation.cache import append, cached_pass
-from quietstar_jax.generation.sampling import choose
+from quietstar_jax.inference.kv_cache import append, cached_pass
+from quietstar_jax.inference.sampling import choose
 from quietstar_jax.models.attention import MASKED
 from quietstar_jax.models.decoder import Decoder, KeyValues
 from quietstar_jax.thoughts.chains import empty_chains

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TextIO
 
-from quietstar_jax.generation.batch import Token
+from quietstar_jax.inference.batch import Token
 
 DIM, RESET = "\x1b[2m", "\x1b[0m"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from quietstar_jax.errors import ConfigError, DataError, UserError
-from quietstar_jax.generation.batch import Batch, Generation, Job, Token
-from quietstar_jax.generation.engine import Engine, Request
-from quietstar_jax.generation.sampling import Sampling
-from quietstar_jax.generation.steps import Plan
-from quietstar_jax.training.trained import TrainedModel, open_model
+from quietstar_jax.inference.batch import Batch, Generation, Job, Token
+from quietstar_jax.inference.decode import Plan
+from quietstar_jax.inference.engine import Engine, Request
+from quietstar_jax.inference.load_model import TrainedModel, open_model
+from quietstar_jax.inference.sampling import Sampling
 
 Prompt = str | Sequence[int] | np.ndarray
 TOKENS_PER_CALL = 8  # between two looks at what came out; one where somebody is reading along

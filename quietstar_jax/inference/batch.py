@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from quietstar_jax.data.tokenization import Tokenizer
-from quietstar_jax.generation.engine import Engine, Request
-from quietstar_jax.generation.sampling import Sampling
-from quietstar_jax.generation.steps import Plan
-from quietstar_jax.generation.text import TextStream
+from quietstar_jax.inference.decode import Plan
+from quietstar_jax.inference.detokenize import TextStream
+from quietstar_jax.inference.engine import Engine, Request
+from quietstar_jax.inference.sampling import Sampling
 
 
 @dataclass(frozen=True)
