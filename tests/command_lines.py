@@ -135,7 +135,7 @@ class Commands:
             stop.__iter__.side_effect = lambda: iter(["gsm8k"])
             stop.__contains__.side_effect = lambda name: name == "gsm8k"
             self._stack.enter_context(mock.patch.object(where, name, stop))
-        for module in ("quietstar_jax.evals.measure.open_model", "quietstar_jax.aot.compile_only"):
+        for module in ("quietstar_jax.evals.measure.load_model", "quietstar_jax.aot.compile_only"):
             effect = Reached if module.endswith("model") else None
             self._stack.enter_context(mock.patch(module, side_effect=effect))
         return self

@@ -23,7 +23,7 @@ from quietstar_jax.evals.harness_arguments import read_arguments
 from quietstar_jax.evals.measure import thought_modes
 from quietstar_jax.evals.tails import Tail, TailScorer
 from quietstar_jax.inference.generator import Generator
-from quietstar_jax.inference.load_model import open_model
+from quietstar_jax.inference.load_model import load_model
 
 BATCHES_AT_ONCE = 32  # between two movements of the progress bar, and what a response cache loses at most
 SAMPLING = {"temperature", "top_p", "do_sample"}
@@ -40,7 +40,7 @@ class QuietStarLM(TemplateLM):
         """Opens the model.
 
         Args:
-          pretrained: or `checkpoint`: see `open_model`.
+          pretrained: or `checkpoint`: see `load_model`.
           arguments: see `Arguments`, and those of the harness's `hf` model that change nothing here.
 
         Raises:
@@ -49,7 +49,7 @@ class QuietStarLM(TemplateLM):
         """
         super().__init__()
         given = self._given = read_arguments({"pretrained": pretrained, **arguments})
-        self.model = open_model(given.checkpoint, step=given.step, revision=given.revision, dtype=given.dtype)
+        self.model = load_model(given.checkpoint, step=given.step, revision=given.revision, dtype=given.dtype)
         if given.tokenizer is not None:
             self._require_same(given.tokenizer)
         self.thinks = thought_modes(given.thoughts, self.model)[-1] == "with_thoughts"

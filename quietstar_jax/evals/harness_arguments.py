@@ -37,7 +37,7 @@ class Arguments:
     """Checked arguments.
 
     Args:
-      checkpoint, step, revision, dtype: see `open_model`; `auto` is float32.
+      checkpoint, step, revision, dtype: see `load_model`; `auto` is float32.
       thoughts: `on`, `off`, or `auto` (on where the model can think); thought_length: T, None = as trained.
       batch_size: texts at once, over all local devices; `auto` means 16, or max_batch_size where that is less.
       max_length: tokens of a text without its last; None = what the model takes.

@@ -29,7 +29,7 @@ from quietstar_jax.evals.tails import TailScorer, longest_text
 from quietstar_jax.evals.tasks import DIRECT, TEXT, VOTING, find_task, with_fields
 from quietstar_jax.evals.voting import ANSWER_TOKENS, CONCLUSION, STEPS, Sampling, measure_votes
 from quietstar_jax.inference.generator import Generator
-from quietstar_jax.inference.load_model import TrainedModel, open_model
+from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.inference.sampling import TEMPERATURES, is_temperature
 
 MODES = ("auto", "on", "off", "both")
@@ -96,7 +96,7 @@ def measure(options: Options) -> dict[str, Any]:
     layouts = with_fields(task, options.fields, options.answer_key)
     questions = read_questions(options.data, layouts, options.limit or None) if layouts else []
     started = time.monotonic()
-    model = open_model(
+    model = load_model(
         options.checkpoint, step=options.step, revision=options.revision, dtype=options.dtype,
         prefix_attention=options.prefix_attention,
     )  # fmt: skip
@@ -120,7 +120,7 @@ def measure(options: Options) -> dict[str, Any]:
     }
 
 
-def thought_modes(thoughts: str, model: TrainedModel) -> tuple[str, ...]:
+def thought_modes(thoughts: str, model: LoadedModel) -> tuple[str, ...]:
     """Which of `without_thoughts` and `with_thoughts` are measured, in this order.
 
     Raises:
@@ -136,7 +136,7 @@ def thought_modes(thoughts: str, model: TrainedModel) -> tuple[str, ...]:
     return {"off": ("without_thoughts",), "on": ("with_thoughts",)}.get(thoughts, ("without_thoughts", "with_thoughts"))
 
 
-def make_scorer(options: Options, model: TrainedModel, modes: tuple[str, ...]) -> TailScorer:
+def make_scorer(options: Options, model: LoadedModel, modes: tuple[str, ...]) -> TailScorer:
     """What scores the texts of a measurement."""
     length = 0 if "with_thoughts" not in modes else options.thought_length or model.thought_length
     return TailScorer(model, model.settings(length), options.batch_size)
@@ -154,9 +154,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _answers(
-    options: Options, model: TrainedModel, modes: tuple[str, ...], questions: list[Question]
-) -> dict[str, Any]:
+def _answers(options: Options, model: LoadedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
     writer = AnswerWriter(model.tokenizer, model.bos)
     scorer = make_scorer(options, model, modes)
     longest = longest_allowed(options, scorer.longest)
@@ -164,7 +162,7 @@ def _answers(
         return _asked_for(modes, measure_answers(questions, writer, scorer, longest, options.seed, done))
 
 
-def _votes(options: Options, model: TrainedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
+def _votes(options: Options, model: LoadedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
     length = options.thought_length or model.thought_length
     settings = model.settings(length if "with_thoughts" in modes else 0)
     longest = longest_allowed(options, longest_text(model.architecture, settings.length))
@@ -195,7 +193,7 @@ def _records_file(task: str, measurement: Mapping[str, Any]) -> Path:
     return Path(f"{task}-{name[:12]}.records.jsonl")
 
 
-def _text(options: Options, model: TrainedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
+def _text(options: Options, model: LoadedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
     scorer = make_scorer(options, model, modes)
     render = model.tokenizer.render_conversation
     source = open_source(options.data, _data_config(options), split="validation", seed=options.seed, render=render)

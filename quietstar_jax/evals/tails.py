@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import MeshConfig
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.inference.load_model import TrainedModel
+from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.layout import place_rows, row_ways
@@ -171,7 +171,7 @@ class TailScorer:
     Every row of the result depends on its own text alone, but for rounding: neither on the batch nor on the devices.
     """
 
-    def __init__(self, model: TrainedModel, settings: ThoughtSettings, batch_size: int):
+    def __init__(self, model: LoadedModel, settings: ThoughtSettings, batch_size: int):
         """Args: settings: of `model.settings`, length 0 = no thoughts; batch_size: texts at once, over all devices."""
         if batch_size < 1:
             raise ConfigError(f"--batch-size is {batch_size}; it takes 1 or more.")

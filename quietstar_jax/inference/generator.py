@@ -14,7 +14,7 @@ from quietstar_jax.errors import ConfigError, DataError, UserError
 from quietstar_jax.inference.batch import Batch, Generation, Job, Token
 from quietstar_jax.inference.decode import Plan
 from quietstar_jax.inference.engine import Engine, Request
-from quietstar_jax.inference.load_model import TrainedModel, open_model
+from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.inference.sampling import Sampling
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -28,7 +28,7 @@ class Generator:
     their order or their number.
     """
 
-    def __init__(self, model: TrainedModel, *, batch_size: int = 8, max_length: int | None = None):
+    def __init__(self, model: LoadedModel, *, batch_size: int = 8, max_length: int | None = None):
         """Compiles nothing yet.
 
         Args:
@@ -48,12 +48,12 @@ class Generator:
         cls, path: str | Path, *, step: int | None = None, revision: str = "", dtype: str = "float32",
         batch_size: int = 8, max_length: int | None = None,
     ) -> Generator:  # fmt: skip
-        """A generator of a run, an exported or published Quiet-STaR, or a plain Hugging Face model; see `open_model`.
+        """A generator of a run, an exported or published Quiet-STaR, or a plain Hugging Face model; see `load_model`.
 
         Raises:
           UserError: it cannot be opened.
         """
-        model = open_model(path, step=step, revision=revision, dtype=dtype)
+        model = load_model(path, step=step, revision=revision, dtype=dtype)
         return cls(model, batch_size=batch_size, max_length=max_length)
 
     def generate(

@@ -42,7 +42,7 @@ Layout = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, jax.shardin
 
 
 @dataclass(frozen=True)
-class TrainedModel:
+class LoadedModel:
     """Weights and all that is needed to use them.
 
     Attributes:
@@ -135,10 +135,10 @@ class TrainedModel:
         }
 
 
-def open_model(
+def load_model(
     path: str | Path, *, step: int | None = None, revision: str = "", dtype: str = "float32",
     prefix_attention: str = "auto", layout: Layout | None = None,
-) -> TrainedModel:  # fmt: skip
+) -> LoadedModel:  # fmt: skip
     """Opens a model; changes nothing where it lies.
 
     Args:
@@ -180,7 +180,7 @@ def stored_dtype(name: str, dtype: str) -> str:
     return "float32" if exact else dtype
 
 
-def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) -> TrainedModel:
+def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) -> LoadedModel:
     thinking = [phase for phase in run.config.phases if phase.thought_length]
     tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)
     eos, suppressed = stops_and_suppressed(run.generation, tokenizer.eos_id, run.workdir)
@@ -191,7 +191,7 @@ def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) ->
             params = checkpointer.restore(folder, abstract)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}\nChoose another step, or train on.") from error
-    return TrainedModel(
+    return LoadedModel(
         params=params,
         structure=structure,
         architecture=run.architecture,
@@ -212,7 +212,7 @@ def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) ->
     )
 
 
-def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layout: Layout | None) -> TrainedModel:
+def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layout: Layout | None) -> LoadedModel:
     tokenizer = load_tokenizer(path, revision)
     thinks, meta = can_think(files), _meta_tokens(files, tokenizer)
     source = _TextRows(files, meta)
@@ -228,7 +228,7 @@ def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layo
     for name in abstract.keys() - params.keys():
         params[name] = jnp.zeros(abstract[name].shape, abstract[name].dtype, device=abstract[name].sharding)
     eos, suppressed = stops_and_suppressed(files.generation, None, files.folder)
-    return TrainedModel(
+    return LoadedModel(
         params=params,
         structure=structure,
         architecture=architecture,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from quietstar_jax.inference.load_model import TrainedModel
+from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.reports.figures import gain_by_decile, reward_histogram, training_curves, weight_histogram
 from quietstar_jax.reports.observe import Observation, Window
 from quietstar_jax.reports.page import render, tiles
@@ -26,7 +26,7 @@ EXAMPLES = 6  # of the tokens most helped, and most harmed
 class Observed:
     """What the page is about: windows in the order of the text, with what the model thought there."""
 
-    model: TrainedModel
+    model: LoadedModel
     settings: ThoughtSettings
     windows: Sequence[Window]
     observations: Sequence[Observation]

@@ -11,7 +11,7 @@ from quietstar_jax.data.documents import joined, open_documents
 from quietstar_jax.data.pipeline import VALIDATION_SEED
 from quietstar_jax.data.sources import SYNTHETIC
 from quietstar_jax.errors import CheckpointError, ConfigError
-from quietstar_jax.inference.load_model import TrainedModel, open_model
+from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.io import place
 from quietstar_jax.reports.checkpoint_page import Observed, checkpoint_page
 from quietstar_jax.reports.observe import cut_windows, longest_window, observe
@@ -68,7 +68,7 @@ def report_checkpoint(path: str, options: TextOptions, step: int | None = None) 
       UserError: it has not, or it or the text cannot be read.
     """
     options.check()
-    model = open_model(path, step=step)
+    model = load_model(path, step=step)
     if not model.can_think:
         raise CheckpointError(f"{path} has not learned to think, so there is nothing to see. Give a run that has.")
     config = DataConfig(
@@ -102,7 +102,7 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     return read_metrics(folder / "metrics.jsonl") or read_metrics(folder.parent / "metrics.jsonl")
 
 
-def _notes(model: TrainedModel, options: TextOptions, length: int, shown: int, available: int) -> list[str]:
+def _notes(model: LoadedModel, options: TextOptions, length: int, shown: int, available: int) -> list[str]:
     drawn = f"{options.samples} sampled (seed {options.seed})" if options.samples else "no sampled ones"
     notes = [
         f"Text: the first {shown:,} of {available:,} documents of {', '.join(options.data)}, at most "

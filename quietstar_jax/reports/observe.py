@@ -13,7 +13,7 @@ import numpy as np
 from quietstar_jax.data.documents import Documents
 from quietstar_jax.data.tokenization import without_begin
 from quietstar_jax.errors import ConfigError, DataError
-from quietstar_jax.inference.load_model import TrainedModel
+from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.parameters import assemble
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
 from quietstar_jax.thoughts.controls import draw_uniforms, think
@@ -61,9 +61,7 @@ class Observation(NamedTuple):
     probabilities: Any
 
 
-def cut_windows(
-    model: TrainedModel, source: Documents, *, documents: int, max_tokens: int, length: int
-) -> list[Window]:
+def cut_windows(model: LoadedModel, source: Documents, *, documents: int, max_tokens: int, length: int) -> list[Window]:
     """The first documents in windows of at most `length` tokens, until there are `max_tokens`.
 
     Every document begins and ends as in training.
@@ -85,7 +83,7 @@ def cut_windows(
     return found
 
 
-def longest_window(model: TrainedModel, settings: ThoughtSettings, wanted: int) -> int:
+def longest_window(model: LoadedModel, settings: ThoughtSettings, wanted: int) -> int:
     """Tokens of a window: what is wanted, or what the model's positions leave room for beside a thought.
 
     Raises:
@@ -101,7 +99,7 @@ def longest_window(model: TrainedModel, settings: ThoughtSettings, wanted: int) 
 
 
 def observe(
-    model: TrainedModel, settings: ThoughtSettings, windows: Sequence[Window], *, samples: int, seed: int
+    model: LoadedModel, settings: ThoughtSettings, windows: Sequence[Window], *, samples: int, seed: int
 ) -> list[Observation]:
     """Thinks at every position of every window: once greedily, and `samples` times at random."""
     everywhere = dataclasses.replace(settings.config, positions="all", position_fraction=1.0)
@@ -123,7 +121,7 @@ def observe(
 
 
 def _look(
-    model: TrainedModel, params: Any, batch: Batch, key: jax.Array, settings: ThoughtSettings, samples: int
+    model: LoadedModel, params: Any, batch: Batch, key: jax.Array, settings: ThoughtSettings, samples: int
 ) -> Observation:
     """Arrays [B, L, ..] for a batch of windows."""
     weights = assemble(model.structure, params)

@@ -6,7 +6,7 @@ import pytest
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.evals.language_modeling import Windows, measure_text, summarize_windows
 from quietstar_jax.evals.tails import Tail, TailScorer
-from quietstar_jax.inference.load_model import open_model
+from quietstar_jax.inference.load_model import load_model
 from quietstar_jax.training.evaluation import TokenScores
 from tests.evals.models import write_plain, write_run
 
@@ -14,7 +14,7 @@ from tests.evals.models import write_plain, write_run
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("language_modeling")
-    return open_model(write_run(folder / "run", write_plain(folder / "plain")))
+    return load_model(write_run(folder / "run", write_plain(folder / "plain")))
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 8, 9, 31, 100])

@@ -5,7 +5,7 @@ import pytest
 from quietstar_jax.config import CONTROLS
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.evals.tails import Tail, TailScorer, grid_count, grid_length
-from quietstar_jax.inference.load_model import open_model
+from quietstar_jax.inference.load_model import load_model
 from quietstar_jax.training.evaluation import make_token_scorer
 from quietstar_jax.training.step import Batch
 from tests.evals.models import write_plain, write_run
@@ -30,7 +30,7 @@ def texts(count=7, seed=0):
 @pytest.mark.parametrize("name", ["run", "paper", *CONTROLS[1:]])
 def test_tails_equal_the_evaluation_of_training(folder, name):
     """That one pads on the right, thinks everywhere, and shares no batching with this."""
-    model = open_model(folder / name)
+    model = load_model(folder / name)
     settings = model.settings(3)
     scorer = TailScorer(model, settings, batch_size=4)
     reference = make_token_scorer(model.structure, model.architecture, settings)
@@ -51,7 +51,7 @@ def test_tails_equal_the_evaluation_of_training(folder, name):
 
 
 def test_candidates_are_log_probabilities_of_their_tokens(folder):
-    model = open_model(folder / "run")
+    model = load_model(folder / "run")
     scorer = TailScorer(model, model.settings(2), batch_size=2)
     tokens = texts(1)[0]
     everything = tuple(range(258))
@@ -68,7 +68,7 @@ def test_candidates_are_log_probabilities_of_their_tokens(folder):
 
 @pytest.mark.parametrize("name", ["run", *CONTROLS[1:]])
 def test_scores_do_not_depend_on_the_batch(folder, name):
-    model = open_model(folder / name)
+    model = load_model(folder / name)
     draw = np.random.default_rng(2)
     tails = [Tail(draw.integers(2, 258, n).tolist(), 3 + n % 2) for n in (24, 17, 20, 23, 18)]
     together = TailScorer(model, model.settings(2), batch_size=4)(tails)
@@ -83,7 +83,7 @@ def test_scores_do_not_depend_on_the_batch(folder, name):
 @pytest.mark.parametrize("name", ["run", *CONTROLS[1:]])
 def test_no_score_depends_on_a_later_token(folder, name):
     """Nor on how many there are: the same tokens are scored at the end of their text and with others behind them."""
-    model = open_model(folder / name)
+    model = load_model(folder / name)
     scorer = TailScorer(model, model.settings(3), batch_size=3)
     tokens = np.random.default_rng(5).integers(2, 258, 21).tolist()
     changed = [*tokens[:17], *((token + 7) % 250 + 2 for token in tokens[17:])]
@@ -94,7 +94,7 @@ def test_no_score_depends_on_a_later_token(folder, name):
 
 
 def test_a_question_set_compiles_few_programs(folder):
-    model = open_model(folder / "plain")
+    model = load_model(folder / "plain")
     scorer = TailScorer(model, model.settings(0), batch_size=8)
     draw = np.random.default_rng(1)
     lengths = draw.integers(40, 120, 100)
@@ -112,6 +112,6 @@ def test_the_grid():
 
 
 def test_no_batch_is_refused(folder):
-    model = open_model(folder / "plain")
+    model = load_model(folder / "plain")
     with pytest.raises(ConfigError, match="--batch-size"):
         TailScorer(model, model.settings(0), batch_size=0)

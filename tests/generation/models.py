@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quietstar_jax.checkpoint.train_state import TrainState
-from quietstar_jax.inference.load_model import TrainedModel, open_model
+from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.training.setup import Run
 from tests.hf.runs import start_run, write_tokenizer
 from tests.models.test_parity import VOCAB, random_model
@@ -23,7 +23,7 @@ class Thinker(NamedTuple):
     run: Run
     state: TrainState
     original: Any
-    model: TrainedModel
+    model: LoadedModel
 
 
 def thinker(folder: Path, variant: str, **thought: Any) -> Thinker:
@@ -32,7 +32,7 @@ def thinker(folder: Path, variant: str, **thought: Any) -> Thinker:
     original.save_pretrained(folder / "hf")
     write_tokenizer(folder / "hf", VOCAB)
     run, state = start_run(folder / "run", folder / "hf", **thought)
-    model = dataclasses.replace(open_model(folder / "run"), eos_ids=())
+    model = dataclasses.replace(load_model(folder / "run"), eos_ids=())
     return Thinker(run, state, original, model)
 
 

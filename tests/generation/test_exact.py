@@ -14,7 +14,7 @@ from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.inference.decode import generate_tokens, think_and_talk
 from quietstar_jax.inference.engine import Engine
 from quietstar_jax.inference.generator import Generator
-from quietstar_jax.inference.load_model import open_model
+from quietstar_jax.inference.load_model import load_model
 from quietstar_jax.models.parameters import assemble
 from quietstar_jax.thoughts.chains import empty_chains
 from tests.generation.models import PROMPT_LENGTHS, Thinker, prompts, thinker
@@ -107,7 +107,7 @@ def test_an_export_writes_here_what_it_writes_in_torch(mixing, tmp_path):
     made = thinker(tmp_path, "qwen2 mixed windows", mixing=mixing, embedding_scale=7.0)
     export(tmp_path / "run", tmp_path / "out", ExportOptions())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
-    opened = dataclasses.replace(open_model(tmp_path / "out"), eos_ids=())
+    opened = dataclasses.replace(load_model(tmp_path / "out"), eos_ids=())
     found = Generator(opened, batch_size=len(PROMPT_LENGTHS)).generate(prompts(), max_tokens=NEW)
     longest = max(PROMPT_LENGTHS)
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts()])

@@ -13,7 +13,7 @@ from quietstar_jax.errors import CheckpointError, ConfigError, DataError, UserEr
 from quietstar_jax.generate import Generator
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.inference.engine import PROMPT_CHUNK
-from quietstar_jax.inference.load_model import open_model
+from quietstar_jax.inference.load_model import load_model
 from tests.hf.checkpoints import TINY, random_tensors, write
 from tests.hf.runs import END, START, start_run, write_tokenizer
 
@@ -241,7 +241,7 @@ def test_a_model_that_cannot_think(tmp_path):
     write(tmp_path / "hf", random_tensors(ARCHITECTURE), ARCHITECTURE)
     write_tokenizer(tmp_path / "hf", WORDS)
     assert open_checkpoint(str(tmp_path / "hf")).tensors
-    plain = Generator(open_model(tmp_path / "hf"), batch_size=1)
+    plain = Generator(load_model(tmp_path / "hf"), batch_size=1)
     assert plain.generate(["w3"], max_tokens=2)[0].thoughts == ("", "")
     for options in (dict(thoughts=True), dict(thought_length=3)):
         with pytest.raises(CheckpointError, match="cannot think"):

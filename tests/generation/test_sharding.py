@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 jax.config.update("jax_num_cpu_devices", 2)
 
 from quietstar_jax.generate import Generator
-from quietstar_jax.inference.load_model import open_model
+from quietstar_jax.inference.load_model import load_model
 from tests.hf.checkpoints import TINY, random_tensors, write
 from tests.hf.runs import start_run, write_tokenizer
 
@@ -36,8 +36,8 @@ def layout(shapes):
     return {name: NamedSharding(mesh, PartitionSpec(*split.get(name.split(".")[-1], ()))) for name in shapes}
 
 
-one = Generator(open_model(folder / "run"), batch_size=2)
-two = Generator(open_model(folder / "run", layout=layout), batch_size=2)
+one = Generator(load_model(folder / "run"), batch_size=2)
+two = Generator(load_model(folder / "run", layout=layout), batch_size=2)
 assert len(two.model.params["decoder.lm_head"].devices()) == 2
 found = [[x.token_ids for x in generator.generate([[3], [4, 5, 6]], max_tokens=6)] for generator in (one, two)]
 assert found[0] == found[1], found

@@ -20,7 +20,7 @@ from quietstar_jax.errors import DataError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.inference.generator import Generator
-from quietstar_jax.inference.load_model import open_model
+from quietstar_jax.inference.load_model import load_model
 from tests.hf.checkpoints import TINY, random_tensors, write
 from tests.hf.runs import END, START, start_run, write_tokenizer
 
@@ -40,7 +40,7 @@ def folder(tmp_path) -> Path:
 
 
 def test_it_opens_and_pads_with_the_end_of_text(folder, caplog):
-    model = open_model(folder)
+    model = load_model(folder)
     assert (model.vocabulary.pad_id, model.tokenizer.pad_id) == (1, 1)
     assert [record for record in caplog.records if "2 tokens ([PAD], ...)" in record.getMessage()]
     assert model.tokenizer.encode("w5 w6") == [5, 6]
@@ -49,7 +49,7 @@ def test_it_opens_and_pads_with_the_end_of_text(folder, caplog):
 
 
 def test_a_text_with_such_a_token_is_refused_wherever_it_is_read(folder, tmp_path):
-    model = open_model(folder)
+    model = load_model(folder)
     told = r"contains the token '<tool>' \(near 'w5 <tool> w6'\), id 21.*20"
     for tokenizer in (model.tokenizer, pickle.loads(pickle.dumps(model.tokenizer))):
         with pytest.raises(DataError, match=told):
@@ -69,7 +69,7 @@ def test_a_text_with_such_a_token_is_refused_wherever_it_is_read(folder, tmp_pat
 
 def test_a_run_and_its_exports(folder, tmp_path):
     start_run(tmp_path / "run", folder)
-    assert open_model(tmp_path / "run").tokenizer.encode("w5") == [5]
+    assert load_model(tmp_path / "run").tokenizer.encode("w5") == [5]
     before = load_file(folder / "model.safetensors")
     for kind in ("base", "quietstar"):
         export(tmp_path / "run", tmp_path / kind, ExportOptions(kind))
@@ -77,12 +77,12 @@ def test_a_run_and_its_exports(folder, tmp_path):
         for name, value in before.items():
             np.testing.assert_array_equal(after[name][: len(value)], value)
     assert len(load_file(tmp_path / "base/model.safetensors")["lm_head.weight"]) == ROWS
-    thinking = open_model(tmp_path / "quietstar")
+    thinking = load_model(tmp_path / "quietstar")
     assert thinking.architecture.vocab_size == ROWS
     assert thinking.vocabulary.meta_tokens == (ROWS + 2, ROWS + 3)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "quietstar")
     assert tokenizer.convert_tokens_to_ids(["[PAD]", "<tool>", START, END]) == [ROWS, ROWS + 1, ROWS + 2, ROWS + 3]
-    base = open_model(tmp_path / "base")
+    base = load_model(tmp_path / "base")
     assert all(bool(jnp.all(base.params[name] == thinking.params[name])) for name in base.params if "decoder" in name)
 
 
@@ -92,7 +92,7 @@ def test_the_end_of_text_needs_an_embedding(folder):
     tokenizer.eos_token = "<tool>"
     tokenizer.save_pretrained(folder.parent / "ended")
     with pytest.raises(DataError, match="ends a text with '<tool>'"):
-        open_model(folder.parent / "ended")
+        load_model(folder.parent / "ended")
 
 
 def test_ids_within_are_not_looked_at_again():

@@ -15,7 +15,7 @@ from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
 from quietstar_jax.inference.generator import Generator
-from quietstar_jax.inference.load_model import open_model
+from quietstar_jax.inference.load_model import load_model
 from quietstar_jax.thoughts.controls import random_tokens
 from quietstar_jax.training.evaluation import make_token_scorer
 from quietstar_jax.training.step import Batch
@@ -50,7 +50,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", ["run", "export", "again", "export of that"])
 def test_no_thought_and_no_text_has_them(places, name) -> None:
-    model = open_model(places[name])
+    model = load_model(places[name])
     assert set(SPARE) <= set(model.settings().meta_tokens)
     scorer = make_token_scorer(model.structure, model.architecture, model.settings())
     batch = Batch(TOKENS, np.ones(TOKENS.shape, bool))
@@ -76,7 +76,7 @@ def test_the_torch_module_leaves_them_out(places) -> None:
         thoughts = model(torch.tensor(TOKENS, dtype=torch.long)).thoughts
     assert not np.isin(thoughts, SPARE).any()
     assert not np.isin(made, SPARE).any()
-    ours = open_model(places["run"])
+    ours = load_model(places["run"])
     scores = make_token_scorer(ours.structure, ours.architecture, ours.settings())(
         ours.params, Batch(TOKENS, np.ones(TOKENS.shape, bool))
     )
@@ -94,13 +94,13 @@ def test_a_run_of_an_earlier_version_is_opened_and_masked_too(places, tmp_path) 
     assert said.pop("unused_ids") == list(SPARE)
     edit(places["run"] / "checkpoints/0", "config", json.dumps(said))
     try:
-        assert set(SPARE) <= set(open_model(places["run"]).settings().meta_tokens)
+        assert set(SPARE) <= set(load_model(places["run"]).settings().meta_tokens)
     finally:
         record.write_text(kept)
 
 
 def test_ids_with_gaps_and_bad_lists(places) -> None:
-    tokenizer = open_model(places["run"]).tokenizer
+    tokenizer = load_model(places["run"]).tokenizer
     assert unused_ids(tokenizer, VOCAB - 5, {}) == ()
     assert unused_ids(tokenizer, VOCAB - 3, {UNUSED: [5]}) == (5, VOCAB - 4)
     for wrong in ("x", [1, "x"], 5, [True], {"a": 1}):

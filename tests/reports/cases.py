@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
-from quietstar_jax.inference.load_model import TrainedModel
+from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.parameters import disassemble
 from quietstar_jax.reports.checkpoint_page import Observed
 from quietstar_jax.reports.observe import LIKELIEST, Observation, Window
@@ -45,7 +45,7 @@ def byte_fallback() -> Tokenizer:
     return Tokenizer("fallback", PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
 
 
-def random_model(max_positions: int = 64) -> TrainedModel:
+def random_model(max_positions: int = 64) -> LoadedModel:
     """A tiny model on the embedded corpus whose mixing head is not zero."""
     architecture = Architecture(
         vocab_size=100, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -54,7 +54,7 @@ def random_model(max_positions: int = 64) -> TrainedModel:
     params = disassemble(fresh(architecture, [8], [9], 100.0, jax.random.key(0)))[0]
     params["mixing_head.out"] = jax.random.normal(jax.random.key(1), params["mixing_head.out"].shape)
     tokenizer = load_tokenizer("synthetic")
-    return TrainedModel(
+    return LoadedModel(
         params=params, structure=abstract_structure(architecture), architecture=architecture, dtype="float32",
         tokenizer=tokenizer, vocabulary=Vocabulary(0, (4, 5), (), (), 8), thought=ThoughtConfig(), thought_length=3,
         tokens_ahead=2, bos=(), eos_ids=(tokenizer.eos_id,), suppressed_ids=(), path="a/run", step=7, commit="",
@@ -87,4 +87,4 @@ def observed(tokenizer: Tokenizer, texts: list[str], gains: list[float], thought
         )  # fmt: skip
     namespace: Any = type("Opened", (), {"tokenizer": tokenizer, "path": "runs/<mine>", "step": 3})
     settings = ThoughtSettings(length=len(thinking), tokens_ahead=2)
-    return Observed(cast(TrainedModel, namespace), settings, windows, seen, "", ["made by <hand>"])
+    return Observed(cast(LoadedModel, namespace), settings, windows, seen, "", ["made by <hand>"])

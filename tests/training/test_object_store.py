@@ -12,7 +12,7 @@ from quietstar_jax import io, lock
 from quietstar_jax.errors import CheckpointError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
-from quietstar_jax.inference.load_model import open_model
+from quietstar_jax.inference.load_model import load_model
 from quietstar_jax.lock import Lock, LockedError
 from quietstar_jax.training.loop import train
 from tests.object_store import bucket  # noqa: F401 (a fixture)
@@ -80,8 +80,8 @@ def test_a_run_that_resumes_and_is_read(bucket: Path, tmp_path: Path, monkeypatc
     assert [record["step"] for record in records if record["kind"] == "train"][-1] == config.total_steps
     again = train(config)  # restores the last step
     assert again["loss_with_thoughts"] == pytest.approx(first["loss_with_thoughts"])
-    assert open_model(url).step == config.total_steps
+    assert load_model(url).step == config.total_steps
     export(io.place(url, "--checkpoint"), tmp_path / "exported", ExportOptions())
     with pytest.raises(CheckpointError, match="is not a run with checkpoints"):
-        open_model("gs://bucket/other")
+        load_model("gs://bucket/other")
     assert {item.name for item in tmp_path.iterdir()} == {"store", "exported"}

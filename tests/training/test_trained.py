@@ -16,7 +16,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import CheckpointError, ConfigError, UserError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
-from quietstar_jax.inference.load_model import TrainedModel, open_model, stored_dtype
+from quietstar_jax.inference.load_model import LoadedModel, load_model, stored_dtype
 from quietstar_jax.models.parameters import assemble
 from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.text import read_text
@@ -41,7 +41,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"run": run, "state": state, "folder": folder}
 
 
-def assert_same_params(model: TrainedModel, params: dict[str, jax.Array]) -> None:
+def assert_same_params(model: LoadedModel, params: dict[str, jax.Array]) -> None:
     assert model.params.keys() == params.keys()
     for name, value in params.items():
         np.testing.assert_array_equal(model.params[name], value, err_msg=name)
@@ -49,7 +49,7 @@ def assert_same_params(model: TrainedModel, params: dict[str, jax.Array]) -> Non
 
 @pytest.mark.parametrize("inside", ["run", "run/checkpoints"])
 def test_a_run(places, inside):
-    model = open_model(places["folder"] / inside)
+    model = load_model(places["folder"] / inside)
     assert_same_params(model, places["state"].params)
     run = places["run"]
     assert (model.architecture, model.vocabulary, model.thought) == (
@@ -63,7 +63,7 @@ def test_a_run(places, inside):
 
 def test_an_export_is_the_run_itself(places):
     """The rows that an export adds for start and end are gone again, and its scale is that of the run."""
-    run, model = open_model(places["folder"] / "run"), open_model(places["folder"] / "quietstar")
+    run, model = load_model(places["folder"] / "run"), load_model(places["folder"] / "quietstar")
     assert_same_params(model, places["state"].params)
     assert model.fingerprint == run.fingerprint
     assert model.architecture == run.architecture
@@ -78,7 +78,7 @@ def test_an_export_is_the_run_itself(places):
 def test_a_published_checkpoint(tmp_path):
     golden = read(FILES[0])
     write_published(tmp_path / "published", golden)
-    model = open_model(tmp_path / "published")
+    model = load_model(tmp_path / "published")
     assert_same_params(model, golden.ours("param"))
     assert model.vocabulary.meta_tokens == golden.settings.meta_tokens
     assert (model.thought.mixing, model.thought.embedding_scale, model.thought_length) == ("hidden_states", 100.0, 9)
@@ -86,7 +86,7 @@ def test_a_published_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("name", ["plain", "base"])
 def test_a_plain_model_has_a_decoder_and_cannot_think(places, name):
-    model = open_model(places["folder"] / name)
+    model = load_model(places["folder"] / name)
     rows = ARCHITECTURE.vocab_size
     for path, value in places["state"].params.items():
         if path.startswith("decoder."):
@@ -103,18 +103,18 @@ def test_a_plain_model_has_a_decoder_and_cannot_think(places, name):
 
 
 def test_settings(places):
-    settings = open_model(places["folder"] / "run").settings(tokens_ahead=3)
+    settings = load_model(places["folder"] / "run").settings(tokens_ahead=3)
     assert (settings.length, settings.count, settings.tokens_ahead, settings.compute_dtype) == (6, 1, 3, "float32")
     assert settings.config.mixing == "log_probabilities"
-    assert open_model(places["folder"] / "quietstar").settings(2).meta_tokens == (20, 21, *UNUSED)
+    assert load_model(places["folder"] / "quietstar").settings(2).meta_tokens == (20, 21, *UNUSED)
     with pytest.raises(ConfigError, match="-1"):
-        open_model(places["folder"] / "run").settings(-1)
-    assert open_model(places["folder"] / "run", prefix_attention="blocks").settings().prefix_attention == "blocks"
+        load_model(places["folder"] / "run").settings(-1)
+    assert load_model(places["folder"] / "run", prefix_attention="blocks").settings().prefix_attention == "blocks"
 
 
 @pytest.mark.parametrize("name", ["run", "quietstar"])
 def test_bfloat16_weights_compute_what_float32_masters_do(places, name):
-    model = open_model(places["folder"] / name, dtype="bfloat16")
+    model = load_model(places["folder"] / name, dtype="bfloat16")
     for path, value in model.params.items():
         assert value.dtype == stored_dtype(path, "bfloat16"), path
     assert model.params["decoder.layers.query"].dtype == jnp.bfloat16
@@ -138,7 +138,7 @@ def test_parameters_lie_where_the_layout_says(places, name):
         specs = {n: "x" if n == "decoder.embedding" else None for n in shapes}
         return {n: jax.NamedSharding(mesh, jax.sharding.PartitionSpec(spec)) for n, spec in specs.items()}
 
-    params = open_model(places["folder"] / name, layout=layout).params
+    params = load_model(places["folder"] / name, layout=layout).params
     assert params["decoder.embedding"].sharding.spec == jax.sharding.PartitionSpec("x")
     assert all(isinstance(value.sharding, jax.NamedSharding) for value in params.values())
 
@@ -148,14 +148,14 @@ def test_opening_a_run_leaves_it_alone(places, tmp_path):
     shutil.copytree(places["folder"] / "run", tmp_path / "run")
     (tmp_path / "run/checkpoints/5.orbax-checkpoint-tmp").mkdir()
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
-    assert open_model(tmp_path / "run").step == 0
+    assert load_model(tmp_path / "run").step == 0
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
 def test_the_record_names_the_weights(places):
-    record = open_model(places["folder"] / "run").record
-    assert json.loads(json.dumps(record))["checkpoint_hash"] == open_model(places["folder"] / "run").fingerprint
-    assert record["checkpoint_hash"] != open_model(places["folder"] / "plain").fingerprint
+    record = load_model(places["folder"] / "run").record
+    assert json.loads(json.dumps(record))["checkpoint_hash"] == load_model(places["folder"] / "run").fingerprint
+    assert record["checkpoint_hash"] != load_model(places["folder"] / "plain").fingerprint
     assert (record["step"], record["thought_length"]) == (0, 6)
 
 
@@ -163,16 +163,16 @@ def test_other_ids_that_end_a_text(places, tmp_path):
     shutil.copytree(places["folder"] / "plain", tmp_path / "model")
     said = {"eos_token_id": [5, 1], "suppress_tokens": [7]}
     (tmp_path / "model/generation_config.json").write_text(json.dumps(said))
-    model = open_model(tmp_path / "model")
+    model = load_model(tmp_path / "model")
     assert (model.eos_ids, model.suppressed_ids) == ((5, 1), (7,))
     # Training ends texts with </s>; a run from it and exports of the run stop at both, and suppress the same.
     start_run(tmp_path / "run", tmp_path / "model")
     export(tmp_path / "run", tmp_path / "base", ExportOptions("base"))
-    run, base = open_model(tmp_path / "run"), open_model(tmp_path / "base")
+    run, base = load_model(tmp_path / "run"), load_model(tmp_path / "base")
     assert (run.eos_ids, run.suppressed_ids) == ((1, 5), (7,))
     assert (base.eos_ids, base.suppressed_ids) == ((1, 5), (*UNUSED, 7))
     export(tmp_path / "run", tmp_path / "thinking", ExportOptions())
-    thinking = open_model(tmp_path / "thinking")
+    thinking = load_model(tmp_path / "thinking")
     assert thinking.eos_ids == (1, 5)
     assert set(thinking.suppressed_ids) == {7, *thinking.vocabulary.meta_tokens, *UNUSED}
 
@@ -182,9 +182,9 @@ def test_ids_that_end_a_text_where_only_config_json_names_them(places, tmp_path)
     (tmp_path / "model/generation_config.json").unlink(missing_ok=True)
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "eos_token_id": [5, 1]}))
-    assert open_model(tmp_path / "model").eos_ids == (5, 1)
+    assert load_model(tmp_path / "model").eos_ids == (5, 1)
     start_run(tmp_path / "run", tmp_path / "model")
-    assert open_model(tmp_path / "run").eos_ids == (1, 5)
+    assert load_model(tmp_path / "run").eos_ids == (1, 5)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_what_cannot_be_opened(places, name, options, message):
     (places["folder"] / "empty").mkdir(exist_ok=True)
     (places["folder"] / "begun/checkpoints").mkdir(parents=True, exist_ok=True)
     with pytest.raises(UserError, match=message):
-        open_model(places["folder"] / name, **options)
+        load_model(places["folder"] / name, **options)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_an_export_that_contradicts_itself(places, tmp_path, field, value):
     file: Path = tmp_path / "model/config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
     with pytest.raises(UserError, match=r"config\.json"):
-        open_model(tmp_path / "model")
+        load_model(tmp_path / "model")
 
 
 def test_damaged_weights_of_a_run(places, tmp_path):
@@ -228,4 +228,4 @@ def test_damaged_weights_of_a_run(places, tmp_path):
     for file in (tmp_path / "run/checkpoints/0/params").rglob("d/*"):
         file.write_bytes(b"")
     with pytest.raises(CheckpointError, match="step 0 is damaged"):
-        open_model(tmp_path / "run")
+        load_model(tmp_path / "run")
