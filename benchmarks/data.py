@@ -18,7 +18,7 @@ from typing import Any
 from quietstar_jax.config import DataConfig
 from quietstar_jax.data import documents
 from quietstar_jax.data.pipeline import training_sequences
-from quietstar_jax.data.preparation import prepare
+from quietstar_jax.data.pretokenized.write import prepare
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 
 PACKINGS = ("random_span", "consecutive_spans", "packed")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from quietstar_jax.config import DataConfig
 from quietstar_jax.data.cache import cached_array
 from quietstar_jax.data.fingerprint import fingerprint
-from quietstar_jax.data.prepared import PreparedDocuments, is_prepared, prepared_folder
+from quietstar_jax.data.pretokenized.read import PreparedDocuments, is_prepared, prepared_folder
 from quietstar_jax.data.sources import Split, open_source
 from quietstar_jax.data.sources.common import Concatenated, Numbered, Piece, RandomAccessSource
 from quietstar_jax.data.tokenization import Tokenizer, without_begin

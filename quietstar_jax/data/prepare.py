@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quietstar_jax.command_line import CommandParser, integer
 from quietstar_jax.config import TEXT_DOCUMENTS, DataConfig
-from quietstar_jax.data.preparation import prepare
+from quietstar_jax.data.pretokenized.write import prepare
 from quietstar_jax.data.sources.files import is_url
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import ConfigError, run_command

@@ -22,8 +22,8 @@ from quietstar_jax.errors import ConfigError
 from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.models.parameters import Structure, assemble
-from quietstar_jax.parallel.layout import place_rows, row_ways
 from quietstar_jax.parallel.mesh import make_mesh
+from quietstar_jax.parallel.sharding import place_rows, row_ways
 from quietstar_jax.thoughts import controls
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
 from quietstar_jax.thoughts.model import QuietStar

@@ -18,8 +18,8 @@ from quietstar_jax.errors import ConfigError
 from quietstar_jax.inference.decode import Knobs, Plan, State
 from quietstar_jax.inference.engine import Engine
 from quietstar_jax.inference.kv_cache import empty_cache
-from quietstar_jax.parallel.layout import ROWS, find_reader
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
+from quietstar_jax.parallel.sharding import ROWS, find_reader
 from quietstar_jax.planning.architectures import planned_architecture
 from quietstar_jax.planning.targets import Target
 from quietstar_jax.thoughts.chunks import positions_per_chunk, sampled_positions_per_chunk

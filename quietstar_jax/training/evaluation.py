@@ -14,7 +14,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import Config
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.axes import constrain
-from quietstar_jax.parallel.layout import row_ways
+from quietstar_jax.parallel.sharding import row_ways
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk, sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import draw_uniforms, think
 from quietstar_jax.thoughts.model import QuietStar

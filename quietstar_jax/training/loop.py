@@ -22,8 +22,8 @@ from quietstar_jax.data.unknown import SETTING, check_known
 from quietstar_jax.errors import START_AGAIN, STOPPED, DataError, DivergedError, PreemptedError
 from quietstar_jax.io import folder_to_write, place, write_json
 from quietstar_jax.parallel import processes
-from quietstar_jax.parallel.layout import Reader, find_reader
 from quietstar_jax.parallel.preemption import PreemptionNotice
+from quietstar_jax.parallel.sharding import Reader, find_reader
 from quietstar_jax.signals import NAMES
 from quietstar_jax.training.answers import measure_answers
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, summarize

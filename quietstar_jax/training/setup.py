@@ -19,8 +19,8 @@ from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
 from quietstar_jax.models.parameters import Structure, disassemble
-from quietstar_jax.parallel.layout import on_mesh
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
+from quietstar_jax.parallel.sharding import on_mesh
 from quietstar_jax.settings import from_mapping, to_mapping
 from quietstar_jax.thoughts.model import fresh
 from quietstar_jax.thoughts.settings import Vocabulary

@@ -16,7 +16,7 @@ from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.axes import constrain, constrain_tree, shard, spread_rows
-from quietstar_jax.parallel.layout import place_rows, specs_like_parameters
+from quietstar_jax.parallel.sharding import place_rows, specs_like_parameters
 from quietstar_jax.thoughts.chunks import positions_per_chunk, sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import Uniforms, draw_uniforms, think
 from quietstar_jax.thoughts.loss import Metrics, language_model_loss, quiet_star_loss

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quietstar_jax.config import DataConfig
-from quietstar_jax.data import preparation
+from quietstar_jax.data.pretokenized import write as preparation
 from tests.data.reading import lines, put
 from tests.data.words import EOS, TOKENIZER, sequences
 

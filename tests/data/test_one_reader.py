@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from quietstar_jax.config import DataConfig
 from quietstar_jax.data.documents import open_documents
-from quietstar_jax.data.preparation import prepare
+from quietstar_jax.data.pretokenized.write import prepare
 from quietstar_jax.data.sources import open_source, read_all
 from quietstar_jax.data.sources.common import Record
 from quietstar_jax.data.sources.texts import TextOf

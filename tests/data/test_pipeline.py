@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 
 from quietstar_jax.config import DataConfig
 from quietstar_jax.data import documents as documents_module
-from quietstar_jax.data import pipeline, preparation
+from quietstar_jax.data import pipeline
 from quietstar_jax.data.pipeline import (
     Batch,
     check_vocabulary,
     training_sequences,
     validation_batches,
 )
+from quietstar_jax.data.pretokenized import write as preparation
 from quietstar_jax.data.sources import formats
 from quietstar_jax.data.sources.common import Record
 from quietstar_jax.data.tokenization import load_tokenizer

@@ -20,12 +20,12 @@ import pytest
 import zstandard
 
 from quietstar_jax.config import DataConfig
-from quietstar_jax.data import preparation
 from quietstar_jax.data.documents import open_documents
 from quietstar_jax.data.packing import Position
 from quietstar_jax.data.pipeline import training_sequences, validation_batches
 from quietstar_jax.data.prepare import main
-from quietstar_jax.data.prepared import PreparedDocuments
+from quietstar_jax.data.pretokenized import write as preparation
+from quietstar_jax.data.pretokenized.read import PreparedDocuments
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from tests.data.reading import lines, put

@@ -15,8 +15,8 @@ import numpy as np
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Phase, ThoughtConfig
 from quietstar_jax.models.parameters import disassemble
-from quietstar_jax.parallel.layout import on_mesh
 from quietstar_jax.parallel.mesh import make_mesh
+from quietstar_jax.parallel.sharding import on_mesh
 from quietstar_jax.thoughts import text
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches

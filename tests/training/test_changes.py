@@ -18,7 +18,7 @@ from quietstar_jax.checkpoint.run_checkpoint import open_run
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
 from quietstar_jax.data.pipeline import training_sequences
-from quietstar_jax.data.preparation import prepare as prepare_text
+from quietstar_jax.data.pretokenized.write import prepare as prepare_text
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.planning.architectures import planned_architecture

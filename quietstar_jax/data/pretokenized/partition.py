@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from quietstar_jax.config import DataConfig
-from quietstar_jax.data.prepared import is_prepared
+from quietstar_jax.data.pretokenized.read import is_prepared
 from quietstar_jax.data.sources import SYNTHETIC, is_hub, open_source
 from quietstar_jax.data.sources.common import Label, Piece, RandomAccessSource, Record
 from quietstar_jax.data.sources.files import COMPRESSIONS, File, find_files, kind_of

@@ -28,8 +28,16 @@ from tqdm import tqdm
 from quietstar_jax.config import DataConfig
 from quietstar_jax.data.cache import write_array
 from quietstar_jax.data.fingerprint import fingerprint
-from quietstar_jax.data.parts import Input, Part, read_input
-from quietstar_jax.data.prepared import BEGUN, COUNTS, FORMAT, MANIFEST, PLAN, describe_tokenizer, read_manifest
+from quietstar_jax.data.pretokenized.partition import Input, Part, read_input
+from quietstar_jax.data.pretokenized.read import (
+    BEGUN,
+    COUNTS,
+    FORMAT,
+    MANIFEST,
+    PLAN,
+    describe_tokenizer,
+    read_manifest,
+)
 from quietstar_jax.data.sources.texts import TextOf
 from quietstar_jax.data.tokenization import Tokenizer, begins_with, load_tokenizer
 from quietstar_jax.data.unknown import SAMPLED_DOCUMENTS, check_known, sampled, total, unknown_in_text
