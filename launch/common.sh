@@ -1,7 +1,7 @@
 # Shared by the scripts of this folder, which source it; does nothing by itself.
 # shellcheck shell=bash
 
-START_AGAIN=75 # exit status of a run that saved where it is (quietstar_jax/errors.py)
+EXIT_RETRY=75 # exit status of a run that saved where it is (quietstar_jax/errors.py)
 STOPPED=130    # the same, stopped by a person with Ctrl-C
 : "${MAX_RESTARTS:=50}" "${RESTART_SECONDS:=10}" "${MAX_RESTART_SECONDS:=300}"
 
@@ -78,7 +78,7 @@ run_with_input() {
 }
 
 # Whether a run that ended so is to be started again: it saved and left, or it was killed, but not by Ctrl-C.
-goes_on() { (($1 == START_AGAIN || ($1 > 128 && $1 != STOPPED))); }
+goes_on() { (($1 == EXIT_RETRY || ($1 > 128 && $1 != STOPPED))); }
 
 # Waits for a process to end, and has its exit status. A trapped signal interrupts `wait` with a status above 128, so
 # that one is asked again until it is that of a process which is gone.

@@ -96,7 +96,7 @@ spec:
                 onExitCodes:
                   containerName: train
                   operator: NotIn
-                  values: [129, $(seq -s ', ' 131 159), $START_AGAIN] # goes_on: 128 and a signal
+                  values: [129, $(seq -s ', ' 131 159), $EXIT_RETRY] # goes_on: 128 and a signal
           template:
             spec:
               restartPolicy: Never

@@ -48,7 +48,7 @@ if $DRY_RUN; then
     ((i == 0)) || log=" >>$(quote "$LOGS/process-$i.log") 2>&1"
     printf '%s%s &\n' "$(quote "${command[@]}")" "$log"
   done
-  echo "# all again on status $START_AGAIN or a kill, at most $MAX_RESTARTS times"
+  echo "# all again on status $EXIT_RETRY or a kill, at most $MAX_RESTARTS times"
   exit 0
 fi
 again all_processes || { status=$? && echo "launch: ended with status $status; the other processes wrote to $LOGS" >&2 && exit "$status"; }

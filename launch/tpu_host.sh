@@ -33,7 +33,7 @@ leave_status() {
 parse_arguments "$@"
 if ! $DRY_RUN; then
   trap leave_status EXIT
-  trap 'TOLD_TO_LEAVE=true; exit "$START_AGAIN"' TERM INT # until `again` sets its own
+  trap 'TOLD_TO_LEAVE=true; exit "$EXIT_RETRY"' TERM INT # until `again` sets its own
 fi
 need SHARED PYTHON_VERSION
 need_shared_workdir /runs/
@@ -55,7 +55,7 @@ if $DRY_RUN || [[ ! -e .venv/.installed ]]; then
 fi
 train=(.venv/bin/python -m quietstar_jax.train "${ARGUMENTS[@]}" --config.distributed.processes=cluster)
 if $DRY_RUN; then
-  echo "$(quote "${train[@]}") # again on status $START_AGAIN or a kill, at most $MAX_RESTARTS times"
+  echo "$(quote "${train[@]}") # again on status $EXIT_RETRY or a kill, at most $MAX_RESTARTS times"
   exit 0
 fi
 again "${train[@]}"

@@ -26,6 +26,6 @@ need_shared_workdir /
 # xpk starts a workload again that ended with 42 or 127 .. 255, and with what is named here.
 run xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" --workload="$NAME" \
   --tpu-type="$TPU_TYPE" --num-slices="$SLICES" --priority="$PRIORITY" --docker-image="$IMAGE" \
-  --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes="$START_AGAIN" \
+  --max-restarts="$MAX_RESTARTS" --restart-on-exit-codes="$EXIT_RETRY" \
   --termination-grace-period-seconds="$GRACE_SECONDS" \
   --command="exec python -m quietstar_jax.train $(quote "${ARGUMENTS[@]}" --config.distributed.processes=cluster)"

@@ -1,6 +1,6 @@
 """Errors that a user can mend, and the exit statuses of command lines.
 
-A launcher starts a run again that ended with `START_AGAIN`, or was killed (a status above 128, but not `STOPPED`); with
+A launcher starts a run again that ended with `EXIT_RETRY`, or was killed (a status above 128, but not `STOPPED`); with
 0 it is done, with any other something is to be mended first.
 """
 
@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 from quietstar_jax.signals import Interrupted, end_now, end_quietly, listening
 
-MEND_FIRST = 2  # exit status: an unchanged restart fails again
-START_AGAIN = 75  # exit status: a restarted run resumes where it stopped (EX_TEMPFAIL of sysexits.h)
+EXIT_USER_ERROR = 2  # exit status: an unchanged restart fails again
+EXIT_RETRY = 75  # exit status: a restarted run resumes where it stopped (EX_TEMPFAIL of sysexits.h)
 STOPPED = 130  # exit status: stopped with Ctrl-C; the same command resumes
 
 MOST_LINES, MOST_CHARACTERS, LONGEST_LINE = 25, 2000, 600  # of a message on the terminal
@@ -30,7 +30,7 @@ OUTSIDE_TEXTS = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQ
 class UserError(Exception):
     """Something outside the program is wrong; the message says what, where, and what to do."""
 
-    status = MEND_FIRST
+    status = EXIT_USER_ERROR
 
 
 class ConfigError(UserError):
@@ -52,7 +52,7 @@ class DivergedError(UserError):
 class PreemptedError(UserError):
     """The run was asked to stop, and has saved where it is."""
 
-    def __init__(self, message: str, status: int = START_AGAIN):
+    def __init__(self, message: str, status: int = EXIT_RETRY):
         super().__init__(message)
         self.status = status
 
@@ -98,7 +98,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
                 raise
             with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
                 print(line, file=sys.stderr)
-            status = getattr(found, "status", MEND_FIRST)
+            status = getattr(found, "status", EXIT_USER_ERROR)
     end_quietly(status if isinstance(status, int) else int(status is not None))
     sys.exit(status)  # type: ignore[arg-type]
 

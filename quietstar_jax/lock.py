@@ -23,7 +23,7 @@ from typing import Any
 from etils import epath
 
 from quietstar_jax import io
-from quietstar_jax.errors import START_AGAIN, UserError
+from quietstar_jax.errors import EXIT_RETRY, UserError
 
 BEAT_SECONDS = 5.0  # between signs of life
 STALE_SECONDS = 60.0  # without one, the holder is taken for dead
@@ -111,7 +111,7 @@ class Lock:
                     f"{self._name} is in use by {describe(holder)}, which is alive. Wait until it ends, stop it, or "
                     "choose another workdir: two runs in one would destroy each other's checkpoints."
                 )
-                error.status = LockedError.status if holder.get("machine") == io.machine() else START_AGAIN
+                error.status = LockedError.status if holder.get("machine") == io.machine() else EXIT_RETRY
                 raise error
             elif time.monotonic() < until:
                 time.sleep(0.2 if not self._url else 2)

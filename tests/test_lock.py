@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from quietstar_jax import io, lock
-from quietstar_jax.errors import MEND_FIRST, START_AGAIN
+from quietstar_jax.errors import EXIT_RETRY, EXIT_USER_ERROR
 from quietstar_jax.lock import GoneError, Lock, LockedError
 
 HOLDER = """
@@ -77,7 +77,7 @@ def test_a_living_holder_is_named_and_left_alone(path: Path, holder: subprocess.
     before = json.loads(path.read_text())
     with pytest.raises(LockedError, match=rf"in use by process {holder.pid} on .*, started 20.* is alive") as refused:
         held(path)
-    assert refused.value.status == MEND_FIRST
+    assert refused.value.status == EXIT_USER_ERROR
     assert json.loads(path.read_text()) == before
     path.with_name("stop").touch()
     assert holder.wait(timeout=30) == 0
@@ -124,7 +124,7 @@ def test_a_living_holder_elsewhere_may_be_gone_later(path: Path, holder: subproc
     path.write_text(text.replace(io.machine(), "0" * 12))
     with pytest.raises(LockedError, match="is alive") as refused:
         held(path)
-    assert refused.value.status == START_AGAIN
+    assert refused.value.status == EXIT_RETRY
 
 
 def test_a_suspended_holder_is_replaced_and_stops_when_it_wakes(path: Path, holder: subprocess.Popen[str]) -> None:
@@ -134,7 +134,7 @@ def test_a_suspended_holder_is_replaced_and_stops_when_it_wakes(path: Path, hold
         assert f"no sign of life of process {holder.pid}" in lines(second, 2)[0]
         before = path.read_text()
         os.kill(holder.pid, signal.SIGCONT)
-        assert holder.wait(timeout=30) == MEND_FIRST
+        assert holder.wait(timeout=30) == EXIT_USER_ERROR
         assert f"taken over by process {second.pid}" in lines(holder, 1)[0]
         assert path.read_text() == before
         path.with_name("stop").touch()
@@ -153,7 +153,7 @@ def test_of_many_at_once_one_holds(path: Path, stale: bool) -> None:
             time.sleep(0.05)
         (alive,) = [process for process in processes if process.poll() is None]
         assert json.loads(path.read_text())["process"] == alive.pid
-        assert {process.returncode for process in processes if process is not alive} == {MEND_FIRST}
+        assert {process.returncode for process in processes if process is not alive} == {EXIT_USER_ERROR}
         path.with_name("stop").touch()
         assert alive.wait(timeout=30) == 0
     finally:

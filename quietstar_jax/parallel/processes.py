@@ -19,7 +19,7 @@ from jax._src import distributed  # the store of the processes has no public nam
 from jax.experimental import multihost_utils
 
 from quietstar_jax.config import DistributedConfig
-from quietstar_jax.errors import START_AGAIN, ConfigError, PreemptedError, UserError, bounded
+from quietstar_jax.errors import EXIT_RETRY, ConfigError, PreemptedError, UserError, bounded
 from quietstar_jax.signals import Interrupted, end_now
 
 _GATHERED = itertools.count()
@@ -149,7 +149,7 @@ def stop_together() -> Iterator[None]:
             status = error.status
             print(f"error: {bounded(str(error))} ({who})", file=sys.stderr)
         elif _is_lost_touch(error):
-            status = START_AGAIN
+            status = EXIT_RETRY
             print(
                 f"error: {who} lost touch with another one, or a device failed: {str(error).splitlines()[0]}\n"
                 "It stops here. Start all processes again: the run goes on from its last checkpoint.",

@@ -19,7 +19,7 @@ from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
 from quietstar_jax.data.unknown import SETTING, check_known
-from quietstar_jax.errors import START_AGAIN, STOPPED, DataError, DivergedError, PreemptedError
+from quietstar_jax.errors import EXIT_RETRY, STOPPED, DataError, DivergedError, PreemptedError
 from quietstar_jax.io import folder_to_write, place, write_json
 from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.preemption import PreemptionNotice
@@ -190,7 +190,7 @@ class Trainer:
             self._save(state)
             raise PreemptedError(
                 f"Stopped by {NAMES[number]} after step {int(state.step)}, which is saved. The same command resumes.",
-                STOPPED if number == signal.SIGINT else START_AGAIN,
+                STOPPED if number == signal.SIGINT else EXIT_RETRY,
             )
 
     def _is_evaluated(self, step: int, phase_end: int) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quietstar_jax.errors import MEND_FIRST, START_AGAIN, STOPPED
+from quietstar_jax.errors import EXIT_RETRY, EXIT_USER_ERROR, STOPPED
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SCRIPTS = ("local", "slurm", "gke_jobset", "xpk", "tpu_host", "tpu_vm", "queued_resource")
@@ -92,7 +92,7 @@ def test_a_work_directory_that_only_one_host_has_is_refused(script, form):
     relative = () if script == "slurm" else ("runs/mine",)  # where the repository is shared, so is a folder in it
     elsewhere = () if script in ("slurm", "xpk") else ("/home/me/run", "/runsome/mine")
     for workdir in ("/tmp/run", "/dev/shm/run", *relative, *elsewhere):
-        assert ended(workdir).returncode == MEND_FIRST, workdir
+        assert ended(workdir).returncode == EXIT_USER_ERROR, workdir
         assert f"config.workdir {workdir} is another folder on each host" in ended(workdir).stderr
     for workdir in ("/runs/mine", "gs://bucket/run"):
         assert ended(workdir).returncode == 0, ended(workdir).stderr
@@ -139,7 +139,7 @@ def test_slurm_runs_a_task_per_gpu_and_requeues():
 
 
 @pytest.mark.parametrize(
-    ("status", "requeued"), [(0, 0), (START_AGAIN, 1), (137, 1), (STOPPED, 0), (MEND_FIRST, 0), (1, 0)]
+    ("status", "requeued"), [(0, 0), (EXIT_RETRY, 1), (137, 1), (STOPPED, 0), (EXIT_USER_ERROR, 0), (1, 0)]
 )
 @pytest.mark.parametrize(("restarts", "may"), [("0", 1), ("50", 0)])
 def test_a_slurm_job_requeues_itself_when_that_helps(tmp_path, status, requeued, restarts, may):
@@ -158,8 +158,8 @@ def test_a_slurm_job_requeues_itself_when_that_helps(tmp_path, status, requeued,
 
 @pytest.mark.parametrize(
     ("statuses", "final", "requeued"),
-    [([1, 134], 1, False), ([START_AGAIN, MEND_FIRST], MEND_FIRST, False), ([START_AGAIN, 137], 137, True),
-     ([0, START_AGAIN], START_AGAIN, True), ([0, 0], 0, False)],
+    [([1, 134], 1, False), ([EXIT_RETRY, EXIT_USER_ERROR], EXIT_USER_ERROR, False), ([EXIT_RETRY, 137], 137, True),
+     ([0, EXIT_RETRY], EXIT_RETRY, True), ([0, 0], 0, False)],
 )  # fmt: skip
 def test_a_slurm_job_is_not_requeued_for_the_error_of_one_task(tmp_path, statuses, final, requeued):
     """With an srun that runs the tasks and, as the real one does, ends with the highest status."""
@@ -183,12 +183,12 @@ def test_a_slurm_job_is_not_requeued_for_the_error_of_one_task(tmp_path, statuse
 
 def test_a_slurm_task_hands_sigterm_on_and_waits(tmp_path):
     up = shlex.quote(str(tmp_path / "up"))
-    run = f"trap 'sleep 0.3; exit {START_AGAIN}' TERM; touch {up}; while true; do sleep 0.05; done"
+    run = f"trap 'sleep 0.3; exit {EXIT_RETRY}' TERM; touch {up}; while true; do sleep 0.05; done"
     task = subprocess.Popen([LAUNCH / "slurm_task.sh", tmp_path / "final", "bash", "-c", run])
     while not (tmp_path / "up").exists():
         time.sleep(0.02)
     task.terminate()
-    assert task.wait(timeout=30) == START_AGAIN
+    assert task.wait(timeout=30) == EXIT_RETRY
     assert not (tmp_path / "final").exists()
 
 
@@ -231,8 +231,8 @@ def test_a_jobset_starts_again_what_saved_or_was_killed_and_nothing_else():
     assert ended["action"] == "FailJob"
     assert ended["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
     assert ended["onExitCodes"]["operator"] == "NotIn"
-    assert {START_AGAIN, 129, 132, 134, 136, 137, 139, 141, 143} <= set(ended["onExitCodes"]["values"])
-    assert not {1, MEND_FIRST, STOPPED} & set(ended["onExitCodes"]["values"])
+    assert {EXIT_RETRY, 129, 132, 134, 136, 137, 139, 141, 143} <= set(ended["onExitCodes"]["values"])
+    assert not {1, EXIT_USER_ERROR, STOPPED} & set(ended["onExitCodes"]["values"])
     assert job["backoffLimit"] == 0
 
 
@@ -260,7 +260,7 @@ def test_xpk_hands_the_command_over_whole():
     command = next(word for word in words if word.startswith("--command=")).removeprefix("--command=")
     assert shlex.split(command)[:4] == ["exec", "python", "-m", "quietstar_jax.train"]
     assert shlex.split(command)[4:-1] == AWKWARD
-    assert f"--restart-on-exit-codes={START_AGAIN}" in words
+    assert f"--restart-on-exit-codes={EXIT_RETRY}" in words
 
 
 @pytest.mark.parametrize("script", ["tpu_vm", "queued_resource"])
@@ -320,9 +320,9 @@ RUNS = ["ACTIVE", "active"]
         ([*RUNS, "!quota exceeded", "!503", *RUNS, "ACTIVE", "!ssh: timed out", "ACTIVE", "0", GONE], "delete", 0),
         ([*RUNS, "SUSPENDING", "SUSPENDED", "SUSPENDED", GONE, *RUNS, "ACTIVE", "0", GONE],
          "delete delete create delete", 0),
-        (["FAILED", "!503", GONE, "PROVISIONING", "ACTIVE", "2", GONE], "delete create delete", MEND_FIRST),
-        (["ACTIVE", "inactive", GONE], "delete", MEND_FIRST),  # nothing has run for IDLE_SECONDS
-        ([GONE, GONE, GONE], "create create", MEND_FIRST),  # refused, until MAX_RESTARTS
+        (["FAILED", "!503", GONE, "PROVISIONING", "ACTIVE", "2", GONE], "delete create delete", EXIT_USER_ERROR),
+        (["ACTIVE", "inactive", GONE], "delete", EXIT_USER_ERROR),  # nothing has run for IDLE_SECONDS
+        ([GONE, GONE, GONE], "create create", EXIT_USER_ERROR),  # refused, until MAX_RESTARTS
     ],
     ids=["ends", "delete-fails", "errors", "preempted", "failed", "idle", "refused"],
 )  # fmt: skip
@@ -365,7 +365,7 @@ def tpu_host(tmp_path: Path, train: str, **scripts: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("status", [0, 1, MEND_FIRST])
+@pytest.mark.parametrize("status", [0, 1, EXIT_USER_ERROR])
 def test_a_host_leaves_the_status_of_its_run(tmp_path, status):
     host = tpu_host(tmp_path, f"exit {status}")
     host.communicate(timeout=30)
@@ -385,8 +385,8 @@ def test_a_host_insists_on_its_installation_and_says_when_it_failed(tmp_path, fa
 
 @pytest.mark.parametrize(
     ("during", "leaves", "left"),
-    [("train", START_AGAIN, None), ("train", 143, None), ("train", 0, "0\n"), ("train", 1, "1\n"),
-     ("install", START_AGAIN, None)],
+    [("train", EXIT_RETRY, None), ("train", 143, None), ("train", 0, "0\n"), ("train", 1, "1\n"),
+     ("install", EXIT_RETRY, None)],
 )  # fmt: skip
 def test_a_host_told_to_leave_does_not_say_that_the_run_ended(tmp_path, during, leaves, left):
     up = tmp_path / "up"
@@ -412,8 +412,8 @@ def again(script: str, **variables: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("statuses", "final"),
-    [([0], 0), ([START_AGAIN, START_AGAIN, 0], 0), ([137, 0], 0), ([1], 1), ([MEND_FIRST], MEND_FIRST),
-     ([STOPPED], STOPPED), ([START_AGAIN, MEND_FIRST], MEND_FIRST), ([START_AGAIN] * 4, START_AGAIN)],
+    [([0], 0), ([EXIT_RETRY, EXIT_RETRY, 0], 0), ([137, 0], 0), ([1], 1), ([EXIT_USER_ERROR], EXIT_USER_ERROR),
+     ([STOPPED], STOPPED), ([EXIT_RETRY, EXIT_USER_ERROR], EXIT_USER_ERROR), ([EXIT_RETRY] * 4, EXIT_RETRY)],
 )  # fmt: skip
 def test_a_run_is_started_again_while_that_helps(tmp_path, statuses, final):
     count = tmp_path / "count"
@@ -429,7 +429,7 @@ def test_a_run_is_started_again_while_that_helps(tmp_path, statuses, final):
 def test_sigterm_reaches_the_run_and_ends_the_restarts(tmp_path):
     saved = tmp_path / "saved"
     run = f"""attempt() {{
-        trap 'echo x >>{saved}; exit {START_AGAIN}' TERM
+        trap 'echo x >>{saved}; exit {EXIT_RETRY}' TERM
         touch {tmp_path}/up
         while true; do sleep 0.05; done
     }}
@@ -437,5 +437,5 @@ def test_sigterm_reaches_the_run_and_ends_the_restarts(tmp_path):
     while [[ ! -e {tmp_path}/up ]]; do sleep 0.05; done
     kill -TERM $launcher; wait_for $launcher"""
     ended = again(run)
-    assert ended.returncode == START_AGAIN, ended.stderr
+    assert ended.returncode == EXIT_RETRY, ended.stderr
     assert saved.read_text().split() == ["x"]

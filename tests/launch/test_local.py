@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from quietstar_jax.errors import MEND_FIRST
+from quietstar_jax.errors import EXIT_USER_ERROR
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,6 +82,6 @@ def test_a_killed_process_makes_all_start_again_and_the_run_is_finished(tmp_path
 def test_an_error_that_must_be_mended_stops_at_once(tmp_path):
     launcher = start(tmp_path, 2, "--config.mesh.tensor=3")
     said, _ = launcher.communicate(timeout=240)
-    assert launcher.returncode == MEND_FIRST, said
+    assert launcher.returncode == EXIT_USER_ERROR, said
     assert "config.mesh" in said
     assert "restart" not in said

@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from quietstar_jax.errors import START_AGAIN, STOPPED, PreemptedError
+from quietstar_jax.errors import EXIT_RETRY, STOPPED, PreemptedError
 from quietstar_jax.parallel.preemption import PreemptionNotice
 from quietstar_jax.training.loop import train
 from tests.parallel.test_processes import PATIENCE, ROOT, finish, latest, records, started, wait_for_step
@@ -28,7 +28,7 @@ def test_a_signal_to_the_command_line_saves_and_says_to_start_again(tmp_path):
         wait_for_step(tmp_path, 5, [process])
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=PATIENCE)
-        assert process.returncode == START_AGAIN, errors[-2000:]
+        assert process.returncode == EXIT_RETRY, errors[-2000:]
     saved = latest(tmp_path)
     assert f"after step {saved}, which is saved" in errors
     assert records(tmp_path)[-1]["step"] == saved
@@ -45,7 +45,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("asked", "number", "status"),
-    [(2, signal.SIGTERM, START_AGAIN), (4, signal.SIGINT, STOPPED), (30, signal.SIGHUP, START_AGAIN)],
+    [(2, signal.SIGTERM, EXIT_RETRY), (4, signal.SIGINT, STOPPED), (30, signal.SIGHUP, EXIT_RETRY)],
     ids=["a step", "an evaluation", "the next phase"],
 )
 def test_resumed_bit_for_bit_wherever_the_notice_comes(uninterrupted, tmp_path, monkeypatch, asked, number, status):
@@ -77,7 +77,7 @@ def test_signals_at_random_moments_cost_nothing(uninterrupted, tmp_path):
             process.send_signal(number)
             _, errors = process.communicate(timeout=PATIENCE)
         during_imports = -signal.SIGTERM  # they have nothing to save, and only Ctrl-C is worth a line there
-        assert process.returncode in (0, START_AGAIN, 128 + number, during_imports), errors[-2000:]
+        assert process.returncode in (0, EXIT_RETRY, 128 + number, during_imports), errors[-2000:]
         assert "Traceback" not in errors
         stopped = [line for line in errors.splitlines() if line.startswith("Stopped by")]
         assert len(stopped) == (process.returncode > 0), errors[-2000:]
@@ -101,7 +101,7 @@ def test_a_closed_terminal_saves_and_ends(tmp_path):
             if select.select([ours], [], [], 0.1)[0]:
                 os.read(ours, 4096)
         os.close(ours)
-        assert process.wait(timeout=PATIENCE) == START_AGAIN
+        assert process.wait(timeout=PATIENCE) == EXIT_RETRY
     finally:
         process.kill()
         process.wait()

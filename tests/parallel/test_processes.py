@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from quietstar_jax.errors import MEND_FIRST, START_AGAIN, STOPPED
+from quietstar_jax.errors import EXIT_RETRY, EXIT_USER_ERROR, STOPPED
 from tests.support.commands import Command, run_command, start_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ def test_one_process_killed_stops_the_other_and_the_run_resumes(tmp_path, victim
         wait_for_step(tmp_path, 25, processes)
         processes[victim].send_signal(signal.SIGKILL)
         _, errors = processes[1 - victim].communicate(timeout=30)  # heartbeat_seconds of the configuration, and a bit
-        assert processes[1 - victim].returncode not in (0, MEND_FIRST)
+        assert processes[1 - victim].returncode not in (0, EXIT_USER_ERROR)
     assert "lost touch with another one" in errors or "another task died" in errors, errors
     before, saved = losses(tmp_path), latest(tmp_path)
     assert saved >= 20
@@ -128,7 +128,7 @@ def latest(workdir: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("number", "heard_by", "status"), [(signal.SIGTERM, 1, START_AGAIN), (signal.SIGINT, 0, STOPPED)]
+    ("number", "heard_by", "status"), [(signal.SIGTERM, 1, EXIT_RETRY), (signal.SIGINT, 0, STOPPED)]
 )
 def test_told_to_stop_all_save_the_same_step(tmp_path, number, heard_by, status):
     with started(tmp_path, 2, *LONG) as processes:
@@ -148,5 +148,5 @@ def test_processes_that_do_not_find_each_other_say_so(tmp_path):
              "--config.distributed.start_seconds=2"]  # fmt: skip
     for settings in (["--config.distributed.processes=cluster"], given, [*given, "--config.distributed.process_id=2"]):
         ended = run(*settings)
-        assert ended.returncode == MEND_FIRST, ended.stderr[-2000:]
+        assert ended.returncode == EXIT_USER_ERROR, ended.stderr[-2000:]
         assert "config.distributed" in ended.stderr

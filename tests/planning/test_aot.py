@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from quietstar_jax.errors import MEND_FIRST, ConfigError
+from quietstar_jax.errors import EXIT_USER_ERROR, ConfigError
 from quietstar_jax.planning.programs import find_phase, plan_mesh
 from quietstar_jax.planning.targets import find_target
 from quietstar_jax.training.setup import abstract_params
@@ -68,7 +68,7 @@ def test_a_search_ranks_mesh_shapes(aot):
 
 def test_bad_input_is_one_clear_error(aot):
     ended = aot("--topology", "v5e:3x3x3x3")
-    assert ended.returncode == MEND_FIRST, ended.stderr
+    assert ended.returncode == EXIT_USER_ERROR, ended.stderr
     assert "is not known" in ended.stderr
     assert "Traceback" not in ended.stderr
 

@@ -14,7 +14,7 @@ import pytest
 
 from quietstar_jax import io
 from quietstar_jax.config import Config
-from quietstar_jax.errors import MEND_FIRST, ConfigError, UserError
+from quietstar_jax.errors import EXIT_USER_ERROR, ConfigError, UserError
 from quietstar_jax.lock import LockedError
 from quietstar_jax.training.workdir import LOCK, open_workdir
 
@@ -145,7 +145,7 @@ def test_processes_that_do_not_share_their_work_directory_end_with_one_sentence(
         for process in processes:
             process.kill()
     for i, errors in enumerate(ended):
-        assert processes[i].returncode == MEND_FIRST, errors[-2000:]
+        assert processes[i].returncode == EXIT_USER_ERROR, errors[-2000:]
         assert "is not one folder for all processes" in errors
         assert f"{socket.gethostname()} (process 1) did not see within 2 s" in errors
         assert "Traceback" not in errors
