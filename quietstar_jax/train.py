@@ -9,7 +9,7 @@ from absl import logging
 
 from quietstar_jax.command_line import CommandParser, parse_with_config
 from quietstar_jax.errors import run_command
-from quietstar_jax.parallel.processes import is_first, stop_together
+from quietstar_jax.parallel.processes import is_primary, stop_together
 from quietstar_jax.training.loop import train
 from quietstar_jax.training.summary import format_summary
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax reports every file that it writes
     with stop_together():
         summary = train(config)
-    if is_first():
+    if is_primary():
         print(format_summary(summary))
 
 

@@ -77,7 +77,7 @@ def _reach(coordinator: str, seconds: int) -> None:
         time.sleep(0.2)
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this is the process that writes and prints."""
     return jax.process_index() == 0
 
@@ -101,7 +101,7 @@ def from_first(make: Callable[[], str]) -> str:
       UserError: `make` raised it on the first process; the others raise it with its message and status.
     """
     said, raised = ["", ""], None
-    if is_first():
+    if is_primary():
         try:
             said = ["", make()]
         except UserError as error:
@@ -116,7 +116,7 @@ def from_first(make: Callable[[], str]) -> str:
     return text
 
 
-def agree(value: bool) -> bool:
+def broadcast_from_primary(value: bool) -> bool:
     """What the first process says, on all."""
     return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
 

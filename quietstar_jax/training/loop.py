@@ -51,7 +51,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
-    config, reader, first = run.config, find_reader(run.mesh), processes.is_first()
+    config, reader, first = run.config, find_reader(run.mesh), processes.is_primary()
     folder = workdir.path
     sequences = training_sequences(
         config.data, run.tokenizer, seed=config.seed, process_index=reader.index, process_count=reader.count
@@ -203,7 +203,7 @@ class Trainer:
         step, start = int(state.step), 0
         for phase in self._run.config.phases:
             due = start < step <= start + phase.steps and self._is_evaluated(step, start + phase.steps)
-            if processes.agree(due and not self._metrics.has("evaluation", step)):
+            if processes.broadcast_from_primary(due and not self._metrics.has("evaluation", step)):
                 self._evaluate(state, phase, step)
             start += phase.steps
 

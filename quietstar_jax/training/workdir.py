@@ -66,7 +66,7 @@ def open_workdir(config: Config) -> Iterator[Workdir]:
             return lock.nonce
 
         nonce = processes.from_first(take)
-        seen = processes.is_first() or _sees(path, nonce)
+        seen = processes.is_primary() or _sees(path, nonce)
         blind = processes.gather("" if seen else f"{socket.gethostname()} (process {jax.process_index()})")
         if any(blind):
             raise ConfigError(
