@@ -134,15 +134,15 @@ def shard(fn: Callable[..., Any], over: Sequence[str], in_axes: Any, out_axes: A
     return jax.shard_map(own, in_specs=specs[0], out_specs=specs[1], axis_names=manual | alone, check_vma=False)
 
 
-def spread_rows(x: jax.Array, pieces: int) -> jax.Array:
+def split_microbatches(x: jax.Array, pieces: int) -> jax.Array:
     """[B, ...] -> [pieces, B / pieces, ...], where every device has an equal part of every piece from its own rows."""
     own, rows = ways("batch"), x.shape[0] // pieces
     parts = x.reshape(own, pieces, rows // own, *x.shape[1:]).swapaxes(0, 1)
     return constrain(parts.reshape(pieces, rows, *x.shape[1:]), None, "batch", ...)
 
 
-def collect_rows(x: jax.Array) -> jax.Array:
-    """The inverse of `spread_rows`: [pieces, B / pieces, ...] -> [B, ...]."""
+def merge_microbatches(x: jax.Array) -> jax.Array:
+    """The inverse of `split_microbatches`: [pieces, B / pieces, ...] -> [B, ...]."""
     (pieces, rows), own = x.shape[:2], ways("batch")
     parts = x.reshape(pieces, own, rows // own, *x.shape[2:]).swapaxes(0, 1)
     return constrain(parts.reshape(pieces * rows, *x.shape[2:]), "batch", ...)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from quietstar_jax.models.decoder import Decoder, KeyValues, Layers, base_pass
 from quietstar_jax.models.linear import cross_entropy
-from quietstar_jax.parallel.axes import collect_rows, constrain, spread_rows, ways
+from quietstar_jax.parallel.axes import constrain, merge_microbatches, split_microbatches, ways
 
 LOGITS_BYTES = 64 * 2**20  # of float32 logits of the text, at once and per device
 
@@ -62,9 +62,9 @@ def read_text(
         nats, spread = predict(hidden, targets)
     else:
         score = jax.checkpoint(predict)
-        by_row = jax.tree.map(lambda x: spread_rows(x, own), (hidden, targets))
+        by_row = jax.tree.map(lambda x: split_microbatches(x, own), (hidden, targets))
         scored = jax.lax.map(lambda row: score(*row), by_row, batch_size=rows)
-        nats, spread = jax.tree.map(collect_rows, scored)
+        nats, spread = jax.tree.map(merge_microbatches, scored)
     nats = jnp.where(real_ahead(mask, jnp.arange(length), 1, starts)[..., 0], nats, 0.0)
     nats, spread = jax.tree.map(lambda x: constrain(x, "batch", "keys"), (nats, spread))
     return Text(tokens, mask, constrain(hidden, "batch", "keys", "hidden"), prefix, nats, spread, layers, starts)

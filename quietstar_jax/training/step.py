@@ -15,7 +15,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.models.parameters import Structure, assemble
-from quietstar_jax.parallel.axes import constrain, constrain_tree, shard, spread_rows
+from quietstar_jax.parallel.axes import constrain, constrain_tree, shard, split_microbatches
 from quietstar_jax.parallel.sharding import place_rows, specs_like_parameters
 from quietstar_jax.thoughts.chunks import positions_per_chunk, sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import Uniforms, draw_uniforms, think
@@ -207,6 +207,6 @@ def accumulate(fn: Callable[[Any], Any], batch: Any, pieces: int) -> Any:
     """Sum of `fn` over the batch [B, ...] in `pieces` equal parts, one part in memory at a time."""
     if pieces == 1:
         return fn(batch)
-    parts = jax.tree.map(lambda x: spread_rows(x, pieces), batch)
+    parts = jax.tree.map(lambda x: split_microbatches(x, pieces), batch)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts)))
     return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None), zeros, parts)[0]
