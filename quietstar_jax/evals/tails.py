@@ -23,7 +23,7 @@ from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.mesh import make_mesh
-from quietstar_jax.parallel.sharding import place_rows, row_ways
+from quietstar_jax.parallel.sharding import row_ways, shard_batch
 from quietstar_jax.thoughts import controls
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
 from quietstar_jax.thoughts.model import QuietStar
@@ -238,7 +238,7 @@ class TailScorer:
             mask[row, length - len(tail.tokens) :] = True
             candidates[row, : len(tail.candidates)] = tail.candidates
         with jax.set_mesh(self._mesh):
-            return self._score(self._params, *map(place_rows, (tokens, mask, candidates)), count=count)
+            return self._score(self._params, *map(shard_batch, (tokens, mask, candidates)), count=count)
 
 
 def longest_text(architecture: Architecture, thought_length: int) -> int:

@@ -49,7 +49,7 @@ def on_mesh(mesh: Mesh, specs: Any) -> Any:
     )
 
 
-def place_rows(rows: np.ndarray) -> jax.Array:
+def shard_batch(rows: np.ndarray) -> jax.Array:
     """Rows [B, ...] that every process holds whole, dealt out over the mesh of the context, or on the one device."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
@@ -63,7 +63,7 @@ def row_ways(mesh: Mesh) -> int:
 
 
 @dataclass(frozen=True)
-class Reader:
+class ProcessBatchShard:
     """Which sequences of every batch this process reads: number `index`, `index + count`, ... of the global order.
 
     Processes whose devices hold the same rows read the same sequences.
@@ -95,7 +95,7 @@ class Reader:
         return None if self.count == 1 else numbers
 
 
-def find_reader(mesh: Mesh) -> Reader:
+def find_process_shard(mesh: Mesh) -> ProcessBatchShard:
     """The reader that this process is.
 
     Raises:
@@ -113,4 +113,4 @@ def find_reader(mesh: Mesh) -> Reader:
             f"{mesh.shape['fsdp']}), of which some processes share only some. Choose sizes of data and fsdp whose "
             f"product is a multiple, or a divisor, of the {len(held)} processes."
         )
-    return Reader(parts.index(tuple(sorted(held[jax.process_index()]))), len(parts), tuple(parts))
+    return ProcessBatchShard(parts.index(tuple(sorted(held[jax.process_index()]))), len(parts), tuple(parts))

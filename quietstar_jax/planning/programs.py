@@ -19,7 +19,7 @@ from quietstar_jax.inference.decode import Knobs, Plan, State
 from quietstar_jax.inference.engine import Engine
 from quietstar_jax.inference.kv_cache import empty_cache
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
-from quietstar_jax.parallel.sharding import ROWS, find_reader
+from quietstar_jax.parallel.sharding import ROWS, find_process_shard
 from quietstar_jax.planning.architectures import planned_architecture
 from quietstar_jax.planning.targets import Target
 from quietstar_jax.thoughts.chunks import positions_per_chunk, sampled_positions_per_chunk
@@ -139,7 +139,13 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
     with jax.set_mesh(mesh):
         state = abstract_state(config, architecture, mesh)
         step = compile_train_step(
-            config, phase, structure, architecture, VOCABULARY, state, find_reader(mesh).numbers(phase.batch_size)
+            config,
+            phase,
+            structure,
+            architecture,
+            VOCABULARY,
+            state,
+            find_process_shard(mesh).numbers(phase.batch_size),
         )
         rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
         shape = (phase.batch_size, config.data.sequence_length)

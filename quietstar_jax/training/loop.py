@@ -23,7 +23,7 @@ from quietstar_jax.errors import EXIT_RETRY, STOPPED, DataError, DivergedError, 
 from quietstar_jax.io import folder_to_write, place, write_json
 from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.preemption import PreemptionNotice
-from quietstar_jax.parallel.sharding import Reader, find_reader
+from quietstar_jax.parallel.sharding import ProcessBatchShard, find_process_shard
 from quietstar_jax.signals import NAMES
 from quietstar_jax.training.answers import measure_answers
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, summarize
@@ -51,7 +51,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
-    config, reader, first = run.config, find_reader(run.mesh), processes.is_primary()
+    config, reader, first = run.config, find_process_shard(run.mesh), processes.is_primary()
     folder = workdir.path
     sequences = training_sequences(
         config.data, run.tokenizer, seed=config.seed, process_index=reader.index, process_count=reader.count
@@ -134,7 +134,7 @@ class Trainer:
     """One pass through the phases of a run."""
 
     def __init__(
-        self, run: Run, reader: Reader, sequences: SequenceIterator, held_out: list[Any], checkpoints: Checkpoints,
+        self, run: Run, reader: ProcessBatchShard, sequences: SequenceIterator, held_out: list[Any], checkpoints: Checkpoints,
         metrics: MetricsWriter, workdir: Workdir, notice: PreemptionNotice,
     ):  # fmt: skip
         self._run, self._reader, self._sequences, self._held_out = run, reader, sequences, held_out

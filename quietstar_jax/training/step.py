@@ -16,7 +16,7 @@ from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.models.parameters import Structure, assemble
 from quietstar_jax.parallel.axes import constrain, constrain_tree, shard, split_microbatches
-from quietstar_jax.parallel.sharding import place_rows, specs_like_parameters
+from quietstar_jax.parallel.sharding import shard_batch, specs_like_parameters
 from quietstar_jax.thoughts.chunks import positions_per_chunk, sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import Uniforms, draw_uniforms, think
 from quietstar_jax.thoughts.loss import Metrics, language_model_loss, quiet_star_loss
@@ -70,7 +70,7 @@ def draw(
 
 def to_device(rows: Mapping[str, np.ndarray]) -> Batch:
     """A whole batch of the data pipeline, moved to the device or dealt out over the mesh."""
-    return Batch(**jax.tree.map(place_rows, dict(rows)))
+    return Batch(**jax.tree.map(shard_batch, dict(rows)))
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]

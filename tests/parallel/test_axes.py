@@ -15,7 +15,7 @@ from quietstar_jax.config import Config, MeshConfig, Phase
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.parallel.axes import constrain, partition_spec
 from quietstar_jax.parallel.mesh import check_batches, check_weights, make_mesh, resolve, split_tensor
-from quietstar_jax.parallel.sharding import Reader, specs_like_parameters
+from quietstar_jax.parallel.sharding import ProcessBatchShard, specs_like_parameters
 from quietstar_jax.settings import from_mapping
 from quietstar_jax.training.setup import abstract_params
 from quietstar_jax.training.step import initial_state, state_specs
@@ -119,7 +119,7 @@ def test_slices_of_a_pod_lie_along_the_outer_axes():
 
 
 def test_rows_of_readers_are_numbered_in_the_global_order():
-    reader = Reader(0, 2, ((0, 2), (1, 3)))  # parts of two rows: reader 0 holds rows 0, 1, 4, 5
+    reader = ProcessBatchShard(0, 2, ((0, 2), (1, 3)))  # parts of two rows: reader 0 holds rows 0, 1, 4, 5
     numbers = reader.numbers(8)
     assert numbers.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert Reader(0, 1, ((0, 1),)).numbers(8) is None
+    assert ProcessBatchShard(0, 1, ((0, 1),)).numbers(8) is None
