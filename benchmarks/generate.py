@@ -24,7 +24,7 @@ from quietstar_jax.inference.engine import Engine, Request
 from quietstar_jax.inference.kv_cache import append, cached_pass
 from quietstar_jax.inference.load_model import stored_dtype
 from quietstar_jax.inference.sampling import Sampling
-from quietstar_jax.models.parameters import assemble, disassemble
+from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts.chains import empty_chains
 from quietstar_jax.thoughts.model import fresh
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -75,13 +75,13 @@ def make_engine(s: Sizes) -> Engine:
     )  # fmt: skip
 
     def weights() -> dict[str, jax.Array]:
-        params, _ = disassemble(fresh(architecture, [1], [2], ThoughtConfig.embedding_scale, jax.random.key(0)))
+        params, _ = split(fresh(architecture, [1], [2], ThoughtConfig.embedding_scale, jax.random.key(0)))
         return {name: value.astype(stored_dtype(name, s.dtype)) for name, value in params.items()}
 
-    structure = disassemble(
+    graphdef = split(
         jax.eval_shape(lambda: fresh(architecture, [1], [2], ThoughtConfig.embedding_scale, jax.random.key(0)))
     )[1]
-    return Engine(jax.jit(weights)(), structure, architecture, s.dtype, s.batch)
+    return Engine(jax.jit(weights)(), graphdef, architecture, s.dtype, s.batch)
 
 
 def measure(s: Sizes, steps: int) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def bare_step(engine: Engine, s: Sizes) -> Callable[[State, int], Any]:
     dtype = jnp.dtype(s.dtype)
 
     def step(params: Any, cache: Any, token: jax.Array, positions: jax.Array) -> tuple[Any, jax.Array]:
-        decoder = assemble(engine.structure, params).decoder
+        decoder = merge(engine.graphdef, params).decoder
         own = empty_chains(decoder, s.batch, 1, 1, 1, dtype)
         hidden, own = cached_pass(decoder, decoder.embed(token, dtype)[:, None], jnp.int32(0), positions, cache, own)
         return append(cache, own, positions), decoder.logits(hidden[:, 0])

@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.command import matmul_rate, run
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import Config, DataConfig, ModelConfig, Phase, RateScales, ThoughtConfig
-from quietstar_jax.models.parameters import disassemble
+from quietstar_jax.models.parameters import split
 from quietstar_jax.thoughts.chunks import positions_per_chunk
 from quietstar_jax.thoughts.flops import step_flops
 from quietstar_jax.thoughts.model import fresh
@@ -99,13 +99,13 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
     settings = phase_settings(config, phase, vocabulary)
 
     model = jax.jit(lambda: fresh(architecture, [1], [2], config.thought.embedding_scale, jax.random.key(0)))()
-    params, structure = disassemble(model)
+    params, graphdef = split(model)
     state = initial_state(params, config)
     tokens = np.random.default_rng(0).integers(3, s.vocab, (s.batch, s.length)).astype(np.int32)
     batch = Batch(jnp.asarray(tokens), jnp.ones(tokens.shape, bool))
     arguments = (batch, jax.random.key(1), jnp.int32(0))
 
-    step = jax.jit(make_train_step(config, phase, structure, architecture, vocabulary), donate_argnums=0)
+    step = jax.jit(make_train_step(config, phase, graphdef, architecture, vocabulary), donate_argnums=0)
     start = time.perf_counter()
     compiled = step.lower(state, *arguments).compile()
     compile_seconds = time.perf_counter() - start

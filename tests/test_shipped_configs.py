@@ -30,7 +30,7 @@ def test_config_fits_together(path):
     config = load(path)
     architecture = config.model.architecture
     check_length(config, architecture)
-    params, structure = abstract_params(architecture)
+    params, graphdef = abstract_params(architecture)
     state = jax.eval_shape(lambda params: initial_state(params, config), params)
     vocabulary = Vocabulary(pad_id=0, meta_tokens=(1, 2), start_tokens=(3,), end_tokens=(3,))
     length = config.data.sequence_length
@@ -39,14 +39,14 @@ def test_config_fits_together(path):
         return Batch(jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows, length), bool))
 
     for phase in config.phases:
-        step = make_train_step(config, phase, structure, architecture, vocabulary)
+        step = make_train_step(config, phase, graphdef, architecture, vocabulary)
         after, metrics = jax.eval_shape(
             step, state, batch(phase.batch_size), jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
         )
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
         assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
 
-    scorer = make_token_scorer(structure, architecture, evaluation_settings(config, vocabulary))
+    scorer = make_token_scorer(graphdef, architecture, evaluation_settings(config, vocabulary))
     scores = jax.eval_shape(scorer, params, batch(config.evaluation.batch_size))
     assert scores.thoughts.shape == (config.evaluation.batch_size, length, config.evaluation_thought_length)
 

@@ -21,7 +21,7 @@ from quietstar_jax.config import MeshConfig
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.linear import cross_entropy
-from quietstar_jax.models.parameters import Structure, assemble
+from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.parallel.sharding import row_ways, shard_batch
 from quietstar_jax.thoughts import controls
@@ -94,7 +94,7 @@ def grid_count(count: int) -> int:
 
 
 def make_tail_scorer(
-    structure: Structure, architecture: Architecture, settings: ThoughtSettings, forbidden: tuple[int, ...]
+    graphdef: GraphDef, architecture: Architecture, settings: ThoughtSettings, forbidden: tuple[int, ...]
 ) -> Callable[..., TailScores]:
     """Compiled `(params, tokens [B, L], mask [B, L], candidates [B, A], count=P) -> TailScores`, each [B, P, ...].
 
@@ -116,7 +116,7 @@ def make_tail_scorer(
     def score(
         params: Mapping[str, jax.Array], tokens: jax.Array, mask: jax.Array, candidates: jax.Array, *, count: int
     ) -> TailScores:
-        model = assemble(structure, params)
+        model = merge(graphdef, params)
         text = read_text(model.decoder, tokens, mask, dtype=settings.dtype)
         rows, length = tokens.shape
         chunk = min(count, positions_per_chunk(architecture, settings, rows, length))
@@ -179,7 +179,7 @@ class TailScorer:
         ways = row_ways(self._mesh)
         self.batch_size = -(-batch_size // ways) * ways
         self._params = jax.device_put(model.params, NamedSharding(self._mesh, PartitionSpec()))
-        self._score = make_tail_scorer(model.structure, model.architecture, settings, model.forbidden_ids)
+        self._score = make_tail_scorer(model.graphdef, model.architecture, settings, model.forbidden_ids)
         self._pad_id = model.vocabulary.pad_id
         self.longest = longest_text(model.architecture, settings.length)
 

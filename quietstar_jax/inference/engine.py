@@ -15,7 +15,7 @@ from quietstar_jax.inference.decode import Emitted, Knobs, Plan, State, generate
 from quietstar_jax.inference.kv_cache import empty_cache
 from quietstar_jax.inference.sampling import Sampling
 from quietstar_jax.models.decoder import KeyValues
-from quietstar_jax.models.parameters import Structure, assemble
+from quietstar_jax.models.parameters import GraphDef, merge
 
 PROMPT_CHUNK = 64  # tokens of each prompt in one pass; divides every block of keys
 SHORTEST_CACHE = 512  # tokens; a longer one has twice the room, and so on: few lengths, all of whole blocks
@@ -46,17 +46,17 @@ class Engine:
     """
 
     def __init__(
-        self, params: dict[str, jax.Array], structure: Structure, architecture: Architecture, dtype: str,
+        self, params: dict[str, jax.Array], graphdef: GraphDef, architecture: Architecture, dtype: str,
         batch_size: int,
     ):  # fmt: skip
         self.batch_size = batch_size
-        self.params, self.structure, self._architecture = params, structure, architecture
+        self.params, self.graphdef, self._architecture = params, graphdef, architecture
         self._dtype = jnp.dtype(dtype)
         self._place = _beside(params["decoder.embedding"].sharding)
         self._steps: dict[Plan, Step] = {}
 
         def read(params: Any, cache: KeyValues, tokens: jax.Array, start: jax.Array) -> KeyValues:
-            return read_prompt(assemble(structure, params).decoder, cache, tokens, start, self._dtype)
+            return read_prompt(merge(graphdef, params).decoder, cache, tokens, start, self._dtype)
 
         self._read = jax.jit(read, donate_argnums=1, out_shardings=self._place)
 
@@ -128,7 +128,7 @@ class Engine:
         if plan not in self._steps:
 
             def step(params: Any, state: State, wanted: jax.Array, knobs: Knobs) -> tuple[State, Emitted]:
-                return generate_tokens(assemble(self.structure, params), state, wanted, knobs, plan)
+                return generate_tokens(merge(self.graphdef, params), state, wanted, knobs, plan)
 
             self._steps[plan] = jax.jit(step, donate_argnums=1, out_shardings=self._place)
         return self._steps[plan]

@@ -41,7 +41,7 @@ class Generator:
         if max_length is not None and max_length < 2:
             raise ConfigError(f"max_length is {max_length}; it takes 2 tokens or more.")
         self.model, self.max_length = model, max_length
-        self._engine = Engine(model.params, model.structure, model.architecture, model.dtype, batch_size)
+        self._engine = Engine(model.params, model.graphdef, model.architecture, model.dtype, batch_size)
 
     @classmethod
     def open(

@@ -28,7 +28,7 @@ from quietstar_jax.hf.names import decoder_entries, quietstar_entries
 from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
 from quietstar_jax.io import is_url, place
 from quietstar_jax.models.families import architecture_from_hf
-from quietstar_jax.models.parameters import Structure
+from quietstar_jax.models.parameters import GraphDef
 from quietstar_jax.parallel.mesh import check_kernels
 from quietstar_jax.settings import from_mapping, to_mapping
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
@@ -61,7 +61,7 @@ class LoadedModel:
     """
 
     params: dict[str, jax.Array]
-    structure: Structure
+    graphdef: GraphDef
     architecture: Architecture
     dtype: str
     tokenizer: Tokenizer
@@ -184,7 +184,7 @@ def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) ->
     thinking = [phase for phase in run.config.phases if phase.thought_length]
     tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)
     eos, suppressed = stops_and_suppressed(run.generation, tokenizer.eos_id, run.workdir)
-    abstract, structure = _abstract(run.architecture, dtype, layout)
+    abstract, graphdef = _abstract(run.architecture, dtype, layout)
     folder = run.parameters.folder
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -193,7 +193,7 @@ def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) ->
         raise CheckpointError(f"{folder} cannot be read: {error}\nChoose another step, or train on.") from error
     return LoadedModel(
         params=params,
-        structure=structure,
+        graphdef=graphdef,
         architecture=run.architecture,
         dtype=dtype,
         tokenizer=tokenizer,
@@ -218,7 +218,7 @@ def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layo
     source = _TextRows(files, meta)
     architecture = source.architecture
     tokenizer = tokenizer.within(architecture.vocab_size, known=meta)
-    abstract, structure = _abstract(architecture, dtype, layout)
+    abstract, graphdef = _abstract(architecture, dtype, layout)
     params = load_parameters(
         source,
         quietstar_entries(architecture) if thinks else decoder_entries(architecture, "decoder."),
@@ -230,7 +230,7 @@ def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layo
     eos, suppressed = stops_and_suppressed(files.generation, None, files.folder)
     return LoadedModel(
         params=params,
-        structure=structure,
+        graphdef=graphdef,
         architecture=architecture,
         dtype=dtype,
         tokenizer=tokenizer,
@@ -256,15 +256,15 @@ def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layo
 
 def _abstract(
     architecture: Architecture, dtype: str, layout: Layout | None
-) -> tuple[dict[str, jax.ShapeDtypeStruct], Structure]:
+) -> tuple[dict[str, jax.ShapeDtypeStruct], GraphDef]:
     """Shapes, dtypes and devices of the parameters."""
-    shapes, structure = abstract_params(architecture)
+    shapes, graphdef = abstract_params(architecture)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = layout(shapes) if layout else dict.fromkeys(shapes, here)
     return {
         name: jax.ShapeDtypeStruct(value.shape, jnp.dtype(stored_dtype(name, dtype)), sharding=shardings[name])
         for name, value in shapes.items()
-    }, structure
+    }, graphdef
 
 
 class _TextRows:

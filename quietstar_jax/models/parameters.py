@@ -55,7 +55,7 @@ def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
     return {".".join(str(part) for part in path): value for path, value in flat}
 
 
-class Structure(NamedTuple):
+class GraphDef(NamedTuple):
     """A module without its arrays: static, so that compiled functions may close over it.
 
     Attributes:
@@ -72,14 +72,14 @@ class Structure(NamedTuple):
         return dict(zip(self.names, self.axes, strict=True))
 
 
-def disassemble(module: nnx.Module) -> tuple[dict[str, jax.Array], Structure]:
+def split(module: nnx.Module) -> tuple[dict[str, jax.Array], GraphDef]:
     """A module's arrays under their dotted paths, and what is needed to put it together again."""
     leaves, treedef = jax.tree.flatten(module)
     named = named_parameters(module)
     axes = tuple(value.get_metadata("axes") for value in named.values())
-    return dict(zip(named, leaves, strict=True)), Structure(tuple(named), axes, treedef)
+    return dict(zip(named, leaves, strict=True)), GraphDef(tuple(named), axes, treedef)
 
 
-def assemble(structure: Structure, params: Mapping[str, Any]) -> Any:
-    """The inverse of `disassemble`."""
-    return jax.tree.unflatten(structure.treedef, [params[name] for name in structure.names])
+def merge(graphdef: GraphDef, params: Mapping[str, Any]) -> Any:
+    """The inverse of `split`."""
+    return jax.tree.unflatten(graphdef.treedef, [params[name] for name in graphdef.names])

@@ -66,8 +66,8 @@ def generate_program(config: Config, target: Target, phase_name: str = "") -> Pr
     batch, settings = config.evaluation.batch_size, evaluation_settings(config, VOCABULARY)
     with jax.set_mesh(mesh):
         params = abstract_state(config, architecture, mesh).params
-        structure = abstract_structure(architecture)
-        engine = Engine(params, structure, architecture, config.model.compute_dtype, batch)
+        graphdef = abstract_structure(architecture)
+        engine = Engine(params, graphdef, architecture, config.model.compute_dtype, batch)
         length = engine.cache_length(config.data.sequence_length)
         everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -135,13 +135,13 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
     """The step of a phase, as `training/loop.py` compiles it."""
     architecture, mesh = plan_mesh(config, target)
     phase = find_phase(config, architecture, phase_name)
-    structure = abstract_structure(architecture)
+    graphdef = abstract_structure(architecture)
     with jax.set_mesh(mesh):
         state = abstract_state(config, architecture, mesh)
         step = compile_train_step(
             config,
             phase,
-            structure,
+            graphdef,
             architecture,
             VOCABULARY,
             state,

@@ -14,7 +14,7 @@ from quietstar_jax.data.documents import Documents
 from quietstar_jax.data.tokenization import without_begin
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.inference.load_model import LoadedModel
-from quietstar_jax.models.parameters import assemble
+from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
 from quietstar_jax.thoughts.controls import draw_uniforms, think
 from quietstar_jax.thoughts.model import QuietStar
@@ -124,7 +124,7 @@ def _look(
     model: LoadedModel, params: Any, batch: Batch, key: jax.Array, settings: ThoughtSettings, samples: int
 ) -> Observation:
     """Arrays [B, L, ..] for a batch of windows."""
-    weights = assemble(model.structure, params)
+    weights = merge(model.graphdef, params)
     text = read_text(weights.decoder, *batch, dtype=settings.dtype)
     rows, length = batch.tokens.shape
     chunk = positions_per_chunk(model.architecture, dataclasses.replace(settings, count=1 + samples), rows, length)

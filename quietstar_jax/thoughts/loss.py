@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.models.decoder import KEY_VALUE_AXES, KeyValues, Layers
-from quietstar_jax.models.parameters import assemble, disassemble, named_parameters
+from quietstar_jax.models.parameters import merge, named_parameters, split
 from quietstar_jax.thoughts.chunks import sum_chunks, take_chunk, take_positions
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.objective import Counts, advantages, policy_loss, rewards, talk_loss
@@ -64,10 +64,10 @@ def quiet_star_loss(
     Returns:
       (loss, metrics); both add up over the microbatches of a batch.
     """
-    params, structure = disassemble(model)
+    params, graphdef = split(model)
     fixed = {name: jax.lax.stop_gradient(value) for name, value in params.items() if frozen(name)}
     learned = {name: value for name, value in params.items() if name not in fixed}
-    model = assemble(structure, learned | fixed)
+    model = merge(graphdef, learned | fixed)
     text = read_text(
         model.decoder, tokens, mask, starts, dtype=settings.dtype, rematerialize=settings.rematerialize,
         with_entropy=settings.config.positions == "entropy",
@@ -86,10 +86,10 @@ def quiet_star_loss(
         text = Text(tokens, mask, arrays["hidden"], arrays["prefix"], arrays["nats"], starts=starts)
         positions = take_positions(positions, start, positions_per_chunk)
         thoughts = take_chunk(thoughts, start, positions_per_chunk, axis=2)
-        loss, metrics, layers = _chunk_loss(assemble(structure, arrays), text, positions, thoughts, counts, settings)
+        loss, metrics, layers = _chunk_loss(merge(graphdef, arrays), text, positions, thoughts, counts, settings)
         return loss, metrics, _layers(layers, operands)
 
-    axes = {name: axes for name, axes in (structure.axes_by_name | _READ_AXES).items() if name in operands}
+    axes = {name: axes for name, axes in (graphdef.axes_by_name | _READ_AXES).items() if name in operands}
     thought_loss, metrics = sum_chunks(chunk, operands, constants, positions.shape[-1], positions_per_chunk, axes)
     base_loss = text.nats.sum() / counts.text
     loss = settings.config.base_loss_weight * base_loss + thought_loss

@@ -24,7 +24,7 @@ from quietstar_jax.hf.names import decoder_entries, quietstar_entries, thought_e
 from quietstar_jax.hf.vocabulary import UNUSED
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf
-from quietstar_jax.models.parameters import disassemble
+from quietstar_jax.models.parameters import split
 from quietstar_jax.thoughts.model import QuietStar, fresh, initialize
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.step import initial_thought_embeddings
@@ -129,14 +129,14 @@ def load_base(base: Base, architecture: Architecture, config: Config, vocabulary
     if isinstance(base, RunCheckpoint):
         return _of_run(base, architecture, vocabulary, scale, shardings)
     if can_think(base):
-        return disassemble(load_thinking(base, architecture, scale, shardings=shardings))[0]
+        return split(load_thinking(base, architecture, scale, shardings=shardings))[0]
     params = load_parameters(base, decoder_entries(architecture, "decoder."), shardings=shardings)
     names = [name for name in shardings if name not in params]
 
     def make(params: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
         weights = {name.removeprefix("decoder."): value for name, value in params.items()}
         decoder = build(lambda: Decoder(architecture, nnx.Rngs(0)), weights)
-        made, _ = disassemble(initialize(decoder, vocabulary.start_tokens, vocabulary.end_tokens, scale, key))
+        made, _ = split(initialize(decoder, vocabulary.start_tokens, vocabulary.end_tokens, scale, key))
         return {name: made[name] for name in names}
 
     return params | jax.jit(make, out_shardings={name: shardings[name] for name in names})(params, key)
@@ -145,7 +145,7 @@ def load_base(base: Base, architecture: Architecture, config: Config, vocabulary
 def _of_run(
     run: RunCheckpoint, architecture: Architecture, vocabulary: Vocabulary, embedding_scale: float, shardings: Shardings
 ) -> dict[str, jax.Array]:
-    shapes = jax.eval_shape(lambda: disassemble(fresh(architecture, [0], [0], 1.0, jax.random.key(0)))[0])
+    shapes = jax.eval_shape(lambda: split(fresh(architecture, [0], [0], 1.0, jax.random.key(0)))[0])
     abstract = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=shardings[name]) for name, value in shapes.items()
     }

@@ -12,7 +12,7 @@ import numpy as np
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import Config
-from quietstar_jax.models.parameters import Structure, assemble
+from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.parallel.sharding import row_ways
 from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk, sampled_positions_per_chunk
@@ -60,14 +60,14 @@ def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettin
     return thought_settings(config, vocabulary, length=length, tokens_ahead=ahead, rematerialize=True)
 
 
-def make_token_scorer(structure: Structure, architecture: Architecture, settings: ThoughtSettings) -> Scorer:
+def make_token_scorer(graphdef: GraphDef, architecture: Architecture, settings: ThoughtSettings) -> Scorer:
     """Compiled `(params, batch, key = None) -> TokenScores`: greedy thoughts, or with a key sampled ones.
 
     With thought length 0 the talk fields repeat the base.
     """
 
     def score(params: Mapping[str, jax.Array], batch: Batch, key: jax.Array | None = None) -> TokenScores:
-        model = assemble(structure, params)
+        model = merge(graphdef, params)
         text = read_text(model.decoder, *batch, dtype=settings.dtype)
         rows, length = batch.tokens.shape
         chunk = positions_per_chunk(architecture, settings, rows, length)

@@ -140,7 +140,7 @@ class Trainer:
         self._run, self._reader, self._sequences, self._held_out = run, reader, sequences, held_out
         self._checkpoints, self._metrics, self._workdir, self._notice = checkpoints, metrics, workdir, notice
         settings = evaluation_settings(run.config, run.vocabulary)
-        self._scorer = make_token_scorer(run.structure, run.architecture, settings)
+        self._scorer = make_token_scorer(run.graphdef, run.architecture, settings)
         self._measured: Any = None  # (step, held-out figures, token scores)
         self._unread: Callable[[], None] = lambda: None  # reads the metrics of the last step that was started
 
@@ -155,7 +155,7 @@ class Trainer:
                 step, state = state.step, start_optimizer(run, state.params)
                 state = state._replace(step=step)
             step_fn = compile_train_step(
-                run.config, phase, run.structure, run.architecture, run.vocabulary, state,
+                run.config, phase, run.graphdef, run.architecture, run.vocabulary, state,
                 self._reader.numbers(phase.batch_size),
             )  # fmt: skip
             state = self._run_phase(state, phase, step_fn, start, end)

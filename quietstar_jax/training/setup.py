@@ -18,7 +18,7 @@ from quietstar_jax.data.pipeline import check_vocabulary
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
-from quietstar_jax.models.parameters import Structure, disassemble
+from quietstar_jax.models.parameters import GraphDef, split
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
 from quietstar_jax.parallel.sharding import on_mesh
 from quietstar_jax.settings import from_mapping, to_mapping
@@ -45,7 +45,7 @@ class Run:
     config: Config
     tokenizer: Tokenizer
     architecture: Architecture
-    structure: Structure
+    graphdef: GraphDef
     vocabulary: Vocabulary
     key: jax.Array
     mesh: Mesh  # of all devices; the context of everything that is compiled (`jax.set_mesh`)
@@ -100,7 +100,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
         config=config,
         tokenizer=tokenizer,
         architecture=architecture,
-        structure=abstract_structure(architecture),
+        graphdef=abstract_structure(architecture),
         vocabulary=Vocabulary(
             pad_id=tokenizer.pad_id,
             meta_tokens=tuple(token for token in meta if token is not None),
@@ -120,24 +120,24 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
     )
 
 
-def abstract_params(architecture: Architecture) -> tuple[dict[str, Any], Structure]:
-    """Shapes and dtypes of all parameters, and the structure that holds them; allocates nothing."""
-    return disassemble(jax.eval_shape(lambda: fresh(architecture, [0], [0], 1.0, jax.random.key(0))))
+def abstract_params(architecture: Architecture) -> tuple[dict[str, Any], GraphDef]:
+    """Shapes and dtypes of all parameters, and the graphdef that holds them; allocates nothing."""
+    return split(jax.eval_shape(lambda: fresh(architecture, [0], [0], 1.0, jax.random.key(0))))
 
 
-def abstract_structure(architecture: Architecture) -> Structure:
-    """The structure of the model of this shape."""
+def abstract_structure(architecture: Architecture) -> GraphDef:
+    """The graphdef of the model of this shape."""
     return abstract_params(architecture)[1]
 
 
 def abstract_state(config: Config, architecture: Architecture, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and layout of the training state; a checkpoint of any mesh is read to where this says."""
-    params, structure = abstract_params(architecture)
+    params, graphdef = abstract_params(architecture)
     state = jax.eval_shape(lambda params: initial_state(params, config), params)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
-        on_mesh(mesh, state_specs(state, structure)),
+        on_mesh(mesh, state_specs(state, graphdef)),
     )
 
 
@@ -150,7 +150,7 @@ def first_state(run: Run) -> TrainState:
     if base:
         return start_optimizer(run, load_base(base, run.architecture, run.config, vocabulary, key, layout))
     meta = (vocabulary.start_tokens, vocabulary.end_tokens, scale)
-    make = jax.jit(lambda key: disassemble(fresh(run.architecture, *meta, key))[0], out_shardings=layout)
+    make = jax.jit(lambda key: split(fresh(run.architecture, *meta, key))[0], out_shardings=layout)
     return start_optimizer(run, make(key))
 
 

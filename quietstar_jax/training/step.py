@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
-from quietstar_jax.models.parameters import Structure, assemble
+from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.axes import constrain, constrain_tree, shard, split_microbatches
 from quietstar_jax.parallel.sharding import shard_batch, specs_like_parameters
 from quietstar_jax.thoughts.chunks import positions_per_chunk, sampled_positions_per_chunk
@@ -108,7 +108,7 @@ def initial_state(params: dict[str, jax.Array], config: Config) -> TrainState:
 
 
 def make_train_step(
-    config: Config, phase: Phase, structure: Structure, architecture: Architecture, vocabulary: Vocabulary,
+    config: Config, phase: Phase, graphdef: GraphDef, architecture: Architecture, vocabulary: Vocabulary,
     row_numbers: np.ndarray | None = None,
 ) -> TrainStep:  # fmt: skip
     """The step of a phase: `(state, batch, key, first step of the phase) -> (state, metrics)`.
@@ -124,10 +124,10 @@ def make_train_step(
     never_thought = bool(vocabulary.start_tokens) and not any(p.thought_length for p in config.phases[:until_now])
     settings = phase_settings(config, phase, vocabulary)
     optimizer = make_optimizer(config.optimizer)
-    axes = structure.axes_by_name
+    axes = graphdef.axes_by_name
 
     def loss(params: Any, batch: Batch, draws: Draws, counts: Counts) -> tuple[jax.Array, Metrics]:
-        model = assemble(structure, params)
+        model = merge(graphdef, params)
         if not phase.thought_length:
             return language_model_loss(model, batch.tokens, batch.mask, counts, settings, batch.starts)
         chunk = positions_per_chunk(architecture, settings, *batch.tokens.shape)
@@ -174,13 +174,13 @@ def make_train_step(
     return step
 
 
-def state_specs(state: TrainState, structure: Structure) -> TrainState:
+def state_specs(state: TrainState, graphdef: GraphDef) -> TrainState:
     """How a training state, or the shapes of one, lies on a mesh: a tree of `PartitionSpec`."""
-    return specs_like_parameters(state, structure.axes_by_name)
+    return specs_like_parameters(state, graphdef.axes_by_name)
 
 
 def compile_train_step(
-    config: Config, phase: Phase, structure: Structure, architecture: Architecture, vocabulary: Vocabulary,
+    config: Config, phase: Phase, graphdef: GraphDef, architecture: Architecture, vocabulary: Vocabulary,
     state: TrainState, row_numbers: np.ndarray | None = None,
 ) -> Any:  # fmt: skip
     """`make_train_step` under `jax.jit`, laid out over the mesh of the context; a state given to it is given up.
@@ -188,8 +188,8 @@ def compile_train_step(
     Args:
       state: one to come, or its shapes.
     """
-    step = make_train_step(config, phase, structure, architecture, vocabulary, row_numbers)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_specs(state, structure), PartitionSpec()))
+    step = make_train_step(config, phase, graphdef, architecture, vocabulary, row_numbers)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_specs(state, graphdef), PartitionSpec()))
 
 
 def initial_thought_embeddings(

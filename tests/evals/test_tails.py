@@ -33,7 +33,7 @@ def test_tails_equal_the_evaluation_of_training(folder, name):
     model = load_model(folder / name)
     settings = model.settings(3)
     scorer = TailScorer(model, settings, batch_size=4)
-    reference = make_token_scorer(model.structure, model.architecture, settings)
+    reference = make_token_scorer(model.graphdef, model.architecture, settings)
     all_tokens = texts()
     tails = [Tail(tokens, 1 + i % 4) for i, tokens in enumerate(all_tokens)]
     for tail, score in zip(tails, scorer(tails), strict=True):

@@ -15,7 +15,7 @@ from quietstar_jax.inference.decode import generate_tokens, think_and_talk
 from quietstar_jax.inference.engine import Engine
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import load_model
-from quietstar_jax.models.parameters import assemble
+from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.chains import empty_chains
 from tests.generation.models import PROMPT_LENGTHS, Thinker, prompts, thinker
 from tests.hf.runs import our_predictions
@@ -57,13 +57,13 @@ def mixed_scores(made: Thinker) -> np.ndarray:
     model = made.model
     generator = Generator(model, batch_size=len(PROMPT_LENGTHS))
     job = generator.job(1, NEW, True, None, 0.0, 1.0, 0.0, ())
-    engine = Engine(model.params, model.structure, model.architecture, model.dtype, len(PROMPT_LENGTHS))
+    engine = Engine(model.params, model.graphdef, model.architecture, model.dtype, len(PROMPT_LENGTHS))
     requests = generator.requests(prompts(), job)
     state, knobs = engine.start(requests, 64), engine.knobs(requests, job.sampling)
 
     @jax.jit
     def look(params, state):
-        decoded = assemble(model.structure, params)
+        decoded = merge(model.graphdef, params)
         own = empty_chains(decoded.decoder, len(requests), 1, 1, T + 3, job.plan.thought.dtype)
         scores, *_ = think_and_talk(decoded, state, own, jnp.zeros((len(requests), T)), knobs, job.plan)
         wanted = jnp.ones(len(requests), bool)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from quietstar_jax.checkpoint.checkpoints import Checkpoints
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import default_config, from_config_dict, phase
-from quietstar_jax.models.parameters import assemble
+from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.score import talk, think
 from quietstar_jax.thoughts.text import read_text
@@ -88,7 +88,7 @@ def our_predictions(run: Run, state: TrainState, tokens: np.ndarray) -> tuple[np
 
     @jax.jit
     def predict(params: dict[str, jax.Array], tokens: jax.Array) -> tuple[jax.Array, ...]:
-        model = assemble(run.structure, params)
+        model = merge(run.graphdef, params)
         text = read_text(model.decoder, tokens, jnp.ones(tokens.shape, bool), dtype=settings.dtype)
         positions = jnp.arange(tokens.shape[1])
         thoughts = sample_thoughts(model, text, positions, None, settings, tokens.shape[1]).tokens

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from quietstar_jax.export_hf.export_run import ExportOptions, export
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.models.families import architecture_from_hf, architecture_to_hf
-from quietstar_jax.models.parameters import disassemble
+from quietstar_jax.models.parameters import split
 from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.objective import count_targets
@@ -84,4 +84,4 @@ def test_golden_loss_and_gradients_through_an_export(through):
 
     loss, gradient = objective(model, golden.tokens, golden.mask, golden.thoughts)
     assert relative_error(loss, golden.arrays["loss"]) <= 1e-5
-    assert not worst_errors(disassemble(gradient)[0], golden.ours("grad"), 1e-4)
+    assert not worst_errors(split(gradient)[0], golden.ours("grad"), 1e-4)

@@ -52,7 +52,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
 def test_no_thought_and_no_text_has_them(places, name) -> None:
     model = load_model(places[name])
     assert set(SPARE) <= set(model.settings().meta_tokens)
-    scorer = make_token_scorer(model.structure, model.architecture, model.settings())
+    scorer = make_token_scorer(model.graphdef, model.architecture, model.settings())
     batch = Batch(TOKENS, np.ones(TOKENS.shape, bool))
     for key in (None, jax.random.key(0)):
         assert not np.isin(scorer(model.params, batch, key).thoughts, SPARE).any()
@@ -77,7 +77,7 @@ def test_the_torch_module_leaves_them_out(places) -> None:
     assert not np.isin(thoughts, SPARE).any()
     assert not np.isin(made, SPARE).any()
     ours = load_model(places["run"])
-    scores = make_token_scorer(ours.structure, ours.architecture, ours.settings())(
+    scores = make_token_scorer(ours.graphdef, ours.architecture, ours.settings())(
         ours.params, Batch(TOKENS, np.ones(TOKENS.shape, bool))
     )
     np.testing.assert_array_equal(thoughts, scores.thoughts)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from quietstar_jax.models.decoder import Decoder, attention_windows, base_pass, rms_norm
-from quietstar_jax.models.parameters import assemble, disassemble, named_parameters, normal, parameter
+from quietstar_jax.models.parameters import merge, named_parameters, normal, parameter, split
 from quietstar_jax.thoughts.chains import chain_pass
 from tests.thoughts import oracle
 from tests.thoughts.cases import TINY, random_model
@@ -36,7 +36,7 @@ def test_base_pass_and_logits_equal_a_plain_decoder(changes: dict) -> None:
     model = random_model(a, 100.0)
     hidden, cache, _ = base_pass(model.decoder, TOKENS, MASK, dtype=jnp.dtype("float32"))
     logits = model.decoder.logits(hidden)
-    params = disassemble(model)[0]
+    params = split(model)[0]
     decode = jax.jit(oracle.decode, static_argnums=0)
     for b in range(2):
         expected = decode(a, params, params["decoder.embedding"][TOKENS[b]], MASK[b])
@@ -119,11 +119,11 @@ def test_parameters_are_described_once() -> None:
 
 def test_taking_apart_and_putting_together() -> None:
     decoder = Decoder(TINY, nnx.Rngs(0))
-    params, structure = disassemble(decoder)
+    params, graphdef = split(decoder)
     # The names belong to the right arrays: they come from another walk over the module than the arrays do.
     for name, value in named_parameters(decoder).items():
         np.testing.assert_array_equal(params[name], value[...])
-    doubled = assemble(structure, {name: 2 * value for name, value in params.items()})
+    doubled = merge(graphdef, {name: 2 * value for name, value in params.items()})
     np.testing.assert_array_equal(doubled.layers.query[...], 2 * decoder.layers.query[...])
     assert doubled.architecture == decoder.architecture
 

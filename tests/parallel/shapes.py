@@ -14,7 +14,7 @@ import numpy as np
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Phase, ThoughtConfig
-from quietstar_jax.models.parameters import disassemble
+from quietstar_jax.models.parameters import split
 from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.parallel.sharding import on_mesh
 from quietstar_jax.thoughts import text
@@ -32,7 +32,7 @@ PHASE = Phase(
     learning_rate=1e-2, warmup_steps=0,
 )  # fmt: skip
 VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(5,), start_tokens=(1,), end_tokens=(2,))
-ARRAYS, STRUCTURE = disassemble(random_model(ARCHITECTURE, 7.0))
+ARRAYS, STRUCTURE = split(random_model(ARCHITECTURE, 7.0))
 PARAMS = jax.device_get(ARRAYS)  # a step gives up what it is given
 
 

@@ -35,13 +35,13 @@ def test_without_a_mesh_nothing_changes():
 
 
 def test_every_array_of_the_state_has_a_layout():
-    params, structure = abstract_params(Architecture(qkv_bias=True, qk_norm=True, mlp_bias=True, output_bias=True))
+    params, graphdef = abstract_params(Architecture(qkv_bias=True, qk_norm=True, mlp_bias=True, output_bias=True))
     state = jax.eval_shape(lambda params: initial_state(params, Config()), params)
-    specs = state_specs(state, structure)
+    specs = state_specs(state, graphdef)
     assert specs.opt_state[1].mu == specs.params == specs.opt_state[1].nu
     assert specs.params["decoder.layers.query"] == PartitionSpec(None, "fsdp", ("tensor", "group"), None)
     with pytest.raises(ValueError, match="No rule says how"):
-        specs_like_parameters({"unknown": jnp.ones(3)}, structure.axes_by_name)
+        specs_like_parameters({"unknown": jnp.ones(3)}, graphdef.axes_by_name)
 
 
 @pytest.mark.parametrize(

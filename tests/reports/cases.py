@@ -14,7 +14,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.inference.load_model import LoadedModel
-from quietstar_jax.models.parameters import disassemble
+from quietstar_jax.models.parameters import split
 from quietstar_jax.reports.checkpoint_page import Observed
 from quietstar_jax.reports.observe import LIKELIEST, Observation, Window
 from quietstar_jax.thoughts.model import fresh
@@ -51,11 +51,11 @@ def random_model(max_positions: int = 64) -> LoadedModel:
         vocab_size=100, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
         max_positions=max_positions, initializer_range=0.5,
     )  # fmt: skip
-    params = disassemble(fresh(architecture, [8], [9], 100.0, jax.random.key(0)))[0]
+    params = split(fresh(architecture, [8], [9], 100.0, jax.random.key(0)))[0]
     params["mixing_head.out"] = jax.random.normal(jax.random.key(1), params["mixing_head.out"].shape)
     tokenizer = load_tokenizer("synthetic")
     return LoadedModel(
-        params=params, structure=abstract_structure(architecture), architecture=architecture, dtype="float32",
+        params=params, graphdef=abstract_structure(architecture), architecture=architecture, dtype="float32",
         tokenizer=tokenizer, vocabulary=Vocabulary(0, (4, 5), (), (), 8), thought=ThoughtConfig(), thought_length=3,
         tokens_ahead=2, bos=(), eos_ids=(tokenizer.eos_id,), suppressed_ids=(), path="a/run", step=7, commit="",
     )  # fmt: skip

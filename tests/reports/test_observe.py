@@ -29,7 +29,7 @@ def seen(windows: list[Window]) -> list[Observation]:
 
 
 def test_greedy_thoughts_are_those_of_evaluation(windows: list[Window], seen: list[Observation]) -> None:
-    scorer = make_token_scorer(MODEL.structure, MODEL.architecture, MODEL.settings(3, 2))
+    scorer = make_token_scorer(MODEL.graphdef, MODEL.architecture, MODEL.settings(3, 2))
     for window, observation in zip(windows, seen, strict=True):
         tokens = window.tokens[None]
         scores = jax.device_get(scorer(MODEL.params, to_device({"tokens": tokens, "mask": np.ones_like(tokens, bool)})))

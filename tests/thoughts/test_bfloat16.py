@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.models.parameters import assemble, disassemble
+from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.objective import count_targets, rewards
 from quietstar_jax.thoughts.score import score_thoughts
@@ -27,11 +27,11 @@ LOSS, GRADIENT = 0.001, 0.13
 
 @pytest.fixture(scope="module")
 def params_and_structure():
-    return disassemble(random_model(CASE.decoder, CASE.thought.config.embedding_scale))
+    return split(random_model(CASE.decoder, CASE.thought.config.embedding_scale))
 
 
 def test_loss_and_gradients_within_the_stated_bounds(params_and_structure) -> None:
-    params, structure = params_and_structure
+    params, graphdef = params_and_structure
     (tokens, mask), thoughts = CASE.text(), CASE.thoughts()
     counts = count_targets(mask, CASE.thought.tokens_ahead)
 
@@ -40,7 +40,7 @@ def test_loss_and_gradients_within_the_stated_bounds(params_and_structure) -> No
         settings = dataclasses.replace(CASE.thought, compute_dtype=dtype, policy_weight=0.0)
 
         def loss(params):
-            model = assemble(structure, params)
+            model = merge(graphdef, params)
             return quiet_star_loss(
                 model, tokens, mask, lambda *_: thoughts, counts, settings, CASE.positions_per_chunk
             )[0]  # fmt: skip
@@ -58,13 +58,13 @@ def test_loss_and_gradients_within_the_stated_bounds(params_and_structure) -> No
 
 def test_rewards_of_a_hardly_opened_mixing_head_survive(params_and_structure) -> None:
     """At the size of early rewards, where rounding mixed states to bfloat16 leaves exact zeros and noise."""
-    params, structure = params_and_structure
+    params, graphdef = params_and_structure
     tokens, mask = CASE.text()
     quiet = {**params, "mixing_head.out": params["mixing_head.out"] * 1e-5}
 
     def reward(dtype: str) -> np.ndarray:
         settings = dataclasses.replace(CASE.thought, compute_dtype=dtype)
-        model = assemble(structure, quiet)
+        model = merge(graphdef, quiet)
         text = read_text(model.decoder, tokens, mask, dtype=settings.dtype)
         positions = jnp.arange(12)
         scores = score_thoughts(model, text, positions, CASE.thoughts().tokens[:, :, :12], settings)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quietstar_jax.data.packing import document_starts
-from quietstar_jax.models.parameters import assemble, disassemble
+from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts import controls
 from quietstar_jax.thoughts.attention import prefix_xla as prefix_xla
 from quietstar_jax.thoughts.loss import language_model_loss, quiet_star_loss
@@ -46,13 +46,11 @@ def apart(x: jax.Array, axis: int) -> jax.Array:
     return jnp.asarray(np.stack(found))
 
 
-def objective(
-    case: Case, structure: Any, tokens: Any, mask: Any, thoughts: Any, counts: Any, starts: Any = None
-) -> Any:
+def objective(case: Case, graphdef: Any, tokens: Any, mask: Any, thoughts: Any, counts: Any, starts: Any = None) -> Any:
     @jax.jit
     def both(params: Any) -> Any:
         def loss(params: Any) -> Any:
-            model = assemble(structure, params)
+            model = merge(graphdef, params)
             plain = language_model_loss(model, tokens, mask, counts, case.thought, starts)[0]
             total, metrics = quiet_star_loss(
                 model, tokens, mask, lambda *_: thoughts, counts, case.thought, case.positions_per_chunk, starts=starts
@@ -72,19 +70,19 @@ def test_a_packed_row_is_the_sum_of_its_documents(case: Case, mixing: str, monke
     """Loss, metrics and all gradients, with given thoughts."""
     monkeypatch.setattr(prefix_xla, "KEY_BLOCK", 3)
     case = dataclasses.replace(case, config={"mixing": mixing})
-    params, structure = disassemble(random_model(case.decoder, case.thought.config.embedding_scale))
+    params, graphdef = split(random_model(case.decoder, case.thought.config.embedding_scale))
     (tokens, mask), thoughts, starts = case.text(), case.thoughts(), starts_of()
     counts = count_targets(mask, case.thought.tokens_ahead, starts=starts)
     sizes = [size for row in ROWS for size in row]
     assert counts.targets.tolist() == [sum(max(size - ahead, 0) for size in sizes) for ahead in (1, 2)]
-    (value, metrics), gradient = objective(case, structure, tokens, mask, thoughts, counts, starts)(params)
+    (value, metrics), gradient = objective(case, graphdef, tokens, mask, thoughts, counts, starts)(params)
     alone = apart(tokens, 1), apart(mask, 1), type(thoughts)(*(apart(x, 2) for x in thoughts))
-    (total, all_metrics), all_gradients = objective(case, structure, *alone, counts)(params)
+    (total, all_metrics), all_gradients = objective(case, graphdef, *alone, counts)(params)
     assert relative_error(value, total) < 1e-5
     assert not worst_errors(metrics, all_metrics, 3e-5)
     assert not worst_errors(gradient, all_gradients, 1e-4)
     if case is not WINDOWED:
-        blind = objective(case, structure, tokens, mask, thoughts, counts)(params)[0][0]
+        blind = objective(case, graphdef, tokens, mask, thoughts, counts)(params)[0][0]
         assert abs(float(blind - value)) > 1e-2  # without the mask it is another objective
 
 
@@ -121,8 +119,8 @@ def test_no_gradient_passes_from_one_document_to_another(which: int, masked: boo
     @jax.jit
     @jax.grad
     def gradient(embedding: jax.Array) -> jax.Array:
-        params, structure = disassemble(model)
-        changed = assemble(structure, params | {"decoder.embedding": embedding})
+        params, graphdef = split(model)
+        changed = merge(graphdef, params | {"decoder.embedding": embedding})
         text = read_text(changed.decoder, tokens, jnp.ones((1, 12), bool), starts, dtype=s.dtype)
         scores = score_thoughts(changed, text, jnp.arange(12), thoughts, s)
         scored = text.nats[0] + scores.nats.sum(axis=(0, 1, 3)) + scores.log_probs.sum(axis=(0, 1, 3))

@@ -23,7 +23,7 @@ import pytest
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.hf.names import Entry, parameter_shapes, quietstar_entries, to_ours
-from quietstar_jax.models.parameters import assemble, disassemble
+from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.model import QuietStar, fresh
 from quietstar_jax.thoughts.objective import count_targets
@@ -114,10 +114,10 @@ def read(path: Path) -> Golden:
 
 def build(golden: Golden) -> QuietStar:
     model = fresh(golden.architecture, [0], [0], golden.settings.config.embedding_scale, jax.random.key(0))
-    shapes = {name: value.shape for name, value in disassemble(model)[0].items()}
+    shapes = {name: value.shape for name, value in split(model)[0].items()}
     params = golden.ours("param")
     assert {name: value.shape for name, value in params.items()} == shapes
-    return assemble(disassemble(model)[1], {name: jnp.asarray(value) for name, value in params.items()})
+    return merge(split(model)[1], {name: jnp.asarray(value) for name, value in params.items()})
 
 
 def head_inputs(model: QuietStar, golden: Golden) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -156,13 +156,13 @@ def either_side(model: QuietStar, golden: Golden) -> list[QuietStar]:
     units = kinks(model, golden)
     if units:
         warnings.warn(f"gradients hold on one side of {sorted(units)}, whose input is 0 to rounding", stacklevel=2)
-    params, structure = disassemble(model)
+    params, graphdef = split(model)
     models = []
     for signs in itertools.product((1, -1), repeat=len(units)):
         moved = dict(params)
         for sign, ((name, unit), size) in zip(signs, units.items(), strict=True):
             moved[name] = moved[name].at[unit].add(2 * sign * ROUNDING * size)
-        models.append(assemble(structure, moved))
+        models.append(merge(graphdef, moved))
     return models
 
 
@@ -200,7 +200,7 @@ def test_golden_loss_terms_and_gradients(golden: Golden, way: str) -> None:
     arrays = golden.tokens, golden.mask, golden.thoughts
     models = either_side(build(golden), golden)
     gradients = [objective(model, *arrays)[1] for model in models] if len(models) > 1 else [gradient]
-    wrong = [worst_errors(disassemble(gradient)[0], golden.ours("grad"), 1e-4) for gradient in gradients]
+    wrong = [worst_errors(split(gradient)[0], golden.ours("grad"), 1e-4) for gradient in gradients]
     assert {} in wrong, wrong
 
     first = s.length + 2  # n_ahead - 1: where the published code logs the first token ahead
@@ -236,22 +236,22 @@ def test_a_unit_at_the_kink_of_relu_may_be_on_either_side(name: str) -> None:
     given = Thoughts(golden.thoughts, jnp.zeros(golden.thoughts.shape, jnp.float32))
     model = build(golden)
     assert kinks(model, golden) == {}
-    params, structure = disassemble(model)
+    params, graphdef = split(model)
     inputs, sizes = head_inputs(model, golden)[name]
     place, unit = np.unravel_index(np.argmin(abs(inputs) / sizes), inputs.shape)
 
     @jax.jit
     @jax.grad
     def gradients(params: Any) -> Any:
-        model = assemble(structure, params)
+        model = merge(graphdef, params)
         return quiet_star_loss(model, golden.tokens, golden.mask, lambda *_: given, counts, s, length)[0]
 
     def moved(by: float) -> dict[str, jax.Array]:
         return params | {name: params[name].at[unit].add(by * sizes[place, unit] - inputs[place, unit])}
 
     with pytest.warns(UserWarning, match=f"{name}.*{unit}"):
-        models = either_side(assemble(structure, moved(0.0)), golden)
-    sides = [gradients(disassemble(model)[0]) for model in models]
+        models = either_side(merge(graphdef, moved(0.0)), golden)
+    sides = [gradients(split(model)[0]) for model in models]
     assert len(sides) == 2
     assert worst_errors(*sides, 1e-4)
     for found in (gradients(moved(by)) for by in (0.0, 5 * ROUNDING, -5 * ROUNDING)):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.models.parameters import assemble, disassemble
+from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.objective import count_targets
 from tests.thoughts.cases import Case, random_model, relative_error, worst_errors
@@ -20,9 +20,9 @@ from tests.thoughts.cases import Case, random_model, relative_error, worst_error
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def loss_of(case: Case, structure, tokens, mask, thoughts, counts):
+def loss_of(case: Case, graphdef, tokens, mask, thoughts, counts):
     def loss(params):
-        model = assemble(structure, params)
+        model = merge(graphdef, params)
         return quiet_star_loss(
             model, tokens, mask, lambda *_: thoughts, counts, case.thought, case.positions_per_chunk
         )  # fmt: skip
@@ -35,11 +35,11 @@ def test_gradient_is_the_derivative(mixing: str) -> None:
     """Along random directions. Without the policy term, whose rewards are constants by definition, and with biases that
     keep every ReLU of the mixing head open: finite differences across its kink mean nothing."""
     case = Case("derivative", mask=("1111111", "1111100"), settings={"policy_weight": 0.0}, config={"mixing": mixing})
-    params, structure = disassemble(random_model(case.decoder, case.thought.config.embedding_scale))
+    params, graphdef = split(random_model(case.decoder, case.thought.config.embedding_scale))
     params |= {name: params[name] + 20.0 for name in ("mixing_head.in_bias", "mixing_head.hidden_bias")}
     params["mixing_head.out"] *= 0.02
     (tokens, mask), thoughts = case.text(), case.thoughts()
-    loss = loss_of(case, structure, tokens, mask, thoughts, count_targets(mask, case.thought.tokens_ahead))
+    loss = loss_of(case, graphdef, tokens, mask, thoughts, count_targets(mask, case.thought.tokens_ahead))
     value, gradient = jax.jit(lambda p: loss(p)[0]), jax.jit(jax.grad(lambda p: loss(p)[0]))(params)
     rng = np.random.default_rng(3)
     for _ in range(3):
@@ -59,9 +59,9 @@ def test_weight_zero_leaves_the_policy_out() -> None:
 
     def run(**config) -> tuple:
         case = Case("untrained", settings={"policy_weight": 0.0}, config=config)
-        params, structure = disassemble(random_model(case.decoder, case.thought.config.embedding_scale))
+        params, graphdef = split(random_model(case.decoder, case.thought.config.embedding_scale))
         (tokens, mask), thoughts = case.text(), case.thoughts()
-        loss = loss_of(case, structure, tokens, mask, thoughts, count_targets(mask, case.thought.tokens_ahead))
+        loss = loss_of(case, graphdef, tokens, mask, thoughts, count_targets(mask, case.thought.tokens_ahead))
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     (_, metrics), _ = mine = run()
@@ -76,10 +76,10 @@ def test_a_mixing_weight_of_zero_rewards_nothing_and_learns(dtype: str, chunk: i
     """As at the first step: with one thought the reward is the advantage, and rounding would be one."""
     settings = {"count": 1, "policy_weight": 1e6, "compute_dtype": dtype}
     case = Case("begin", mask=("1111111", "1111100"), settings=settings, positions_per_chunk=chunk)
-    params, structure = disassemble(random_model(case.decoder, case.thought.config.embedding_scale))
+    params, graphdef = split(random_model(case.decoder, case.thought.config.embedding_scale))
     params["mixing_head.out"] *= 0.0
     (tokens, mask), thoughts = case.text(), case.thoughts()
-    loss = loss_of(case, structure, tokens, mask, thoughts, count_targets(mask, case.thought.tokens_ahead))
+    loss = loss_of(case, graphdef, tokens, mask, thoughts, count_targets(mask, case.thought.tokens_ahead))
     (_, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert (float(metrics["reward"]), float(metrics["policy_loss"])) == (0.0, 0.0)
     assert not np.any(gradient["start_embedding"])
@@ -91,13 +91,13 @@ def test_a_mixing_weight_of_zero_rewards_nothing_and_learns(dtype: str, chunk: i
 
 def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     case = Case("parts", batch=4, mask=("1111111", "1100000", "1111000", "0111111"))
-    params, structure = disassemble(random_model(case.decoder, case.thought.config.embedding_scale))
+    params, graphdef = split(random_model(case.decoder, case.thought.config.embedding_scale))
     (tokens, mask), thoughts = case.text(), case.thoughts()
     counts = count_targets(mask, case.thought.tokens_ahead)
 
     def grad(rows: slice):
         part = jax.tree.map(lambda x: x[rows], (tokens, mask, thoughts))
-        return jax.jit(jax.value_and_grad(loss_of(case, structure, *part, counts), has_aux=True))(params)
+        return jax.jit(jax.value_and_grad(loss_of(case, graphdef, *part, counts), has_aux=True))(params)
 
     (whole, metrics), gradient = grad(slice(None))
     parts = [grad(slice(i, i + 1)) for i in range(4)]
@@ -110,13 +110,13 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
 @pytest.mark.parametrize("prefixes", [("decoder.",), ("decoder.", "start_", "end_"), ("decoder.layers.up", "mixing")])
 def test_frozen_weights_get_no_gradient_and_the_others_the_same(prefixes: tuple[str, ...]) -> None:
     case = Case("frozen", mask=("1111111", "1111100"))
-    params, structure = disassemble(random_model(case.decoder, case.thought.config.embedding_scale))
+    params, graphdef = split(random_model(case.decoder, case.thought.config.embedding_scale))
     (tokens, mask), thoughts = case.text(), case.thoughts()
     counts = count_targets(mask, case.thought.tokens_ahead)
 
     def gradient(frozen):
         def loss(params):
-            model = assemble(structure, params)
+            model = merge(graphdef, params)
             return quiet_star_loss(
                 model, tokens, mask, lambda *_: thoughts, counts, case.thought, case.positions_per_chunk, frozen=frozen
             )[0]  # fmt: skip

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from quietstar_jax.models.parameters import assemble, disassemble
+from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.objective import count_targets
 from tests.thoughts import oracle
@@ -39,11 +39,11 @@ def test_loss_metrics_and_gradients_equal_the_oracle(case: Case) -> None:
     a, s = case.decoder, case.thought
     model = random_model(a, s.config.embedding_scale)
     (tokens, mask), thoughts = case.text(), case.thoughts()
-    params, structure = disassemble(model)
+    params, graphdef = split(model)
 
     def fast(params: oracle.Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         counts = count_targets(mask, s.tokens_ahead)
-        model = assemble(structure, params)
+        model = merge(graphdef, params)
         return quiet_star_loss(model, tokens, mask, lambda *_: thoughts, counts, s, case.positions_per_chunk)
 
     def slow(params: oracle.Params) -> tuple[jax.Array, dict[str, jax.Array]]:

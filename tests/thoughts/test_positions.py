@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.models.parameters import assemble, disassemble
+from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts.chunks import PAST_THE_TEXT
 from quietstar_jax.thoughts.flops import step_flops
 from quietstar_jax.thoughts.loss import quiet_star_loss
@@ -73,7 +73,7 @@ def test_loss_and_gradients_are_those_of_the_chosen_positions(how: str, fraction
     """Against the formulas over scores of all positions, of which the others get weight 0."""
     c = case(how, fraction)
     s, config = c.thought, c.thought.config
-    params, structure = disassemble(random_model(c.decoder, config.embedding_scale))
+    params, graphdef = split(random_model(c.decoder, config.embedding_scale))
     (tokens, mask), draws = c.text(), jax.random.uniform(jax.random.key(5), (c.batch, c.length))
     thoughts = c.thoughts()
     counts = count_targets(mask, s.tokens_ahead, count_chosen(mask, draws, s))
@@ -84,7 +84,7 @@ def test_loss_and_gradients_are_those_of_the_chosen_positions(how: str, fraction
     @jax.jit
     @jax.value_and_grad
     def found(params: Any) -> jax.Array:
-        model = assemble(structure, params)
+        model = merge(graphdef, params)
         return quiet_star_loss(
             model, tokens, mask, given, counts, s, c.positions_per_chunk, choose=lambda text: choose(text, draws, s)
         )[0]
@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_those_of_the_chosen_positions(how: str, fraction
     @jax.jit
     @jax.value_and_grad
     def wanted(params: Any) -> jax.Array:
-        model = assemble(structure, params)
+        model = merge(graphdef, params)
         text = read_text(model.decoder, tokens, mask, dtype=s.dtype, with_entropy=True)
         everywhere = jnp.arange(c.length)
         scores = score_thoughts(model, text, everywhere, thoughts.tokens, s)

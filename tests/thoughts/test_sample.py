@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.models.parameters import disassemble
+from quietstar_jax.models.parameters import split
 from quietstar_jax.thoughts.chains import chain_pass, chain_step, empty_chains
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import Thoughts, draw_tokens, mask_meta_tokens, sample_thoughts
@@ -49,7 +49,7 @@ def test_greedy_thoughts_and_their_entropy_equal_the_oracle(model: QuietStar) ->
     settings = dataclasses.replace(CASE.thought, count=1)
     tokens, mask = CASE.text()
     _, thoughts = sample(model, tokens, mask, None, settings, 3)
-    params = disassemble(model)[0]
+    params = split(model)[0]
     for b, j in np.ndindex(*tokens.shape):
         expected, logits = oracle.greedy_thought(CASE.decoder, settings, params, tokens[b], mask[b], j)
         assert thoughts.tokens[b, 0, j].tolist() == expected
@@ -191,5 +191,5 @@ def test_no_gradient_flows_through_the_choice(model: QuietStar) -> None:
     def total_entropy(model: QuietStar) -> jax.Array:
         return sample(model, tokens, mask, uniforms(), CASE.thought, 8)[1].entropy.sum()
 
-    gradient = disassemble(jax.grad(total_entropy)(model))[0]
+    gradient = split(jax.grad(total_entropy)(model))[0]
     assert not any(np.asarray(g).any() for g in gradient.values())

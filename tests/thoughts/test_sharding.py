@@ -16,13 +16,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 jax.config.update("jax_num_cpu_devices", 2)
 
-from quietstar_jax.models.parameters import assemble, disassemble
+from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.objective import count_targets
 from tests.thoughts.cases import Case, random_model, relative_error, worst_errors
 
 case = Case("sharded", mask=("1111111", "1111100"))
-params, structure = disassemble(random_model(case.decoder, case.thought.config.embedding_scale))
+params, graphdef = split(random_model(case.decoder, case.thought.config.embedding_scale))
 (tokens, mask), thoughts = case.text(), case.thoughts()
 
 
@@ -31,7 +31,7 @@ def objective(params, tokens, mask, thoughts):
     counts = count_targets(mask, case.thought.tokens_ahead)
     return jax.value_and_grad(
         lambda params: quiet_star_loss(
-            assemble(structure, params), tokens, mask, lambda *_: thoughts, counts, case.thought, 3
+            merge(graphdef, params), tokens, mask, lambda *_: thoughts, counts, case.thought, 3
         )[0]
     )(params)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from quietstar_jax.config import Phase
-from quietstar_jax.models.parameters import assemble
+from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.training.evaluation import TokenScores, evaluation_settings, make_token_scorer, summarize
 from quietstar_jax.training.setup import first_state, prepare
@@ -79,10 +79,10 @@ def batch(run):
 
 def test_an_untrained_mixing_head_changes_nothing(run):
     settings = evaluation_settings(run.config, run.vocabulary)
-    scores = make_token_scorer(run.structure, run.architecture, settings)(first_state(run).params, batch(run))
+    scores = make_token_scorer(run.graphdef, run.architecture, settings)(first_state(run).params, batch(run))
     np.testing.assert_allclose(scores.talk_nats, scores.base_nats, atol=1e-5)
     np.testing.assert_array_equal(scores.talk_correct, scores.base_correct)
-    model = assemble(run.structure, first_state(run).params)
+    model = merge(run.graphdef, first_state(run).params)
     logits = model.decoder.logits(
         read_text(model.decoder, *to_device(batch(run)._asdict()), dtype=settings.dtype).hidden
     )
@@ -97,7 +97,7 @@ def test_a_run_that_never_thinks_reports_the_base(run):
     config = dataclasses.replace(run.config, phases=(Phase(name="plain", thought_length=0),))
     settings = evaluation_settings(config, run.vocabulary)
     assert settings.length == 0
-    scores = make_token_scorer(run.structure, run.architecture, settings)(first_state(run).params, batch(run))
+    scores = make_token_scorer(run.graphdef, run.architecture, settings)(first_state(run).params, batch(run))
     np.testing.assert_array_equal(scores.talk_nats, scores.base_nats)
     assert scores.thoughts.shape == (2, 24, 0)
     assert summarize(scores)["unique_thought_rate"] == 0.0

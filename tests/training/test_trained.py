@@ -17,7 +17,7 @@ from quietstar_jax.errors import CheckpointError, ConfigError, UserError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.inference.load_model import LoadedModel, load_model, stored_dtype
-from quietstar_jax.models.parameters import assemble
+from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.text import read_text
 from tests.hf.checkpoints import TINY, random_tensors, write
@@ -58,7 +58,7 @@ def test_a_run(places, inside):
     assert (model.thought_length, model.tokens_ahead, model.step) == (6, 2, 0)
     assert model.can_think
     assert (model.bos, model.eos_ids) == ((0,), (1,))
-    assert assemble(model.structure, model.params).decoder.architecture == run.architecture
+    assert merge(model.graphdef, model.params).decoder.architecture == run.architecture
 
 
 def test_an_export_is_the_run_itself(places):
@@ -122,7 +122,7 @@ def test_bfloat16_weights_compute_what_float32_masters_do(places, name):
 
     @jax.jit
     def predict(params: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-        loaded = assemble(model.structure, params)
+        loaded = merge(model.graphdef, params)
         text = read_text(loaded.decoder, tokens, jnp.ones(tokens.shape, bool), dtype=jnp.bfloat16)
         thoughts = sample_thoughts(loaded, text, jnp.arange(6), None, model.settings(), 6)
         return *thoughts, loaded.decoder.logits(text.hidden)
