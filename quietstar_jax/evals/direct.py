@@ -11,7 +11,7 @@ from quietstar_jax.errors import DataError
 from quietstar_jax.evals.answers import AnswerWriter, WrittenAnswer
 from quietstar_jax.evals.questions import Question
 from quietstar_jax.evals.statistics import compare_paired, confidence_interval
-from quietstar_jax.evals.tails import Tail, TailScorer, View
+from quietstar_jax.evals.tails import Continuation, ContinuationScorer, View
 
 METRICS = {
     "official_probability": "official metric (probability)",
@@ -57,7 +57,7 @@ def score_answer(written: WrittenAnswer, view: View) -> AnswerScores:
 
 
 def measure_answers(
-    questions: Sequence[Question], writer: AnswerWriter, scorer: TailScorer, longest: int, seed: int,
+    questions: Sequence[Question], writer: AnswerWriter, scorer: ContinuationScorer, longest: int, seed: int,
     done: Callable[[int], object],
 ) -> dict[str, Any]:  # fmt: skip
     """All questions, without thoughts and, where the scorer thinks, with them.
@@ -82,7 +82,7 @@ def measure_answers(
             f"All {len(written)} questions are longer than {longest} tokens (the shortest has {shortest}). Raise "
             "--max-length where the model allows it, or measure a model that knows more positions."
         )
-    tails = [Tail(answer.tokens, answer.last, answer.allowed) for answer in fitting]
+    tails = [Continuation(answer.tokens, answer.last, answer.allowed) for answer in fitting]
     scores = scorer(tails, done)
     views = {
         "without_thoughts": [score.without for score in scores],

@@ -21,7 +21,7 @@ from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.evals.harness_arguments import read_arguments
 from quietstar_jax.evals.measure import thought_modes
-from quietstar_jax.evals.tails import Tail, TailScorer
+from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import load_model
 
@@ -54,7 +54,7 @@ class QuietStarLM(TemplateLM):
             self._require_same(given.tokenizer)
         self.thinks = thought_modes(given.thoughts, self.model)[-1] == "with_thoughts"
         self.thought_length = (given.thought_length or self.model.thought_length) if self.thinks else 0
-        self._scorer = TailScorer(self.model, self.model.settings(self.thought_length), given.batch_size)
+        self._scorer = ContinuationScorer(self.model, self.model.settings(self.thought_length), given.batch_size)
         self._generator = Generator(self.model, batch_size=self._scorer.batch_size)
         longest = self._scorer.longest - 1
         self.max_length = given.max_length or longest
@@ -177,7 +177,7 @@ class QuietStarLM(TemplateLM):
                     bar.update(len(numbers))
         return found
 
-    def _group(self, requests: Sequence[Encoded]) -> list[tuple[Tail, list[int]]]:
+    def _group(self, requests: Sequence[Encoded]) -> list[tuple[Continuation, list[int]]]:
         """Tails to score, the longest first, each with the requests that it answers."""
         groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
@@ -189,9 +189,9 @@ class QuietStarLM(TemplateLM):
             tokens = (*context, *continuation)[-(self.max_length + 1) :]  # too long: the beginning goes
             groups.setdefault((tokens[:-1], len(continuation)), []).append(number)
 
-        def tail(before: tuple[int, ...], last: int, numbers: list[int]) -> Tail:
+        def tail(before: tuple[int, ...], last: int, numbers: list[int]) -> Continuation:
             candidates = tuple(dict.fromkeys(requests[number][2][-1] for number in numbers))
-            return Tail((*before, candidates[0]), last, candidates)
+            return Continuation((*before, candidates[0]), last, candidates)
 
         tails = [(tail(before, last, numbers), numbers) for (before, last), numbers in groups.items()]
         return sorted(tails, key=lambda pair: -len(pair[0].tokens))

@@ -19,7 +19,7 @@ from quietstar_jax.data.sources import RandomAccessSource
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.evals.statistics import compare_paired, confidence_interval
-from quietstar_jax.evals.tails import Tail, TailScorer, TailScores
+from quietstar_jax.evals.tails import Continuation, ContinuationScorer, TailScores
 from quietstar_jax.training.evaluation import TokenScores, summarize
 
 BATCHES_AT_ONCE = 4  # of windows, between two movements of the progress bar
@@ -44,12 +44,12 @@ class Windows:
                 f"--context is {self.context}; it takes 1 .. {self.length - 1}, less than --window ({self.length})."
             )
 
-    def tails(self, tokens: Sequence[int]) -> Iterator[Tail]:
+    def tails(self, tokens: Sequence[int]) -> Iterator[Continuation]:
         """All of a text but its first token, each token in the tail of one window."""
         step = self.length - self.context
         for start in range(1, len(tokens), step):
             end = min(start + step, len(tokens))
-            yield Tail(tokens[max(0, end - self.length) : end], end - start)
+            yield Continuation(tokens[max(0, end - self.length) : end], end - start)
 
 
 class Moment(NamedTuple):
@@ -57,7 +57,7 @@ class Moment(NamedTuple):
 
     gain: float
     order: int
-    tail: Tail
+    tail: Continuation
     place: int  # in the tail's tokens
     thought: tuple[int, ...]
     nats: tuple[float, float]  # without and with the thought
@@ -65,7 +65,7 @@ class Moment(NamedTuple):
 
 
 def measure_text(
-    source: RandomAccessSource, texts: int, tokenizer: Tokenizer, begin: Sequence[int], scorer: TailScorer,
+    source: RandomAccessSource, texts: int, tokenizer: Tokenizer, begin: Sequence[int], scorer: ContinuationScorer,
     windows: Windows, top: int, seed: int, done: Callable[[float], object],
 ) -> dict[str, Any]:  # fmt: skip
     """The first `texts` texts of a source.
@@ -137,7 +137,7 @@ def text_bytes(source: RandomAccessSource, texts: int) -> int:
 
 def _windowed(
     source: RandomAccessSource, texts: int, tokenizer: Tokenizer, begin: Sequence[int], windows: Windows
-) -> Iterator[tuple[Tail, float]]:
+) -> Iterator[tuple[Continuation, float]]:
     """Windows of all texts, one text in memory at a time, each with its share of the bytes."""
     for number in range(texts):
         text = source[number]
@@ -147,7 +147,7 @@ def _windowed(
             yield tail, tail.last * per_token
 
 
-def _column(tail: Tail, score: TailScores) -> TokenScores:
+def _column(tail: Continuation, score: TailScores) -> TokenScores:
     """The scored tokens of one window in the form that training's evaluation sums up."""
     without, after = score.without, score.with_thoughts or score.without
     truth = np.asarray(tail.tokens[-tail.last :])
@@ -181,7 +181,7 @@ class _Extremes:
         self._harmed: list[Moment] = []
         self._order = itertools.count()  # breaks ties, earlier tokens first
 
-    def add(self, tail: Tail, score: TailScores) -> None:
+    def add(self, tail: Continuation, score: TailScores) -> None:
         """Takes the best and the worst tokens of one window into account."""
         assert score.with_thoughts is not None
         gain = score.without.nats - score.with_thoughts.nats

@@ -25,7 +25,7 @@ from quietstar_jax.evals.direct import measure_answers
 from quietstar_jax.evals.language_modeling import Windows, measure_text, text_bytes
 from quietstar_jax.evals.questions import Question, read_questions
 from quietstar_jax.evals.records import Records
-from quietstar_jax.evals.tails import TailScorer, longest_text
+from quietstar_jax.evals.tails import ContinuationScorer, longest_text
 from quietstar_jax.evals.tasks import DIRECT, TEXT, VOTING, find_task, with_fields
 from quietstar_jax.evals.voting import ANSWER_TOKENS, CONCLUSION, STEPS, Sampling, measure_votes
 from quietstar_jax.inference.generator import Generator
@@ -136,10 +136,10 @@ def thought_modes(thoughts: str, model: LoadedModel) -> tuple[str, ...]:
     return {"off": ("without_thoughts",), "on": ("with_thoughts",)}.get(thoughts, ("without_thoughts", "with_thoughts"))
 
 
-def make_scorer(options: Options, model: LoadedModel, modes: tuple[str, ...]) -> TailScorer:
+def make_scorer(options: Options, model: LoadedModel, modes: tuple[str, ...]) -> ContinuationScorer:
     """What scores the texts of a measurement."""
     length = 0 if "with_thoughts" not in modes else options.thought_length or model.thought_length
-    return TailScorer(model, model.settings(length), options.batch_size)
+    return ContinuationScorer(model, model.settings(length), options.batch_size)
 
 
 def versions() -> dict[str, str]:

@@ -35,7 +35,7 @@ from quietstar_jax.thoughts.text import Text, entropy, here_and_ahead, read_text
 SHORTEST = 16  # of the grid of text lengths
 
 
-class Tail(NamedTuple):
+class Continuation(NamedTuple):
     """A text whose last tokens are scored.
 
     Attributes:
@@ -165,7 +165,7 @@ def _greedy_thoughts(
     return jax.tree.map(lambda x: jnp.take(x[:, 0], positions, axis=1) if shuffled else x[:, 0], thoughts)
 
 
-class TailScorer:
+class ContinuationScorer:
     """Scores tails of a model on all local devices.
 
     Every row of the result depends on its own text alone, but for rounding: neither on the batch nor on the devices.
@@ -189,7 +189,9 @@ class TailScorer:
         size: int = self._score._cache_size()  # type: ignore[attr-defined]
         return size
 
-    def __call__(self, tails: Sequence[Tail], done: Callable[[int], object] = lambda count: None) -> list[TailScores]:
+    def __call__(
+        self, tails: Sequence[Continuation], done: Callable[[int], object] = lambda count: None
+    ) -> list[TailScores]:
         """Scores of each tail, in the order given, as numpy arrays.
 
         Args:
@@ -209,7 +211,7 @@ class TailScorer:
             done(len(rows))
         return found
 
-    def _batches(self, tails: Sequence[Tail]) -> Iterator[tuple[list[int], TailScores]]:
+    def _batches(self, tails: Sequence[Continuation]) -> Iterator[tuple[list[int], TailScores]]:
         """Numbers of the tails of a batch, and its scores; the next batch runs while one is read back."""
         shapes: dict[tuple[int, int], list[int]] = {}
         for number, tail in enumerate(tails):
@@ -228,7 +230,7 @@ class TailScorer:
         if waiting:
             yield waiting[0], jax.device_get(waiting[1])
 
-    def _run(self, tails: Sequence[Tail], length: int, count: int, width: int) -> TailScores:
+    def _run(self, tails: Sequence[Continuation], length: int, count: int, width: int) -> TailScores:
         """Scores of a batch, on the devices, while they are still being computed."""
         tokens = np.full((self.batch_size, length), self._pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)

@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.evals.harness import QuietStarLM
 from quietstar_jax.evals.harness_arguments import read_arguments
-from quietstar_jax.evals.tails import Tail
+from quietstar_jax.evals.tails import Continuation
 from tests.evals.models import write_plain, write_run
 from tests.material import material
 
@@ -94,7 +94,7 @@ def test_thoughts_change_the_scores_and_are_those_of_the_evaluation(folder):
     ours, without = thinking.loglikelihood(requests), plain.loglikelihood(requests)
     for (context, continuation), (log_prob, _), (other, _) in zip(pairs, ours, without, strict=True):
         tokens = thinking.tok_encode(context + continuation)
-        (score,) = thinking._scorer([Tail(tokens, len(continuation))])
+        (score,) = thinking._scorer([Continuation(tokens, len(continuation))])
         assert log_prob == pytest.approx(-float(score.with_thoughts.nats.sum()), abs=1e-3)
         assert other == pytest.approx(-float(score.without.nats.sum()), abs=1e-3)
         assert abs(log_prob - other) > 1e-2

@@ -5,7 +5,7 @@ import pytest
 
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.evals.language_modeling import Windows, measure_text, summarize_windows
-from quietstar_jax.evals.tails import Tail, TailScorer
+from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.inference.load_model import load_model
 from quietstar_jax.training.evaluation import TokenScores
 from tests.evals.models import write_plain, write_run
@@ -66,7 +66,7 @@ def test_a_short_window_counts_in_the_comparison_as_its_tokens_do():
 
 
 def measured(model, texts, windows, **changes):
-    scorer = TailScorer(model, model.settings(2), batch_size=4)
+    scorer = ContinuationScorer(model, model.settings(2), batch_size=4)
     finished = []
     options = dict(top=3, seed=0, done=finished.append) | changes
     found = measure_text(texts, len(texts), model.tokenizer, model.bos, scorer, windows, **options)
@@ -79,7 +79,9 @@ def test_a_text_that_fits_one_window(model):
     size = sum(len(text.encode()) for text in texts)
     assert finished == pytest.approx(size)
     assert (found["texts"], found["bytes"], found["tokens"]) == (3, size, size)  # bytes are tokens here
-    (scores,) = TailScorer(model, model.settings(2), batch_size=1)([Tail([0, *model.tokenizer.encode(texts[0])], 23)])
+    (scores,) = ContinuationScorer(model, model.settings(2), batch_size=1)(
+        [Continuation([0, *model.tokenizer.encode(texts[0])], 23)]
+    )
     alone, _ = measured(model, texts[:1], Windows(64, 32))
     assert alone["without_thoughts"]["nats_per_token"] == pytest.approx(scores.without.nats.mean(), rel=1e-4)
     assert alone["with_thoughts"]["nats_per_token"] == pytest.approx(scores.with_thoughts.nats.mean(), rel=1e-4)

@@ -4,7 +4,7 @@ import pytest
 
 from quietstar_jax.config import CONTROLS
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.evals.tails import Tail, TailScorer, grid_count, grid_length
+from quietstar_jax.evals.tails import Continuation, ContinuationScorer, grid_count, grid_length
 from quietstar_jax.inference.load_model import load_model
 from quietstar_jax.training.evaluation import make_token_scorer
 from quietstar_jax.training.step import Batch
@@ -32,10 +32,10 @@ def test_tails_equal_the_evaluation_of_training(folder, name):
     """That one pads on the right, thinks everywhere, and shares no batching with this."""
     model = load_model(folder / name)
     settings = model.settings(3)
-    scorer = TailScorer(model, settings, batch_size=4)
+    scorer = ContinuationScorer(model, settings, batch_size=4)
     reference = make_token_scorer(model.graphdef, model.architecture, settings)
     all_tokens = texts()
-    tails = [Tail(tokens, 1 + i % 4) for i, tokens in enumerate(all_tokens)]
+    tails = [Continuation(tokens, 1 + i % 4) for i, tokens in enumerate(all_tokens)]
     for tail, score in zip(tails, scorer(tails), strict=True):
         row = np.zeros((1, 48), np.int32)
         row[0, : len(tail.tokens)] = tail.tokens
@@ -52,16 +52,16 @@ def test_tails_equal_the_evaluation_of_training(folder, name):
 
 def test_candidates_are_log_probabilities_of_their_tokens(folder):
     model = load_model(folder / "run")
-    scorer = TailScorer(model, model.settings(2), batch_size=2)
+    scorer = ContinuationScorer(model, model.settings(2), batch_size=2)
     tokens = texts(1)[0]
     everything = tuple(range(258))
-    (score,) = scorer([Tail(tokens, 3, everything)])
+    (score,) = scorer([Continuation(tokens, 3, everything)])
     truth = np.array(tokens[-3:])
     for view in (score.without, score.with_thoughts):
         np.testing.assert_allclose(np.exp(view.candidates).sum(axis=-1), 1.0, rtol=1e-5)
         np.testing.assert_allclose(-view.candidates[np.arange(3), truth], view.nats, atol=1e-5)
         np.testing.assert_array_equal(view.candidates.argmax(axis=-1), view.best)
-    few, many = scorer([Tail(tokens, 3, (5, 9)), Tail(tokens, 3, everything[:7])])
+    few, many = scorer([Continuation(tokens, 3, (5, 9)), Continuation(tokens, 3, everything[:7])])
     np.testing.assert_allclose(few.without.candidates, score.without.candidates[:, [5, 9]], atol=1e-5)
     np.testing.assert_allclose(many.without.candidates, score.without.candidates[:, :7], atol=1e-5)
 
@@ -70,10 +70,10 @@ def test_candidates_are_log_probabilities_of_their_tokens(folder):
 def test_scores_do_not_depend_on_the_batch(folder, name):
     model = load_model(folder / name)
     draw = np.random.default_rng(2)
-    tails = [Tail(draw.integers(2, 258, n).tolist(), 3 + n % 2) for n in (24, 17, 20, 23, 18)]
-    together = TailScorer(model, model.settings(2), batch_size=4)(tails)
+    tails = [Continuation(draw.integers(2, 258, n).tolist(), 3 + n % 2) for n in (24, 17, 20, 23, 18)]
+    together = ContinuationScorer(model, model.settings(2), batch_size=4)(tails)
     finished = []
-    alone = TailScorer(model, model.settings(2), batch_size=1)(tails, finished.append)
+    alone = ContinuationScorer(model, model.settings(2), batch_size=1)(tails, finished.append)
     assert sum(finished) == len(tails)
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_allclose(one.with_thoughts.nats, other.with_thoughts.nats, atol=1e-4)
@@ -84,10 +84,10 @@ def test_scores_do_not_depend_on_the_batch(folder, name):
 def test_no_score_depends_on_a_later_token(folder, name):
     """Nor on how many there are: the same tokens are scored at the end of their text and with others behind them."""
     model = load_model(folder / name)
-    scorer = TailScorer(model, model.settings(3), batch_size=3)
+    scorer = ContinuationScorer(model, model.settings(3), batch_size=3)
     tokens = np.random.default_rng(5).integers(2, 258, 21).tolist()
     changed = [*tokens[:17], *((token + 7) % 250 + 2 for token in tokens[17:])]
-    whole, other, cut = scorer([Tail(tokens, 16), Tail(changed, 16), Tail(tokens[:17], 12)])
+    whole, other, cut = scorer([Continuation(tokens, 16), Continuation(changed, 16), Continuation(tokens[:17], 12)])
     for score in (whole, other):
         np.testing.assert_allclose(score.with_thoughts.nats[:12], cut.with_thoughts.nats, atol=1e-4)
     assert np.abs(whole.with_thoughts.nats[12:] - other.with_thoughts.nats[12:]).max() > 1e-2
@@ -95,10 +95,10 @@ def test_no_score_depends_on_a_later_token(folder, name):
 
 def test_a_question_set_compiles_few_programs(folder):
     model = load_model(folder / "plain")
-    scorer = TailScorer(model, model.settings(0), batch_size=8)
+    scorer = ContinuationScorer(model, model.settings(0), batch_size=8)
     draw = np.random.default_rng(1)
     lengths = draw.integers(40, 120, 100)
-    scores = scorer([Tail(draw.integers(2, 258, n).tolist(), int(draw.integers(3, 9))) for n in lengths])
+    scores = scorer([Continuation(draw.integers(2, 258, n).tolist(), int(draw.integers(3, 9))) for n in lengths])
     assert scores[0].with_thoughts is None
     assert len(set(lengths)) > 30
     assert scorer.programs <= 8  # lengths 48, 64, 96, 128; counts 4, 8
@@ -114,4 +114,4 @@ def test_the_grid():
 def test_no_batch_is_refused(folder):
     model = load_model(folder / "plain")
     with pytest.raises(ConfigError, match="--batch-size"):
-        TailScorer(model, model.settings(0), batch_size=0)
+        ContinuationScorer(model, model.settings(0), batch_size=0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from quietstar_jax.errors import CheckpointError
-from quietstar_jax.evals.tails import Tail, TailScorer
+from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
@@ -57,7 +57,9 @@ def test_no_thought_and_no_text_has_them(places, name) -> None:
     for key in (None, jax.random.key(0)):
         assert not np.isin(scorer(model.params, batch, key).thoughts, SPARE).any()
     for thoughts in (0, 3):
-        (score,) = TailScorer(model, model.settings(thoughts), batch_size=1)([Tail(TOKENS[0].tolist(), 8)])
+        (score,) = ContinuationScorer(model, model.settings(thoughts), batch_size=1)(
+            [Continuation(TOKENS[0].tolist(), 8)]
+        )
         assert not np.isin(score.without.best, SPARE).any()
         (made,) = Generator(model, batch_size=1).generate(
             [TOKENS[0].tolist()], max_tokens=12, thoughts=bool(thoughts), thought_length=thoughts or None,
