@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.command import run
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import ThoughtConfig
-from quietstar_jax.inference.decode import Plan, State
+from quietstar_jax.inference.decode import DecodeConfig, State
 from quietstar_jax.inference.engine import Engine, Request
 from quietstar_jax.inference.kv_cache import append, cached_pass
 from quietstar_jax.inference.load_model import stored_dtype
@@ -105,7 +105,7 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
     knobs = engine.knobs(requests, sampling)
     measured: dict[str, Any] = {}
     for name, thought_length in (("with_thoughts", s.thought_length), ("without_thoughts", 0)):
-        plan = Plan(
+        plan = DecodeConfig(
             ThoughtSettings(thought_length, compute_dtype=s.dtype, config=ThoughtConfig(mixing=s.mixing)),
             sampled=s.temperature > 0, nucleus=s.temperature > 0 and s.top_p < 1, tokens_per_call=s.tokens_per_call,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import sys
 
 from quietstar_jax.command_line import MOST_AT_ONCE, CommandParser, integer, integer_from, path
 from quietstar_jax.errors import ConfigError, run_command
-from quietstar_jax.inference.batch import Generation, Job, Token
+from quietstar_jax.inference.batch import Generation, GenerationConfig, Token
 from quietstar_jax.inference.batch_files import generate_file
 from quietstar_jax.inference.generator import TOKENS_PER_CALL, Generator
 from quietstar_jax.inference.terminal import print_tokens
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     _to_terminal(generator, given.prompt, job, given.seed, show)
 
 
-def _to_terminal(generator: Generator, prompts: list[str], job: Job, seed: int, show: bool) -> None:
+def _to_terminal(generator: Generator, prompts: list[str], job: GenerationConfig, seed: int, show: bool) -> None:
     prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for prompt, request in zip(prompts, generator.requests(prompts, job, seed), strict=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quietstar_jax.data.tokenization import Tokenizer
-from quietstar_jax.inference.decode import Plan
+from quietstar_jax.inference.decode import DecodeConfig
 from quietstar_jax.inference.detokenize import TextStream
 from quietstar_jax.inference.engine import Engine, Request
 from quietstar_jax.inference.sampling import Sampling
@@ -64,10 +64,10 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationConfig:
     """The settings of one call; max_tokens, stop: see `Generator.generate`."""
 
-    plan: Plan
+    plan: DecodeConfig
     sampling: Sampling
     max_tokens: int
     stop: tuple[str, ...]
@@ -76,7 +76,14 @@ class Job:
 class Batch:
     """Up to a batch of requests. Iterating generates, and gives (number of the request, token) as tokens come."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], job: Job, cache_length: int):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        requests: Sequence[Request],
+        job: GenerationConfig,
+        cache_length: int,
+    ):
         self._engine, self._tokenizer, self._requests, self._job = engine, tokenizer, requests, job
         self._cache_length = cache_length
         self._wanted = np.arange(engine.batch_size) < len(requests)

@@ -15,7 +15,7 @@ from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources import content_hash, read_all
 from quietstar_jax.data.sources.common import Record
 from quietstar_jax.errors import DataError, UserError
-from quietstar_jax.inference.batch import Generation, Job
+from quietstar_jax.inference.batch import Generation, GenerationConfig
 from quietstar_jax.inference.engine import Request
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.io import lock_file, write_json
@@ -26,7 +26,7 @@ ADDED = ("completion", "finish_reason", "thoughts", "mixing_weights")
 
 
 def generate_file(
-    generator: Generator, source: str | os.PathLike[str], output: Path, job: Job, *, seed: int = 0,
+    generator: Generator, source: str | os.PathLike[str], output: Path, job: GenerationConfig, *, seed: int = 0,
     show_thoughts: bool = False, quiet: bool = False,
 ) -> int:  # fmt: skip
     """Writes the rows of `source` with what follows their prompts; the output appears when all are done.
@@ -89,7 +89,7 @@ def generate_file(
     return len(rows)
 
 
-def _requests(generator: Generator, rows: list[Record], job: Job, seed: int) -> list[Request]:
+def _requests(generator: Generator, rows: list[Record], job: GenerationConfig, seed: int) -> list[Request]:
     """All prompts, checked before the first is worked on."""
     for where, row in rows:
         prompt = row.get(PROMPT)

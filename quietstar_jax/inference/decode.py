@@ -24,7 +24,7 @@ from quietstar_jax.thoughts.settings import ThoughtSettings
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecodeConfig:
     """What is compiled in.
 
     Attributes:
@@ -43,7 +43,7 @@ class Plan:
     tokens_per_call: int = 1
 
 
-class Knobs(NamedTuple):
+class SamplingParams(NamedTuple):
     """What may change from call to call without compiling again: scalars of `Sampling`, and a key [B] per sequence."""
 
     temperature: jax.Array
@@ -67,7 +67,7 @@ class State(NamedTuple):
     left: jax.Array
 
 
-class Emitted(NamedTuple):
+class DecodeOutput(NamedTuple):
     """N tokens of B sequences.
 
     Attributes:
@@ -97,24 +97,24 @@ def read_prompt(decoder: Decoder, cache: KeyValues, tokens: jax.Array, start: ja
 
 
 def generate_tokens(
-    model: QuietStar, state: State, wanted: jax.Array, knobs: Knobs, plan: Plan
-) -> tuple[State, Emitted]:
+    model: QuietStar, state: State, wanted: jax.Array, knobs: SamplingParams, plan: DecodeConfig
+) -> tuple[State, DecodeOutput]:
     """Up to `plan.tokens_per_call` more tokens of every sequence that has not ended; stops when all have.
 
     Args:
       wanted: [B] bool, False ends a sequence here.
     """
     batch, count = state.token.size, plan.tokens_per_call
-    emitted = Emitted(
+    emitted = DecodeOutput(
         jnp.full((count, batch), -1, jnp.int32),
         jnp.zeros((count, batch, plan.thought.length), jnp.int32),
         jnp.zeros((count, batch), jnp.float32),
     )
 
-    def more(carry: tuple[jax.Array, State, Emitted]) -> jax.Array:
+    def more(carry: tuple[jax.Array, State, DecodeOutput]) -> jax.Array:
         return (carry[0] < count) & (carry[1].left > 0).any()
 
-    def step(carry: tuple[jax.Array, State, Emitted]) -> tuple[jax.Array, State, Emitted]:
+    def step(carry: tuple[jax.Array, State, DecodeOutput]) -> tuple[jax.Array, State, DecodeOutput]:
         n, state, emitted = carry
         state, new = next_token(model, state, knobs, plan)
         return n + 1, state, jax.tree.map(lambda all, one: all.at[n].set(one), emitted, new)
@@ -124,8 +124,8 @@ def generate_tokens(
     return state, emitted
 
 
-def next_token(model: QuietStar, state: State, knobs: Knobs, plan: Plan) -> tuple[State, Emitted]:
-    """One more token of every sequence; `Emitted` has no axis N."""
+def next_token(model: QuietStar, state: State, knobs: SamplingParams, plan: DecodeConfig) -> tuple[State, DecodeOutput]:
+    """One more token of every sequence; `DecodeOutput` has no axis N."""
     length = plan.thought.length
     own = empty_chains(model.decoder, state.token.size, 1, 1, length + 3 if length else 1, plan.thought.dtype)
     drawn = plan.sampled or plan.thoughts_sampled
@@ -149,11 +149,11 @@ def next_token(model: QuietStar, state: State, knobs: Knobs, plan: Plan) -> tupl
         position=jnp.where(alive, state.position + 1, state.position),
         left=jnp.where(alive & ~ended, state.left - 1, 0),
     )
-    return after, Emitted(jnp.where(alive, token, -1), thoughts, weight)
+    return after, DecodeOutput(jnp.where(alive, token, -1), thoughts, weight)
 
 
 def think_and_talk(
-    model: QuietStar, state: State, own: KeyValues, uniforms: jax.Array, knobs: Knobs, plan: Plan
+    model: QuietStar, state: State, own: KeyValues, uniforms: jax.Array, knobs: SamplingParams, plan: DecodeConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array, KeyValues]:
     """The chain after the newest token of every sequence.
 
@@ -193,7 +193,7 @@ def think_and_talk(
     return scores[:, 0, 0, 0], weight[:, 0, 0, 0], jnp.concatenate([first[None], others]).T, own
 
 
-def _embed(model: QuietStar, tokens: jax.Array, plan: Plan) -> jax.Array:
+def _embed(model: QuietStar, tokens: jax.Array, plan: DecodeConfig) -> jax.Array:
     return model.decoder.embed(tokens, plan.thought.dtype)[:, None]
 
 

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.inference.decode import Emitted, Knobs, Plan, State, generate_tokens, read_prompt
+from quietstar_jax.inference.decode import (
+    DecodeConfig,
+    DecodeOutput,
+    SamplingParams,
+    State,
+    generate_tokens,
+    read_prompt,
+)
 from quietstar_jax.inference.kv_cache import empty_cache
 from quietstar_jax.inference.sampling import Sampling
 from quietstar_jax.models.decoder import KeyValues
@@ -53,7 +60,7 @@ class Engine:
         self.params, self.graphdef, self._architecture = params, graphdef, architecture
         self._dtype = jnp.dtype(dtype)
         self._place = _beside(params["decoder.embedding"].sharding)
-        self._steps: dict[Plan, Step] = {}
+        self._steps: dict[DecodeConfig, Step] = {}
 
         def read(params: Any, cache: KeyValues, tokens: jax.Array, start: jax.Array) -> KeyValues:
             return read_prompt(merge(graphdef, params).decoder, cache, tokens, start, self._dtype)
@@ -73,8 +80,8 @@ class Engine:
         return length
 
     def run(
-        self, requests: Sequence[Request], plan: Plan, sampling: Sampling, wanted: np.ndarray, cache_length: int
-    ) -> Iterator[Emitted]:
+        self, requests: Sequence[Request], plan: DecodeConfig, sampling: Sampling, wanted: np.ndarray, cache_length: int
+    ) -> Iterator[DecodeOutput]:
         """Generates until every text has ended; yields numpy arrays while the device is at the next tokens.
 
         Args:
@@ -84,10 +91,12 @@ class Engine:
         """
         yield from self.decode(self.start(requests, cache_length), self.knobs(requests, sampling), plan, wanted)
 
-    def decode(self, state: State, knobs: Knobs, plan: Plan, wanted: np.ndarray) -> Iterator[Emitted]:
+    def decode(
+        self, state: State, knobs: SamplingParams, plan: DecodeConfig, wanted: np.ndarray
+    ) -> Iterator[DecodeOutput]:
         """`run`, from the state that `start` returns; the state is used up."""
         step, left = self.step(plan), np.asarray(state.left)
-        pending: Emitted | None = None
+        pending: DecodeOutput | None = None
         while (wanted & (left > 0)).any():
             state, emitted = step(self.params, state, wanted.copy(), knobs)
             if pending is not None:
@@ -111,23 +120,23 @@ class Engine:
         left = self._rows([request.limit for request in requests], np.int32)
         return State(cache, *jax.device_put((token, position, left), self._place))
 
-    def knobs(self, requests: Sequence[Request], sampling: Sampling) -> Knobs:
+    def knobs(self, requests: Sequence[Request], sampling: Sampling) -> SamplingParams:
         """What a call needs beside weights and state."""
         keys = np.zeros((self.batch_size, 2), np.uint32)
         for row, request in enumerate(requests):
             keys[row] = request.key
-        return Knobs(
+        return SamplingParams(
             jnp.float32(sampling.temperature),
             jnp.float32(sampling.top_p),
             jnp.float32(sampling.thought_temperature),
             jax.random.wrap_key_data(jnp.asarray(keys), impl="threefry2x32"),
         )
 
-    def step(self, plan: Plan) -> Step:
+    def step(self, plan: DecodeConfig) -> Step:
         """The compiled `generate_tokens` of a plan; the state is donated."""
         if plan not in self._steps:
 
-            def step(params: Any, state: State, wanted: jax.Array, knobs: Knobs) -> tuple[State, Emitted]:
+            def step(params: Any, state: State, wanted: jax.Array, knobs: SamplingParams) -> tuple[State, DecodeOutput]:
                 return generate_tokens(merge(self.graphdef, params), state, wanted, knobs, plan)
 
             self._steps[plan] = jax.jit(step, donate_argnums=1, out_shardings=self._place)
@@ -139,7 +148,7 @@ class Engine:
         rows[: len(values)] = values
         return rows
 
-    def _left_after(self, left: np.ndarray, tokens: np.ndarray, plan: Plan) -> np.ndarray:
+    def _left_after(self, left: np.ndarray, tokens: np.ndarray, plan: DecodeConfig) -> np.ndarray:
         """How many tokens each row may still get, after tokens [N, B]."""
         ended = (tokens < 0).any(axis=0) | np.isin(tokens, plan.eos_ids).any(axis=0)
         return np.where(ended, 0, left - len(tokens))

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from quietstar_jax.errors import ConfigError, DataError, UserError
-from quietstar_jax.inference.batch import Batch, Generation, Job, Token
-from quietstar_jax.inference.decode import Plan
+from quietstar_jax.inference.batch import Batch, Generation, GenerationConfig, Token
+from quietstar_jax.inference.decode import DecodeConfig
 from quietstar_jax.inference.engine import Engine, Request
 from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.inference.sampling import Sampling
@@ -107,7 +107,9 @@ class Generator:
         """How many programs have been compiled so far."""
         return self._engine.compilations
 
-    def requests(self, prompts: Sequence[Prompt], job: Job, seed: int | Sequence[int] = 0) -> list[Request]:
+    def requests(
+        self, prompts: Sequence[Prompt], job: GenerationConfig, seed: int | Sequence[int] = 0
+    ) -> list[Request]:
         """Prompts as token ids, with keys and limits of their own.
 
         Raises:
@@ -154,7 +156,7 @@ class Generator:
             )
         return tokens
 
-    def limit(self, tokens: int, job: Job) -> int:
+    def limit(self, tokens: int, job: GenerationConfig) -> int:
         """How many tokens may follow a prompt of so many.
 
         Raises:
@@ -174,7 +176,7 @@ class Generator:
     def job(
         self, tokens_per_call: int, max_tokens: int, thoughts: bool | None, thought_length: int | None,
         temperature: float, top_p: float, thought_temperature: float, stop: Sequence[str],
-    ) -> Job:  # fmt: skip
+    ) -> GenerationConfig:  # fmt: skip
         """Checked settings; see `generate`."""
         if max_tokens < 1:
             raise ConfigError(f"max_tokens is {max_tokens}; it takes 1 or more.")
@@ -183,16 +185,18 @@ class Generator:
         if thought_length is not None and thought_length < 1:
             raise ConfigError(f"thought_length is {thought_length}; it takes 1 or more. thoughts=False turns them off.")
         sampling = Sampling(temperature, top_p, thought_temperature)
-        return Job(self._plan(sampling, thoughts, thought_length, tokens_per_call), sampling, max_tokens, tuple(stop))
+        return GenerationConfig(
+            self._plan(sampling, thoughts, thought_length, tokens_per_call), sampling, max_tokens, tuple(stop)
+        )
 
-    def run(self, requests: Sequence[Request], job: Job) -> Batch:
+    def run(self, requests: Sequence[Request], job: GenerationConfig) -> Batch:
         """A batch of up to `batch_size` requests, ready to be iterated."""
         needed = max(request.length for request in requests) if self.max_length is None else self.max_length
         return Batch(self._engine, self.model.tokenizer, requests, job, self._engine.cache_length(needed))
 
     def _plan(
         self, sampling: Sampling, thoughts: bool | None, thought_length: int | None, tokens_per_call: int
-    ) -> Plan:
+    ) -> DecodeConfig:
         model = self.model
         thinks = model.can_think or bool(thought_length) if thoughts is None else thoughts
         length = (thought_length or model.thought_length or 1) if thinks else 0  # 1: refused, the model cannot think
@@ -202,7 +206,7 @@ class Generator:
                 f"{model.path} was trained with {model.thought.control!r} in the place of its thoughts, so it has none "
                 "to generate with. Turn thoughts off."
             )
-        return Plan(
+        return DecodeConfig(
             thought=settings,
             sampled=sampling.temperature > 0,
             nucleus=sampling.temperature > 0 and sampling.top_p < 1,

@@ -15,7 +15,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.inference.decode import Knobs, Plan, State
+from quietstar_jax.inference.decode import DecodeConfig, SamplingParams, State
 from quietstar_jax.inference.engine import Engine
 from quietstar_jax.inference.kv_cache import empty_cache
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
@@ -71,16 +71,16 @@ def generate_program(config: Config, target: Target, phase_name: str = "") -> Pr
         length = engine.cache_length(config.data.sequence_length)
         everywhere = NamedSharding(mesh, PartitionSpec())
 
-        def inputs() -> tuple[State, jax.Array, Knobs]:
+        def inputs() -> tuple[State, jax.Array, SamplingParams]:
             rows, scalar = jnp.zeros(batch, jnp.int32), jnp.float32(0)
             cache = empty_cache(
                 architecture, batch, length, settings.dtype, jax.sharding.SingleDeviceSharding(jax.devices()[0])
             )
             keys = jax.random.wrap_key_data(jnp.zeros((batch, 2), jnp.uint32), impl="threefry2x32")
-            return State(cache, rows, rows, rows), rows > 0, Knobs(scalar, scalar, scalar, keys)
+            return State(cache, rows, rows, rows), rows > 0, SamplingParams(scalar, scalar, scalar, keys)
 
         state, wanted, knobs = jax.tree.map(lambda x: _abstract(x, everywhere), jax.eval_shape(inputs))
-        lowered = engine.step(Plan(thought=settings)).lower(params, state, wanted, knobs)
+        lowered = engine.step(DecodeConfig(thought=settings)).lower(params, state, wanted, knobs)
     tokens = 1 + (settings.length + 1 if settings.length else 0)
     head = 2.0 * architecture.hidden_size * architecture.vocab_size
     gathered = sum(math.prod(x.shape) for x in params.values()) * settings.dtype.itemsize

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.generate import Sizes, make_engine, measure
-from quietstar_jax.inference.decode import Plan
+from quietstar_jax.inference.decode import DecodeConfig
 from quietstar_jax.inference.engine import Request
 from quietstar_jax.inference.kv_cache import key_block
 from quietstar_jax.inference.sampling import Sampling
@@ -30,7 +30,7 @@ def emitted(sizes: Sizes, lengths: tuple[int, ...], poisoned: slice) -> list:
     asked = requests(*lengths)
     state = engine.start(asked, 512)
     poison = jax.tree.map(lambda x: x.at[:, :, :, poisoned].set(jnp.nan), state.cache)
-    plan = Plan(ThoughtSettings(sizes.thought_length), tokens_per_call=4)
+    plan = DecodeConfig(ThoughtSettings(sizes.thought_length), tokens_per_call=4)
     return list(engine.decode(state._replace(cache=poison), engine.knobs(asked, Sampling()), plan, np.ones(2, bool)))
 
 
@@ -55,7 +55,7 @@ def test_the_cache_is_changed_in_place(thought_length):
     engine, asked = make_engine(SIZES), requests(3, 3)
     state = engine.start(asked, 1 << 16)
     cache_bytes = sum(x.nbytes for x in state.cache)
-    plan = Plan(ThoughtSettings(thought_length), tokens_per_call=4)
+    plan = DecodeConfig(ThoughtSettings(thought_length), tokens_per_call=4)
     compiled = (
         engine.step(plan).lower(engine.params, state, np.ones(2, bool), engine.knobs(asked, Sampling())).compile()
     )
@@ -68,7 +68,7 @@ def test_a_text_that_has_ended_gets_no_more_tokens():
     engine, asked = make_engine(SIZES), requests(5, 3)
 
     def tokens(*eos_ids: int) -> np.ndarray:
-        plan = Plan(ThoughtSettings(0), eos_ids=eos_ids, tokens_per_call=4)
+        plan = DecodeConfig(ThoughtSettings(0), eos_ids=eos_ids, tokens_per_call=4)
         knobs, wanted = engine.knobs(asked, Sampling()), np.ones(2, bool)
         return next(engine.decode(engine.start(asked, 512), knobs, plan, wanted)).tokens.T
 
