@@ -19,7 +19,7 @@ from quietstar_jax.io import locked, write_json
 from quietstar_jax.settings import differences, from_mapping, to_mapping
 from quietstar_jax.studies.study import Study, command, configuration
 from quietstar_jax.training.metrics import read_metrics, write_metrics
-from quietstar_jax.training.resume import MEASUREMENT, THINKING, course_changes
+from quietstar_jax.training.resume import MEASUREMENT, THINKING, incompatible_changes
 from quietstar_jax.training.summary import config_hash
 
 Say = Callable[[str], None]
@@ -165,7 +165,7 @@ def _same_until(saved: Mapping[str, Any], wanted: Config, step: int) -> bool:
     """Whether the saved run did exactly the phases of the wanted one up to this step, which ends a phase of both."""
     if step not in _phase_ends(from_mapping(Config, saved)):
         return False
-    return not course_changes(saved, to_mapping(wanted), step)
+    return not incompatible_changes(saved, to_mapping(wanted), step)
 
 
 def _evaluated_length(saved: Mapping[str, Any]) -> int:

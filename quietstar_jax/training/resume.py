@@ -127,7 +127,7 @@ def _token_changes(before: Tokenizer | None, now: Tokenizer) -> str:
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> None:
-    """Refuses to resume a run that changed in what has already shaped its weights (see `course_changes`).
+    """Refuses to resume a run that changed in what has already shaped its weights (see `incompatible_changes`).
 
     Args:
       saved, wanted: `Run.record` of the checkpoint and of now; step: of the checkpoint.
@@ -135,7 +135,7 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: in
     Raises:
       CheckpointError: lists every difference.
     """
-    changed = course_changes(saved["config"], wanted["config"], step)
+    changed = incompatible_changes(saved["config"], wanted["config"], step)
     # With a base these settings are not used; without one they are the architecture.
     settings = "config.model.architecture"
     architecture = "architecture" if wanted["config"].get("model", {}).get("checkpoint") else settings
@@ -210,7 +210,7 @@ def bounded(lines: Sequence[str]) -> str:
     return "\n".join(shown[:MOST_LINES] + more)
 
 
-def course_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> list[str]:
+def incompatible_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> list[str]:
     """Lines `setting: saved -> wanted` for all that makes two configurations differ in what they do up to a step.
 
     Settings in `FREE` may change, and so may phases that had not begun, those in `THINKING` where none that thinks had,

@@ -20,7 +20,7 @@ from quietstar_jax.errors import CheckpointError, DivergedError
 from quietstar_jax.hf.names import Target
 from quietstar_jax.settings import to_mapping
 from quietstar_jax.training.loop import train
-from quietstar_jax.training.resume import check_same_run, course_changes
+from quietstar_jax.training.resume import check_same_run, incompatible_changes
 from tests.training.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,9 +145,9 @@ def test_a_checkpoint_from_before_a_setting_existed_is_resumed():
     """It was written as if the setting had its default; another value is a change."""
     config = to_mapping(Config())
     old = {**config, "data": {name: value for name, value in config["data"].items() if name != "weights"}}
-    assert course_changes(old, config, step=2) == []
+    assert incompatible_changes(old, config, step=2) == []
     weighted = {**config, "data": {**config["data"], "weights": (1.0,)}}
-    assert course_changes(old, weighted, step=2) == ["config.data.weights: 0 entries -> 1 entries"]
+    assert incompatible_changes(old, weighted, step=2) == ["config.data.weights: 0 entries -> 1 entries"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
