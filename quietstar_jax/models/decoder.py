@@ -39,7 +39,7 @@ class KeyValues(NamedTuple):
 
 # What the backward pass keeps of a layer: results of weights and of attention. The rest (norms, rotations, activations,
 # softmax) is cheaper to compute again than to write to memory and read back.
-KEPT = jax.checkpoint_policies.save_from_both_policies(
+REMAT_POLICY = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(ATTENTION),
 )
@@ -147,7 +147,7 @@ def run_layers(
     if rematerialize:
         x, handed_back, layers = scan_layers(layer, x, layers, windows, state)
     else:
-        body = jax.checkpoint(layer, policy=KEPT, prevent_cse=False)
+        body = jax.checkpoint(layer, policy=REMAT_POLICY, prevent_cse=False)
         x, handed_back = jax.lax.scan(body, x, (layers, windows, state))
     return rms_norm(x, decoder.final_norm[...], a.rms_norm_eps), handed_back, layers
 
