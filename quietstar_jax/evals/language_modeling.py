@@ -108,10 +108,10 @@ def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> d
     """
     summary = summarize(TokenScores(*(np.concatenate(part) for part in zip(*columns, strict=True))))
     thinks = columns[0].thoughts.shape[-1] > 0
-    counts = np.array([column.base_nats.size for column in columns])
-    nats = {"without_thoughts": np.array([column.base_nats.sum(dtype=np.float64) for column in columns])}
+    counts = np.array([column.base_nll.size for column in columns])
+    nats = {"without_thoughts": np.array([column.base_nll.sum(dtype=np.float64) for column in columns])}
     if thinks:
-        nats["with_thoughts"] = np.array([column.talk_nats.sum(dtype=np.float64) for column in columns])
+        nats["with_thoughts"] = np.array([column.talk_nll.sum(dtype=np.float64) for column in columns])
     found: dict[str, Any] = {"tokens": int(counts.sum())}
     for mode, per_window in nats.items():
         found[mode] = {
@@ -153,9 +153,9 @@ def _column(tail: Continuation, score: TailScores) -> TokenScores:
     truth = np.asarray(tail.tokens[-tail.last :])
     return TokenScores(
         real=np.ones(tail.last, bool),
-        base_nats=without.nats,
+        base_nll=without.nats,
         base_entropy=score.base_entropy,
-        talk_nats=after.nats,
+        talk_nll=after.nats,
         base_correct=without.best == truth,
         talk_correct=after.best == truth,
         reward=without.nats - after.nats,

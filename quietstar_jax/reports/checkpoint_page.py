@@ -41,7 +41,7 @@ def checkpoint_page(observed: Observed, metrics: Sequence[Mapping[str, Any]]) ->
       metrics: records of the run's `metrics.jsonl`; none where there is no run.
     """
     joined = Observation(*(np.concatenate(parts) for parts in zip(*observed.observations, strict=True)))
-    gain = joined.base_nats - joined.nats[:, 0]
+    gain = joined.base_nll - joined.nats[:, 0]
     pieces = Pieces(observed.model.tokenizer)
     data = page_data(observed, pieces, start=int(gain.argmax()))
     step = "" if observed.model.step is None else f", step {observed.model.step:,}"
@@ -54,7 +54,7 @@ def checkpoint_page(observed: Observed, metrics: Sequence[Mapping[str, Any]]) ->
         _examples(observed, pieces, gain),
         "<h2>The same in figures</h2>",
         '<div class="charts">',
-        gain_by_decile(joined.base_entropy, joined.base_nats, gain),
+        gain_by_decile(joined.base_entropy, joined.base_nll, gain),
         reward_histogram(joined.reward.reshape(-1), observed.settings.tokens_ahead),
         weight_histogram(joined.weight.reshape(-1)),
         "</div>",
@@ -94,7 +94,7 @@ def page_data(observed: Observed, pieces: Pieces, start: int) -> dict[str, Any]:
             tokens.append(
                 {
                     "i": piece(pieces.alone(token)),
-                    "b": round(float(seen.base_nats[j]), 4),
+                    "b": round(float(seen.base_nll[j]), 4),
                     "k": thoughts,
                     "p": likeliest(seen.base_ids[j], seen.base_probabilities[j], token),
                     "q": likeliest(seen.ids[j], seen.probabilities[j], token),
@@ -128,7 +128,7 @@ def _introduction(settings: ThoughtSettings, thoughts: int) -> str:
 
 
 def _key_figures(joined: Observation, gain: np.ndarray) -> str:
-    without, with_thoughts = float(joined.base_nats.mean()), float(joined.nats[:, 0].mean())
+    without, with_thoughts = float(joined.base_nll.mean()), float(joined.nats[:, 0].mean())
     return tiles(
         [
             (f"{without:.3f} → {with_thoughts:.3f}", "mean loss without → with greedy thoughts, nats; less is better"),
@@ -181,7 +181,7 @@ def _texts(observed: Observed, pieces: Pieces) -> Iterator[str]:
             yield f'<section class="doc"><h3 title="document {document + 1}">{document + 1}</h3><p class="text">'
         else:
             yield '<span class="cut" title="from here on, the model reads afresh"> ⋯ </span>'
-        gains = (seen.base_nats - seen.nats[:, 0]).tolist()
+        gains = (seen.base_nll - seen.nats[:, 0]).tolist()
         for place, (token, text) in enumerate(zip(window.tokens.tolist(), pieces(window.tokens.tolist()), strict=True)):
             kinds = [shade(gains[place - 1])] if place else ["first"]
             kinds += ["special"] if token in special else []

@@ -17,7 +17,7 @@ BINS = 25
 POINTS = 300  # of a training curve; more are averaged
 
 
-def gain_by_decile(base_entropy: np.ndarray, base_nats: np.ndarray, gain: np.ndarray) -> str:
+def gain_by_decile(base_entropy: np.ndarray, base_nll: np.ndarray, gain: np.ndarray) -> str:
     """Mean gain in every tenth of the tokens, by the entropy of the prediction without thoughts; all [tokens], nats."""
     order = np.argsort(base_entropy, kind="stable")
     parts = [part for part in np.array_split(order, DECILES) if part.size]
@@ -28,7 +28,7 @@ def gain_by_decile(base_entropy: np.ndarray, base_nats: np.ndarray, gain: np.nda
     span = _padded(min(0.0, *bottoms), max(0.0, *tops))
     chart = Chart("Mean gain by tenth of the tokens", (0, len(parts)), span, bottom=62).y_axis("gain, nats")
     for i, part in enumerate(parts):
-        loss, uncertainty = float(base_nats[part].mean()), float(base_entropy[part].mean())
+        loss, uncertainty = float(base_nll[part].mean()), float(base_entropy[part].mean())
         tip = (
             f"tenth {i + 1}: mean entropy {uncertainty:.3f} and mean loss {loss:.3f} nats without thoughts, "
             f"mean gain {means[i]:+.4f} nats"

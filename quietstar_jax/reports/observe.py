@@ -41,7 +41,7 @@ class Observation(NamedTuple):
     R thoughts, the first greedy, the others sampled; T tokens each.
 
     Attributes:
-      base_nats, base_entropy: [n-1] loss and entropy of the prediction without thoughts.
+      base_nll, base_entropy: [n-1] loss and entropy of the prediction without thoughts.
       nats: [n-1, R] of the same token with each thought.
       reward: [n-1, R] nats by which the thought made the next K tokens more likely.
       weight: [n-1, R] mixing weight; thoughts: [n-1, R, T] ids.
@@ -49,7 +49,7 @@ class Observation(NamedTuple):
         and with the greedy one.
     """
 
-    base_nats: Any
+    base_nll: Any
     base_entropy: Any
     nats: Any
     reward: Any
@@ -146,7 +146,7 @@ def _look(
         mixed = jnp.exp(first) if settings.config.mixing == "log_probabilities" else jax.nn.softmax(first)
         probabilities, ids = jax.lax.top_k(mixed, LIKELIEST)
         return Observation(
-            base_nats=base[..., 0],
+            base_nll=base[..., 0],
             base_entropy=entropy(logits),
             nats=scores.nats[..., 0].swapaxes(1, 2),
             reward=(base[:, None] - scores.nats).sum(axis=-1).swapaxes(1, 2),

@@ -112,8 +112,8 @@ def _chunk_loss(
 
     rewarded = (positions <= length - 2 - ahead)[..., None, :]  # [1, J] or [B, 1, J]
     real = real_ahead(text.mask, positions, ahead, text.starts)
-    base_nats = jnp.where(real, here_and_ahead(text.nats, positions, ahead), 0.0)
-    reward = jnp.where(rewarded, rewards(base_nats, scores.nats), 0.0)
+    base_nll = jnp.where(real, here_and_ahead(text.nats, positions, ahead), 0.0)
+    reward = jnp.where(rewarded, rewards(base_nll, scores.nats), 0.0)
     loss, trained = (1.0 - config.base_loss_weight) * talk, {}
     if settings.reinforced:
         advantage = advantages(reward, positive_only=config.positive_only)

@@ -56,17 +56,17 @@ def talk_loss(nats: jax.Array, counts: Counts) -> jax.Array:
     return (nats.sum(axis=(0, 1, 2)) / (nats.shape[1] * counts.targets)).mean()
 
 
-def rewards(base_nats: jax.Array, talk_nats: jax.Array) -> jax.Array:
+def rewards(base_nll: jax.Array, talk_nll: jax.Array) -> jax.Array:
     """How much better the K true tokens were predicted with the thought than without.
 
     Args:
-      base_nats: [B, J, K]; talk_nats: [B, R, J, K]; both 0 where not real text.
+      base_nll: [B, J, K]; talk_nll: [B, R, J, K]; both 0 where not real text.
 
     Returns:
       [B, R, J] nats, without gradient.
     """
-    chex.assert_rank([base_nats, talk_nats], [3, 4])
-    return jax.lax.stop_gradient((base_nats[:, None] - talk_nats).sum(axis=-1))
+    chex.assert_rank([base_nll, talk_nll], [3, 4])
+    return jax.lax.stop_gradient((base_nll[:, None] - talk_nll).sum(axis=-1))
 
 
 def advantages(reward: jax.Array, *, positive_only: bool) -> jax.Array:

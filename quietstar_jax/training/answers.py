@@ -57,8 +57,8 @@ def measure_answers(
         "useful_thought_rate": float(useful.mean()),
         "useful_sampled_thought_rate": float(useful_thoughts(sampled.thoughts[at]).mean()),
         "answer_mixing_weight": float(scores.weight[at].mean()),
-        "answer_loss_without_thoughts": float(scores.base_nats[at].mean()),
-        "answer_loss_with_thoughts": float(scores.talk_nats[at].mean()),
+        "answer_loss_without_thoughts": float(scores.base_nll[at].mean()),
+        "answer_loss_with_thoughts": float(scores.talk_nll[at].mean()),
         "answers_by_kind": {
             kind: {
                 "without_thoughts": float(without[kinds == kind].mean()),

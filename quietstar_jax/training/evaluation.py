@@ -32,7 +32,7 @@ class TokenScores(NamedTuple):
 
     Attributes:
       real: x[j+1] exists, is not padding, and is of the same document as x[j].
-      base_nats, talk_nats: cross-entropy without and with the thought; base_correct, talk_correct: argmax is right.
+      base_nll, talk_nll: cross-entropy without and with the thought; base_correct, talk_correct: argmax is right.
       base_entropy: entropy in nats of the prediction without the thought, whatever the true token is.
       reward: nats by which the thought made the next K tokens more likely.
       weight: mixing weight of the first token; entropy: mean nats per thought token.
@@ -40,9 +40,9 @@ class TokenScores(NamedTuple):
     """
 
     real: Any
-    base_nats: Any
+    base_nll: Any
     base_entropy: Any
-    talk_nats: Any
+    talk_nll: Any
     base_correct: Any
     talk_correct: Any
     reward: Any
@@ -82,24 +82,24 @@ def make_token_scorer(graphdef: GraphDef, architecture: Architecture, settings: 
 
         def of_chunk(model: QuietStar, text: Text, positions: jax.Array, thoughts: Any) -> TokenScores:
             scored = real_ahead(text.mask, positions, ahead, text.starts)
-            real, base_nats = scored[..., 0], jnp.where(scored, here_and_ahead(text.nats, positions, ahead), 0.0)
+            real, base_nll = scored[..., 0], jnp.where(scored, here_and_ahead(text.nats, positions, ahead), 0.0)
             logits = model.decoder.logits(here_and_ahead(text.hidden, positions, 1)[..., 0, :])
             uncertainty = entropy(logits)
             correct = (logits.argmax(axis=-1) == tokens_ahead(text.tokens, positions, 1, fill=0)[..., 0]) & real
-            zero = jnp.zeros_like(base_nats[..., 0])
+            zero = jnp.zeros_like(base_nll[..., 0])
             if thoughts is None:
                 nothing = jnp.zeros((*zero.shape, 0), jnp.int32)
-                first = base_nats[..., 0]
+                first = base_nll[..., 0]
                 return TokenScores(real, first, uncertainty, first, correct, correct, zero, zero, zero, nothing)
             scores = score_thoughts(model, text, positions, thoughts.tokens, settings)
             return TokenScores(
                 real=real,
-                base_nats=base_nats[..., 0],
+                base_nll=base_nll[..., 0],
                 base_entropy=uncertainty,
-                talk_nats=scores.nats[:, 0, :, 0],
+                talk_nll=scores.nats[:, 0, :, 0],
                 base_correct=correct,
                 talk_correct=scores.correct[:, 0, :, 0],
-                reward=(base_nats - scores.nats[:, 0]).sum(axis=-1),
+                reward=(base_nll - scores.nats[:, 0]).sum(axis=-1),
                 weight=scores.weight[:, 0, :, 0],
                 entropy=thoughts.entropy[:, 0].mean(axis=-1),
                 thoughts=thoughts.tokens[:, 0],
@@ -144,7 +144,7 @@ def summarize(scores: TokenScores) -> dict[str, Any]:
     predictions less certain, such as a higher temperature, would then seem to help the hard tokens.
     """
     real = scores.real
-    base, talk = scores.base_nats[real], scores.talk_nats[real]
+    base, talk = scores.base_nll[real], scores.talk_nll[real]
     if not base.size:
         return {"tokens": 0}
     thoughts = scores.thoughts[real]

@@ -31,7 +31,7 @@ def most_helpful_thoughts(
     if not scores.thoughts.shape[-1]:
         return []
     tokens = np.concatenate([batch["tokens"] for batch in batches])
-    gain = np.where(scores.real, scores.base_nats - scores.talk_nats, -np.inf)
+    gain = np.where(scores.real, scores.base_nll - scores.talk_nll, -np.inf)
     best = gain.argmax(axis=1)
     rows = np.argsort(-gain[np.arange(len(gain)), best], kind="stable")[:count]
     found = []
@@ -44,8 +44,8 @@ def most_helpful_thoughts(
                 "context": tokenizer.decode(tokens[row, max(0, j + 1 - CONTEXT_TOKENS) : j + 1].tolist()),
                 "thought": tokenizer.decode(scores.thoughts[row, j].tolist()),
                 "next_token": tokenizer.decode([int(tokens[row, j + 1])]),
-                "probability_without_thought": float(np.exp(-scores.base_nats[row, j])),
-                "probability_with_thought": float(np.exp(-scores.talk_nats[row, j])),
+                "probability_without_thought": float(np.exp(-scores.base_nll[row, j])),
+                "probability_with_thought": float(np.exp(-scores.talk_nll[row, j])),
                 "mixing_weight": float(scores.weight[row, j]),
             }
         )

@@ -42,9 +42,9 @@ def test_tails_equal_the_evaluation_of_training(folder, name):
         mask = np.arange(48)[None] < len(tail.tokens)
         expected = jax.device_get(reference(model.params, Batch(row, mask)))
         places = np.arange(len(tail.tokens) - 1 - tail.last, len(tail.tokens) - 1)
-        np.testing.assert_allclose(score.without.nats, expected.base_nats[0, places], atol=2e-4)
+        np.testing.assert_allclose(score.without.nats, expected.base_nll[0, places], atol=2e-4)
         np.testing.assert_allclose(score.base_entropy, expected.base_entropy[0, places], atol=2e-4)
-        np.testing.assert_allclose(score.with_thoughts.nats, expected.talk_nats[0, places], atol=2e-4)
+        np.testing.assert_allclose(score.with_thoughts.nats, expected.talk_nll[0, places], atol=2e-4)
         np.testing.assert_array_equal(score.thoughts, expected.thoughts[0, places])
         np.testing.assert_allclose(score.weight, expected.weight[0, places], atol=2e-4)
         assert np.abs(score.with_thoughts.nats - score.without.nats).max() > 1e-2  # thoughts do change something

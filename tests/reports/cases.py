@@ -76,7 +76,7 @@ def observed(tokenizer: Tokenizer, texts: list[str], gains: list[float], thought
         windows.append(Window(document, tokens))
         seen.append(
             Observation(
-                base_nats=base,
+                base_nll=base,
                 base_entropy=base,
                 nats=np.stack([base - gain, base], axis=1),
                 reward=np.stack([gain, 0 * gain], axis=1),

@@ -36,8 +36,8 @@ def test_greedy_thoughts_are_those_of_evaluation(windows: list[Window], seen: li
         last = len(window.tokens) - 1
         np.testing.assert_array_equal(observation.thoughts[:, 0], scores.thoughts[0, :last])
         pairs = [
-            (observation.base_nats, scores.base_nats), (observation.base_entropy, scores.base_entropy),
-            (observation.nats[:, 0], scores.talk_nats),
+            (observation.base_nll, scores.base_nll), (observation.base_entropy, scores.base_entropy),
+            (observation.nats[:, 0], scores.talk_nll),
             (observation.reward[:, 0], scores.reward), (observation.weight[:, 0], scores.weight),
         ]  # fmt: skip
         for mine, theirs in pairs:
@@ -51,7 +51,7 @@ def test_likeliest_tokens_are_the_ones_the_losses_are_of(windows: list[Window], 
     base, mixed = observe(MODEL, MODEL.settings(3, 2), [Window(0, tokens) for tokens in likely], samples=0, seed=0)
     assert base.base_ids[0, last] == likely[0][1]
     assert mixed.ids[0, last] == likely[1][1]
-    np.testing.assert_allclose(base.base_probabilities[0, last], np.exp(-base.base_nats[0]), rtol=1e-4)
+    np.testing.assert_allclose(base.base_probabilities[0, last], np.exp(-base.base_nll[0]), rtol=1e-4)
     np.testing.assert_allclose(mixed.probabilities[0, last], np.exp(-mixed.nats[0, 0]), rtol=1e-4)
     for odds in (base.base_probabilities, mixed.probabilities):
         assert (np.diff(odds) <= 0).all()

@@ -17,7 +17,7 @@ from tests.training.tiny import tiny_config
 def scores_of(base, talk, real, thoughts):
     zeros = np.zeros_like(base)
     return TokenScores(
-        real=real, base_nats=base, base_entropy=base, talk_nats=talk, base_correct=base < 0.5, talk_correct=talk < 0.5,
+        real=real, base_nll=base, base_entropy=base, talk_nll=talk, base_correct=base < 0.5, talk_correct=talk < 0.5,
         reward=base - talk, weight=zeros + 0.25, entropy=zeros + 2.0, thoughts=thoughts,
     )  # fmt: skip
 
@@ -47,20 +47,20 @@ def test_flatter_predictions_do_not_seem_to_help_the_hard_tokens():
     logits = draw.gumbel(size=(20_000, 40)) * draw.uniform(0.1, 3.0, (20_000, 1))
     base, flat = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (logits, logits / 1.05))
     tokens = (base + draw.gumbel(size=base.shape)).argmax(axis=1)
-    base_nats, flat_nats = (-x[np.arange(len(x)), tokens] for x in (base, flat))
+    base_nll, flat_nats = (-x[np.arange(len(x)), tokens] for x in (base, flat))
     uncertainty = -(np.exp(base) * base).sum(axis=1)
     divergence = (np.exp(base) * (base - flat)).sum(axis=1)  # what the flattening costs on average, at every token
 
     def tenths(by):
-        row = scores_of(base_nats[None], flat_nats[None], np.ones((1, base_nats.size), bool), np.zeros((1, 20_000, 1)))
+        row = scores_of(base_nll[None], flat_nats[None], np.ones((1, base_nll.size), bool), np.zeros((1, 20_000, 1)))
         rows = summarize(row._replace(base_entropy=by[None]))["deciles"]
         return np.array([row["loss_with_thoughts"] - row["loss_without_thoughts"] for row in rows])
 
     parts = np.array_split(np.argsort(uncertainty, kind="stable"), 10)
-    noise = np.array([(flat_nats - base_nats)[part].std() / np.sqrt(part.size) for part in parts])
+    noise = np.array([(flat_nats - base_nll)[part].std() / np.sqrt(part.size) for part in parts])
     expected = np.array([divergence[part].mean() for part in parts])
     assert (np.abs(tenths(uncertainty) - expected) < 4 * noise).all()
-    by_outcome = tenths(base_nats)  # the order that this replaces
+    by_outcome = tenths(base_nll)  # the order that this replaces
     assert by_outcome[-1] < -0.1
     assert by_outcome[:5].min() > 0
 
@@ -80,7 +80,7 @@ def batch(run):
 def test_an_untrained_mixing_head_changes_nothing(run):
     settings = evaluation_settings(run.config, run.vocabulary)
     scores = make_token_scorer(run.graphdef, run.architecture, settings)(first_state(run).params, batch(run))
-    np.testing.assert_allclose(scores.talk_nats, scores.base_nats, atol=1e-5)
+    np.testing.assert_allclose(scores.talk_nll, scores.base_nll, atol=1e-5)
     np.testing.assert_array_equal(scores.talk_correct, scores.base_correct)
     model = merge(run.graphdef, first_state(run).params)
     logits = model.decoder.logits(
@@ -98,7 +98,7 @@ def test_a_run_that_never_thinks_reports_the_base(run):
     settings = evaluation_settings(config, run.vocabulary)
     assert settings.length == 0
     scores = make_token_scorer(run.graphdef, run.architecture, settings)(first_state(run).params, batch(run))
-    np.testing.assert_array_equal(scores.talk_nats, scores.base_nats)
+    np.testing.assert_array_equal(scores.talk_nll, scores.base_nll)
     assert scores.thoughts.shape == (2, 24, 0)
     assert summarize(scores)["unique_thought_rate"] == 0.0
 
