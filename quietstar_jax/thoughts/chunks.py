@@ -174,7 +174,9 @@ def positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, b
     return _fitting(settings, batch * settings.count * (settings.chain_length * per_token + logits), thinking)
 
 
-def sampled_positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, batch: int, length: int) -> int:
+def max_sampled_positions_per_chunk(
+    architecture: Architecture, settings: ThoughtSettings, batch: int, length: int
+) -> int:
     """The same while thoughts are sampled.
 
     Each of T steps gathers all weights anew for every chunk, where the mesh has them in parts. There, as many positions

@@ -15,8 +15,8 @@ from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.parallel.axes import MESH_AXES
 from quietstar_jax.thoughts.chunks import (
     map_chunks,
+    max_sampled_positions_per_chunk,
     positions_per_chunk,
-    sampled_positions_per_chunk,
     sum_chunks,
     take_chunk,
 )
@@ -86,13 +86,13 @@ def test_more_positions_are_sampled_at_once_where_weights_are_gathered():
     architecture = Architecture(hidden_size=256, intermediate_size=768, num_layers=16, vocab_size=64)
     settings = ThoughtSettings(4, count=2, tokens_ahead=4, config=ThoughtConfig(chunk_megabytes=16))
     scored, sampled = (
-        fn(architecture, settings, 4, 256) for fn in (positions_per_chunk, sampled_positions_per_chunk)
+        fn(architecture, settings, 4, 256) for fn in (positions_per_chunk, max_sampled_positions_per_chunk)
     )  # fmt: skip
     assert sampled == scored < 256  # nothing to gather on one device
     mesh = AbstractMesh((1, 1, 4, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
     with jax.sharding.use_abstract_mesh(mesh):
         scored = positions_per_chunk(architecture, settings, 4, 256)
-        sampled = sampled_positions_per_chunk(architecture, settings, 4, 256)
+        sampled = max_sampled_positions_per_chunk(architecture, settings, 4, 256)
         assert scored < sampled <= 256
         fixed = dataclasses.replace(settings, config=ThoughtConfig(positions_per_chunk=2))
-        assert sampled_positions_per_chunk(architecture, fixed, 4, 256) == 2
+        assert max_sampled_positions_per_chunk(architecture, fixed, 4, 256) == 2
