@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TPU slices in a GKE cluster, as a JobSet: one GenerationConfig per slice, one pod per host.
+# TPU slices in a GKE cluster, as a JobSet: one Job per slice, one pod per host.
 #   launch/gke_jobset.sh [--dry-run] --config configs/mistral_7b_openwebmath.py [--config.NAME=VALUE ...]
 # IMAGE holds the package (launch/Dockerfile). CLAIM is a ReadWriteMany volume (Filestore, Lustre, Cloud Storage FUSE),
 # mounted at /runs. With SLICES above 1 say --config.mesh.dcn_data=SLICES too.
@@ -60,7 +60,7 @@ if [[ -n $QUEUE ]]; then
     kueue.x-k8s.io/queue-name: $(json "$QUEUE")"
 fi
 
-# A pod that ends with a status that starting again would not change fails its GenerationConfig for the reason PodFailurePolicy, and
+# A pod that ends with a status that starting again would not change fails its Job for the reason PodFailurePolicy, and
 # that ends the JobSet. Everything else (saved and left, killed, evicted) makes the JobSet start all pods again.
 manifest="apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet

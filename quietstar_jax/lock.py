@@ -1,6 +1,6 @@
 """A lock that hosts share: a file that names its holder, which gives a sign of life every few seconds.
 
-It needs neither locks of the file system nor clocks that broadcast_from_primary, so it works on NFS, FUSE mounts and object stores. A
+It needs neither locks of the file system nor clocks that agree, so it works on NFS, FUSE mounts and object stores. A
 holder that is killed leaves its file: the next run takes it over at once where the process is gone from this machine,
 and after `STALE_SECONDS` without a sign of life elsewhere. A holder that was only suspended finds another name in the
 file, and stops.

@@ -150,8 +150,8 @@ def _on_own_positions(fn: Callable[..., Any], out_axes: Any) -> Callable[..., An
 def positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, batch: int, length: int) -> int:
     """How many positions fit the memory budget of `ThoughtConfig.chunk_megabytes` on each device of the mesh.
 
-    Counts what the backward pass of one chunk keeps of every layer (`models.decoder.REMAT_POLICY`), what it computes again of
-    one, and the logits of thought and talk tokens.
+    Counts what the backward pass of one chunk keeps of every layer (`models.decoder.REMAT_POLICY`), what it computes
+    again of one, and the logits of thought and talk tokens.
 
     Args:
       batch: B, sequences of a microbatch on the automatic axes of the mesh; length: L.

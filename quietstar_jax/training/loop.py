@@ -134,8 +134,8 @@ class Trainer:
     """One pass through the phases of a run."""
 
     def __init__(
-        self, run: Run, reader: ProcessBatchShard, sequences: SequenceIterator, held_out: list[Any], checkpoints: Checkpoints,
-        metrics: MetricsWriter, workdir: Workdir, notice: PreemptionNotice,
+        self, run: Run, reader: ProcessBatchShard, sequences: SequenceIterator, held_out: list[Any],
+        checkpoints: Checkpoints, metrics: MetricsWriter, workdir: Workdir, notice: PreemptionNotice,
     ):  # fmt: skip
         self._run, self._reader, self._sequences, self._held_out = run, reader, sequences, held_out
         self._checkpoints, self._metrics, self._workdir, self._notice = checkpoints, metrics, workdir, notice

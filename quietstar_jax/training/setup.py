@@ -121,12 +121,12 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
 
 
 def abstract_params(architecture: Architecture) -> tuple[dict[str, Any], GraphDef]:
-    """Shapes and dtypes of all parameters, and the graphdef that holds them; allocates nothing."""
+    """Shapes and dtypes of all parameters, and the graph definition that holds them; allocates nothing."""
     return split(jax.eval_shape(lambda: fresh(architecture, [0], [0], 1.0, jax.random.key(0))))
 
 
 def abstract_structure(architecture: Architecture) -> GraphDef:
-    """The graphdef of the model of this shape."""
+    """The graph definition of the model of this shape."""
     return abstract_params(architecture)[1]
 
 

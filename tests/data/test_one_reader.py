@@ -106,7 +106,7 @@ CASES: dict[str, tuple[str, Content, list[str], dict[str, str]]] = {
     "bytes": ("a.parquet", parquet(pa.array([text.encode() for text in TEXTS], pa.binary())), TEXTS, {}),
     "large": ("a.parquet", parquet(pa.array(EMPTY, pa.large_string())), TEXTS, {}),
     "dictionary": ("a.parquet", parquet(pa.array(EMPTY).dictionary_encode()), TEXTS, {}),
-    "graphdef": ("a.parquet", parquet([1], meta=[{"text": "The cat"}]), ["The cat"], {"text_key": "meta.text"}),
+    "structure": ("a.parquet", parquet([1], meta=[{"text": "The cat"}]), ["The cat"], {"text_key": "meta.text"}),
     "list": ("a.parquet", parquet([1], messages=[CHAT]), RENDERED, {"text_key": "messages"}),
     "text": ("a.txt", "\ufeffOne\r\nfile.\0\n".encode(), ["One\r\nfile.\0\n"], {}),
     "text, wide": ("a.txt", "One\nfile.\n".encode("utf-16"), ["One\nfile.\n"], {}),

@@ -62,7 +62,7 @@ def test_loaded_weights_are_those_of_the_file(architecture, dtype, tmp_path):
     write(tmp_path, tensors, architecture)
     decoder = load(tmp_path)
     constructed = nnx.eval_shape(lambda: Decoder(architecture, nnx.Rngs(0)))
-    assert jax.tree.graphdef(decoder) == jax.tree.graphdef(constructed)
+    assert jax.tree.structure(decoder) == jax.tree.structure(constructed)
     ours = {path: np.asarray(value[...]) for path, value in named_parameters(decoder).items()}
     assert all(value.dtype == np.float32 for value in ours.values())
     for entry in decoder_entries(architecture):
