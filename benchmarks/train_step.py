@@ -20,7 +20,7 @@ from benchmarks.command import matmul_rate, run
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import Config, DataConfig, ModelConfig, Phase, RateScales, ThoughtConfig
 from quietstar_jax.models.parameters import split
-from quietstar_jax.thoughts.chunks import positions_per_chunk
+from quietstar_jax.thoughts.chunks import max_positions_per_chunk
 from quietstar_jax.thoughts.flops import step_flops
 from quietstar_jax.thoughts.model import fresh
 from quietstar_jax.thoughts.settings import Vocabulary
@@ -133,7 +133,7 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
         "argument_bytes": memory.argument_size_in_bytes,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "thought_tokens_per_second": thought_tokens / step_seconds,
-        "positions_per_chunk": positions_per_chunk(architecture, settings, s.batch // s.microbatches, s.length),
+        "positions_per_chunk": max_positions_per_chunk(architecture, settings, s.batch // s.microbatches, s.length),
         "loss": float(metrics["loss"]),
         "device": jax.devices()[0].device_kind,
     }

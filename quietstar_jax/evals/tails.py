@@ -25,7 +25,7 @@ from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.parallel.sharding import row_ways, shard_batch
 from quietstar_jax.thoughts import controls
-from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
+from quietstar_jax.thoughts.chunks import map_chunks, max_positions_per_chunk
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
 from quietstar_jax.thoughts.score import talk, think
@@ -119,7 +119,7 @@ def make_tail_scorer(
         model = merge(graphdef, params)
         text = read_text(model.decoder, tokens, mask, dtype=settings.dtype)
         rows, length = tokens.shape
-        chunk = min(count, positions_per_chunk(architecture, settings, rows, length))
+        chunk = min(count, max_positions_per_chunk(architecture, settings, rows, length))
         positions = length - 1 - count + jnp.arange(count)  # those that predict the scored tokens
 
         def at(read: tuple[QuietStar, Text, jax.Array], positions: jax.Array, thoughts: Thoughts | None) -> TailScores:

@@ -22,7 +22,7 @@ from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
 from quietstar_jax.parallel.sharding import ROWS, find_process_shard
 from quietstar_jax.planning.architectures import planned_architecture
 from quietstar_jax.planning.targets import Target
-from quietstar_jax.thoughts.chunks import max_sampled_positions_per_chunk, positions_per_chunk
+from quietstar_jax.thoughts.chunks import max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.flops import Flops, decoder_flops, step_flops
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.training.evaluation import evaluation_settings
@@ -181,8 +181,8 @@ def chunk_sizes(config: Config, phase: Phase, architecture: Architecture) -> dic
     settings = phase_settings(config, phase, VOCABULARY)
     shape = (phase.batch_size // phase.microbatches, config.data.sequence_length)
     return {
-        "positions_per_chunk": positions_per_chunk(architecture, settings, *shape),
-        "max_sampled_positions_per_chunk": max_sampled_positions_per_chunk(architecture, settings, *shape),
+        "positions_per_chunk": max_positions_per_chunk(architecture, settings, *shape),
+        "sampled_positions_per_chunk": max_sampled_positions_per_chunk(architecture, settings, *shape),
     }
 
 

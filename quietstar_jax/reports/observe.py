@@ -15,7 +15,7 @@ from quietstar_jax.data.tokenization import without_begin
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.parameters import merge
-from quietstar_jax.thoughts.chunks import map_chunks, positions_per_chunk
+from quietstar_jax.thoughts.chunks import map_chunks, max_positions_per_chunk
 from quietstar_jax.thoughts.controls import draw_uniforms, think
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
@@ -127,7 +127,7 @@ def _look(
     weights = merge(model.graphdef, params)
     text = read_text(weights.decoder, *batch, dtype=settings.dtype)
     rows, length = batch.tokens.shape
-    chunk = positions_per_chunk(model.architecture, dataclasses.replace(settings, count=1 + samples), rows, length)
+    chunk = max_positions_per_chunk(model.architecture, dataclasses.replace(settings, count=1 + samples), rows, length)
     everywhere = jnp.arange(length)
     uniforms = draw_uniforms(key, (rows, 1 + samples, length, settings.length))
     first, others = (jax.tree.map(lambda x: x[:, part], uniforms) for part in (slice(1), slice(1, None)))  # noqa: B023

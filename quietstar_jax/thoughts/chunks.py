@@ -147,7 +147,7 @@ def _on_own_positions(fn: Callable[..., Any], out_axes: Any) -> Callable[..., An
     return shard(fn, ("position",), ((), (), (), ("positions",)), out_axes)
 
 
-def positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, batch: int, length: int) -> int:
+def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, batch: int, length: int) -> int:
     """How many positions fit the memory budget of `ThoughtConfig.chunk_megabytes` on each device of the mesh.
 
     Counts what the backward pass of one chunk keeps of every layer (`models.decoder.REMAT_POLICY`), what it computes
@@ -182,7 +182,7 @@ def max_sampled_positions_per_chunk(
     Each of T steps gathers all weights anew for every chunk, where the mesh has them in parts. There, as many positions
     as fit without a gradient to come go at once: a position keeps no more than the keys and values of its chains.
     """
-    config, ahead = settings.config, positions_per_chunk(architecture, settings, batch, length)
+    config, ahead = settings.config, max_positions_per_chunk(architecture, settings, batch, length)
     if config.positions_per_chunk or ways("embed") == 1:
         return ahead
     batch, thinking = -(-batch // ways("batch")), -(-settings.thinking_positions(length) // ways("positions"))

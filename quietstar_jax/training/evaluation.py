@@ -15,7 +15,7 @@ from quietstar_jax.config import Config
 from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.parallel.sharding import row_ways
-from quietstar_jax.thoughts.chunks import map_chunks, max_sampled_positions_per_chunk, positions_per_chunk
+from quietstar_jax.thoughts.chunks import map_chunks, max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import draw_uniforms, think
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
@@ -70,7 +70,7 @@ def make_token_scorer(graphdef: GraphDef, architecture: Architecture, settings: 
         model = merge(graphdef, params)
         text = read_text(model.decoder, *batch, dtype=settings.dtype)
         rows, length = batch.tokens.shape
-        chunk = positions_per_chunk(architecture, settings, rows, length)
+        chunk = max_positions_per_chunk(architecture, settings, rows, length)
         sampled = max_sampled_positions_per_chunk(architecture, settings, rows, length)
         ahead = settings.tokens_ahead
         draws = jax.random.key(0) if key is None else key  # greedy thoughts need none, but some controls do

@@ -17,7 +17,7 @@ from quietstar_jax.config import Config, Phase
 from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.axes import constrain, constrain_tree, shard, split_microbatches
 from quietstar_jax.parallel.sharding import shard_batch, specs_like_parameters
-from quietstar_jax.thoughts.chunks import max_sampled_positions_per_chunk, positions_per_chunk
+from quietstar_jax.thoughts.chunks import max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import Uniforms, draw_uniforms, think
 from quietstar_jax.thoughts.loss import Metrics, language_model_loss, quiet_star_loss
 from quietstar_jax.thoughts.model import QuietStar, mean_embedding
@@ -130,7 +130,7 @@ def make_train_step(
         model = merge(graphdef, params)
         if not phase.thought_length:
             return language_model_loss(model, batch.tokens, batch.mask, counts, settings, batch.starts)
-        chunk = positions_per_chunk(architecture, settings, *batch.tokens.shape)
+        chunk = max_positions_per_chunk(architecture, settings, *batch.tokens.shape)
         sampled = max_sampled_positions_per_chunk(architecture, settings, *batch.tokens.shape)
 
         def think_there(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:

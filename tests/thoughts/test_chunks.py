@@ -15,8 +15,8 @@ from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.parallel.axes import MESH_AXES
 from quietstar_jax.thoughts.chunks import (
     map_chunks,
+    max_positions_per_chunk,
     max_sampled_positions_per_chunk,
-    positions_per_chunk,
     sum_chunks,
     take_chunk,
 )
@@ -64,7 +64,7 @@ def test_sum_and_gradient_equal_the_plain_sum(dtype: str, carried: tuple[str, ..
 def test_a_larger_budget_never_takes_fewer_positions() -> None:
     settings = ThoughtSettings(length=9, count=2, tokens_ahead=4)
     found = [
-        positions_per_chunk(
+        max_positions_per_chunk(
             Architecture(),
             dataclasses.replace(settings, config=ThoughtConfig(chunk_megabytes=megabytes)),
             batch=4,
@@ -79,7 +79,7 @@ def test_a_larger_budget_never_takes_fewer_positions() -> None:
 
 def test_a_given_chunk_is_taken_up_to_the_text() -> None:
     settings = ThoughtSettings(length=2, config=ThoughtConfig(positions_per_chunk=50))
-    assert positions_per_chunk(Architecture(), settings, batch=1, length=20) == 20
+    assert max_positions_per_chunk(Architecture(), settings, batch=1, length=20) == 20
 
 
 def test_more_positions_are_sampled_at_once_where_weights_are_gathered():
@@ -91,7 +91,7 @@ def test_more_positions_are_sampled_at_once_where_weights_are_gathered():
     assert sampled == scored < 256  # nothing to gather on one device
     mesh = AbstractMesh((1, 1, 4, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
     with jax.sharding.use_abstract_mesh(mesh):
-        scored = positions_per_chunk(architecture, settings, 4, 256)
+        scored = max_positions_per_chunk(architecture, settings, 4, 256)
         sampled = max_sampled_positions_per_chunk(architecture, settings, 4, 256)
         assert scored < sampled <= 256
         fixed = dataclasses.replace(settings, config=ThoughtConfig(positions_per_chunk=2))
