@@ -86,7 +86,7 @@ def test_more_positions_are_sampled_at_once_where_weights_are_gathered():
     architecture = Architecture(hidden_size=256, intermediate_size=768, num_layers=16, vocab_size=64)
     settings = ThoughtSettings(4, count=2, tokens_ahead=4, config=ThoughtConfig(chunk_megabytes=16))
     scored, sampled = (
-        fn(architecture, settings, 4, 256) for fn in (positions_per_chunk, max_sampled_positions_per_chunk)
+        fn(architecture, settings, 4, 256) for fn in (max_positions_per_chunk, max_sampled_positions_per_chunk)
     )  # fmt: skip
     assert sampled == scored < 256  # nothing to gather on one device
     mesh = AbstractMesh((1, 1, 4, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 5)
