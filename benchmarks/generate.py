@@ -26,7 +26,7 @@ from quietstar_jax.inference.load_model import stored_dtype
 from quietstar_jax.inference.sampling import Sampling
 from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts.chains import empty_chains
-from quietstar_jax.thoughts.model import fresh
+from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 
@@ -75,11 +75,13 @@ def make_engine(s: Sizes) -> Engine:
     )  # fmt: skip
 
     def weights() -> dict[str, jax.Array]:
-        params, _ = split(fresh(architecture, [1], [2], ThoughtConfig.embedding_scale, jax.random.key(0)))
+        params, _ = split(init_quiet_star(architecture, [1], [2], ThoughtConfig.embedding_scale, jax.random.key(0)))
         return {name: value.astype(stored_dtype(name, s.dtype)) for name, value in params.items()}
 
     graphdef = split(
-        jax.eval_shape(lambda: fresh(architecture, [1], [2], ThoughtConfig.embedding_scale, jax.random.key(0)))
+        jax.eval_shape(
+            lambda: init_quiet_star(architecture, [1], [2], ThoughtConfig.embedding_scale, jax.random.key(0))
+        )
     )[1]
     return Engine(jax.jit(weights)(), graphdef, architecture, s.dtype, s.batch)
 

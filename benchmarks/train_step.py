@@ -22,7 +22,7 @@ from quietstar_jax.config import Config, DataConfig, ModelConfig, Phase, RateSca
 from quietstar_jax.models.parameters import split
 from quietstar_jax.thoughts.chunks import max_positions_per_chunk
 from quietstar_jax.thoughts.flops import step_flops
-from quietstar_jax.thoughts.model import fresh
+from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.step import Batch, initial_state, make_train_step, phase_settings
 
@@ -98,7 +98,9 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
     vocabulary = Vocabulary(pad_id=0, meta_tokens=(), start_tokens=(1,), end_tokens=(2,))
     settings = phase_settings(config, phase, vocabulary)
 
-    model = jax.jit(lambda: fresh(architecture, [1], [2], config.thought.embedding_scale, jax.random.key(0)))()
+    model = jax.jit(
+        lambda: init_quiet_star(architecture, [1], [2], config.thought.embedding_scale, jax.random.key(0))
+    )()
     params, graphdef = split(model)
     state = initial_state(params, config)
     tokens = np.random.default_rng(0).integers(3, s.vocab, (s.batch, s.length)).astype(np.int32)

@@ -50,7 +50,7 @@ def mean_embedding(embedding: jax.Array, tokens: Sequence[int], embedding_scale:
     return embedding[jnp.array(tokens)].mean(axis=0) / embedding_scale
 
 
-def fresh(
+def init_quiet_star(
     architecture: Architecture, start_tokens: Sequence[int], end_tokens: Sequence[int], embedding_scale: float,
     key: jax.Array,
 ) -> QuietStar:  # fmt: skip

@@ -25,7 +25,7 @@ from quietstar_jax.hf.vocabulary import UNUSED
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import split
-from quietstar_jax.thoughts.model import QuietStar, fresh, initialize
+from quietstar_jax.thoughts.model import QuietStar, init_quiet_star, initialize
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.step import initial_thought_embeddings
 
@@ -145,7 +145,7 @@ def load_base(base: Base, architecture: Architecture, config: Config, vocabulary
 def _of_run(
     run: RunCheckpoint, architecture: Architecture, vocabulary: Vocabulary, embedding_scale: float, shardings: Shardings
 ) -> dict[str, jax.Array]:
-    shapes = jax.eval_shape(lambda: split(fresh(architecture, [0], [0], 1.0, jax.random.key(0)))[0])
+    shapes = jax.eval_shape(lambda: split(init_quiet_star(architecture, [0], [0], 1.0, jax.random.key(0)))[0])
     abstract = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=shardings[name]) for name, value in shapes.items()
     }
@@ -174,7 +174,8 @@ def load_thinking(
     parameters = load_parameters(files, quietstar_entries(architecture), shardings=shardings)
     theirs = files.config.get("thought_embedding_scale", PUBLISHED_SCALE)
     return build(
-        lambda: fresh(architecture, [0], [0], 1.0, jax.random.key(0)), _rescaled(parameters, theirs, embedding_scale)
+        lambda: init_quiet_star(architecture, [0], [0], 1.0, jax.random.key(0)),
+        _rescaled(parameters, theirs, embedding_scale),
     )
 
 

@@ -22,7 +22,7 @@ from quietstar_jax.models.parameters import GraphDef, split
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
 from quietstar_jax.parallel.sharding import on_mesh
 from quietstar_jax.settings import from_mapping, to_mapping
-from quietstar_jax.thoughts.model import fresh
+from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.base import (
     Base,
@@ -122,7 +122,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
 
 def abstract_params(architecture: Architecture) -> tuple[dict[str, Any], GraphDef]:
     """Shapes and dtypes of all parameters, and the graph definition that holds them; allocates nothing."""
-    return split(jax.eval_shape(lambda: fresh(architecture, [0], [0], 1.0, jax.random.key(0))))
+    return split(jax.eval_shape(lambda: init_quiet_star(architecture, [0], [0], 1.0, jax.random.key(0))))
 
 
 def abstract_structure(architecture: Architecture) -> GraphDef:
@@ -150,7 +150,7 @@ def first_state(run: Run) -> TrainState:
     if base:
         return start_optimizer(run, load_base(base, run.architecture, run.config, vocabulary, key, layout))
     meta = (vocabulary.start_tokens, vocabulary.end_tokens, scale)
-    make = jax.jit(lambda key: split(fresh(run.architecture, *meta, key))[0], out_shardings=layout)
+    make = jax.jit(lambda key: split(init_quiet_star(run.architecture, *meta, key))[0], out_shardings=layout)
     return start_optimizer(run, make(key))
 
 

@@ -17,7 +17,7 @@ from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.parameters import split
 from quietstar_jax.reports.checkpoint_page import Observed
 from quietstar_jax.reports.observe import LIKELIEST, Observation, Window
-from quietstar_jax.thoughts.model import fresh
+from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.training.setup import abstract_structure
 
@@ -51,7 +51,7 @@ def random_model(max_positions: int = 64) -> LoadedModel:
         vocab_size=100, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
         max_positions=max_positions, initializer_range=0.5,
     )  # fmt: skip
-    params = split(fresh(architecture, [8], [9], 100.0, jax.random.key(0)))[0]
+    params = split(init_quiet_star(architecture, [8], [9], 100.0, jax.random.key(0)))[0]
     params["mixing_head.out"] = jax.random.normal(jax.random.key(1), params["mixing_head.out"].shape)
     tokenizer = load_tokenizer("synthetic")
     return LoadedModel(

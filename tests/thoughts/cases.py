@@ -13,7 +13,7 @@ import numpy as np
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.models.parameters import named_parameters
-from quietstar_jax.thoughts.model import QuietStar, fresh
+from quietstar_jax.thoughts.model import QuietStar, init_quiet_star
 from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
@@ -67,7 +67,7 @@ class Case:
 
 def random_model(architecture: Architecture, embedding_scale: float, seed: int = 0) -> QuietStar:
     """A model whose every weight is random: norms, biases and the last mixing layer too."""
-    model = fresh(architecture, [0], [0], embedding_scale, jax.random.key(seed))
+    model = init_quiet_star(architecture, [0], [0], embedding_scale, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     for name, value in named_parameters(model).items():
         draw = rng.normal(size=value.shape)

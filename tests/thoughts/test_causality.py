@@ -13,7 +13,7 @@ import pytest
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import CONTROLS, ThoughtConfig
 from quietstar_jax.thoughts import controls
-from quietstar_jax.thoughts.model import fresh
+from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.positions import at_positions, choose
 from quietstar_jax.thoughts.score import score_thoughts, think
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -24,7 +24,7 @@ ARCHITECTURE = Architecture(
     vocab_size=13, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
     initializer_range=0.5,
 )  # fmt: skip
-MODEL = fresh(ARCHITECTURE, [1], [2], 100.0, jax.random.key(0))
+MODEL = init_quiet_star(ARCHITECTURE, [1], [2], 100.0, jax.random.key(0))
 
 
 @jax.jit

@@ -18,7 +18,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import CONTROLS, Config, Phase, RateScales, ThoughtConfig
 from quietstar_jax.models.parameters import split
 from quietstar_jax.thoughts.flops import Flops, decoder_flops, step_flops
-from quietstar_jax.thoughts.model import fresh
+from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.training.step import Batch, initial_state, make_train_step, phase_settings
 
@@ -89,7 +89,7 @@ def compiled_cost(control: str, policy_weight: float) -> tuple[float, float]:
     phase = Phase(batch_size=2, thought_length=3, num_thoughts=2, tokens_ahead=1, policy_weight=policy_weight)
     thought = ThoughtConfig(control=control, positions_per_chunk=16)
     config, vocabulary = Config(phases=(phase,), thought=thought), Vocabulary(0, (1, 2), (0,), (0,))
-    params, graphdef = split(fresh(architecture, [0], [0], 100.0, jax.random.key(0)))
+    params, graphdef = split(init_quiet_star(architecture, [0], [0], 100.0, jax.random.key(0)))
     step = jax.jit(make_train_step(config, phase, graphdef, architecture, vocabulary))
     batch = Batch(jnp.ones((2, 16), jnp.int32), jnp.ones((2, 16), bool))
     with jax.numpy_dtype_promotion("standard"):  # for optax

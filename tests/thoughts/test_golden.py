@@ -25,7 +25,7 @@ from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.hf.names import Entry, parameter_shapes, quietstar_entries, to_ours
 from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts.loss import quiet_star_loss
-from quietstar_jax.thoughts.model import QuietStar, fresh
+from quietstar_jax.thoughts.model import QuietStar, init_quiet_star
 from quietstar_jax.thoughts.objective import count_targets
 from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.thoughts.score import talk, think
@@ -113,7 +113,7 @@ def read(path: Path) -> Golden:
 
 
 def build(golden: Golden) -> QuietStar:
-    model = fresh(golden.architecture, [0], [0], golden.settings.config.embedding_scale, jax.random.key(0))
+    model = init_quiet_star(golden.architecture, [0], [0], golden.settings.config.embedding_scale, jax.random.key(0))
     shapes = {name: value.shape for name, value in split(model)[0].items()}
     params = golden.ours("param")
     assert {name: value.shape for name, value in params.items()} == shapes
