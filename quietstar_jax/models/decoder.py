@@ -20,7 +20,7 @@ from quietstar_jax.models.attention import ATTENTION, attend, causal_mask
 from quietstar_jax.models.layer_scan import scan_layers
 from quietstar_jax.models.linear import dense, linear, look_up
 from quietstar_jax.models.parameters import normal, ones, parameter, zeros
-from quietstar_jax.parallel.axes import constrain, ways
+from quietstar_jax.parallel.axes import constrain, num_shards
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -202,7 +202,7 @@ def base_pass(
       (final-norm hidden states [B, L, D], keys and values [layers, B, L, G, H], layers as from `run_layers`).
     """
     # The devices that share the thoughts of a text share its tokens here, and all keep its keys.
-    text = "text" if tokens.shape[1] % ways("text") == 0 else "keys"
+    text = "text" if tokens.shape[1] % num_shards("text") == 0 else "keys"
 
     def attend_text(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, _: Any) -> tuple[jax.Array, Any]:
         q = constrain(q, "batch", text, "heads", "head_dim")

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.parallel.axes import Axes, constrain, shard, ways
+from quietstar_jax.parallel.axes import Axes, constrain, num_shards, shard
 
 
 def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, inputs: int = 1) -> jax.Array:
@@ -58,7 +58,7 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 def pick(values: jax.Array, targets: jax.Array) -> jax.Array:
     """Entries [...] of values [..., V] at the target ids [...]."""
-    if ways("vocab") == 1:
+    if num_shards("vocab") == 1:
         return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
     # Each device looks among its own ids; an indexed read would gather all.
     return jnp.where(jnp.arange(values.shape[-1]) == targets[..., None], values, 0.0).sum(axis=-1)
@@ -66,7 +66,7 @@ def pick(values: jax.Array, targets: jax.Array) -> jax.Array:
 
 def look_up(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows [..., D] in `dtype` of an embedding [V, D] at ids [...]."""
-    if ways("vocab") * ways("embed") == 1:
+    if num_shards("vocab") * num_shards("embed") == 1:
         return table.at[tokens].get(mode="clip").astype(dtype)
     rows = _look_up_parts(table, jnp.clip(tokens, 0, len(table) - 1), dtype)
     return constrain(rows, "batch", ..., "hidden")

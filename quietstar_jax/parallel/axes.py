@@ -96,7 +96,7 @@ def constrain_tree(tree: Tree, axes: Any) -> Tree:
     return jax.tree.map(lambda x, names: constrain(x, *names), tree, axes)
 
 
-def ways(name: str) -> int:
+def num_shards(name: str) -> int:
     """Into how many parts the automatic mesh axes here split a logical axis; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     count = 1
@@ -136,14 +136,14 @@ def shard(fn: Callable[..., Any], over: Sequence[str], in_axes: Any, out_axes: A
 
 def split_microbatches(x: jax.Array, pieces: int) -> jax.Array:
     """[B, ...] -> [pieces, B / pieces, ...], where every device has an equal part of every piece from its own rows."""
-    own, rows = ways("batch"), x.shape[0] // pieces
+    own, rows = num_shards("batch"), x.shape[0] // pieces
     parts = x.reshape(own, pieces, rows // own, *x.shape[1:]).swapaxes(0, 1)
     return constrain(parts.reshape(pieces, rows, *x.shape[1:]), None, "batch", ...)
 
 
 def merge_microbatches(x: jax.Array) -> jax.Array:
     """The inverse of `split_microbatches`: [pieces, B / pieces, ...] -> [B, ...]."""
-    (pieces, rows), own = x.shape[:2], ways("batch")
+    (pieces, rows), own = x.shape[:2], num_shards("batch")
     parts = x.reshape(pieces, own, rows // own, *x.shape[2:]).swapaxes(0, 1)
     return constrain(parts.reshape(pieces * rows, *x.shape[2:]), "batch", ...)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.parallel.axes import constrain_tree, shard, ways
+from quietstar_jax.parallel.axes import constrain_tree, num_shards, shard
 from quietstar_jax.thoughts.attention.prefix_xla import KEY_BLOCK
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
@@ -26,7 +26,7 @@ def chunk_starts(count: int, chunk: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       ([chunks per device], [devices along the position axis]) int32.
     """
-    devices = ways("positions")
+    devices = num_shards("positions")
     return jnp.arange(0, count, chunk * devices), jnp.arange(0, chunk * devices, chunk)
 
 
@@ -160,12 +160,19 @@ def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSetting
       a divisor of the positions that think on a device where one is close, so that no chunk is half empty.
     """
     config, keys = settings.config, min(KEY_BLOCK, length)
-    batch, thinking = -(-batch // ways("batch")), -(-settings.thinking_positions(length) // ways("positions"))
+    batch, thinking = (
+        -(-batch // num_shards("batch")),
+        -(-settings.thinking_positions(length) // num_shards("positions")),
+    )
     if config.positions_per_chunk:
         return min(config.positions_per_chunk, thinking)
     a = architecture
-    heads, mlp, vocab = a.num_heads // ways("heads"), a.intermediate_size // ways("mlp"), a.vocab_size // ways("vocab")
-    width, head_values = settings.dtype.itemsize, 2 * (heads + a.num_kv_heads // ways("kv_heads")) * a.head_dim
+    heads, mlp, vocab = (
+        a.num_heads // num_shards("heads"),
+        a.intermediate_size // num_shards("mlp"),
+        a.vocab_size // num_shards("vocab"),
+    )
+    width, head_values = settings.dtype.itemsize, 2 * (heads + a.num_kv_heads // num_shards("kv_heads")) * a.head_dim
     results = (2 * a.hidden_size + head_values + 2 * mlp) * width + 4 * heads
     again = (6 * a.hidden_size + 4 * mlp) * width + 12 * heads * keys
     layers = 1 if settings.rematerialize else a.num_layers
@@ -183,12 +190,15 @@ def max_sampled_positions_per_chunk(
     as fit without a gradient to come go at once: a position keeps no more than the keys and values of its chains.
     """
     config, ahead = settings.config, max_positions_per_chunk(architecture, settings, batch, length)
-    if config.positions_per_chunk or ways("embed") == 1:
+    if config.positions_per_chunk or num_shards("embed") == 1:
         return ahead
-    batch, thinking = -(-batch // ways("batch")), -(-settings.thinking_positions(length) // ways("positions"))
+    batch, thinking = (
+        -(-batch // num_shards("batch")),
+        -(-settings.thinking_positions(length) // num_shards("positions")),
+    )
     a, width = architecture, settings.dtype.itemsize
-    cache = 2 * a.num_layers * (a.num_kv_heads // ways("kv_heads")) * a.head_dim * settings.length * width
-    heads, mlp = a.num_heads // ways("heads"), a.intermediate_size // ways("mlp")
+    cache = 2 * a.num_layers * (a.num_kv_heads // num_shards("kv_heads")) * a.head_dim * settings.length * width
+    heads, mlp = a.num_heads // num_shards("heads"), a.intermediate_size // num_shards("mlp")
     token = (6 * a.hidden_size + 4 * mlp) * width + 12 * heads * min(KEY_BLOCK, length) + 3 * 4 * a.vocab_size
     return max(ahead, _fitting(settings, batch * settings.count * (cache + token), thinking))
 

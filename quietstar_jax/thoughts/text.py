@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from quietstar_jax.models.decoder import Decoder, KeyValues, Layers, base_pass
 from quietstar_jax.models.linear import cross_entropy
-from quietstar_jax.parallel.axes import constrain, merge_microbatches, split_microbatches, ways
+from quietstar_jax.parallel.axes import constrain, merge_microbatches, num_shards, split_microbatches
 
 LOGITS_BYTES = 64 * 2**20  # of float32 logits of the text, at once and per device
 
@@ -56,8 +56,8 @@ def read_text(
         logits = decoder.logits(hidden)
         return cross_entropy(logits, targets), entropy(jax.lax.stop_gradient(logits)) if with_entropy else None
 
-    row_bytes = 4 * length * decoder.architecture.vocab_size // (ways("text") * ways("vocab"))
-    rows, own = max(1, LOGITS_BYTES // row_bytes), batch // ways("batch")
+    row_bytes = 4 * length * decoder.architecture.vocab_size // (num_shards("text") * num_shards("vocab"))
+    rows, own = max(1, LOGITS_BYTES // row_bytes), batch // num_shards("batch")
     if rows >= own:
         nats, spread = predict(hidden, targets)
     else:
