@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.parallel.axes import Axes, constrain, num_shards, shard
+from quietstar_jax.parallel.axes import Axes, constrain, manual_shard_map, num_shards
 
 
 def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, inputs: int = 1) -> jax.Array:
@@ -79,26 +79,31 @@ def _look_up_parts(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax
 
 
 def _look_up_forward(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
-    def read(add_up: Any, table: jax.Array, tokens: jax.Array, ids: jax.Array) -> jax.Array:
+    def read(psum: Any, table: jax.Array, tokens: jax.Array, ids: jax.Array) -> jax.Array:
         here = (tokens >= ids[0]) & (tokens <= ids[-1])
         rows = table[jnp.where(here, tokens - ids[0], 0)].astype(dtype)
-        return add_up(add_up(jnp.where(here[..., None], rows, 0), "tensor"), "group")
+        return psum(psum(jnp.where(here[..., None], rows, 0), "tensor"), "group")
 
     ids, (table_axes, token_axes, id_axes, row_axes) = jnp.arange(len(table)), _look_up_axes(tokens)
-    return shard(read, _WEIGHTS_LIE, (table_axes, token_axes, id_axes), row_axes)(table, tokens, ids), (table, tokens)
+    return manual_shard_map(read, _WEIGHTS_LIE, (table_axes, token_axes, id_axes), row_axes)(table, tokens, ids), (
+        table,
+        tokens,
+    )
 
 
 def _look_up_backward(dtype: jnp.dtype, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, None]:
     table, tokens = saved
 
-    def write(add_up: Any, gradient: jax.Array, tokens: jax.Array, ids: jax.Array) -> jax.Array:
+    def write(psum: Any, gradient: jax.Array, tokens: jax.Array, ids: jax.Array) -> jax.Array:
         here = (tokens >= ids[0]) & (tokens <= ids[-1])
         zeros = jnp.zeros((len(ids), gradient.shape[-1]), table.dtype)
         rows = zeros.at[jnp.where(here, tokens - ids[0], len(ids))].add(gradient.astype(table.dtype), mode="drop")
-        return add_up(rows, "data")
+        return psum(rows, "data")
 
     ids, (table_axes, token_axes, id_axes, row_axes) = jnp.arange(len(table)), _look_up_axes(tokens)
-    return shard(write, _WEIGHTS_LIE, (row_axes, token_axes, id_axes), table_axes)(gradient, tokens, ids), None
+    return manual_shard_map(write, _WEIGHTS_LIE, (row_axes, token_axes, id_axes), table_axes)(
+        gradient, tokens, ids
+    ), None
 
 
 _look_up_parts.defvjp(_look_up_forward, _look_up_backward)

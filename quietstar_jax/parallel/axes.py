@@ -105,11 +105,11 @@ def num_shards(name: str) -> int:
     return count
 
 
-def shard(fn: Callable[..., Any], over: Sequence[str], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+def manual_shard_map(fn: Callable[..., Any], over: Sequence[str], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
     """`fn` on each device's own part of its arguments, for those mesh axes `over` that are automatic here.
 
     Args:
-      fn: takes `add_up`, then the arguments; `add_up(tree, mesh axis)` is the sum over the devices of one of `over`.
+      fn: takes `psum`, then the arguments; `psum(tree, mesh axis)` is the sum over the devices of one of `over`.
       in_axes, out_axes: per argument and result a tuple of logical axes, as for `partition_spec`; or for a tree of
         arrays that these mesh axes do not split, ().
 
@@ -119,10 +119,10 @@ def shard(fn: Callable[..., Any], over: Sequence[str], in_axes: Any, out_axes: A
     mesh = jax.sharding.get_abstract_mesh()
     manual = {axis for axis in over if not mesh.empty and axis in mesh.auto_axes}
 
-    def add_up(tree: Tree, axis: str) -> Tree:
+    def psum(tree: Tree, axis: str) -> Tree:
         return jax.lax.psum(tree, axis) if axis in manual and mesh.shape[axis] > 1 else tree
 
-    own = functools.partial(fn, add_up)
+    own = functools.partial(fn, psum)
     if all(mesh.shape[axis] == 1 for axis in manual):
         return own
     specs = [

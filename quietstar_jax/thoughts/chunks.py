@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.parallel.axes import constrain_tree, num_shards, shard
+from quietstar_jax.parallel.axes import constrain_tree, manual_shard_map, num_shards
 from quietstar_jax.thoughts.attention.prefix_xla import KEY_BLOCK
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
@@ -96,17 +96,17 @@ def sum_chunks(
     """
 
     def total(operands: Any, constants: Any) -> tuple[jax.Array, Any]:
-        def own(add_up: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Any:
+        def own(psum: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Any:
             def add(carry: Any, start: jax.Array) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, carry, fn(operands, constants, start + offset[0])[:2]), None
 
             sums = jax.lax.scan(add, _zeros(jax.eval_shape(fn, operands, constants, starts[0])[:2]), starts)[0]
-            return add_up(sums, "position")
+            return psum(sums, "position")
 
         return _on_own_positions(own, ())(operands, constants, *chunk_starts(count, chunk))
 
     def forward(operands: Any, constants: Any) -> tuple[tuple[jax.Array, Any], Any]:
-        def own(add_up: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Any:
+        def own(psum: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Any:
             def lay_out(gradients: Any) -> Any:
                 return gradients if axes is None else constrain_tree(gradients, axes)
 
@@ -129,7 +129,7 @@ def sum_chunks(
 
             sums = _zeros(jax.eval_shape(fn, operands, constants, starts[0])[:2])
             gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), operands)
-            return add_up(jax.lax.scan(add, (sums, lay_out(gradients)), starts)[0], "position")
+            return psum(jax.lax.scan(add, (sums, lay_out(gradients)), starts)[0], "position")
 
         out, gradients = _on_own_positions(own, ())(operands, constants, *chunk_starts(count, chunk))
         return out, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, operands)
@@ -144,7 +144,7 @@ def sum_chunks(
 
 def _on_own_positions(fn: Callable[..., Any], out_axes: Any) -> Callable[..., Any]:
     """`fn(operands, constants, starts, offset)` on every device along the position axis with its own offset [1]."""
-    return shard(fn, ("position",), ((), (), (), ("positions",)), out_axes)
+    return manual_shard_map(fn, ("position",), ((), (), (), ("positions",)), out_axes)
 
 
 def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, batch: int, length: int) -> int:

@@ -15,7 +15,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.models.parameters import GraphDef, merge
-from quietstar_jax.parallel.axes import constrain, constrain_tree, shard, split_microbatches
+from quietstar_jax.parallel.axes import constrain, constrain_tree, manual_shard_map, split_microbatches
 from quietstar_jax.parallel.sharding import shard_batch, specs_like_parameters
 from quietstar_jax.thoughts.chunks import max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import Uniforms, draw_uniforms, think
@@ -144,20 +144,20 @@ def make_train_step(
             frozen=lambda name: not rate_scale(name, phase.rates),
         )  # fmt: skip
 
-    def own_rows(add_up: Any, params: Any, batch: Batch, draws: Draws, counts: Counts) -> tuple[Any, Metrics]:
+    def own_rows(psum: Any, params: Any, batch: Batch, draws: Draws, counts: Counts) -> tuple[Any, Metrics]:
         """Gradients and metrics of the sequences of one place on the data axis, added up over all at the end."""
         gradient = jax.grad(loss, has_aux=True)
         gradients, metrics = accumulate(
             lambda piece: gradient(params, *piece, counts), (batch, draws), phase.microbatches
         )
-        return add_up((constrain_tree(gradients, axes), metrics), "data")
+        return psum((constrain_tree(gradients, axes), metrics), "data")
 
     def step(state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array) -> tuple[TrainState, Metrics]:
         draws = draw(jax.random.fold_in(key, state.step), batch.tokens.shape, settings, row_numbers)
         some = config.thought.positions != "all"
         chosen = count_chosen(batch.mask, draws.positions, settings, batch.starts) if some else None
         counts = count_targets(batch.mask, phase.tokens_ahead, chosen, batch.starts)
-        over_data = shard(own_rows, ("data",), ((), ("rows",), ("rows",), ()), ())
+        over_data = manual_shard_map(own_rows, ("data",), ((), ("rows",), ("rows",), ()), ())
         gradients, metrics = over_data(state.params, batch, draws, counts)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = learning_rate(phase, state.step - phase_start)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from quietstar_jax.models.attention import ATTENTION, MASKED, split_heads
-from quietstar_jax.parallel.axes import shard
+from quietstar_jax.parallel.axes import manual_shard_map
 from quietstar_jax.thoughts.attention import prefix_mosaic as prefix_mosaic
 from quietstar_jax.thoughts.attention import prefix_triton as prefix_triton
 from quietstar_jax.thoughts.attention import prefix_xla as prefix_xla
@@ -111,7 +111,7 @@ def _attention(
 
 def _forward(prefix_attention: str, *arguments: Any) -> tuple[jax.Array, tuple]:
     attend = functools.partial(_attend, prefix_attention)
-    context, log_total = shard(attend, _OVER, _arguments(arguments[-1]), (_QUERIES, _QUERIES))(*arguments)
+    context, log_total = manual_shard_map(attend, _OVER, _arguments(arguments[-1]), (_QUERIES, _QUERIES))(*arguments)
     context = checkpoint_name(context, ATTENTION)
     return context, (*arguments, context, checkpoint_name(log_total, ATTENTION))
 
@@ -119,7 +119,7 @@ def _forward(prefix_attention: str, *arguments: Any) -> tuple[jax.Array, tuple]:
 def _backward(prefix_attention: str, saved: tuple, gradient: jax.Array) -> tuple:
     differentiate = functools.partial(_gradients, prefix_attention)
     axes, gradients = (*_arguments(saved[5]), *(_QUERIES,) * 3), (_QUERIES, _KEYS, _KEYS, _OWN_KEYS, _OWN_KEYS)
-    return *shard(differentiate, _OVER, axes, gradients)(*saved, gradient), None
+    return *manual_shard_map(differentiate, _OVER, axes, gradients)(*saved, gradient), None
 
 
 _attention.defvjp(_forward, _backward)
@@ -153,7 +153,7 @@ def _attend(
 
 
 def _gradients(
-    prefix_attention: str, add_up: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array,
+    prefix_attention: str, psum: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array,
     own_values: jax.Array, seen: ChainMask, context: jax.Array, log_total: jax.Array, gradient: jax.Array,
 ) -> tuple:  # fmt: skip
     """Of q, keys, values, own_keys and own_values."""
@@ -168,7 +168,7 @@ def _gradients(
     )
     from_prefix, *to_prefix = through_prefix(q, keys, values, seen, log_total, mean, gradient)
     # Devices that hold query heads of the same key/value heads.
-    to_keys = add_up((*to_prefix, *to_own), "group")
+    to_keys = psum((*to_prefix, *to_own), "group")
     return tuple(x.astype(q.dtype) for x in (to_q + from_prefix, *to_keys))
 
 
