@@ -28,7 +28,7 @@ from quietstar_jax.thoughts import controls
 from quietstar_jax.thoughts.chunks import map_chunks, max_positions_per_chunk
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
-from quietstar_jax.thoughts.score import talk, think
+from quietstar_jax.thoughts.score import chain_hidden_states, talk
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, entropy, here_and_ahead, read_text, tokens_ahead
 
@@ -133,7 +133,7 @@ def make_tail_scorer(
                 return TailScores(
                     without, None, uncertainty, nothing, nothing, jnp.zeros((*targets.shape, 0), jnp.int32)
                 )
-            talk_hidden = think(model, text, positions, thoughts.tokens[:, None], settings)[1]
+            talk_hidden = chain_hidden_states(model, text, positions, thoughts.tokens[:, None], settings)[1]
             scores, weight = talk(model, text, positions, talk_hidden, settings)
             normalized = settings.config.mixing == "log_probabilities"
             after, weight = view(scores[:, 0, :, 0], targets, candidates, normalized), weight[:, 0, :, 0]

@@ -16,7 +16,7 @@ from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.chunks import map_chunks, max_positions_per_chunk
-from quietstar_jax.thoughts.controls import draw_uniforms, think
+from quietstar_jax.thoughts.controls import draw_uniforms, sample_or_control
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -131,10 +131,10 @@ def _look(
     everywhere = jnp.arange(length)
     uniforms = draw_uniforms(key, (rows, 1 + samples, length, settings.length))
     first, others = (jax.tree.map(lambda x: x[:, part], uniforms) for part in (slice(1), slice(1, None)))  # noqa: B023
-    parts = [think(weights, text, everywhere, first, settings, chunk, greedy=True)]
+    parts = [sample_or_control(weights, text, everywhere, first, settings, chunk, greedy=True)]
     if samples:
         several = dataclasses.replace(settings, count=samples)
-        parts.append(think(weights, text, everywhere, others, several, chunk))
+        parts.append(sample_or_control(weights, text, everywhere, others, several, chunk))
     thoughts = jnp.concatenate([part.tokens for part in parts], axis=1)
 
     def of_chunk(weights: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array) -> Observation:

@@ -41,7 +41,7 @@ def draw_uniforms(key: jax.Array, shape: tuple[int, int, int, int]) -> Uniforms:
     return Uniforms(jax.random.uniform(key, shape), jax.random.uniform(jax.random.fold_in(key, 1), shape[:-1]))
 
 
-def think(
+def sample_or_control(
     model: QuietStar, text: Text, positions: jax.Array, uniforms: Uniforms, settings: ThoughtSettings,
     positions_per_chunk: int, *, greedy: bool = False,
 ) -> Thoughts:  # fmt: skip

@@ -42,7 +42,7 @@ def score_thoughts(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings
 ) -> Scores:
     """Scores thoughts [B, R, J, T] at positions [J] or [B, J] of the text. All results are float32."""
-    thought_hidden, talk_hidden, layers = think(model, text, positions, thoughts, settings)
+    thought_hidden, talk_hidden, layers = chain_hidden_states(model, text, positions, thoughts, settings)
     logits = mask_meta_tokens(model.decoder.logits(thought_hidden), settings.meta_tokens)
     log_probs = -cross_entropy(logits / settings.config.score_temperature, thoughts)
 
@@ -95,7 +95,7 @@ def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing
     return mix_hidden_states(model.decoder, base_hidden, talk_hidden, weight), weight
 
 
-def think(
+def chain_hidden_states(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings
 ) -> tuple[jax.Array, jax.Array, Layers]:
     """Runs the chains of given thoughts.

@@ -16,7 +16,7 @@ from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.parallel.sharding import row_ways
 from quietstar_jax.thoughts.chunks import map_chunks, max_positions_per_chunk, max_sampled_positions_per_chunk
-from quietstar_jax.thoughts.controls import draw_uniforms, think
+from quietstar_jax.thoughts.controls import draw_uniforms, sample_or_control
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
@@ -78,7 +78,7 @@ def make_token_scorer(graphdef: GraphDef, architecture: Architecture, settings: 
         everywhere = jnp.arange(length)
         thoughts = None
         if settings.length:
-            thoughts = think(model, text, everywhere, uniforms, settings, sampled, greedy=key is None)
+            thoughts = sample_or_control(model, text, everywhere, uniforms, settings, sampled, greedy=key is None)
 
         def of_chunk(model: QuietStar, text: Text, positions: jax.Array, thoughts: Any) -> TokenScores:
             scored = real_ahead(text.mask, positions, ahead, text.starts)

@@ -18,7 +18,7 @@ from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.axes import constrain, constrain_tree, manual_shard_map, split_microbatches
 from quietstar_jax.parallel.sharding import shard_batch, specs_like_parameters
 from quietstar_jax.thoughts.chunks import max_positions_per_chunk, max_sampled_positions_per_chunk
-from quietstar_jax.thoughts.controls import Uniforms, draw_uniforms, think
+from quietstar_jax.thoughts.controls import Uniforms, draw_uniforms, sample_or_control
 from quietstar_jax.thoughts.loss import Metrics, language_model_loss, quiet_star_loss
 from quietstar_jax.thoughts.model import QuietStar, mean_embedding
 from quietstar_jax.thoughts.objective import Counts, count_targets
@@ -135,7 +135,7 @@ def make_train_step(
 
         def think_there(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:
             uniforms = jax.tree.map(lambda x: at_positions(x, positions), draws.thoughts)
-            return think(model, text, positions, uniforms, settings, sampled)
+            return sample_or_control(model, text, positions, uniforms, settings, sampled)
 
         return quiet_star_loss(
             model, batch.tokens, batch.mask, think_there, counts, settings, chunk,

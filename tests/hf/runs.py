@@ -20,7 +20,7 @@ from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import default_config, from_config_dict, phase
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.sample import sample_thoughts
-from quietstar_jax.thoughts.score import talk, think
+from quietstar_jax.thoughts.score import chain_hidden_states, talk
 from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.training.evaluation import evaluation_settings
 from quietstar_jax.training.setup import Run, first_state, prepare
@@ -92,7 +92,7 @@ def our_predictions(run: Run, state: TrainState, tokens: np.ndarray) -> tuple[np
         text = read_text(model.decoder, tokens, jnp.ones(tokens.shape, bool), dtype=settings.dtype)
         positions = jnp.arange(tokens.shape[1])
         thoughts = sample_thoughts(model, text, positions, None, settings, tokens.shape[1]).tokens
-        talk_hidden = think(model, text, positions, thoughts, settings)[1]
+        talk_hidden = chain_hidden_states(model, text, positions, thoughts, settings)[1]
         mixed = talk(model, text, positions, talk_hidden, settings)[0]
         return thoughts[:, 0], mixed[:, 0, :, 0], model.decoder.logits(text.hidden)
 

@@ -15,7 +15,7 @@ from quietstar_jax.config import CONTROLS, ThoughtConfig
 from quietstar_jax.thoughts import controls
 from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.positions import at_positions, choose
-from quietstar_jax.thoughts.score import score_thoughts, think
+from quietstar_jax.thoughts.score import chain_hidden_states, score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import read_text
 
@@ -30,7 +30,7 @@ MODEL = init_quiet_star(ARCHITECTURE, [1], [2], 100.0, jax.random.key(0))
 @jax.jit
 def hidden_states(tokens: jax.Array, mask: jax.Array, thoughts: jax.Array) -> tuple[jax.Array, jax.Array]:
     text = read_text(MODEL.decoder, tokens, mask, dtype=jnp.dtype("float32"))
-    return think(MODEL, text, jnp.arange(LENGTH), thoughts, SETTINGS)
+    return chain_hidden_states(MODEL, text, jnp.arange(LENGTH), thoughts, SETTINGS)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.thoughts.controls import draw_uniforms, earlier_places, random_tokens, think
+from quietstar_jax.thoughts.controls import draw_uniforms, earlier_places, random_tokens, sample_or_control
 from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.text import read_text
@@ -29,10 +29,10 @@ def thoughts_of(control: str, *, greedy: bool = False, seed: int = 0) -> np.ndar
     uniforms = draw_uniforms(jax.random.key(seed), shape)
     if control == "none":
         np.testing.assert_array_equal(
-            think(model, text, positions, uniforms, settings, 3).tokens,
+            sample_or_control(model, text, positions, uniforms, settings, 3).tokens,
             sample_thoughts(model, text, positions, uniforms.tokens, settings, 3).tokens,
         )
-    return np.asarray(think(model, text, positions, uniforms, settings, 3, greedy=greedy).tokens)
+    return np.asarray(sample_or_control(model, text, positions, uniforms, settings, 3, greedy=greedy).tokens)
 
 
 def test_pause_is_filler() -> None:

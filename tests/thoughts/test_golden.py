@@ -28,7 +28,7 @@ from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.model import QuietStar, init_quiet_star
 from quietstar_jax.thoughts.objective import count_targets
 from quietstar_jax.thoughts.sample import Thoughts
-from quietstar_jax.thoughts.score import talk, think
+from quietstar_jax.thoughts.score import chain_hidden_states, talk
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import here_and_ahead, read_text, real_ahead
 from tests.thoughts.cases import relative_error, worst_errors
@@ -124,7 +124,7 @@ def head_inputs(model: QuietStar, golden: Golden) -> dict[str, tuple[np.ndarray,
     """By the bias of a layer of the mixing head: what ReLU gets [N, units], and the sum of the sizes of its terms."""
     s, head, positions = golden.settings, model.mixing_head, jnp.arange(golden.tokens.shape[1])
     text = read_text(model.decoder, golden.tokens, golden.mask, dtype=s.dtype)
-    after = think(model, text, positions, golden.thoughts, s)[1]
+    after = chain_hidden_states(model, text, positions, golden.thoughts, s)[1]
     base = jnp.broadcast_to(here_and_ahead(text.hidden, positions, s.tokens_ahead)[:, None], after.shape)
     counts = np.asarray(jnp.broadcast_to(real_ahead(golden.mask, positions, s.tokens_ahead)[:, None], after.shape[:-1]))
     x, found = np.asarray(jnp.concatenate([base, after], axis=-1), np.float64)[counts], {}
@@ -216,7 +216,7 @@ def test_golden_last_logits(golden: Golden) -> None:
     @jax.jit
     def logits(model: QuietStar, tokens: jax.Array, mask: jax.Array, thoughts: jax.Array) -> jax.Array:
         text, positions = read_text(model.decoder, tokens, mask, dtype=s.dtype), jnp.arange(length)
-        hidden = think(model, text, positions, thoughts, s)[1]
+        hidden = chain_hidden_states(model, text, positions, thoughts, s)[1]
         return talk(model, text, positions, hidden, s)[0][..., -1, :]
 
     actual = np.asarray(logits(build(golden), golden.tokens, golden.mask, golden.thoughts))

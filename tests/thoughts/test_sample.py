@@ -14,7 +14,7 @@ from quietstar_jax.models.parameters import split
 from quietstar_jax.thoughts.chains import chain_pass, chain_step, empty_chains
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import Thoughts, draw_tokens, mask_meta_tokens, sample_thoughts
-from quietstar_jax.thoughts.score import score_thoughts, think
+from quietstar_jax.thoughts.score import chain_hidden_states, score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, entropy, read_text
 from tests.thoughts import oracle
@@ -105,7 +105,7 @@ def test_score_gives_the_log_probabilities_the_sampler_drew_from(model: QuietSta
     positions = jnp.arange(CASE.length)
     log_probs = score_thoughts(model, text, positions, thoughts.tokens, settings).log_probs
 
-    hidden = think(model, text, positions, thoughts.tokens, settings)[0]
+    hidden = chain_hidden_states(model, text, positions, thoughts.tokens, settings)[0]
     logits = np.asarray(mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens) / 1.7, np.float64)
     probabilities = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities /= probabilities.sum(-1, keepdims=True)
