@@ -30,7 +30,7 @@ from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
 from quietstar_jax.thoughts.score import chain_hidden_states, talk
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import Text, entropy, here_and_ahead, read_text, tokens_ahead
+from quietstar_jax.thoughts.text import Text, entropy, gather_next_tokens, here_and_ahead, read_text
 
 SHORTEST = 16  # of the grid of text lengths
 
@@ -125,7 +125,7 @@ def make_tail_scorer(
         def at(read: tuple[QuietStar, Text, jax.Array], positions: jax.Array, thoughts: Thoughts | None) -> TailScores:
             model, text, candidates = read
             hidden = here_and_ahead(text.hidden, positions, 1)[..., 0, :]
-            targets = tokens_ahead(text.tokens, positions, 1, fill=0)[..., 0]
+            targets = gather_next_tokens(text.tokens, positions, 1, fill=0)[..., 0]
             logits = model.decoder.logits(hidden)
             without, uncertainty = view(logits, targets, candidates, normalized=False), entropy(logits)
             if thoughts is None:

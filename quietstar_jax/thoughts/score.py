@@ -14,7 +14,7 @@ from quietstar_jax.thoughts.mixing import mix_hidden_states, mix_log_probabiliti
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import mask_meta_tokens
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import Text, here_and_ahead, real_ahead, tokens_ahead
+from quietstar_jax.thoughts.text import Text, gather_next_tokens, here_and_ahead, real_ahead
 
 
 class Scores(NamedTuple):
@@ -48,7 +48,7 @@ def score_thoughts(
 
     ahead = settings.tokens_ahead
     log_scores, weight = talk(model, text, positions, talk_hidden, settings)
-    targets = jnp.broadcast_to(tokens_ahead(text.tokens, positions, ahead, fill=0)[:, None], weight.shape)
+    targets = jnp.broadcast_to(gather_next_tokens(text.tokens, positions, ahead, fill=0)[:, None], weight.shape)
     if settings.config.mixing == "log_probabilities":
         nats = -pick(log_scores, targets)
     else:
@@ -114,7 +114,7 @@ def chain_hidden_states(
     def meta(embedding: jax.Array) -> jax.Array:
         return jnp.broadcast_to((embedding * scale).astype(dtype), (batch, count, chunk, 1, embedding.size))
 
-    forced = tokens_ahead(text.tokens, positions, settings.tokens_ahead - 1, fill=settings.pad_id)
+    forced = gather_next_tokens(text.tokens, positions, settings.tokens_ahead - 1, fill=settings.pad_id)
     forced = jnp.broadcast_to(forced[:, None], (batch, count, *forced.shape[1:]))
     embeddings = jnp.concatenate(
         [

@@ -50,7 +50,7 @@ def read_text(
     tokens, mask, starts = jax.tree.map(lambda x: constrain(x, "batch", "keys"), (tokens, mask, starts))
     hidden, prefix, layers = base_pass(decoder, tokens, mask, starts, dtype=dtype, rematerialize=rematerialize)
     batch, length = tokens.shape
-    targets = tokens_ahead(tokens, jnp.arange(length), 1, fill=0)[..., 0]
+    targets = gather_next_tokens(tokens, jnp.arange(length), 1, fill=0)[..., 0]
 
     def predict(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         logits = decoder.logits(hidden)
@@ -78,7 +78,7 @@ def entropy(logits: jax.Array) -> jax.Array:
     return jnp.log(total) - (mass * shifted).sum(axis=-1) / total
 
 
-def tokens_ahead(tokens: jax.Array, positions: jax.Array, count: int, *, fill: int) -> jax.Array:
+def gather_next_tokens(tokens: jax.Array, positions: jax.Array, count: int, *, fill: int) -> jax.Array:
     """x[j+1+k] for k < count: tokens [B, L], positions [J] or [B, J] -> [B, J, count]; `fill` past the text's end."""
     return _at(tokens, positions[..., None] + 1 + jnp.arange(count), fill)
 

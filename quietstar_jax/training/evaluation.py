@@ -20,7 +20,7 @@ from quietstar_jax.thoughts.controls import draw_uniforms, sample_or_control
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
-from quietstar_jax.thoughts.text import Text, entropy, here_and_ahead, read_text, real_ahead, tokens_ahead
+from quietstar_jax.thoughts.text import Text, entropy, gather_next_tokens, here_and_ahead, read_text, real_ahead
 from quietstar_jax.training.step import Batch, thought_settings, to_device
 
 DECILES = 10
@@ -85,7 +85,7 @@ def make_token_scorer(graphdef: GraphDef, architecture: Architecture, settings: 
             real, base_nll = scored[..., 0], jnp.where(scored, here_and_ahead(text.nats, positions, ahead), 0.0)
             logits = model.decoder.logits(here_and_ahead(text.hidden, positions, 1)[..., 0, :])
             uncertainty = entropy(logits)
-            correct = (logits.argmax(axis=-1) == tokens_ahead(text.tokens, positions, 1, fill=0)[..., 0]) & real
+            correct = (logits.argmax(axis=-1) == gather_next_tokens(text.tokens, positions, 1, fill=0)[..., 0]) & real
             zero = jnp.zeros_like(base_nll[..., 0])
             if thoughts is None:
                 nothing = jnp.zeros((*zero.shape, 0), jnp.int32)
