@@ -161,7 +161,7 @@ def _greedy_thoughts(
     number = jnp.maximum(chosen - jnp.argmax(text.mask, axis=1)[:, None], 0)
     drawn = controls.draw_uniforms(jax.random.key(0), (1, 1, length, settings.length))
     uniforms = jax.tree.map(lambda x: x[0, 0][number][:, None], drawn)
-    thoughts = controls.think(model, text, chosen, uniforms, settings, chunk, greedy=True)
+    thoughts = controls.sample_or_control(model, text, chosen, uniforms, settings, chunk, greedy=True)
     return jax.tree.map(lambda x: jnp.take(x[:, 0], positions, axis=1) if shuffled else x[:, 0], thoughts)
 
 

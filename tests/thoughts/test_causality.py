@@ -95,7 +95,7 @@ def test_no_control_sees_a_later_token(control: str, positions: str, greedy: boo
         text = read_text(MODEL.decoder, tokens, jnp.ones(tokens.shape, bool), dtype=settings.dtype)
         places = choose(text, draws, settings)
         uniforms = jax.tree.map(lambda x: at_positions(x, places), drawn)
-        thoughts: Any = controls.think(MODEL, text, places, uniforms, settings, 5, greedy=greedy)
+        thoughts: Any = controls.sample_or_control(MODEL, text, places, uniforms, settings, 5, greedy=greedy)
         nats = score_thoughts(MODEL, text, places, thoughts.tokens, settings).nats[..., 0]
         return nats, jnp.broadcast_to(places[..., None, :], nats.shape)
 
