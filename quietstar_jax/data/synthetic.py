@@ -285,7 +285,7 @@ def floors(config: SyntheticConfig) -> dict[str, float]:
     guess = {kind: math.log(10) for kind in KINDS}
     start_share = sum(tail == 0 and (STEPS - 1) % cycle == 0 for tail, cycle in SHAPES) / len(SHAPES)
     guess["chase"] = _binary_entropy(start_share) + (1 - start_share) * math.log(len(NODES) - 1)
-    result = {f"question/{kind}": nats / _question_length(kind) for kind, nats in question.items()}
+    result = {f"question/{kind}": nll / _question_length(kind) for kind, nll in question.items()}
     result |= dict.fromkeys(("mark_after_show", "step", "close", "stop", "answer_after_steps", "answer/computed"), 0.0)
     result["sign"] = _binary_entropy(shown)
     result["chatter"] = math.log(len(CHATTER))
@@ -319,7 +319,7 @@ def _question_nats() -> dict[str, float]:
     pointers = [  # how many, with their start, have the shape: the path in order, and the targets of all other nodes
         math.perm(len(NODES), tail + cycle) * (len(NODES) - 1) ** (len(NODES) - tail - cycle) for tail, cycle in SHAPES
     ]
-    nats = {
+    nll = {
         "sum": math.log(10) + (STEPS - 1) * math.log(len(ADDENDS)),
         "story": math.log(len(NAMES) * 10) + (STEPS - 1) * math.log(len(EVENTS)),
         "convert": math.log(10) + (STEPS - 1) * math.log(len(UNITS)),

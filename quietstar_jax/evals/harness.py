@@ -166,7 +166,7 @@ class QuietStarLM(TemplateLM):
                 scores = self._scorer([tail for tail, _ in shared])
                 for (tail, numbers), score in zip(shared, scores, strict=True):
                     view = score.without if score.with_thoughts is None else score.with_thoughts
-                    before = -float(view.nats[:-1].sum(dtype=np.float64))
+                    before = -float(view.nll[:-1].sum(dtype=np.float64))
                     written = bool((view.best[:-1] == np.array(tail.tokens[-tail.last : -1])).all())
                     for number in numbers:
                         last = requests[number][2][-1]

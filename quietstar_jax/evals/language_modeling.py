@@ -60,7 +60,7 @@ class Moment(NamedTuple):
     tail: Continuation
     place: int  # in the tail's tokens
     thought: tuple[int, ...]
-    nats: tuple[float, float]  # without and with the thought
+    nll: tuple[float, float]  # without and with the thought
     weight: float
 
 
@@ -109,9 +109,9 @@ def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> d
     summary = summarize(TokenScores(*(np.concatenate(part) for part in zip(*columns, strict=True))))
     thinks = columns[0].thoughts.shape[-1] > 0
     counts = np.array([column.base_nll.size for column in columns])
-    nats = {"without_thoughts": np.array([column.base_nll.sum(dtype=np.float64) for column in columns])}
+    nll = {"without_thoughts": np.array([column.base_nll.sum(dtype=np.float64) for column in columns])}
     if thinks:
-        nats["with_thoughts"] = np.array([column.talk_nll.sum(dtype=np.float64) for column in columns])
+        nll["with_thoughts"] = np.array([column.talk_nll.sum(dtype=np.float64) for column in columns])
     found: dict[str, Any] = {"tokens": int(counts.sum())}
     for mode, per_window in nats.items():
         found[mode] = {
@@ -124,7 +124,7 @@ def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> d
     found["deciles"] = [{name: row[name] for name in row if name not in dropped} for row in summary["deciles"]]
     if thinks:
         # Over the mean count, not each window's own: the difference is then that of the two figures above.
-        shares = nats["with_thoughts"] / counts.mean(), nats["without_thoughts"] / counts.mean()
+        shares = nll["with_thoughts"] / counts.mean(), nll["without_thoughts"] / counts.mean()
         found["comparison"] = {"nats_per_token": compare_paired(*shares, seed)}
         found |= {name: summary[name] for name in ("mixing_weight", "thought_entropy", "unique_thought_rate")}
     return found
@@ -153,22 +153,22 @@ def _column(tail: Continuation, score: TailScores) -> TokenScores:
     truth = np.asarray(tail.tokens[-tail.last :])
     return TokenScores(
         real=np.ones(tail.last, bool),
-        base_nll=without.nats,
+        base_nll=without.nll,
         base_entropy=score.base_entropy,
-        talk_nll=after.nats,
+        talk_nll=after.nll,
         base_correct=without.best == truth,
         talk_correct=after.best == truth,
-        reward=without.nats - after.nats,
+        reward=without.nll - after.nll,
         weight=score.weight,
         entropy=score.entropy,
         thoughts=score.thoughts,
     )
 
 
-def _ratio_interval(nats: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float] | None:
-    """Of total nats over total tokens, windows drawn anew (linearised around their mean length)."""
-    mean = nats.sum() / counts.sum()
-    found = confidence_interval((nats - mean * counts) / counts.mean(), seed)
+def _ratio_interval(nll: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float] | None:
+    """Of the total negative log-likelihood over total tokens, windows drawn anew (linearised around their mean length)."""
+    mean = nll.sum() / counts.sum()
+    found = confidence_interval((nll - mean * counts) / counts.mean(), seed)
     return None if found is None else (float(mean + found[0]), float(mean + found[1]))
 
 
@@ -184,7 +184,7 @@ class _Extremes:
     def add(self, tail: Continuation, score: TailScores) -> None:
         """Takes the best and the worst tokens of one window into account."""
         assert score.with_thoughts is not None
-        gain = score.without.nats - score.with_thoughts.nats
+        gain = score.without.nll - score.with_thoughts.nll
         order = np.argsort(gain, kind="stable")
         for heap, sign, places in ((self._helped, 1, order[::-1]), (self._harmed, -1, order)):
             for place in places[: self._top]:
@@ -193,7 +193,7 @@ class _Extremes:
                 moment = Moment(
                     sign * float(gain[place]), -next(self._order), tail, len(tail.tokens) - tail.last + int(place),
                     tuple(score.thoughts[place].tolist()),
-                    (float(score.without.nats[place]), float(score.with_thoughts.nats[place])),
+                    (float(score.without.nll[place]), float(score.with_thoughts.nll[place])),
                     float(score.weight[place]),
                 )  # fmt: skip
                 if len(heap) < self._top:
@@ -212,8 +212,8 @@ class _Extremes:
                 "context": tokenizer.decode(before),
                 "token": tokenizer.decode([moment.tail.tokens[moment.place]]),
                 "thought": tokenizer.decode(moment.thought),
-                "nats_without_thoughts": moment.nats[0],
-                "nats_with_thoughts": moment.nats[1],
+                "nats_without_thoughts": moment.nll[0],
+                "nats_with_thoughts": moment.nll[1],
                 "mixing_weight": moment.weight,
             }
 

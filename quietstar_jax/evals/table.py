@@ -91,5 +91,5 @@ def _deciles(result: Mapping[str, Any], modes: list[str]) -> list[str]:
 
 
 def _moment(found: Mapping[str, Any]) -> str:
-    nats = f"{found['nats_without_thoughts']:.2f} -> {found['nats_with_thoughts']:.2f} nats"
-    return f"    {nats}: ...{found['context']!r} {found['token']!r} (thought: {found['thought']!r})"
+    nll = f"{found['nats_without_thoughts']:.2f} -> {found['nats_with_thoughts']:.2f} nats"
+    return f"    {nll}: ...{found['context']!r} {found['token']!r} (thought: {found['thought']!r})"

@@ -53,12 +53,12 @@ class View(NamedTuple):
     """Predictions of P tokens, [P] but for the candidates.
 
     Attributes:
-      nats: cross-entropy of the true token.
+      nll: cross-entropy of the true token.
       best: likeliest token of those that may be generated.
       candidates: [P, A] log-probabilities of the candidates.
     """
 
-    nats: Any
+    nll: Any
     best: Any
     candidates: Any
 
@@ -105,9 +105,9 @@ def make_tail_scorer(
     def view(scores: jax.Array, targets: jax.Array, candidates: jax.Array, normalized: bool) -> View:
         """Scores [B, J, V], targets [B, J], candidates [B, A]."""
         log_probs = scores if normalized else scores - jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-        nats = -jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+        nll = -jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
         return View(
-            nats=nats if normalized else cross_entropy(scores, targets),
+            nll=nll if normalized else cross_entropy(scores, targets),
             best=mask_meta_tokens(scores, forbidden).argmax(axis=-1),
             candidates=jnp.take_along_axis(log_probs, candidates[:, None], axis=-1),
         )
@@ -203,7 +203,7 @@ class ContinuationScorer:
                 last, known = tails[number].last, len(tails[number].candidates)
 
                 def own(view: View, row: int = row, last: int = last, known: int = known) -> View:
-                    return View(view.nats[row, -last:], view.best[row, -last:], view.candidates[row, -last:, :known])
+                    return View(view.nll[row, -last:], view.best[row, -last:], view.candidates[row, -last:, :known])
 
                 after = scores.with_thoughts
                 rest = (x[row, -last:] for x in (scores.base_entropy, scores.weight, scores.entropy, scores.thoughts))

@@ -41,16 +41,16 @@ def checkpoint_page(observed: Observed, metrics: Sequence[Mapping[str, Any]]) ->
       metrics: records of the run's `metrics.jsonl`; none where there is no run.
     """
     joined = Observation(*(np.concatenate(parts) for parts in zip(*observed.observations, strict=True)))
-    gain = joined.base_nll - joined.nats[:, 0]
+    gain = joined.base_nll - joined.nll[:, 0]
     pieces = Pieces(observed.model.tokenizer)
     data = page_data(observed, pieces, start=int(gain.argmax()))
     step = "" if observed.model.step is None else f", step {observed.model.step:,}"
     body = [
         "<h1>What the thoughts changed</h1>",
         f'<p class="where">{escape(observed.model.path)}{step}</p>',
-        _introduction(observed.settings, joined.nats.shape[1]),
+        _introduction(observed.settings, joined.nll.shape[1]),
         _key_figures(joined, gain),
-        _reading(observed, pieces, joined.nats.shape[1] > 1),
+        _reading(observed, pieces, joined.nll.shape[1] > 1),
         _examples(observed, pieces, gain),
         "<h2>The same in figures</h2>",
         '<div class="charts">',
@@ -86,9 +86,9 @@ def page_data(observed: Observed, pieces: Pieces, start: int) -> dict[str, Any]:
     for window, seen in zip(observed.windows, observed.observations, strict=True):
         for j, token in enumerate(window.tokens[1:].tolist()):
             thoughts = [
-                [round(float(nats), 4), round(float(reward), 4), round(float(weight), 4), list(map(piece, pieces(ids)))]
-                for nats, reward, weight, ids in zip(
-                    seen.nats[j], seen.reward[j], seen.weight[j], seen.thoughts[j].tolist(), strict=True
+                [round(float(nll), 4), round(float(reward), 4), round(float(weight), 4), list(map(piece, pieces(ids)))]
+                for nll, reward, weight, ids in zip(
+                    seen.nll[j], seen.reward[j], seen.weight[j], seen.thoughts[j].tolist(), strict=True
                 )
             ]
             tokens.append(
@@ -122,19 +122,19 @@ def _introduction(settings: ThoughtSettings, thoughts: int) -> str:
         "<p>A language model reads text and predicts it token by token (a token is a word, or a piece of one). This "
         f"model may think before every single token: it writes {settings.length} hidden tokens, then predicts. Here "
         f"it did so at every place of the text below: {several}. The colours say whether that helped.</p><p>The "
-        "measure is the <em>nat</em>: a gain of 0.7 nats means that the true next token became twice as likely, 2.3 "
+        "measure is the <em>nat</em>: a gain of 0.7 nll means that the true next token became twice as likely, 2.3 "
         "nats ten times; a negative number, that it became less likely.</p>"
     )
 
 
 def _key_figures(joined: Observation, gain: np.ndarray) -> str:
-    without, with_thoughts = float(joined.base_nll.mean()), float(joined.nats[:, 0].mean())
+    without, with_thoughts = float(joined.base_nll.mean()), float(joined.nll[:, 0].mean())
     return tiles(
         [
-            (f"{without:.3f} → {with_thoughts:.3f}", "mean loss without → with greedy thoughts, nats; less is better"),
-            (f"{(gain >= CLEAR).mean():.1%}", f"of the tokens became clearly likelier (by {CLEAR} nats or more)"),
+            (f"{without:.3f} → {with_thoughts:.3f}", "mean loss without → with greedy thoughts, nll; less is better"),
+            (f"{(gain >= CLEAR).mean():.1%}", f"of the tokens became clearly likelier (by {CLEAR} nll or more)"),
             (f"{(gain <= -CLEAR).mean():.1%}", "became clearly less likely"),
-            (f"{gain.size:,}", f"tokens were predicted, with {joined.nats.shape[1]} thoughts before each"),
+            (f"{gain.size:,}", f"tokens were predicted, with {joined.nll.shape[1]} thoughts before each"),
         ]
     )  # fmt: skip
 
@@ -146,7 +146,7 @@ def _key() -> str:
     down = [*(f"−{high:g} – −{low:g}" for low, high in between), f"below −{LEVELS[-1]:g}"]
     cells = [f'<span class="l{level}">{down[level - 1]}</span>' for level in range(len(LEVELS), 0, -1)]
     cells += ["<span>no change</span>", *(f'<span class="g{level}">{text}</span>' for level, text in enumerate(up, 1))]
-    inner = f"<em>the thought did harm</em>{''.join(cells)}<em>the thought helped, nats</em>"
+    inner = f"<em>the thought did harm</em>{''.join(cells)}<em>the thought helped, nll</em>"
     return f'<div class="key" role="note" aria-label="Legend: gain of a token in nats">{inner}</div>'
 
 
@@ -181,7 +181,7 @@ def _texts(observed: Observed, pieces: Pieces) -> Iterator[str]:
             yield f'<section class="doc"><h3 title="document {document + 1}">{document + 1}</h3><p class="text">'
         else:
             yield '<span class="cut" title="from here on, the model reads afresh"> ⋯ </span>'
-        gains = (seen.base_nll - seen.nats[:, 0]).tolist()
+        gains = (seen.base_nll - seen.nll[:, 0]).tolist()
         for place, (token, text) in enumerate(zip(window.tokens.tolist(), pieces(window.tokens.tolist()), strict=True)):
             kinds = [shade(gains[place - 1])] if place else ["first"]
             kinds += ["special"] if token in special else []

@@ -42,7 +42,7 @@ class Observation(NamedTuple):
 
     Attributes:
       base_nll, base_entropy: [n-1] loss and entropy of the prediction without thoughts.
-      nats: [n-1, R] of the same token with each thought.
+      nll: [n-1, R] of the same token with each thought.
       reward: [n-1, R] nats by which the thought made the next K tokens more likely.
       weight: [n-1, R] mixing weight; thoughts: [n-1, R, T] ids.
       base_ids, base_probabilities, ids, probabilities: [n-1, LIKELIEST] the likeliest next tokens without a thought,
@@ -51,7 +51,7 @@ class Observation(NamedTuple):
 
     base_nll: Any
     base_entropy: Any
-    nats: Any
+    nll: Any
     reward: Any
     weight: Any
     thoughts: Any
@@ -139,7 +139,7 @@ def _look(
 
     def of_chunk(weights: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array) -> Observation:
         scores = score_thoughts(weights, text, positions, thoughts, settings)
-        base = here_and_ahead(text.nats, positions, settings.tokens_ahead)
+        base = here_and_ahead(text.nll, positions, settings.tokens_ahead)
         logits = weights.decoder.logits(here_and_ahead(text.hidden, positions, 1)[..., 0, :])
         base_probabilities, base_ids = jax.lax.top_k(jax.nn.softmax(logits), LIKELIEST)
         first = scores.log_scores[:, 0, :, 0]
@@ -148,8 +148,8 @@ def _look(
         return Observation(
             base_nll=base[..., 0],
             base_entropy=entropy(logits),
-            nats=scores.nats[..., 0].swapaxes(1, 2),
-            reward=(base[:, None] - scores.nats).sum(axis=-1).swapaxes(1, 2),
+            nll=scores.nll[..., 0].swapaxes(1, 2),
+            reward=(base[:, None] - scores.nll).sum(axis=-1).swapaxes(1, 2),
             weight=scores.weight[..., 0].swapaxes(1, 2),
             thoughts=thoughts.swapaxes(1, 2),
             base_ids=base_ids,

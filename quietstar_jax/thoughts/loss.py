@@ -40,9 +40,9 @@ def language_model_loss(
     model: QuietStar, tokens: jax.Array, mask: jax.Array, counts: Counts, settings: ThoughtSettings,
     starts: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:  # fmt: skip
-    """Plain next-token loss, for phases without thoughts: tokens, mask, starts [B, L] -> mean nats and metrics."""
+    """Plain next-token loss, for phases without thoughts: tokens, mask, starts [B, L] -> mean loss and metrics."""
     text = read_text(model.decoder, tokens, mask, starts, dtype=settings.dtype, rematerialize=settings.rematerialize)
-    loss = text.nats.sum() / counts.text
+    loss = text.nll.sum() / counts.text
     return loss, {"loss": loss, "base_loss": loss}
 
 
@@ -75,7 +75,7 @@ def quiet_star_loss(
     positions = choose(text)
     thoughts = think(model, text, positions)
     learned |= _layers(text.layers, learned)
-    read = {"hidden": text.hidden, "prefix": text.prefix, "nats": text.nats}
+    read = {"hidden": text.hidden, "prefix": text.prefix, "nats": text.nll}
     text_is_fixed = all(name in fixed for name in params if name.startswith("decoder."))
     operands = learned if text_is_fixed else learned | read
     constants = (fixed | read if text_is_fixed else fixed, tokens, mask, starts, positions, thoughts, counts)
@@ -91,7 +91,7 @@ def quiet_star_loss(
 
     axes = {name: axes for name, axes in (graphdef.axes_by_name | _READ_AXES).items() if name in operands}
     thought_loss, metrics = sum_chunks(chunk, operands, constants, positions.shape[-1], positions_per_chunk, axes)
-    base_loss = text.nats.sum() / counts.text
+    base_loss = text.nll.sum() / counts.text
     loss = settings.config.base_loss_weight * base_loss + thought_loss
     return loss, {"loss": loss, "base_loss": base_loss, **metrics}
 
@@ -108,12 +108,12 @@ def _chunk_loss(
     """(what the thoughts of some positions add to the loss, and to the metrics; layers as from `run_layers`)."""
     config, ahead, length = settings.config, settings.tokens_ahead, text.tokens.shape[1]
     scores = score_thoughts(model, text, positions, thoughts.tokens, settings)
-    talk = talk_loss(scores.nats, counts)
+    talk = talk_loss(scores.nll, counts)
 
     rewarded = (positions <= length - 2 - ahead)[..., None, :]  # [1, J] or [B, 1, J]
     real = real_ahead(text.mask, positions, ahead, text.starts)
-    base_nll = jnp.where(real, here_and_ahead(text.nats, positions, ahead), 0.0)
-    reward = jnp.where(rewarded, rewards(base_nll, scores.nats), 0.0)
+    base_nll = jnp.where(real, here_and_ahead(text.nll, positions, ahead), 0.0)
+    reward = jnp.where(rewarded, rewards(base_nll, scores.nll), 0.0)
     loss, trained = (1.0 - config.base_loss_weight) * talk, {}
     if settings.reinforced:
         advantage = advantages(reward, positive_only=config.positive_only)
@@ -133,5 +133,5 @@ def _chunk_loss(
         "thought_entropy": mean_where_real(thoughts.entropy.mean(axis=-1)),
     }
     for k in range(ahead):
-        metrics[f"talk_loss_{k + 1}"] = scores.nats[..., k].sum() / (settings.count * counts.targets[k])
+        metrics[f"talk_loss_{k + 1}"] = scores.nll[..., k].sum() / (settings.count * counts.targets[k])
     return loss, jax.lax.stop_gradient(metrics), scores.layers

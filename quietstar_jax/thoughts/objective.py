@@ -50,10 +50,10 @@ def count_targets(
     return Counts(real[0], jnp.broadcast_to(total, (tokens_ahead,)), total)
 
 
-def talk_loss(nats: jax.Array, counts: Counts) -> jax.Array:
-    """Mean cross-entropy with thoughts, averaged over the K steps ahead; nats [B, R, J, K] is 0 where not real."""
-    chex.assert_rank(nats, 4)
-    return (nats.sum(axis=(0, 1, 2)) / (nats.shape[1] * counts.targets)).mean()
+def talk_loss(nll: jax.Array, counts: Counts) -> jax.Array:
+    """Mean cross-entropy with thoughts, averaged over the K steps ahead; nll [B, R, J, K] is 0 where not real."""
+    chex.assert_rank(nll, 4)
+    return (nll.sum(axis=(0, 1, 2)) / (nll.shape[1] * counts.targets)).mean()
 
 
 def rewards(base_nll: jax.Array, talk_nll: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ class Scores(NamedTuple):
     """What the thoughts of J positions were worth.
 
     Attributes:
-      nats: [B, R, J, K] cross-entropy of x[j+1+k] with the thought; 0 where `real_ahead` is False; exactly that of the
+      nll: [B, R, J, K] cross-entropy of x[j+1+k] with the thought; 0 where `real_ahead` is False; exactly that of the
         text where the mixing weight is exactly 0.
       log_probs: [B, R, J, T] log-probability of each thought token at the score temperature.
       weight: [B, R, J, K] mixing weight.
@@ -30,7 +30,7 @@ class Scores(NamedTuple):
       layers: the weights of the decoder's layers, as from `run_layers`.
     """
 
-    nats: jax.Array
+    nll: jax.Array
     log_probs: jax.Array
     weight: jax.Array
     correct: jax.Array
@@ -50,16 +50,16 @@ def score_thoughts(
     log_scores, weight = talk(model, text, positions, talk_hidden, settings)
     targets = jnp.broadcast_to(gather_next_tokens(text.tokens, positions, ahead, fill=0)[:, None], weight.shape)
     if settings.config.mixing == "log_probabilities":
-        nats = -pick(log_scores, targets)
+        nll = -pick(log_scores, targets)
     else:
-        nats = cross_entropy(log_scores, targets)
+        nll = cross_entropy(log_scores, targets)
     # A weight of 0 leaves the prediction as it was. Another cross-entropy is rounding, which REINFORCE multiplies by a
     # million. Only the value is replaced: the mixing head, whose weights begin at 0, learns from the gradient.
-    plain = here_and_ahead(text.nats, positions, ahead)[:, None]
-    nats += jax.lax.stop_gradient(jnp.where(weight == 0, plain - nats, 0.0))
+    plain = here_and_ahead(text.nll, positions, ahead)[:, None]
+    nll += jax.lax.stop_gradient(jnp.where(weight == 0, plain - nll, 0.0))
     real = real_ahead(text.mask, positions, ahead, text.starts)[:, None]
     correct = (log_scores.argmax(axis=-1) == targets) & real
-    return Scores(jnp.where(real, nats, 0.0), log_probs, weight, correct, log_scores, layers)
+    return Scores(jnp.where(real, nll, 0.0), log_probs, weight, correct, log_scores, layers)
 
 
 def talk(

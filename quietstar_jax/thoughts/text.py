@@ -21,7 +21,7 @@ class Text(NamedTuple):
       tokens: [B, L] int32; mask: [B, L] bool, True where real.
       hidden: [B, L, D] final-norm hidden states.
       prefix: keys and values [layers, B, L, G, H].
-      nats: [B, L] float32, cross-entropy of x[j+1] given x[0..j]; 0 where x[j+1] is not real text, or begins another
+      nll: [B, L] float32, cross-entropy of x[j+1] given x[0..j]; 0 where x[j+1] is not real text, or begins another
         document.
       entropy: [B, L] float32 nats of the prediction of x[j+1], without gradient; None where nobody asked for it.
       layers: the weights of the decoder's layers, as from `run_layers`.
@@ -32,7 +32,7 @@ class Text(NamedTuple):
     mask: jax.Array
     hidden: jax.Array
     prefix: KeyValues
-    nats: jax.Array
+    nll: jax.Array
     entropy: jax.Array | None = None
     layers: Layers | None = None
     starts: jax.Array | None = None
@@ -59,15 +59,15 @@ def read_text(
     row_bytes = 4 * length * decoder.architecture.vocab_size // (num_shards("text") * num_shards("vocab"))
     rows, own = max(1, LOGITS_BYTES // row_bytes), batch // num_shards("batch")
     if rows >= own:
-        nats, spread = predict(hidden, targets)
+        nll, spread = predict(hidden, targets)
     else:
         score = jax.checkpoint(predict)
         by_row = jax.tree.map(lambda x: split_microbatches(x, own), (hidden, targets))
         scored = jax.lax.map(lambda row: score(*row), by_row, batch_size=rows)
-        nats, spread = jax.tree.map(merge_microbatches, scored)
-    nats = jnp.where(real_ahead(mask, jnp.arange(length), 1, starts)[..., 0], nats, 0.0)
-    nats, spread = jax.tree.map(lambda x: constrain(x, "batch", "keys"), (nats, spread))
-    return Text(tokens, mask, constrain(hidden, "batch", "keys", "hidden"), prefix, nats, spread, layers, starts)
+        nll, spread = jax.tree.map(merge_microbatches, scored)
+    nll = jnp.where(real_ahead(mask, jnp.arange(length), 1, starts)[..., 0], nll, 0.0)
+    nll, spread = jax.tree.map(lambda x: constrain(x, "batch", "keys"), (nll, spread))
+    return Text(tokens, mask, constrain(hidden, "batch", "keys", "hidden"), prefix, nll, spread, layers, starts)
 
 
 def entropy(logits: jax.Array) -> jax.Array:

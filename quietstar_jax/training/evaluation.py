@@ -82,7 +82,7 @@ def make_token_scorer(graphdef: GraphDef, architecture: Architecture, settings: 
 
         def of_chunk(model: QuietStar, text: Text, positions: jax.Array, thoughts: Any) -> TokenScores:
             scored = real_ahead(text.mask, positions, ahead, text.starts)
-            real, base_nll = scored[..., 0], jnp.where(scored, here_and_ahead(text.nats, positions, ahead), 0.0)
+            real, base_nll = scored[..., 0], jnp.where(scored, here_and_ahead(text.nll, positions, ahead), 0.0)
             logits = model.decoder.logits(here_and_ahead(text.hidden, positions, 1)[..., 0, :])
             uncertainty = entropy(logits)
             correct = (logits.argmax(axis=-1) == gather_next_tokens(text.tokens, positions, 1, fill=0)[..., 0]) & real
@@ -96,10 +96,10 @@ def make_token_scorer(graphdef: GraphDef, architecture: Architecture, settings: 
                 real=real,
                 base_nll=base_nll[..., 0],
                 base_entropy=uncertainty,
-                talk_nll=scores.nats[:, 0, :, 0],
+                talk_nll=scores.nll[:, 0, :, 0],
                 base_correct=correct,
                 talk_correct=scores.correct[:, 0, :, 0],
-                reward=(base_nll - scores.nats[:, 0]).sum(axis=-1),
+                reward=(base_nll - scores.nll[:, 0]).sum(axis=-1),
                 weight=scores.weight[:, 0, :, 0],
                 entropy=thoughts.entropy[:, 0].mean(axis=-1),
                 thoughts=thoughts.tokens[:, 0],

@@ -83,9 +83,9 @@ def test_a_text_that_fits_one_window(model):
         [Continuation([0, *model.tokenizer.encode(texts[0])], 23)]
     )
     alone, _ = measured(model, texts[:1], Windows(64, 32))
-    assert alone["without_thoughts"]["nats_per_token"] == pytest.approx(scores.without.nats.mean(), rel=1e-4)
-    assert alone["with_thoughts"]["nats_per_token"] == pytest.approx(scores.with_thoughts.nats.mean(), rel=1e-4)
-    gain = scores.without.nats - scores.with_thoughts.nats
+    assert alone["without_thoughts"]["nats_per_token"] == pytest.approx(scores.without.nll.mean(), rel=1e-4)
+    assert alone["with_thoughts"]["nats_per_token"] == pytest.approx(scores.with_thoughts.nll.mean(), rel=1e-4)
+    gain = scores.without.nll - scores.with_thoughts.nll
     helped = alone["helped"][0]
     assert helped["nats_without_thoughts"] - helped["nats_with_thoughts"] == pytest.approx(gain.max(), abs=1e-3)
     assert helped["token"] == texts[0][gain.argmax()]

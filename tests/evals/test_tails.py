@@ -42,12 +42,12 @@ def test_tails_equal_the_evaluation_of_training(folder, name):
         mask = np.arange(48)[None] < len(tail.tokens)
         expected = jax.device_get(reference(model.params, Batch(row, mask)))
         places = np.arange(len(tail.tokens) - 1 - tail.last, len(tail.tokens) - 1)
-        np.testing.assert_allclose(score.without.nats, expected.base_nll[0, places], atol=2e-4)
+        np.testing.assert_allclose(score.without.nll, expected.base_nll[0, places], atol=2e-4)
         np.testing.assert_allclose(score.base_entropy, expected.base_entropy[0, places], atol=2e-4)
-        np.testing.assert_allclose(score.with_thoughts.nats, expected.talk_nll[0, places], atol=2e-4)
+        np.testing.assert_allclose(score.with_thoughts.nll, expected.talk_nll[0, places], atol=2e-4)
         np.testing.assert_array_equal(score.thoughts, expected.thoughts[0, places])
         np.testing.assert_allclose(score.weight, expected.weight[0, places], atol=2e-4)
-        assert np.abs(score.with_thoughts.nats - score.without.nats).max() > 1e-2  # thoughts do change something
+        assert np.abs(score.with_thoughts.nll - score.without.nll).max() > 1e-2  # thoughts do change something
 
 
 def test_candidates_are_log_probabilities_of_their_tokens(folder):
@@ -59,7 +59,7 @@ def test_candidates_are_log_probabilities_of_their_tokens(folder):
     truth = np.array(tokens[-3:])
     for view in (score.without, score.with_thoughts):
         np.testing.assert_allclose(np.exp(view.candidates).sum(axis=-1), 1.0, rtol=1e-5)
-        np.testing.assert_allclose(-view.candidates[np.arange(3), truth], view.nats, atol=1e-5)
+        np.testing.assert_allclose(-view.candidates[np.arange(3), truth], view.nll, atol=1e-5)
         np.testing.assert_array_equal(view.candidates.argmax(axis=-1), view.best)
     few, many = scorer([Continuation(tokens, 3, (5, 9)), Continuation(tokens, 3, everything[:7])])
     np.testing.assert_allclose(few.without.candidates, score.without.candidates[:, [5, 9]], atol=1e-5)
@@ -76,7 +76,7 @@ def test_scores_do_not_depend_on_the_batch(folder, name):
     alone = ContinuationScorer(model, model.settings(2), batch_size=1)(tails, finished.append)
     assert sum(finished) == len(tails)
     for one, other in zip(together, alone, strict=True):
-        np.testing.assert_allclose(one.with_thoughts.nats, other.with_thoughts.nats, atol=1e-4)
+        np.testing.assert_allclose(one.with_thoughts.nll, other.with_thoughts.nll, atol=1e-4)
         np.testing.assert_array_equal(one.thoughts, other.thoughts)
 
 
@@ -89,8 +89,8 @@ def test_no_score_depends_on_a_later_token(folder, name):
     changed = [*tokens[:17], *((token + 7) % 250 + 2 for token in tokens[17:])]
     whole, other, cut = scorer([Continuation(tokens, 16), Continuation(changed, 16), Continuation(tokens[:17], 12)])
     for score in (whole, other):
-        np.testing.assert_allclose(score.with_thoughts.nats[:12], cut.with_thoughts.nats, atol=1e-4)
-    assert np.abs(whole.with_thoughts.nats[12:] - other.with_thoughts.nats[12:]).max() > 1e-2
+        np.testing.assert_allclose(score.with_thoughts.nll[:12], cut.with_thoughts.nll, atol=1e-4)
+    assert np.abs(whole.with_thoughts.nll[12:] - other.with_thoughts.nll[12:]).max() > 1e-2
 
 
 def test_a_question_set_compiles_few_programs(folder):

@@ -70,7 +70,7 @@ def test_cross_entropy_and_its_gradient() -> None:
     def plain(logits: jax.Array) -> jax.Array:
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
-    nats, back = jax.vjp(lambda logits: cross_entropy(logits, targets), logits)
+    nll, back = jax.vjp(lambda logits: cross_entropy(logits, targets), logits)
     wanted, wanted_back = jax.vjp(plain, logits)
-    np.testing.assert_allclose(nats, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(nll, wanted, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(back(normal(1, 2, 3))[0], wanted_back(normal(1, 2, 3))[0], atol=1e-6)

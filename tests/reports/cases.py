@@ -78,7 +78,7 @@ def observed(tokenizer: Tokenizer, texts: list[str], gains: list[float], thought
             Observation(
                 base_nll=base,
                 base_entropy=base,
-                nats=np.stack([base - gain, base], axis=1),
+                nll=np.stack([base - gain, base], axis=1),
                 reward=np.stack([gain, 0 * gain], axis=1),
                 weight=np.full((count, 2), 0.25),
                 thoughts=np.tile(np.array(thinking), (count, 2, 1)),

@@ -37,7 +37,7 @@ def test_greedy_thoughts_are_those_of_evaluation(windows: list[Window], seen: li
         np.testing.assert_array_equal(observation.thoughts[:, 0], scores.thoughts[0, :last])
         pairs = [
             (observation.base_nll, scores.base_nll), (observation.base_entropy, scores.base_entropy),
-            (observation.nats[:, 0], scores.talk_nll),
+            (observation.nll[:, 0], scores.talk_nll),
             (observation.reward[:, 0], scores.reward), (observation.weight[:, 0], scores.weight),
         ]  # fmt: skip
         for mine, theirs in pairs:
@@ -52,7 +52,7 @@ def test_likeliest_tokens_are_the_ones_the_losses_are_of(windows: list[Window], 
     assert base.base_ids[0, last] == likely[0][1]
     assert mixed.ids[0, last] == likely[1][1]
     np.testing.assert_allclose(base.base_probabilities[0, last], np.exp(-base.base_nll[0]), rtol=1e-4)
-    np.testing.assert_allclose(mixed.probabilities[0, last], np.exp(-mixed.nats[0, 0]), rtol=1e-4)
+    np.testing.assert_allclose(mixed.probabilities[0, last], np.exp(-mixed.nll[0, 0]), rtol=1e-4)
     for odds in (base.base_probabilities, mixed.probabilities):
         assert (np.diff(odds) <= 0).all()
 
@@ -71,9 +71,9 @@ def test_probabilities_of_the_papers_mixing(windows: list[Window]) -> None:
     (before,) = observe(model, settings, windows[:1], samples=0, seed=0)
     tokens = np.array([windows[0].tokens[0], before.ids[0, 0]])
     (seen,) = observe(model, settings, [Window(0, tokens)], samples=0, seed=0)
-    np.testing.assert_allclose(seen.probabilities[0, 0], np.exp(-seen.nats[0, 0]), rtol=1e-4)
+    np.testing.assert_allclose(seen.probabilities[0, 0], np.exp(-seen.nll[0, 0]), rtol=1e-4)
     assert seen.probabilities[0].sum() < 1
-    assert seen.nats.shape == (1, 1)
+    assert seen.nll.shape == (1, 1)
 
 
 def test_windows() -> None:

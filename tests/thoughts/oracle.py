@@ -80,7 +80,7 @@ def head(a: Architecture, p: Params, hidden: jax.Array) -> jax.Array:
     return hidden @ (p["decoder.embedding"].T if a.tie_embeddings else p["decoder.lm_head"])
 
 
-def nats(logits: jax.Array, target: jax.Array) -> jax.Array:
+def nll(logits: jax.Array, target: jax.Array) -> jax.Array:
     return -jax.nn.log_softmax(logits)[target]
 
 
@@ -118,10 +118,10 @@ def position(
     a: Architecture, s: ThoughtSettings, p: Params, row: jax.Array, mask: jax.Array, base: jax.Array, j: jax.Array,
     thought: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """(nats [K] of the tokens ahead, log-probability [T] of each thought token, mixing weight [K]); base [L+K, D]."""
+    """(nll [K] of the tokens ahead, log-probability [T] of each thought token, mixing weight [K]); base [L+K, D]."""
     hidden = chain(a, s, p, row, mask, j, thought)
     log_probs = [
-        -nats(masked_logits(a, s, p, hidden[i]) / s.config.score_temperature, thought[i]) for i in range(s.length)
+        -nll(masked_logits(a, s, p, hidden[i]) / s.config.score_temperature, thought[i]) for i in range(s.length)
     ]
     talk, weights = [], []
     targets = jnp.concatenate([row, jnp.zeros(s.tokens_ahead, row.dtype)])
@@ -131,16 +131,16 @@ def position(
         target = targets[j + 1 + k]
         if s.config.mixing == "log_probabilities":
             w = 1 / (1 + jnp.exp(-w))
-            talk.append((1 - w) * nats(head(a, p, h_base), target) + w * nats(head(a, p, h_thought), target))
+            talk.append((1 - w) * nll(head(a, p, h_base), target) + w * nll(head(a, p, h_thought), target))
         else:
-            talk.append(nats(head(a, p, (1 - w) * h_base + w * h_thought), target))
+            talk.append(nll(head(a, p, (1 - w) * h_base + w * h_thought), target))
         weights.append(w)
     return jnp.stack(talk), jnp.stack(log_probs), jnp.stack(weights)
 
 
 @partial(jax.jit, static_argnums=0)
 def text(a: Architecture, p: Params, row: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Hidden states [L, D] of the text alone, and nats [L] of each next token (the last one means nothing)."""
+    """Hidden states [L, D] of the text alone, and nll [L] of each next token (the last one means nothing)."""
     hidden = decode(a, p, p["decoder.embedding"][row], mask)
     log_probs = jax.nn.log_softmax(head(a, p, hidden), axis=-1)
     return hidden, -log_probs[jnp.arange(row.size), jnp.roll(row, -1)]

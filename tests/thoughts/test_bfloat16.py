@@ -68,7 +68,7 @@ def test_rewards_of_a_hardly_opened_mixing_head_survive(params_and_structure) ->
         text = read_text(model.decoder, tokens, mask, dtype=settings.dtype)
         positions = jnp.arange(12)
         scores = score_thoughts(model, text, positions, CASE.thoughts().tokens[:, :, :12], settings)
-        return np.asarray(rewards(here_and_ahead(text.nats, positions, settings.tokens_ahead), scores.nats)).ravel()
+        return np.asarray(rewards(here_and_ahead(text.nll, positions, settings.tokens_ahead), scores.nll)).ravel()
 
     wide, narrow = reward("float32"), reward("bfloat16")
     assert np.abs(wide).max() < 1e-3

@@ -96,8 +96,8 @@ def test_no_control_sees_a_later_token(control: str, positions: str, greedy: boo
         places = choose(text, draws, settings)
         uniforms = jax.tree.map(lambda x: at_positions(x, places), drawn)
         thoughts: Any = controls.sample_or_control(MODEL, text, places, uniforms, settings, 5, greedy=greedy)
-        nats = score_thoughts(MODEL, text, places, thoughts.tokens, settings).nats[..., 0]
-        return nats, jnp.broadcast_to(places[..., None, :], nats.shape)
+        nll = score_thoughts(MODEL, text, places, thoughts.tokens, settings).nll[..., 0]
+        return nll, jnp.broadcast_to(places[..., None, :], nll.shape)
 
     tokens = np.random.default_rng(4).integers(3, 13, (2, length)).astype(np.int32)
     before, places = losses(tokens)

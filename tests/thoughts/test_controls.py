@@ -97,5 +97,5 @@ def test_without_mixing_the_thought_alone_predicts() -> None:
     scores = score_thoughts(model, text, positions, CASE.thoughts().tokens, settings)
     model.mixing_head.out.set_value(model.mixing_head.out[...] * 5)
     again = score_thoughts(model, text, positions, CASE.thoughts().tokens, settings)
-    np.testing.assert_array_equal(scores.nats, again.nats)
+    np.testing.assert_array_equal(scores.nll, again.nats)
     assert np.all(np.asarray(scores.weight) == 1.0)

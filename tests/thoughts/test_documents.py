@@ -123,7 +123,7 @@ def test_no_gradient_passes_from_one_document_to_another(which: int, masked: boo
         changed = merge(graphdef, params | {"decoder.embedding": embedding})
         text = read_text(changed.decoder, tokens, jnp.ones((1, 12), bool), starts, dtype=s.dtype)
         scores = score_thoughts(changed, text, jnp.arange(12), thoughts, s)
-        scored = text.nats[0] + scores.nats.sum(axis=(0, 1, 3)) + scores.log_probs.sum(axis=(0, 1, 3))
+        scored = text.nll[0] + scores.nll.sum(axis=(0, 1, 3)) + scores.log_probs.sum(axis=(0, 1, 3))
         return jnp.where(own, scored, 0).sum()
 
     found = np.abs(gradient(model.decoder.embedding[...])).max(axis=-1)[:9].reshape(3, 3).max(axis=-1)
@@ -142,10 +142,10 @@ def test_nothing_is_predicted_across_a_boundary() -> None:
         ends = np.cumsum(lengths)
         for j in range(16):
             left = int(ends[np.searchsorted(ends, j, side="right")]) - 1 - j if j < ends[-1] else 0  # tokens to come
-            assert (float(text.nats[b, j]) != 0) == (left > 0), (b, j)
+            assert (float(text.nll[b, j]) != 0) == (left > 0), (b, j)
             for k in range(2):
-                assert (scores.nats[b, :, j, k] != 0).all() == (left > k), (b, j, k)
-                assert (scores.nats[b, :, j, k] != 0).any() == (left > k), (b, j, k)
+                assert (scores.nll[b, :, j, k] != 0).all() == (left > k), (b, j, k)
+                assert (scores.nll[b, :, j, k] != 0).any() == (left > k), (b, j, k)
 
 
 @pytest.mark.parametrize("how", ["entropy", "random", "stride"])

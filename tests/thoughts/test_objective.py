@@ -30,9 +30,9 @@ def test_counts_never_divide_by_zero() -> None:
 
 def test_talk_loss_is_a_mean_per_step_ahead() -> None:
     counts = count_targets(jnp.ones((1, 3), bool), 2)  # 2 and 1 targets
-    nats = jnp.array([[[[1.0, 4.0], [3.0, 0.0], [0.0, 0.0]], [[2.0, 2.0], [2.0, 0.0], [0.0, 0.0]]]])
+    nll = jnp.array([[[[1.0, 4.0], [3.0, 0.0], [0.0, 0.0]], [[2.0, 2.0], [2.0, 0.0], [0.0, 0.0]]]])
     # k = 0: (1 + 3 + 2 + 2) / (2 thoughts * 2) = 2;  k = 1: (4 + 2) / (2 * 1) = 3
-    assert float(talk_loss(nats, counts)) == pytest.approx(2.5)
+    assert float(talk_loss(nll, counts)) == pytest.approx(2.5)
 
 
 def test_rewards_sum_over_the_tokens_ahead() -> None:

@@ -100,11 +100,11 @@ def test_loss_and_gradients_are_those_of_the_chosen_positions(how: str, fraction
         thinks = (positions[:, :, None] == everywhere).any(axis=1)[:, None, :].astype(jnp.float32)  # [B, 1, L]
         total = thinks.sum()
         assert_real = jnp.where(total > 2, 0.0, jnp.nan)  # the case must have something to choose
-        talk = (scores.nats * thinks[..., None]).sum(axis=(0, 1, 2)) / (s.count * total)
-        reward = rewards(here_and_ahead(text.nats, everywhere, s.tokens_ahead), scores.nats)
+        talk = (scores.nll * thinks[..., None]).sum(axis=(0, 1, 2)) / (s.count * total)
+        reward = rewards(here_and_ahead(text.nll, everywhere, s.tokens_ahead), scores.nats)
         advantage = advantages(reward, positive_only=config.positive_only) * thinks
         policy = -(advantage * scores.log_probs.mean(axis=-1)).sum() / (s.count * total)
-        base = text.nats.sum() / counts.text
+        base = text.nll.sum() / counts.text
         weight = config.base_loss_weight
         return weight * base + (1 - weight) * talk.mean() + s.policy_weight * policy + assert_real
 
