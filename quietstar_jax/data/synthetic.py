@@ -319,7 +319,7 @@ def _question_nats() -> dict[str, float]:
     pointers = [  # how many, with their start, have the shape: the path in order, and the targets of all other nodes
         math.perm(len(NODES), tail + cycle) * (len(NODES) - 1) ** (len(NODES) - tail - cycle) for tail, cycle in SHAPES
     ]
-    nll = {
+    nats = {
         "sum": math.log(10) + (STEPS - 1) * math.log(len(ADDENDS)),
         "story": math.log(len(NAMES) * 10) + (STEPS - 1) * math.log(len(EVENTS)),
         "convert": math.log(10) + (STEPS - 1) * math.log(len(UNITS)),

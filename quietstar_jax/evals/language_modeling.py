@@ -113,7 +113,7 @@ def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> d
     if thinks:
         nll["with_thoughts"] = np.array([column.talk_nll.sum(dtype=np.float64) for column in columns])
     found: dict[str, Any] = {"tokens": int(counts.sum())}
-    for mode, per_window in nats.items():
+    for mode, per_window in nll.items():
         found[mode] = {
             "nats_per_token": float(per_window.sum() / counts.sum()),
             "nats_per_token_interval": _ratio_interval(per_window, counts, seed),

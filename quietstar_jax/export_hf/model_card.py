@@ -19,7 +19,7 @@ MEASURED = {
     "accuracy_without_thoughts": "accuracy of the next token without thoughts",
     "accuracy_with_thoughts": "accuracy of the next token with thoughts",
     "mixing_weight": "mean mixing weight",
-    "reward": "mean reward (nll)",
+    "reward": "mean reward (nats)",
     "tokens": "held-out tokens",
 }
 PATHS = {"model": ("checkpoint",), "data": ("train", "validation", "data_dir", "tokenizer")}  # settings

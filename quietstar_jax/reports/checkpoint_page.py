@@ -122,7 +122,7 @@ def _introduction(settings: ThoughtSettings, thoughts: int) -> str:
         "<p>A language model reads text and predicts it token by token (a token is a word, or a piece of one). This "
         f"model may think before every single token: it writes {settings.length} hidden tokens, then predicts. Here "
         f"it did so at every place of the text below: {several}. The colours say whether that helped.</p><p>The "
-        "measure is the <em>nat</em>: a gain of 0.7 nll means that the true next token became twice as likely, 2.3 "
+        "measure is the <em>nat</em>: a gain of 0.7 nats means that the true next token became twice as likely, 2.3 "
         "nats ten times; a negative number, that it became less likely.</p>"
     )
 
@@ -131,8 +131,8 @@ def _key_figures(joined: Observation, gain: np.ndarray) -> str:
     without, with_thoughts = float(joined.base_nll.mean()), float(joined.nll[:, 0].mean())
     return tiles(
         [
-            (f"{without:.3f} → {with_thoughts:.3f}", "mean loss without → with greedy thoughts, nll; less is better"),
-            (f"{(gain >= CLEAR).mean():.1%}", f"of the tokens became clearly likelier (by {CLEAR} nll or more)"),
+            (f"{without:.3f} → {with_thoughts:.3f}", "mean loss without → with greedy thoughts, nats; less is better"),
+            (f"{(gain >= CLEAR).mean():.1%}", f"of the tokens became clearly likelier (by {CLEAR} nats or more)"),
             (f"{(gain <= -CLEAR).mean():.1%}", "became clearly less likely"),
             (f"{gain.size:,}", f"tokens were predicted, with {joined.nll.shape[1]} thoughts before each"),
         ]
@@ -146,7 +146,7 @@ def _key() -> str:
     down = [*(f"−{high:g} – −{low:g}" for low, high in between), f"below −{LEVELS[-1]:g}"]
     cells = [f'<span class="l{level}">{down[level - 1]}</span>' for level in range(len(LEVELS), 0, -1)]
     cells += ["<span>no change</span>", *(f'<span class="g{level}">{text}</span>' for level, text in enumerate(up, 1))]
-    inner = f"<em>the thought did harm</em>{''.join(cells)}<em>the thought helped, nll</em>"
+    inner = f"<em>the thought did harm</em>{''.join(cells)}<em>the thought helped, nats</em>"
     return f'<div class="key" role="note" aria-label="Legend: gain of a token in nats">{inner}</div>'
 
 

@@ -30,7 +30,7 @@ def gain_by_decile(base_entropy: np.ndarray, base_nll: np.ndarray, gain: np.ndar
     for i, part in enumerate(parts):
         loss, uncertainty = float(base_nll[part].mean()), float(base_entropy[part].mean())
         tip = (
-            f"tenth {i + 1}: mean entropy {uncertainty:.3f} and mean loss {loss:.3f} nll without thoughts, "
+            f"tenth {i + 1}: mean entropy {uncertainty:.3f} and mean loss {loss:.3f} nats without thoughts, "
             f"mean gain {means[i]:+.4f} nats"
         )
         chart.bar(i + 0.12, i + 0.88, means[i], "up" if means[i] >= 0 else "down", tip)
@@ -56,7 +56,7 @@ def reward_histogram(rewards: np.ndarray, tokens_ahead: int) -> str:
     ahead = "the next token" if tokens_ahead == 1 else f"the next {tokens_ahead} tokens"
     caption = (
         f"The reward of a thought is how many nats it made {ahead} of the text likelier; below zero, it did harm. "
-        f"{still.mean():.1%} of the {rewards.size:,} thoughts on this page changed less than {STILL} nll and are "
+        f"{still.mean():.1%} of the {rewards.size:,} thoughts on this page changed less than {STILL} nats and are "
         f"left out here; {(rewards >= STILL).mean():.1%} helped, {(rewards <= -STILL).mean():.1%} did harm."
     )
     return figure("Rewards of single thoughts", _histogram(moved, "reward, nats", split=0.0), caption)

@@ -27,7 +27,7 @@ _KEYS_AND_VALUES: Any = (KEY_VALUE_AXES, KEY_VALUE_AXES)
 _READ_AXES = {
     "hidden": ("batch", "keys", "hidden"),
     "prefix": KeyValues(*_KEYS_AND_VALUES),
-    "nats": ("batch", "keys"),
+    "nll": ("batch", "keys"),
 }
 
 
@@ -75,7 +75,7 @@ def quiet_star_loss(
     positions = choose(text)
     thoughts = think(model, text, positions)
     learned |= _layers(text.layers, learned)
-    read = {"hidden": text.hidden, "prefix": text.prefix, "nats": text.nll}
+    read = {"hidden": text.hidden, "prefix": text.prefix, "nll": text.nll}
     text_is_fixed = all(name in fixed for name in params if name.startswith("decoder."))
     operands = learned if text_is_fixed else learned | read
     constants = (fixed | read if text_is_fixed else fixed, tokens, mask, starts, positions, thoughts, counts)
@@ -83,7 +83,7 @@ def quiet_star_loss(
     def chunk(operands: Any, constants: Any, start: jax.Array) -> tuple[jax.Array, Metrics, Any]:
         fixed, tokens, mask, starts, positions, thoughts, counts = constants
         arrays = operands | fixed
-        text = Text(tokens, mask, arrays["hidden"], arrays["prefix"], arrays["nats"], starts=starts)
+        text = Text(tokens, mask, arrays["hidden"], arrays["prefix"], arrays["nll"], starts=starts)
         positions = take_positions(positions, start, positions_per_chunk)
         thoughts = take_chunk(thoughts, start, positions_per_chunk, axis=2)
         loss, metrics, layers = _chunk_loss(merge(graphdef, arrays), text, positions, thoughts, counts, settings)

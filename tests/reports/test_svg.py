@@ -57,7 +57,7 @@ def test_gain_by_decile_sorts_by_entropy() -> None:
     found = bars(html)
     assert [kind for kind, _ in found] == ["down", *["up"] * 9]
     assert found[9][1] == pytest.approx(2 * found[0][1], abs=0.2)
-    assert "tenth 10: mean entropy 94.500 and mean loss 4.500 nll without thoughts, mean gain +1.0000 nats" in html
+    assert "tenth 10: mean entropy 94.500 and mean loss 4.500 nats without thoughts, mean gain +1.0000 nats" in html
     assert len(bars(figures.gain_by_decile(base[:3], base[:3], gain[:3]))) == 3
 
 
