@@ -166,7 +166,7 @@ def _column(tail: Continuation, score: TailScores) -> TokenScores:
 
 
 def _ratio_interval(nll: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float] | None:
-    """Of the total negative log-likelihood over total tokens, windows drawn anew (linearised around their mean length)."""
+    """Of total negative log-likelihood over total tokens, windows drawn anew (linearised around their mean length)."""
     mean = nll.sum() / counts.sum()
     found = confidence_interval((nll - mean * counts) / counts.mean(), seed)
     return None if found is None else (float(mean + found[0]), float(mean + found[1]))

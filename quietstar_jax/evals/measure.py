@@ -165,7 +165,7 @@ def _answers(options: Options, model: LoadedModel, modes: tuple[str, ...], quest
 def _votes(options: Options, model: LoadedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
     length = options.thought_length or model.thought_length
     settings = model.settings(length if "with_thoughts" in modes else 0)
-    longest = longest_allowed(options, longest_text(model.architecture, settings.length))
+    longest = longest_allowed(options, longest_text(model.architecture, settings.thought_length))
     sampling = Sampling(options.samples, options.temperature, options.max_tokens, length, options.seed)
     measurement = {
         "task": options.task,

@@ -152,14 +152,14 @@ def _greedy_thoughts(
     model: QuietStar, text: Text, positions: jax.Array, settings: ThoughtSettings, chunk: int
 ) -> Thoughts | None:
     """Thoughts [B, P, T] at P positions, or what a control puts in their place; None where nothing thinks."""
-    if not settings.length:
+    if not settings.thought_length:
         return None
     length = text.tokens.shape[1]
     shuffled = settings.config.control == "shuffled"  # takes thoughts of all earlier positions
     chosen = jnp.arange(length) if shuffled else positions
     # Controls draw by the number of a token in its own text: the same in every batch and behind any padding.
     number = jnp.maximum(chosen - jnp.argmax(text.mask, axis=1)[:, None], 0)
-    drawn = controls.draw_uniforms(jax.random.key(0), (1, 1, length, settings.length))
+    drawn = controls.draw_uniforms(jax.random.key(0), (1, 1, length, settings.thought_length))
     uniforms = jax.tree.map(lambda x: x[0, 0][number][:, None], drawn)
     thoughts = controls.sample_or_control(model, text, chosen, uniforms, settings, chunk, greedy=True)
     return jax.tree.map(lambda x: jnp.take(x[:, 0], positions, axis=1) if shuffled else x[:, 0], thoughts)
@@ -181,7 +181,7 @@ class ContinuationScorer:
         self._params = jax.device_put(model.params, NamedSharding(self._mesh, PartitionSpec()))
         self._score = make_tail_scorer(model.graphdef, model.architecture, settings, model.forbidden_ids)
         self._pad_id = model.vocabulary.pad_id
-        self.longest = longest_text(model.architecture, settings.length)
+        self.longest = longest_text(model.architecture, settings.thought_length)
 
     @property
     def programs(self) -> int:

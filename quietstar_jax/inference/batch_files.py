@@ -58,7 +58,7 @@ def generate_file(
     record = {
         "model": generator.model.record,
         "prompts": content_hash(source, DataConfig()),
-        "thought_length": job.plan.thought.length,
+        "thought_length": job.plan.thought.thought_length,
         "max_tokens": job.max_tokens,
         "stop": job.stop,
         **dataclasses.asdict(job.sampling),

@@ -107,7 +107,7 @@ def generate_tokens(
     batch, count = state.token.size, plan.tokens_per_call
     emitted = DecodeOutput(
         jnp.full((count, batch), -1, jnp.int32),
-        jnp.zeros((count, batch, plan.thought.length), jnp.int32),
+        jnp.zeros((count, batch, plan.thought.thought_length), jnp.int32),
         jnp.zeros((count, batch), jnp.float32),
     )
 
@@ -126,7 +126,7 @@ def generate_tokens(
 
 def next_token(model: QuietStar, state: State, knobs: SamplingParams, plan: DecodeConfig) -> tuple[State, DecodeOutput]:
     """One more token of every sequence; `DecodeOutput` has no axis N."""
-    length = plan.thought.length
+    length = plan.thought.thought_length
     own = empty_chains(model.decoder, state.token.size, 1, 1, length + 3 if length else 1, plan.thought.dtype)
     drawn = plan.sampled or plan.thoughts_sampled
     uniforms = _uniforms(knobs.keys if drawn else None, state.position, length + 1)
@@ -183,10 +183,10 @@ def think_and_talk(
     newest = [_embed(model, state.token, plan), meta(model.start_embedding[...])]
     hidden, own = _pass(model, jnp.concatenate(newest, axis=1), 0, state, own)
     base, first = hidden[:, 0], think(hidden[:, 1], uniforms[:, 0])
-    offsets = jnp.arange(2, settings.length + 1)
+    offsets = jnp.arange(2, settings.thought_length + 1)
     (last, own), others = jax.lax.scan(step, (first, own), (offsets, uniforms[:, 1:].T))
     ending = [_embed(model, last, plan), meta(model.end_embedding[...])]
-    hidden, own = _pass(model, jnp.concatenate(ending, axis=1), settings.length + 1, state, own)
+    hidden, own = _pass(model, jnp.concatenate(ending, axis=1), settings.thought_length + 1, state, own)
 
     base, talk = base[:, None, None], hidden[:, None, None, 1:]  # [B, J, K, D] and [B, R, J, K, D]
     scores, weight = mix(model, base, talk, settings.config.mixing)

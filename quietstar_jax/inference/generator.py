@@ -162,7 +162,7 @@ class Generator:
         Raises:
           DataError: none.
         """
-        thought = job.plan.thought.length
+        thought = job.plan.thought.thought_length
         positions = self.model.architecture.max_positions - tokens - (thought + 1 if thought else -1)
         room = positions if self.max_length is None else min(positions, self.max_length - tokens)
         if room < 1:

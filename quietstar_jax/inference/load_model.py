@@ -108,7 +108,7 @@ class LoadedModel:
             )
         model = ModelConfig(compute_dtype=self.dtype, prefix_attention=self.prefix_attention)
         config = Config(model=model, thought=self.thought)
-        return thought_settings(config, self.vocabulary, length=length, tokens_ahead=tokens_ahead)
+        return thought_settings(config, self.vocabulary, thought_length=length, tokens_ahead=tokens_ahead)
 
     @functools.cached_property
     def fingerprint(self) -> str:

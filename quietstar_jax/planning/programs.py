@@ -81,18 +81,18 @@ def generate_program(config: Config, target: Target, phase_name: str = "") -> Pr
 
         state, wanted, knobs = jax.tree.map(lambda x: _abstract(x, everywhere), jax.eval_shape(inputs))
         lowered = engine.step(DecodeConfig(thought=settings)).lower(params, state, wanted, knobs)
-    tokens = 1 + (settings.length + 1 if settings.length else 0)
+    tokens = 1 + (settings.thought_length + 1 if settings.thought_length else 0)
     head = 2.0 * architecture.hidden_size * architecture.vocab_size
     gathered = sum(math.prod(x.shape) for x in params.values()) * settings.dtype.itemsize
     return Program(
-        what=f"one token for {batch} texts of up to {length}, T {settings.length}",
+        what=f"one token for {batch} texts of up to {length}, T {settings.thought_length}",
         sizes={},
         lowered=lowered,
         bytes_per_device={"parameters": bytes_per_device(params), "cache": bytes_per_device(state.cache)},
-        flops=batch * (tokens * decoder_flops(architecture, length / 2) + (settings.length + 1) * head),
+        flops=batch * (tokens * decoder_flops(architecture, length / 2) + (settings.thought_length + 1) * head),
         recomputed=0.0,
         tokens=batch,
-        weight_reads=(settings.length + 1) * gathered / (mesh.shape["tensor"] * mesh.shape["group"]),
+        weight_reads=(settings.thought_length + 1) * gathered / (mesh.shape["tensor"] * mesh.shape["group"]),
     )
 
 
@@ -192,9 +192,9 @@ def passes(settings: ThoughtSettings, microbatches: int, chunks: dict[str, int],
     Args:
       own: positions of a device.
     """
-    if not settings.length:
+    if not settings.thought_length:
         return 0, microbatches
-    sampled = settings.length * math.ceil(own / chunks["max_sampled_positions_per_chunk"])
+    sampled = settings.thought_length * math.ceil(own / chunks["max_sampled_positions_per_chunk"])
     return microbatches * sampled, microbatches * (1 + math.ceil(own / chunks["positions_per_chunk"]))
 
 

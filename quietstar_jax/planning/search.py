@@ -135,7 +135,11 @@ def _guess(
     weights = _parameters(a) / mesh.tensor
     width, recompute = settings.dtype.itemsize, int(settings.rematerialize)
     gathered = weights * (1 - 1 / mesh.fsdp) * (width * (without + (2 + recompute) * with_gradient) + 4 * with_gradient)
-    per_row = settings.count * (settings.length + settings.chain_length * (2 + recompute)) if settings.length else 0
+    per_row = (
+        settings.num_thoughts * (settings.thought_length + settings.chain_length * (2 + recompute))
+        if settings.thought_length
+        else 0
+    )
     rows = phase.batch_size * length / (mesh.data * mesh.fsdp * mesh.position)
     summed = rows * (per_row + 3) * a.hidden_size * a.num_layers * width * 4 * (1 - 1 / mesh.tensor)
     copies = mesh.data * mesh.position

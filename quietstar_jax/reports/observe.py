@@ -89,10 +89,10 @@ def longest_window(model: LoadedModel, settings: ThoughtSettings, wanted: int) -
     Raises:
       ConfigError: they leave no room.
     """
-    room = model.architecture.max_positions - settings.length - settings.tokens_ahead - 1
+    room = model.architecture.max_positions - settings.thought_length - settings.tokens_ahead - 1
     if room < 2:
         raise ConfigError(
-            f"Thoughts of {settings.length} tokens leave no room for text: the model knows "
+            f"Thoughts of {settings.thought_length} tokens leave no room for text: the model knows "
             f"{model.architecture.max_positions} positions. Shorten the thoughts."
         )
     return min(wanted, room)
@@ -127,13 +127,15 @@ def _look(
     weights = merge(model.graphdef, params)
     text = read_text(weights.decoder, *batch, dtype=settings.dtype)
     rows, length = batch.tokens.shape
-    chunk = max_positions_per_chunk(model.architecture, dataclasses.replace(settings, count=1 + samples), rows, length)
+    chunk = max_positions_per_chunk(
+        model.architecture, dataclasses.replace(settings, num_thoughts=1 + samples), rows, length
+    )
     everywhere = jnp.arange(length)
-    uniforms = draw_uniforms(key, (rows, 1 + samples, length, settings.length))
+    uniforms = draw_uniforms(key, (rows, 1 + samples, length, settings.thought_length))
     first, others = (jax.tree.map(lambda x: x[:, part], uniforms) for part in (slice(1), slice(1, None)))  # noqa: B023
     parts = [sample_or_control(weights, text, everywhere, first, settings, chunk, greedy=True)]
     if samples:
-        several = dataclasses.replace(settings, count=samples)
+        several = dataclasses.replace(settings, num_thoughts=samples)
         parts.append(sample_or_control(weights, text, everywhere, others, several, chunk))
     thoughts = jnp.concatenate([part.tokens for part in parts], axis=1)
 

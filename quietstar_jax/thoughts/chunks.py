@@ -177,8 +177,8 @@ def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSetting
     again = (6 * a.hidden_size + 4 * mlp) * width + 12 * heads * keys
     layers = 1 if settings.rematerialize else a.num_layers
     per_token = a.num_layers * a.hidden_size * width + layers * results + again
-    logits = 3 * 4 * vocab * (settings.length + 2 * settings.tokens_ahead)
-    return _fitting(settings, batch * settings.count * (settings.chain_length * per_token + logits), thinking)
+    logits = 3 * 4 * vocab * (settings.thought_length + 2 * settings.tokens_ahead)
+    return _fitting(settings, batch * settings.num_thoughts * (settings.chain_length * per_token + logits), thinking)
 
 
 def max_sampled_positions_per_chunk(
@@ -197,10 +197,10 @@ def max_sampled_positions_per_chunk(
         -(-settings.thinking_positions(length) // num_shards("positions")),
     )
     a, width = architecture, settings.dtype.itemsize
-    cache = 2 * a.num_layers * (a.num_kv_heads // num_shards("kv_heads")) * a.head_dim * settings.length * width
+    cache = 2 * a.num_layers * (a.num_kv_heads // num_shards("kv_heads")) * a.head_dim * settings.thought_length * width
     heads, mlp = a.num_heads // num_shards("heads"), a.intermediate_size // num_shards("mlp")
     token = (6 * a.hidden_size + 4 * mlp) * width + 12 * heads * min(KEY_BLOCK, length) + 3 * 4 * a.vocab_size
-    return max(ahead, _fitting(settings, batch * settings.count * (cache + token), thinking))
+    return max(ahead, _fitting(settings, batch * settings.num_thoughts * (cache + token), thinking))
 
 
 def _fitting(settings: ThoughtSettings, bytes_per_position: int, thinking: int) -> int:

@@ -68,20 +68,22 @@ def step_flops(
     head = 2.0 * a.hidden_size * a.vocab_size
     prefix = (length + 1) / 2
     texts, thinking = batch * length, batch * settings.thinking_positions(length)
-    chains = thinking * settings.count
+    chains = thinking * settings.num_thoughts
     base = texts * (decoder_flops(a, prefix) + head)
-    if not settings.length:
+    if not settings.thought_length:
         recomputation = texts * decoder_flops(a, prefix) if settings.rematerialize else 0.0
         return Flops(base, 0.0, 0.0, 0.0, 2 * base, recomputation)
     c = settings.chain_length
     sampling = 0.0
     if settings.config.control in ("none", "shuffled"):
-        sampling = chains * settings.length * (decoder_flops(a, prefix + (settings.length + 1) / 2) + head)
+        sampling = (
+            chains * settings.thought_length * (decoder_flops(a, prefix + (settings.thought_length + 1) / 2) + head)
+        )
     scoring = chains * c * decoder_flops(a, prefix + (c + 1) / 2)
     mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # the half of the text is shared by all thoughts
     mixing = chains * settings.tokens_ahead * mixing + thinking * 2.0 * a.hidden_size**2
     mixing = 0.0 if settings.config.mixing == "none" else mixing
-    heads = chains * ((settings.length if settings.reinforced else 0) + settings.tokens_ahead) * head + mixing
+    heads = chains * ((settings.thought_length if settings.reinforced else 0) + settings.tokens_ahead) * head + mixing
     to_weights = mixing if rates.mixing_head else 0.0
     recomputation = 0.0
     if rates.decoder:

@@ -122,16 +122,16 @@ def _chunk_loss(
     first = real[:, None, :, 0]
 
     def mean_where_real(x: jax.Array) -> jax.Array:
-        return jnp.where(first, x, 0.0).sum() / (settings.count * counts.targets[0])
+        return jnp.where(first, x, 0.0).sum() / (settings.num_thoughts * counts.targets[0])
 
     metrics = {
         "talk_loss": talk,
         **trained,
-        "reward": reward.sum() / (settings.count * counts.rewarded),
+        "reward": reward.sum() / (settings.num_thoughts * counts.rewarded),
         "reward_std_within_position": reward.std(axis=1).sum() / counts.rewarded,
         "mixing_weight": mean_where_real(scores.weight[..., 0]),
         "thought_entropy": mean_where_real(thoughts.entropy.mean(axis=-1)),
     }
     for k in range(ahead):
-        metrics[f"talk_loss_{k + 1}"] = scores.nll[..., k].sum() / (settings.count * counts.targets[k])
+        metrics[f"talk_loss_{k + 1}"] = scores.nll[..., k].sum() / (settings.num_thoughts * counts.targets[k])
     return loss, jax.lax.stop_gradient(metrics), scores.layers

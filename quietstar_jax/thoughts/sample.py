@@ -52,7 +52,7 @@ def sample_thoughts(
 def _sample_chunk(
     model: QuietStar, text: Text, positions: jax.Array, uniforms: jax.Array | None, settings: ThoughtSettings
 ) -> Thoughts:
-    batch, count, length = text.tokens.shape[0], settings.count, settings.length
+    batch, count, length = text.tokens.shape[0], settings.num_thoughts, settings.thought_length
     start = (model.start_embedding[...] * settings.config.embedding_scale).astype(settings.dtype)
     shape = (batch, count, positions.shape[-1], start.size)
     own = empty_chains(model.decoder, *shape[:3], length, settings.dtype)

@@ -16,8 +16,8 @@ class ThoughtSettings:
     """Shape of the thoughts of one phase, and the constants of REINFORCE.
 
     Attributes:
-      length: T, sampled tokens of a thought; start and end are not counted.
-      count: R, thoughts per position.
+      thought_length: T, sampled tokens of a thought; start and end are not counted.
+      num_thoughts: R, thoughts per position.
       tokens_ahead: K, true tokens scored after a thought.
       policy_weight: weight of the REINFORCE term in the loss.
       meta_tokens: ids that no thought may contain.
@@ -28,8 +28,8 @@ class ThoughtSettings:
       prefix_attention: auto, blocks or triton; see `ModelConfig`.
     """
 
-    length: int
-    count: int = 1
+    thought_length: int
+    num_thoughts: int = 1
     tokens_ahead: int = 1
     policy_weight: float = 0.0
     meta_tokens: tuple[int, ...] = ()
@@ -48,7 +48,7 @@ class ThoughtSettings:
     @property
     def chain_length(self) -> int:
         """C: start, T sampled tokens, end, K - 1 true tokens."""
-        return self.length + 2 + self.tokens_ahead - 1
+        return self.thought_length + 2 + self.tokens_ahead - 1
 
     def thinking_positions(self, length: int) -> int:
         """How many of a text's L positions think. A choice is made among those whose K tokens ahead all exist."""

@@ -57,7 +57,7 @@ def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettin
     length, ahead = config.evaluation_thought_length, config.evaluation.tokens_ahead
     everywhere = dataclasses.replace(config.thought, positions="all", position_fraction=1.0)
     config = dataclasses.replace(config, thought=everywhere)
-    return thought_settings(config, vocabulary, length=length, tokens_ahead=ahead, rematerialize=True)
+    return thought_settings(config, vocabulary, thought_length=length, tokens_ahead=ahead, rematerialize=True)
 
 
 def make_token_scorer(graphdef: GraphDef, architecture: Architecture, settings: ThoughtSettings) -> Scorer:
@@ -74,10 +74,10 @@ def make_token_scorer(graphdef: GraphDef, architecture: Architecture, settings: 
         sampled = max_sampled_positions_per_chunk(architecture, settings, rows, length)
         ahead = settings.tokens_ahead
         draws = jax.random.key(0) if key is None else key  # greedy thoughts need none, but some controls do
-        uniforms = draw_uniforms(draws, (rows, 1, length, settings.length))
+        uniforms = draw_uniforms(draws, (rows, 1, length, settings.thought_length))
         everywhere = jnp.arange(length)
         thoughts = None
-        if settings.length:
+        if settings.thought_length:
             thoughts = sample_or_control(model, text, everywhere, uniforms, settings, sampled, greedy=key is None)
 
         def of_chunk(model: QuietStar, text: Text, positions: jax.Array, thoughts: Any) -> TokenScores:

@@ -61,7 +61,7 @@ def draw(
       row_numbers: [B] the number in the batch of each row's sequence, whose draws it gets; None = in order.
     """
     batch, length = shape
-    thoughts = draw_uniforms(key, (batch, settings.count, length, settings.length))
+    thoughts = draw_uniforms(key, (batch, settings.num_thoughts, length, settings.thought_length))
     draws = Draws(thoughts, jax.random.uniform(jax.random.fold_in(key, 0), (batch, length)))
     if row_numbers is not None:
         draws = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim)[row_numbers], draws)
@@ -94,8 +94,8 @@ def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> Thou
     return thought_settings(
         config,
         vocabulary,
-        length=phase.thought_length,
-        count=phase.num_thoughts,
+        thought_length=phase.thought_length,
+        num_thoughts=phase.num_thoughts,
         tokens_ahead=phase.tokens_ahead,
         policy_weight=phase.policy_weight,
         rematerialize=config.model.rematerialize,

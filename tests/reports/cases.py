@@ -86,5 +86,5 @@ def observed(tokenizer: Tokenizer, texts: list[str], gains: list[float], thought
             )
         )  # fmt: skip
     namespace: Any = type("Opened", (), {"tokenizer": tokenizer, "path": "runs/<mine>", "step": 3})
-    settings = ThoughtSettings(length=len(thinking), tokens_ahead=2)
+    settings = ThoughtSettings(thought_length=len(thinking), tokens_ahead=2)
     return Observed(cast(LoadedModel, namespace), settings, windows, seen, "", ["made by <hand>"])

@@ -60,7 +60,7 @@ class Case:
     def thoughts(self, seed: int = 0) -> Thoughts:
         """Given thoughts with a given entropy."""
         s, rng = self.thought, np.random.default_rng(seed + 1)
-        shape = (self.batch, s.count, self.length, s.length)
+        shape = (self.batch, s.num_thoughts, self.length, s.thought_length)
         tokens = rng.integers(1, 11, shape)
         return Thoughts(jnp.asarray(tokens, jnp.int32), jnp.asarray(rng.uniform(0, 2, shape), jnp.float32))
 

@@ -121,12 +121,13 @@ def position(
     """(nll [K] of the tokens ahead, log-probability [T] of each thought token, mixing weight [K]); base [L+K, D]."""
     hidden = chain(a, s, p, row, mask, j, thought)
     log_probs = [
-        -nll(masked_logits(a, s, p, hidden[i]) / s.config.score_temperature, thought[i]) for i in range(s.length)
+        -nll(masked_logits(a, s, p, hidden[i]) / s.config.score_temperature, thought[i])
+        for i in range(s.thought_length)
     ]
     talk, weights = [], []
     targets = jnp.concatenate([row, jnp.zeros(s.tokens_ahead, row.dtype)])
     for k in range(s.tokens_ahead):
-        h_base, h_thought = base[j + k], hidden[s.length + 1 + k]
+        h_base, h_thought = base[j + k], hidden[s.thought_length + 1 + k]
         w = mixing_weight(p, h_base, h_thought)
         target = targets[j + 1 + k]
         if s.config.mixing == "log_probabilities":
@@ -151,7 +152,7 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss and metrics of given thoughts [B, R, L, T], in the words of the paper's code."""
     batch, length = tokens.shape
-    count, ahead = s.count, s.tokens_ahead
+    count, ahead = s.num_thoughts, s.tokens_ahead
     ok = np.zeros((batch, length, ahead), bool)
     for b, j, k in np.ndindex(ok.shape):
         ok[b, j, k] = j + 1 + k < length and bool(mask[b, j + 1 + k])
@@ -184,7 +185,7 @@ def loss(
                 advantage = reward - mean if count > 1 else reward
                 if s.config.positive_only:
                     advantage = jnp.maximum(advantage, 0.0)
-                each = log_probs.sum() / (s.length if s.config.policy_reduction == "mean" else 1)
+                each = log_probs.sum() / (s.thought_length if s.config.policy_reduction == "mean" else 1)
                 policy -= advantage * each / (batch * count * rewarded)
                 reward_sum += reward
 
@@ -209,8 +210,8 @@ def greedy_thought(
     a: Architecture, s: ThoughtSettings, p: Params, row: jax.Array, mask: jax.Array, j: int
 ) -> tuple[list[int], list[np.ndarray]]:
     """The thought of position j token by token, each the most likely, and the logits it was chosen from."""
-    thought, logits = np.zeros(s.length, np.int32), []
-    for i in range(s.length):
+    thought, logits = np.zeros(s.thought_length, np.int32), []
+    for i in range(s.thought_length):
         hidden = jitted_chain(a, s, p, row, mask, jnp.int32(j), jnp.asarray(thought))
         logits.append(np.asarray(masked_logits(a, s, p, hidden[i])))
         thought[i] = logits[-1].argmax()

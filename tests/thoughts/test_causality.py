@@ -19,7 +19,7 @@ from quietstar_jax.thoughts.score import chain_hidden_states, score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import read_text
 
-LENGTH, COUNT, SETTINGS = 6, 2, ThoughtSettings(length=2, count=2, tokens_ahead=3)
+LENGTH, COUNT, SETTINGS = 6, 2, ThoughtSettings(thought_length=2, num_thoughts=2, tokens_ahead=3)
 ARCHITECTURE = Architecture(
     vocab_size=13, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
     initializer_range=0.5,
@@ -87,7 +87,7 @@ def test_no_control_sees_a_later_token(control: str, positions: str, greedy: boo
     length, fraction = 12, 1.0 if positions == "all" else 0.6
     config = ThoughtConfig(control=control, positions=positions, position_fraction=fraction)
     settings = dataclasses.replace(SETTINGS, tokens_ahead=1, pause_id=3, config=config)
-    drawn = controls.draw_uniforms(jax.random.key(1), (2, COUNT, length, settings.length))
+    drawn = controls.draw_uniforms(jax.random.key(1), (2, COUNT, length, settings.thought_length))
     draws = jax.random.uniform(jax.random.key(2), (2, length))
 
     @jax.jit

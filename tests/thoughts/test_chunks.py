@@ -62,7 +62,7 @@ def test_sum_and_gradient_equal_the_plain_sum(dtype: str, carried: tuple[str, ..
 
 
 def test_a_larger_budget_never_takes_fewer_positions() -> None:
-    settings = ThoughtSettings(length=9, count=2, tokens_ahead=4)
+    settings = ThoughtSettings(thought_length=9, num_thoughts=2, tokens_ahead=4)
     found = [
         max_positions_per_chunk(
             Architecture(),
@@ -78,13 +78,13 @@ def test_a_larger_budget_never_takes_fewer_positions() -> None:
 
 
 def test_a_given_chunk_is_taken_up_to_the_text() -> None:
-    settings = ThoughtSettings(length=2, config=ThoughtConfig(positions_per_chunk=50))
+    settings = ThoughtSettings(thought_length=2, config=ThoughtConfig(positions_per_chunk=50))
     assert max_positions_per_chunk(Architecture(), settings, batch=1, length=20) == 20
 
 
 def test_more_positions_are_sampled_at_once_where_weights_are_gathered():
     architecture = Architecture(hidden_size=256, intermediate_size=768, num_layers=16, vocab_size=64)
-    settings = ThoughtSettings(4, count=2, tokens_ahead=4, config=ThoughtConfig(chunk_megabytes=16))
+    settings = ThoughtSettings(4, num_thoughts=2, tokens_ahead=4, config=ThoughtConfig(chunk_megabytes=16))
     scored, sampled = (
         fn(architecture, settings, 4, 256) for fn in (max_positions_per_chunk, max_sampled_positions_per_chunk)
     )  # fmt: skip

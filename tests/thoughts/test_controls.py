@@ -24,7 +24,7 @@ def thoughts_of(control: str, *, greedy: bool = False, seed: int = 0) -> np.ndar
     )
     model = random_model(CASE.decoder, settings.config.embedding_scale)
     text = read_text(model.decoder, *CASE.text(), dtype=settings.dtype)
-    shape = (CASE.batch, settings.count, CASE.length, settings.length)
+    shape = (CASE.batch, settings.num_thoughts, CASE.length, settings.thought_length)
     positions = jnp.arange(CASE.length)
     uniforms = draw_uniforms(jax.random.key(seed), shape)
     if control == "none":
@@ -97,5 +97,5 @@ def test_without_mixing_the_thought_alone_predicts() -> None:
     scores = score_thoughts(model, text, positions, CASE.thoughts().tokens, settings)
     model.mixing_head.out.set_value(model.mixing_head.out[...] * 5)
     again = score_thoughts(model, text, positions, CASE.thoughts().tokens, settings)
-    np.testing.assert_array_equal(scores.nll, again.nats)
+    np.testing.assert_array_equal(scores.nll, again.nll)
     assert np.all(np.asarray(scores.weight) == 1.0)

@@ -91,7 +91,7 @@ def test_thoughts_are_those_of_the_document_alone(greedy: bool) -> None:
     s = WINDOWED.thought
     model = random_model(WINDOWED.decoder, s.config.embedding_scale)
     (tokens, mask), starts = WINDOWED.text(), starts_of()
-    uniforms = jax.random.uniform(jax.random.key(0), (2, s.count, 16, s.length))
+    uniforms = jax.random.uniform(jax.random.key(0), (2, s.num_thoughts, 16, s.thought_length))
 
     @jax.jit
     def thoughts(tokens: Any, mask: Any, uniforms: Any, starts: Any = None) -> Any:
@@ -113,7 +113,9 @@ def test_no_gradient_passes_from_one_document_to_another(which: int, masked: boo
     model = random_model(case.decoder, s.config.embedding_scale)
     draw = np.random.default_rng(0)
     tokens = jnp.asarray(draw.integers(0, 3, 12) + 3 * number, jnp.int32)[None]
-    thoughts = jnp.asarray(draw.integers(9, 11, (1, s.count, 12, s.length)), jnp.int32)  # words of no document
+    thoughts = jnp.asarray(
+        draw.integers(9, 11, (1, s.num_thoughts, 12, s.thought_length)), jnp.int32
+    )  # words of no document
     own, starts = jnp.asarray(number == which), jnp.asarray(document_starts(number))[None] if masked else None
 
     @jax.jit

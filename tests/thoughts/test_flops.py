@@ -35,7 +35,7 @@ def test_one_token() -> None:
 
 
 def test_a_step_part_by_part() -> None:
-    settings = ThoughtSettings(length=2, count=3, tokens_ahead=2, policy_weight=1.0)
+    settings = ThoughtSettings(thought_length=2, num_thoughts=3, tokens_ahead=2, policy_weight=1.0)
     found = step_flops(SMALL, settings, batch=1, length=7)
     assert found.base == 7 * (decoder_flops(SMALL, 4) + HEAD)
     assert found.sampling == 7 * 3 * 2 * (decoder_flops(SMALL, 4 + 1.5) + HEAD)
@@ -51,7 +51,7 @@ def test_a_step_part_by_part() -> None:
 
 
 def test_a_frozen_decoder_costs_the_way_to_what_learns() -> None:
-    settings = ThoughtSettings(length=2, count=3, tokens_ahead=2, policy_weight=1.0)
+    settings = ThoughtSettings(thought_length=2, num_thoughts=3, tokens_ahead=2, policy_weight=1.0)
     head_only = step_flops(SMALL, settings, 1, 7, RateScales(decoder=0.0, thought_embeddings=0.0))
     mixing = 7 * 3 * 2 * 2 * (4 * 4 + 4 * 4 + 4) + 7 * 2 * 4 * 4
     assert head_only.backward == 2 * mixing
@@ -60,7 +60,7 @@ def test_a_frozen_decoder_costs_the_way_to_what_learns() -> None:
 
 
 def test_only_what_is_computed_is_counted() -> None:
-    settings = ThoughtSettings(length=2, count=3, tokens_ahead=2, policy_weight=1.0, rematerialize=True)
+    settings = ThoughtSettings(thought_length=2, num_thoughts=3, tokens_ahead=2, policy_weight=1.0, rematerialize=True)
     mixing = 7 * 3 * 2 * 2 * (4 * 4 + 4 * 4 + 4) + 7 * 2 * 4 * 4
 
     def cost(rates: RateScales = RateScales(), policy_weight: float = 1.0, **config: str) -> Flops:  # noqa: B008
@@ -108,7 +108,7 @@ def test_what_a_setting_saves_is_what_the_compiler_saves(control: str, policy_we
 
 
 def test_a_plain_step() -> None:
-    found = step_flops(SMALL, ThoughtSettings(length=0), batch=2, length=7)
+    found = step_flops(SMALL, ThoughtSettings(thought_length=0), batch=2, length=7)
     assert found.necessary == 3 * 14 * (decoder_flops(SMALL, 4) + HEAD)
 
 

@@ -96,8 +96,8 @@ def read(path: Path) -> Golden:
     arrays = dict(np.load(path))
     meta = json.loads(str(arrays["meta_json"]))
     settings = ThoughtSettings(
-        length=meta["thought_length"],
-        count=meta["n_passes"],
+        thought_length=meta["thought_length"],
+        num_thoughts=meta["n_passes"],
         tokens_ahead=meta["n_ahead_talk"],
         policy_weight=meta["policy_loss_beta"],
         meta_tokens=(meta["start_token_id"], meta["end_token_id"]),
@@ -203,7 +203,7 @@ def test_golden_loss_terms_and_gradients(golden: Golden, way: str) -> None:
     wrong = [worst_errors(split(gradient)[0], golden.ours("grad"), 1e-4) for gradient in gradients]
     assert {} in wrong, wrong
 
-    first = s.length + 2  # n_ahead - 1: where the published code logs the first token ahead
+    first = s.thought_length + 2  # n_ahead - 1: where the published code logs the first token ahead
     terms = {"log/policy_loss": "policy_loss", "log/policy_reward": "reward", "log/loss_0": "base_loss"}
     terms |= {f"log/loss_{first + k}": f"talk_loss_{k + 1}" for k in range(s.tokens_ahead)}
     for theirs, ours in terms.items():

@@ -55,7 +55,7 @@ def test_loss_metrics_and_gradients_equal_the_oracle(case: Case) -> None:
     assert relative_error(value, expected) < 1e-5
     entropy = np.asarray(thoughts.entropy).mean(-1)[:, :, :-1]
     real = np.asarray(mask)[:, None, 1:]
-    expected_metrics["thought_entropy"] = (entropy * real).sum() / (s.count * max(real.sum(), 1))
+    expected_metrics["thought_entropy"] = (entropy * real).sum() / (s.num_thoughts * max(real.sum(), 1))
     assert not worst_errors(metrics, expected_metrics, 2e-5)
     assert not worst_errors(gradient, expected_gradient, 1e-4)
     idle = {name for name, g in expected_gradient.items() if not np.any(g)}

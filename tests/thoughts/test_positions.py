@@ -39,7 +39,7 @@ def text_of(mask: list[str], entropy: list[list[float]] | None = None) -> Text:
 
 def chosen(how: str, fraction: float, draws: list[list[float]], text: Text) -> list[list[int]]:
     config = dataclasses.replace(Case("").thought.config, positions=how, position_fraction=fraction)
-    settings = ThoughtSettings(length=2, tokens_ahead=2, config=config)
+    settings = ThoughtSettings(thought_length=2, tokens_ahead=2, config=config)
     found = np.asarray(choose(text, jnp.array(draws), settings))
     return [[int(j) for j in row if j != PAST_THE_TEXT] for row in found]
 
@@ -100,10 +100,10 @@ def test_loss_and_gradients_are_those_of_the_chosen_positions(how: str, fraction
         thinks = (positions[:, :, None] == everywhere).any(axis=1)[:, None, :].astype(jnp.float32)  # [B, 1, L]
         total = thinks.sum()
         assert_real = jnp.where(total > 2, 0.0, jnp.nan)  # the case must have something to choose
-        talk = (scores.nll * thinks[..., None]).sum(axis=(0, 1, 2)) / (s.count * total)
-        reward = rewards(here_and_ahead(text.nll, everywhere, s.tokens_ahead), scores.nats)
+        talk = (scores.nll * thinks[..., None]).sum(axis=(0, 1, 2)) / (s.num_thoughts * total)
+        reward = rewards(here_and_ahead(text.nll, everywhere, s.tokens_ahead), scores.nll)
         advantage = advantages(reward, positive_only=config.positive_only) * thinks
-        policy = -(advantage * scores.log_probs.mean(axis=-1)).sum() / (s.count * total)
+        policy = -(advantage * scores.log_probs.mean(axis=-1)).sum() / (s.num_thoughts * total)
         base = text.nll.sum() / counts.text
         weight = config.base_loss_weight
         return weight * base + (1 - weight) * talk.mean() + s.policy_weight * policy + assert_real
@@ -119,7 +119,7 @@ def test_a_thought_does_not_depend_on_which_others_are_thought() -> None:
     model = random_model(c.decoder, s.config.embedding_scale)
     (tokens, mask), everywhere = c.text(), jnp.arange(c.length)
     text = read_text(model.decoder, tokens, mask, dtype=s.dtype)
-    uniforms = jax.random.uniform(jax.random.key(3), (c.batch, s.count, c.length, s.length))
+    uniforms = jax.random.uniform(jax.random.key(3), (c.batch, s.num_thoughts, c.length, s.thought_length))
     all_thoughts = sample_thoughts(model, text, everywhere, uniforms, s, 4).tokens
     positions = jnp.array([[0, 3, 5], [1, 2, PAST_THE_TEXT]])
     some = sample_thoughts(model, text, positions, at_positions(uniforms, positions), s, 2).tokens
@@ -128,7 +128,7 @@ def test_a_thought_does_not_depend_on_which_others_are_thought() -> None:
 
 
 def test_the_cost_falls_with_the_fraction() -> None:
-    settings = ThoughtSettings(length=9, count=2, tokens_ahead=4)
+    settings = ThoughtSettings(thought_length=9, num_thoughts=2, tokens_ahead=4)
     config = dataclasses.replace(settings.config, positions="entropy", position_fraction=0.25)
     quarter = dataclasses.replace(settings, config=config)
     decoder = Case("").decoder

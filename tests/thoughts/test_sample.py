@@ -42,11 +42,11 @@ def sample(
 
 def uniforms() -> jax.Array:
     s = CASE.thought
-    return jax.random.uniform(jax.random.key(3), (CASE.batch, s.count, CASE.length, s.length))
+    return jax.random.uniform(jax.random.key(3), (CASE.batch, s.num_thoughts, CASE.length, s.thought_length))
 
 
 def test_greedy_thoughts_and_their_entropy_equal_the_oracle(model: QuietStar) -> None:
-    settings = dataclasses.replace(CASE.thought, count=1)
+    settings = dataclasses.replace(CASE.thought, num_thoughts=1)
     tokens, mask = CASE.text()
     _, thoughts = sample(model, tokens, mask, None, settings, 3)
     params = split(model)[0]

@@ -96,7 +96,7 @@ def test_an_untrained_mixing_head_changes_nothing(run):
 def test_a_run_that_never_thinks_reports_the_base(run):
     config = dataclasses.replace(run.config, phases=(Phase(name="plain", thought_length=0),))
     settings = evaluation_settings(config, run.vocabulary)
-    assert settings.length == 0
+    assert settings.thought_length == 0
     scores = make_token_scorer(run.graphdef, run.architecture, settings)(first_state(run).params, batch(run))
     np.testing.assert_array_equal(scores.talk_nll, scores.base_nll)
     assert scores.thoughts.shape == (2, 24, 0)

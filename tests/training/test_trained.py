@@ -97,14 +97,19 @@ def test_a_plain_model_has_a_decoder_and_cannot_think(places, name):
         else:
             assert not model.params[path].any()
     assert not model.can_think
-    assert model.settings(0).length == model.settings().length == 0
+    assert model.settings(0).thought_length == model.settings().thought_length == 0
     with pytest.raises(CheckpointError, match="cannot think"):
         model.settings(3)
 
 
 def test_settings(places):
     settings = load_model(places["folder"] / "run").settings(tokens_ahead=3)
-    assert (settings.length, settings.count, settings.tokens_ahead, settings.compute_dtype) == (6, 1, 3, "float32")
+    assert (settings.thought_length, settings.num_thoughts, settings.tokens_ahead, settings.compute_dtype) == (
+        6,
+        1,
+        3,
+        "float32",
+    )
     assert settings.config.mixing == "log_probabilities"
     assert load_model(places["folder"] / "quietstar").settings(2).meta_tokens == (20, 21, *UNUSED)
     with pytest.raises(ConfigError, match="-1"):
