@@ -1,6 +1,10 @@
 """A real pretrained model and real text, small enough for two cores: a 260 K Llama continued on mathematics textbooks.
 
-Set `--config.model.checkpoint`, `--config.data.train` and `--config.data.validation` to where yours lie.
+It reads three paths below the current folder; put your files there, or set the paths (`--config.model.checkpoint`,
+`--config.data.train`, `--config.data.validation`):
+
+- `data/stories260k`: karpathy/tinyllamas' stories260K as a Hugging Face folder, or any other small model;
+- `data/textbooks/train.jsonl` and `validation.jsonl`: lines with a `text`, as docs/data.md describes.
 """
 
 import ml_collections
@@ -12,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     """100 steps of the paper's recipe, at a learning rate for a model of this size."""
     config = default_config()
     config.workdir = "runs/textbook_stories260k"
-    config.model.checkpoint = "../shared/models/stories260k"
+    config.model.checkpoint = "data/stories260k"
 
     architecture = config.model.architecture  # that of the checkpoint, for planning without it
     architecture.vocab_size = 512
@@ -25,8 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
     architecture.max_positions = 512
     architecture.tie_embeddings = True
 
-    config.data.train = ("../shared/data/openstax-ccby/train.jsonl",)
-    config.data.validation = ("../shared/data/openstax-ccby/val.jsonl",)
+    config.data.train = ("data/textbooks/train.jsonl",)
+    config.data.validation = ("data/textbooks/validation.jsonl",)
     config.data.sequence_length = 256
     config.thought.initial_start_token = "."  # the tokenizer, of children's stories, has no "---"
     config.thought.initial_end_token = "."

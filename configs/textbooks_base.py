@@ -1,7 +1,13 @@
 """Pre-trains a small base on real text: textbooks (OpenStax) and worked problems (GSM8K).
 
-Set `--config.data.tokenizer`, `--config.data.train` and `--config.data.validation` to where yours lie. GSM8K is read as
-a tensorflow-datasets dataset, made once from its published files:
+It reads paths below the current folder; put your files there, or set the paths (`--config.data.tokenizer`,
+`--config.data.train`, `--config.data.validation`):
+
+- `data/textbooks/*.jsonl` and `data/textbooks_held_out.jsonl`: lines with a `text` (docs/data.md); the published figures
+  are of OpenStax books, from the last revisions under CC BY 4.0, converted to text with formulas in LaTeX;
+- `data/textbooks_tokenizer`: a tokenizer with 4,096 ids, trained on this text (`tokenizers` does it in a minute).
+
+GSM8K is read as a tensorflow-datasets dataset, made once from its published files:
 `python -m quietstar_jax.data.build gsm8k --data-dir ~/tensorflow_datasets --split train=gsm8k/train.jsonl`
 """
 
@@ -27,13 +33,9 @@ def get_config() -> ml_collections.ConfigDict:
     architecture.tie_embeddings = True
     architecture.initializer_range = 0.0625  # 1/sqrt(hidden_size): a small model learns far sooner
 
-    config.data.tokenizer = "../shared/tokenizers/openstax-4k"
-    config.data.train = (
-        "../shared/data/openstax-ccby/train.jsonl",
-        "../shared/data/openstax-ccby-extra/train.jsonl",
-        "tfds:gsm8k:train",
-    )
-    config.data.validation = ("../shared/data/openstax-ccby/val.jsonl",)
+    config.data.tokenizer = "data/textbooks_tokenizer"
+    config.data.train = ("data/textbooks/*.jsonl", "tfds:gsm8k:train")
+    config.data.validation = ("data/textbooks_held_out.jsonl",)
     config.data.sequence_length = 256
     config.data.packing = "packed"
 

@@ -9,7 +9,7 @@ import pytest
 
 
 def material(relative: str) -> Path:
-    """A file or folder below the one named by QUIETSTAR_MATERIAL (default: `../shared` beside the repository).
+    """A file or folder below the one named by QUIETSTAR_MATERIAL (default: `shared` beside the repository).
 
     Args:
       relative: path inside it, e.g. `models/stories260k`. Skips the calling test if it does not exist.
