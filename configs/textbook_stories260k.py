@@ -4,7 +4,7 @@ It reads three paths below the current folder; put your files there, or set the 
 `--config.data.train`, `--config.data.validation`):
 
 - `data/stories260k`: karpathy/tinyllamas' stories260K as a Hugging Face folder, or any other small model;
-- `data/textbooks/train.jsonl` and `validation.jsonl`: lines with a `text`, as docs/data.md describes.
+- `data/textbooks/*.jsonl` and `data/textbooks_held_out.jsonl`: lines with a `text`, as docs/data.md describes.
 """
 
 import ml_collections
@@ -29,8 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
     architecture.max_positions = 512
     architecture.tie_embeddings = True
 
-    config.data.train = ("data/textbooks/train.jsonl",)
-    config.data.validation = ("data/textbooks/validation.jsonl",)
+    config.data.train = ("data/textbooks/*.jsonl",)
+    config.data.validation = ("data/textbooks_held_out.jsonl",)
     config.data.sequence_length = 256
     config.thought.initial_start_token = "."  # the tokenizer, of children's stories, has no "---"
     config.thought.initial_end_token = "."

@@ -3,8 +3,8 @@
 It reads paths below the current folder; put your files there, or set the paths (`--config.data.tokenizer`,
 `--config.data.train`, `--config.data.validation`):
 
-- `data/textbooks/*.jsonl` and `data/textbooks_held_out.jsonl`: lines with a `text` (docs/data.md); the published figures
-  are of OpenStax books, from the last revisions under CC BY 4.0, converted to text with formulas in LaTeX;
+- `data/textbooks/*.jsonl` and `data/textbooks_held_out.jsonl`: lines with a `text` (docs/data.md). Those of
+  docs/results.md are OpenStax books, the last revisions under CC BY 4.0, converted to text with formulas in LaTeX;
 - `data/textbooks_tokenizer`: a tokenizer with 4,096 ids, trained on this text (`tokenizers` does it in a minute).
 
 GSM8K is read as a tensorflow-datasets dataset, made once from its published files:
