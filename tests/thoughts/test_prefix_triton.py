@@ -64,13 +64,13 @@ def test_values_and_gradients_equal_one_softmax(monkeypatch, width, dtype, toler
     own = Sums(normal(3, *shape)[..., :1], jnp.ones((*shape[:-1], 1)), normal(4, *shape))
     gradient = normal(5, *shape, dtype=dtype)
     wide = [x.astype(jnp.float32) for x in narrow]
-    (context, log_total), back = jax.vjp(lambda *x: one_softmax(*x, seen, own), *wide)
-    wanted = back((gradient.astype(jnp.float32), jnp.zeros_like(log_total)))
+    (context, lse), back = jax.vjp(lambda *x: one_softmax(*x, seen, own), *wide)
+    wanted = back((gradient.astype(jnp.float32), jnp.zeros_like(lse)))
 
     sums = prefix_triton.prefix_fwd(*narrow, seen, own, interpret=True)
     mean = (gradient.astype(jnp.float32) * context).sum(axis=-1, keepdims=True)
-    found = prefix_triton.prefix_bwd(*narrow, seen, log_total, mean, gradient, interpret=True)
-    pairs = {"context": (sums.context / sums.total, context), "lse": (sums.peak + jnp.log(sums.total), log_total)}
+    found = prefix_triton.prefix_bwd(*narrow, seen, lse, mean, gradient, interpret=True)
+    pairs = {"context": (sums.context / sums.total, context), "lse": (sums.peak + jnp.log(sums.total), lse)}
     pairs |= dict(zip(("q", "keys", "values"), zip(found, wanted, strict=True), strict=True))
     for name, (x, y) in pairs.items():
         assert (x.dtype, x.shape) == (jnp.float32, y.shape), name

@@ -111,9 +111,9 @@ def _attention(
 
 def _forward(prefix_attention: str, *arguments: Any) -> tuple[jax.Array, tuple]:
     attend = functools.partial(_attend, prefix_attention)
-    context, log_total = manual_shard_map(attend, _OVER, _arguments(arguments[-1]), (_QUERIES, _QUERIES))(*arguments)
+    context, lse = manual_shard_map(attend, _OVER, _arguments(arguments[-1]), (_QUERIES, _QUERIES))(*arguments)
     context = checkpoint_name(context, ATTENTION)
-    return context, (*arguments, context, checkpoint_name(log_total, ATTENTION))
+    return context, (*arguments, context, checkpoint_name(lse, ATTENTION))
 
 
 def _backward(prefix_attention: str, saved: tuple, gradient: jax.Array) -> tuple:
@@ -154,19 +154,19 @@ def _attend(
 
 def _gradients(
     prefix_attention: str, psum: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array,
-    own_values: jax.Array, seen: ChainMask, context: jax.Array, log_total: jax.Array, gradient: jax.Array,
+    own_values: jax.Array, seen: ChainMask, context: jax.Array, lse: jax.Array, gradient: jax.Array,
 ) -> tuple:  # fmt: skip
     """Of q, keys, values, own_keys and own_values."""
     mean = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     scores = _own_scores(q, own_keys, seen)
     to_weights = dot("bgrjxh,bgrjeh->bgrjxe", gradient, own_values)
-    weights, to_scores = through_softmax(scores, to_weights, log_total, mean, q.dtype)
+    weights, to_scores = through_softmax(scores, to_weights, lse, mean, q.dtype)
     to_own = dot("bgrjxe,bgrjxh->bgrjeh", to_scores, q), dot("bgrjxe,bgrjxh->bgrjeh", weights, gradient)
     to_q = dot("bgrjxe,bgrjeh->bgrjxh", to_scores, own_keys)
     through_prefix = _choose(
         prefix_attention, prefix_xla.prefix_bwd, prefix_mosaic.prefix_bwd, prefix_triton.prefix_bwd
     )
-    from_prefix, *to_prefix = through_prefix(q, keys, values, seen, log_total, mean, gradient)
+    from_prefix, *to_prefix = through_prefix(q, keys, values, seen, lse, mean, gradient)
     # Devices that hold query heads of the same key/value heads.
     to_keys = psum((*to_prefix, *to_own), "group")
     return tuple(x.astype(q.dtype) for x in (to_q + from_prefix, *to_keys))

@@ -43,11 +43,11 @@ def prefix_fwd(
 
 def prefix_bwd(
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]], q: jax.Array, keys: jax.Array, values: jax.Array,
-    seen: ChainMask, log_total: jax.Array, mean: jax.Array, gradient: jax.Array,
+    seen: ChainMask, lse: jax.Array, mean: jax.Array, gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """As `prefix_xla.prefix_bwd`, where `backward(rows, keys, values, Range, log_total, mean, gradient)` gives
+    """As `prefix_xla.prefix_bwd`, where `backward(rows, keys, values, Range, lse, mean, gradient)` gives
     those of rows, keys and values, the last three of its arguments as rows too."""
-    rows = (_as_rows(x) for x in (log_total, mean, gradient))
+    rows = (_as_rows(x) for x in (lse, mean, gradient))
     to_q, to_keys, to_values = backward(_as_rows(q), keys, values, _range(q, seen), *rows)
     return to_q.reshape(q.shape), to_keys, to_values
 

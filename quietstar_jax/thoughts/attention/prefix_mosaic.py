@@ -32,12 +32,12 @@ def prefix_fwd(
 
 
 def prefix_bwd(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, log_total: jax.Array, mean: jax.Array,
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, lse: jax.Array, mean: jax.Array,
     gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """As `prefix_xla.prefix_bwd`."""
     kernels = functools.partial(backward, interpret=interpret)
-    return kernel_common.prefix_bwd(kernels, q, keys, values, seen, log_total, mean, gradient)
+    return kernel_common.prefix_bwd(kernels, q, keys, values, seen, lse, mean, gradient)
 
 
 def forward(
@@ -69,23 +69,23 @@ def forward(
 
 
 def backward(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, log_total: jax.Array, mean: jax.Array,
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, lse: jax.Array, mean: jax.Array,
     gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Gradients of queries, keys and values, float32, from scores that are computed again.
 
     Args:
-      log_total: [B, G, N, 1] log-sum-exp over prefix and chain; mean: [B, G, N, 1] the gradient times the context,
+      lse: [B, G, N, 1] log-sum-exp over prefix and chain; mean: [B, G, N, 1] the gradient times the context,
         summed; gradient: [B, G, N, H] of the context.
     """
     rows, length = q.shape[2], keys.shape[2]
     unpadded = keys.shape
     q, keys, values, seen = pad(q, keys, values, seen, ROW_BLOCK, KEY_BLOCK)
-    log_total, mean, gradient = (pad_axis(x, 2, ROW_BLOCK) for x in (log_total, mean, gradient))
+    lse, mean, gradient = (pad_axis(x, 2, ROW_BLOCK) for x in (lse, mean, gradient))
     batch, groups, padded, width = q.shape
     grid = (batch, groups, padded // ROW_BLOCK, keys.shape[2] // KEY_BLOCK)
     visited = bounds(seen, length, ROW_BLOCK, KEY_BLOCK)
-    operands = (*visited, q, keys, values, *_columns(seen), log_total, mean, gradient)
+    operands = (*visited, q, keys, values, *_columns(seen), lse, mean, gradient)
 
     to_q = pl.pallas_call(
         _query_gradient_kernel,
@@ -155,7 +155,7 @@ def _forward_kernel(
 
 
 def _query_gradient_kernel(
-    first, last, q, keys, values, low, high, mask, log_total, mean, gradient, to_q, total
+    first, last, q, keys, values, low, high, mask, lse, mean, gradient, to_q, total
 ):  # fmt: skip
     row_block, step = pl.program_id(2), pl.program_id(3)
 
@@ -167,7 +167,7 @@ def _query_gradient_kernel(
 
     @pl.when(block <= last[pl.program_id(0), row_block])
     def _() -> None:
-        _, to_scores = _through_softmax(q, keys, values, low, high, mask, log_total, mean, gradient, block)
+        _, to_scores = _through_softmax(q, keys, values, low, high, mask, lse, mean, gradient, block)
         total[...] += dot(to_scores, keys[0, 0], 1, 0)
 
     @pl.when(step == pl.num_programs(3) - 1)
@@ -176,7 +176,7 @@ def _query_gradient_kernel(
 
 
 def _key_gradient_kernel(
-    first, last, q, keys, values, low, high, mask, log_total, mean, gradient, to_keys, to_values, keys_sum, values_sum
+    first, last, q, keys, values, low, high, mask, lse, mean, gradient, to_keys, to_values, keys_sum, values_sum
 ):
     block, row_block = pl.program_id(2), pl.program_id(3)
 
@@ -189,7 +189,7 @@ def _key_gradient_kernel(
 
     @pl.when((first[batch, row_block] <= block) & (block <= last[batch, row_block]))
     def _() -> None:
-        weights, to_scores = _through_softmax(q, keys, values, low, high, mask, log_total, mean, gradient, block)
+        weights, to_scores = _through_softmax(q, keys, values, low, high, mask, lse, mean, gradient, block)
         keys_sum[...] += dot(to_scores, q[0, 0], 0, 0)
         values_sum[...] += dot(weights, gradient[0, 0], 0, 0)
 
@@ -206,12 +206,12 @@ def _scores(q: Any, keys: Any, low: Any, high: Any, mask: Any, block: jax.Array)
 
 
 def _through_softmax(
-    q: Any, keys: Any, values: Any, low: Any, high: Any, mask: Any, log_total: Any, mean: Any, gradient: Any,
+    q: Any, keys: Any, values: Any, low: Any, high: Any, mask: Any, lse: Any, mean: Any, gradient: Any,
     block: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(weights, gradient of scores) of a block in the compute dtype."""
     scores, visible = _scores(q, keys, low, high, mask, block)
-    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, MASKED) - log_total[0, 0]), 0.0)
+    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, MASKED) - lse[0, 0]), 0.0)
     to_weights = dot(gradient[0, 0], values[0, 0], 1, 1)
     return weights.astype(q.dtype), (weights * (to_weights - mean[0, 0])).astype(q.dtype)
 

@@ -58,12 +58,12 @@ def prefix_fwd(
 
 
 def prefix_bwd(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, log_total: jax.Array, mean: jax.Array,
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, lse: jax.Array, mean: jax.Array,
     gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """As `prefix_xla.prefix_bwd`."""
     kernels = functools.partial(backward, interpret=interpret)
-    return kernel_common.prefix_bwd(kernels, q, keys, values, seen, log_total, mean, gradient)
+    return kernel_common.prefix_bwd(kernels, q, keys, values, seen, lse, mean, gradient)
 
 
 def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, interpret: bool = False) -> Sums:
@@ -99,24 +99,24 @@ def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, in
 
 
 def backward(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, log_total: jax.Array, mean: jax.Array,
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, lse: jax.Array, mean: jax.Array,
     gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Gradients of queries, keys and values, float32, from scores that are computed again.
 
     Args:
-      log_total: [B, G, N, 1] log-sum-exp over prefix and chain; mean: [B, G, N, 1] the gradient times the context,
+      lse: [B, G, N, 1] log-sum-exp over prefix and chain; mean: [B, G, N, 1] the gradient times the context,
         summed; gradient: [B, G, N, H] of the context.
     """
     rows, length, width = q.shape[2], keys.shape[2], q.shape[3]
     blocks = _blocks(BACKWARD, q)
     q, keys, values, gradient = _pad_heads(q, keys, values, gradient)
     q, keys, values, seen = pad(q, keys, values, seen, blocks.rows, blocks.keys)
-    log_total, mean, gradient = (pad_axis(x, 2, blocks.rows) for x in (log_total, mean, gradient))
+    lse, mean, gradient = (pad_axis(x, 2, blocks.rows) for x in (lse, mean, gradient))
     batch, groups, padded, full_width = q.shape
     full_length = keys.shape[2]
     visited = bounds(seen, length, blocks.rows, blocks.keys)
-    of_rows = (q, gradient, log_total[..., 0], mean[..., 0], seen.low, seen.high)
+    of_rows = (q, gradient, lse[..., 0], mean[..., 0], seen.low, seen.high)
     of_keys = (keys, values, seen.mask.astype(jnp.int32))
 
     own_rows, row_numbers = _of_head(blocks.rows, full_width), _of_sequence(blocks.rows)
@@ -172,11 +172,9 @@ def _forward_kernel(first, last, q, low, high, keys, values, mask, peak_out, tot
     peak_out[...], total_out[...], context_out[...] = sums
 
 
-def _query_gradient_kernel(
-    first, last, q, gradient, log_total, mean, low, high, keys, values, mask, to_q, *, blocks: Blocks
-):
+def _query_gradient_kernel(first, last, q, gradient, lse, mean, low, high, keys, values, mask, to_q, *, blocks: Blocks):
     rows, of_context, seen = q[...], gradient[...], (low[...][:, None], high[...][:, None])
-    saved = log_total[...][:, None], mean[...][:, None]
+    saved = lse[...][:, None], mean[...][:, None]
 
     def block(i: jax.Array, total: jax.Array) -> jax.Array:
         at = pl.ds(i * blocks.keys, blocks.keys)
@@ -191,7 +189,7 @@ def _query_gradient_kernel(
 
 
 def _key_gradient_kernel(
-    count, order, q, gradient, log_total, mean, low, high, keys, values, mask, to_keys, to_values, *, blocks: Blocks
+    count, order, q, gradient, lse, mean, low, high, keys, values, mask, to_keys, to_values, *, blocks: Blocks
 ):
     """Scores lie [keys, rows] here, so that what goes into the products that are summed need not be transposed."""
     own_keys, own_values = keys[...], values[...]
@@ -203,7 +201,7 @@ def _key_gradient_kernel(
         visible = _visible(numbers, low[at][None, :], high[at][None, :], real)
         scores = jnp.where(visible, dot(own_keys, rows, 1, 1), MASKED)
         to_weights = dot(own_values, of_context, 1, 1)
-        weights, to_scores = through_softmax(scores, to_weights, log_total[at][None, :], mean[at][None, :], q.dtype)
+        weights, to_scores = through_softmax(scores, to_weights, lse[at][None, :], mean[at][None, :], q.dtype)
         return sums[0] + dot(to_scores, rows, 1, 0), sums[1] + dot(weights, of_context, 1, 0)
 
     zeros = jnp.zeros(own_keys.shape, jnp.float32)

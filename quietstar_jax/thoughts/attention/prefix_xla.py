@@ -57,13 +57,13 @@ def add_blocks(q: jax.Array, seen: ChainMask, own: Sums, width: int, cut: Cut) -
 
 
 def prefix_bwd(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, log_total: jax.Array, mean: jax.Array,
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, lse: jax.Array, mean: jax.Array,
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """What the prefix adds to the gradients of queries, keys and values, float32, from scores computed again.
 
     Args:
-      log_total: [B, G, R, J, X, 1] log-sum-exp over prefix and chain; mean: [B, G, R, J, X, 1], the gradient times the
+      lse: [B, G, R, J, X, 1] log-sum-exp over prefix and chain; mean: [B, G, R, J, X, 1], the gradient times the
         context, summed over H; gradient: of the context.
     """
     width = min(KEY_BLOCK, keys.shape[2])
@@ -74,7 +74,7 @@ def prefix_bwd(
         block_keys, block_values = _cut(keys, start, width), _cut(values, start, width)
         scores = jnp.where(visible, dot("bgrjxh,bgph->bgrjxp", q, block_keys), MASKED)
         to_weights = dot("bgrjxh,bgph->bgrjxp", gradient, block_values)
-        weights, to_scores = through_softmax(scores, to_weights, log_total, mean, q.dtype)
+        weights, to_scores = through_softmax(scores, to_weights, lse, mean, q.dtype)
         to_q += dot("bgrjxp,bgph->bgrjxh", to_scores, block_keys)
         to_keys = _add_block(start, to_keys, dot("bgrjxp,bgrjxh->bgph", to_scores, q))
         to_values = _add_block(start, to_values, dot("bgrjxp,bgrjxh->bgph", weights, gradient))
@@ -85,10 +85,10 @@ def prefix_bwd(
 
 
 def through_softmax(
-    scores: jax.Array, to_weights: jax.Array, log_total: jax.Array, mean: jax.Array, dtype: jnp.dtype
+    scores: jax.Array, to_weights: jax.Array, lse: jax.Array, mean: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     """(weights, gradient of scores) in the compute dtype."""
-    weights = jnp.exp(scores - log_total)
+    weights = jnp.exp(scores - lse)
     return weights.astype(dtype), (weights * (to_weights - mean)).astype(dtype)
 
 
