@@ -121,7 +121,8 @@ def _introduction(settings: ThoughtSettings, thoughts: int) -> str:
     return (
         "<p>A language model reads text and predicts it token by token (a token is a word, or a piece of one). This "
         f"model may think before every single token: it writes {settings.thought_length} hidden tokens, then "
-        f"predicts. Here it did so at every place of the text below: {several}. The colours say whether that helped.</p><p>The "
+        f"predicts. Here it did so at every place of the text below: {several}. The colours say whether that "
+        "helped.</p><p>The "
         "measure is the <em>nat</em>: a gain of 0.7 nats means that the true next token became twice as likely, 2.3 "
         "nats ten times; a negative number, that it became less likely.</p>"
     )

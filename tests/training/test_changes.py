@@ -27,9 +27,9 @@ from quietstar_jax.training.base import check_base
 from quietstar_jax.training.loop import resume_or_start
 from quietstar_jax.training.resume import MOST_LINES, saved_record
 from quietstar_jax.training.setup import prepare
+from tests.checkpoint.saved import edit
 from tests.hf.runs import start_run, write_tokenizer
 from tests.models.test_parity import VOCAB, random_model
-from tests.training.saved import edit
 from tests.training.tiny import tiny_config
 
 

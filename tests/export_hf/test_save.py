@@ -39,11 +39,11 @@ from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.settings import to_mapping
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.base import load_thinking
+from tests.checkpoint.saved import edit
 from tests.hf.checkpoints import TINY
 from tests.hf.runs import END, START, start_run, write_tokenizer
 from tests.models.test_parity import VARIANTS, VOCAB, batch, our_logits, random_model, their_logits
 from tests.support.commands import run_command
-from tests.training.saved import edit
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
@@ -310,7 +310,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.export_hf.save import ExportOptions, Thoughts, save
 from quietstar_jax.hf.names import parameter_shapes, quietstar_entries
-from tests.hf.test_save import TINY, Constant
+from tests.export_hf.test_save import TINY, Constant
 
 output = Path(sys.argv[1])
 for i in range(10_000):
@@ -483,7 +483,7 @@ import sys
 from pathlib import Path
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
-from tests.hf.test_save import save_on_mesh
+from tests.export_hf.test_save import save_on_mesh
 save_on_mesh(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 

@@ -17,8 +17,8 @@ from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import load_model
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.chains import empty_chains
-from tests.generation.models import PROMPT_LENGTHS, Thinker, prompts, thinker
 from tests.hf.runs import our_predictions
+from tests.inference.models import PROMPT_LENGTHS, Thinker, prompts, thinker
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ from etils import epath
 from quietstar_jax.checkpoint import manifest, steps
 from quietstar_jax.checkpoint.run_checkpoint import open_run
 from quietstar_jax.errors import CheckpointError
-from tests.training.saved import SavedSteps
+from tests.checkpoint.saved import SavedSteps
 
 FAULTS = ("flip", "truncate", "empty", "extend", "delete", "folder")
 
