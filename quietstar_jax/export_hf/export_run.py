@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, open_run, run_tokenizer
+from quietstar_jax.data.vocabulary import UNUSED, unused_ids
 from quietstar_jax.export_hf.model_card import model_card
 from quietstar_jax.export_hf.save import ExportOptions, Thoughts, save
-from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
 
 
 def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | None = None) -> RunCheckpoint:

@@ -23,6 +23,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.data.vocabulary import UNUSED
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.export_hf.added_tokens import add_tokens, pad_as_trained
 from quietstar_jax.hf.canonical import EMBEDDING, LM_HEAD
@@ -30,7 +31,6 @@ from quietstar_jax.hf.files import INDEX
 from quietstar_jax.hf.generation import generation_config
 from quietstar_jax.hf.names import Entry, Shape, Target, decoder_entries, parameter_shapes, quietstar_entries, to_theirs
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, write_file
-from quietstar_jax.hf.vocabulary import UNUSED
 from quietstar_jax.io import new_folder
 from quietstar_jax.models.families import architecture_to_hf
 

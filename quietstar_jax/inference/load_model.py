@@ -19,13 +19,13 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, is_run, open_run, run_tokenizer
 from quietstar_jax.config import Config, ModelConfig, ThoughtConfig
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.data.vocabulary import UNUSED, unused_ids
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf.canonical import EMBEDDING, LM_HEAD
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.generation import stops_and_suppressed
 from quietstar_jax.hf.load import Info, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries
-from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
 from quietstar_jax.io import is_url, place
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import GraphDef

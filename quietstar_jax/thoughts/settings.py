@@ -70,7 +70,7 @@ class Vocabulary(NamedTuple):
       start_tokens, end_tokens: whose mean embeddings the thought's start and end begin as; none where the weights that
         training starts from have learned these two already.
       pause_id: fills thoughts under the control `pause`.
-      unused: ids of the model that are no token, see `hf.vocabulary.unused_ids`; no thought may contain them either.
+      unused: ids of the model that are no token, see `data.vocabulary.unused_ids`; no thought may contain them either.
     """
 
     pad_id: int

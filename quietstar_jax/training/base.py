@@ -17,11 +17,11 @@ from quietstar_jax.config import Config, ModelConfig
 from quietstar_jax.data.fingerprint import fingerprint
 from quietstar_jax.data.sources.files import one_file
 from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.data.vocabulary import UNUSED
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.load import build, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries, thought_entries
-from quietstar_jax.hf.vocabulary import UNUSED
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import split

@@ -16,8 +16,8 @@ from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
 from quietstar_jax.data.pipeline import check_vocabulary
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.data.vocabulary import UNUSED, unused_ids
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
 from quietstar_jax.models.parameters import GraphDef, split
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
 from quietstar_jax.parallel.sharding import on_mesh

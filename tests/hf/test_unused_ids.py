@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from quietstar_jax.data.vocabulary import UNUSED, unused_ids
 from quietstar_jax.errors import CheckpointError
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
-from quietstar_jax.hf.vocabulary import UNUSED, unused_ids
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import load_model
 from quietstar_jax.thoughts.controls import random_tokens
