@@ -31,7 +31,6 @@ from quietstar_jax.data.synthetic import (
     SyntheticSource,
     answer_questions,
     build_tokenizer,
-    floors,
     is_useful,
     split_of,
 )
@@ -40,6 +39,7 @@ from quietstar_jax.errors import DataError
 CONFIG = SyntheticConfig(
     documents=40_000, validation_documents=2_000, steps_fraction=0.375, chatter_fraction=0.125, stray_mark_rate=0.12
 )
+from tests.data.synthetic_floors import floors
 
 
 @pytest.fixture(scope="module")
