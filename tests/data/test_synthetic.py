@@ -35,11 +35,11 @@ from quietstar_jax.data.synthetic import (
     split_of,
 )
 from quietstar_jax.errors import DataError
+from tests.data.synthetic_floors import floors
 
 CONFIG = SyntheticConfig(
     documents=40_000, validation_documents=2_000, steps_fraction=0.375, chatter_fraction=0.125, stray_mark_rate=0.12
 )
-from tests.data.synthetic_floors import floors
 
 
 @pytest.fixture(scope="module")
