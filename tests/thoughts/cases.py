@@ -43,7 +43,13 @@ class Case:
 
     @property
     def thought(self) -> ThoughtSettings:
-        defaults = {"length": 2, "count": 2, "tokens_ahead": 2, "policy_weight": 3.0, "meta_tokens": (11, 12)}
+        defaults = {
+            "thought_length": 2,
+            "num_thoughts": 2,
+            "tokens_ahead": 2,
+            "policy_weight": 3.0,
+            "meta_tokens": (11, 12),
+        }
         config = ThoughtConfig(embedding_scale=7.0, score_temperature=2.0, base_loss_weight=0.3)
         return ThoughtSettings(
             **{**defaults, "pad_id": PAD, **self.settings}, config=dataclasses.replace(config, **self.config)

@@ -17,7 +17,7 @@ from quietstar_jax.thoughts.text import here_and_ahead, read_text
 from tests.thoughts.cases import Case, random_model
 
 CASE = Case(
-    "bfloat16", length=24, mask=("1" * 24, "1" * 19 + "0" * 5), positions_per_chunk=7, settings={"length": 4},
+    "bfloat16", length=24, mask=("1" * 24, "1" * 19 + "0" * 5), positions_per_chunk=7, settings={"thought_length": 4},
     architecture={"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2,
                   "head_dim": 16},
 )  # fmt: skip

@@ -74,7 +74,7 @@ def test_weight_zero_leaves_the_policy_out() -> None:
 @pytest.mark.parametrize("chunk", [2, 7])
 def test_a_mixing_weight_of_zero_rewards_nothing_and_learns(dtype: str, chunk: int) -> None:
     """As at the first step: with one thought the reward is the advantage, and rounding would be one."""
-    settings = {"count": 1, "policy_weight": 1e6, "compute_dtype": dtype}
+    settings = {"num_thoughts": 1, "policy_weight": 1e6, "compute_dtype": dtype}
     case = Case("begin", mask=("1111111", "1111100"), settings=settings, positions_per_chunk=chunk)
     params, graphdef = split(random_model(case.decoder, case.thought.config.embedding_scale))
     params["mixing_head.out"] *= 0.0

@@ -21,7 +21,7 @@ from tests.thoughts import oracle
 from tests.thoughts.cases import Case, random_model
 
 CASE = Case(
-    "sample", length=8, mask=("11111111", "11111100"), settings={"length": 3},
+    "sample", length=8, mask=("11111111", "11111100"), settings={"thought_length": 3},
     architecture={"num_heads": 4, "num_kv_heads": 2, "sliding_window": 6},
 )  # fmt: skip
 LARGEST = float(np.nextafter(np.float32(1), np.float32(0)))
