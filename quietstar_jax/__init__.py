@@ -4,5 +4,5 @@ import os
 
 from quietstar_jax import signals
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # only its tokenizers are used here: no word on PyTorch
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no advice about PyTorch: only tokenizers are used
 signals.while_importing(os.path.dirname(__file__))

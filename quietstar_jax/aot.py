@@ -1,7 +1,8 @@
 """Command line: `python -m quietstar_jax.aot --config configs/mistral_7b_openwebmath.py --topology v5e:8x8`.
 
-Compiles the real train step, or the decoder, for devices that need not be here, and says whether it fits, what it sends
-and how long it takes at best. Needs neither weights nor tokenizer nor network. Status 1: it does not fit.
+Compiles the real train step, or the decoder, for devices that need not be attached, and reports whether it fits in
+memory, what the devices communicate and the shortest time it needs. Requires no weights, tokenizer or network. Exit
+status 1: it does not fit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from quietstar_jax.planning.targets import Target, compile_only, find_target
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compiles, then prints the plan."""
+    """Compiles the program and prints the plan; returns 1 if it does not fit."""
     given, config = parse_with_config(_parser(), arguments)
     compile_only()
     target = find_target(given.topology)
@@ -52,7 +53,7 @@ def _parser() -> CommandParser:
 
 
 def _suited(config: Config, target: Target, phase: str) -> Config:
-    """The configuration; where it says nothing of the mesh and the default does not suit, with the best guess."""
+    """Returns the configuration; a default mesh that does not suit the target is replaced by the best guess."""
     if config.mesh != MeshConfig():
         return config
     try:

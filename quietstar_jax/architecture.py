@@ -1,4 +1,4 @@
-"""The shape of a model: sizes and variants of a decoder, whoever asks for it (a setting, a checkpoint, a plan)."""
+"""The architecture of a decoder: its sizes and variants, shared by settings, checkpoints and plans."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RopeScaling:
 class Architecture:
     """Shape of a decoder-only transformer (Llama, Mistral, Phi-3, Qwen2, Qwen3 families)."""
 
-    family: str = "llama"  # llama | mistral | phi3 | qwen2 | qwen3: only decides how checkpoints of it are written
+    family: str = "llama"  # llama | mistral | phi3 | qwen2 | qwen3: affects only how checkpoints are written
     vocab_size: int = 512
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -52,10 +52,10 @@ class Architecture:
     max_positions: int = 2048
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    rotary_fraction: float = 1.0  # of the dimensions of a head, the first ones, that rotate
+    rotary_fraction: float = 1.0  # fraction of the dimensions of a head that rotate, the first ones
     rms_norm_eps: float = 1e-5
     activation: str = "silu"  # silu | gelu | gelu_tanh | relu
-    sliding_window: int = 0  # keys a query sees, itself included; 0 = all
+    sliding_window: int = 0  # keys that a query attends to, its own included; 0 = all
     full_attention_layers: tuple[int, ...] = ()  # layers that ignore `sliding_window`
     qkv_bias: bool = False
     output_bias: bool = False
@@ -66,11 +66,11 @@ class Architecture:
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of a head that rotate."""
+        """Number of dimensions of a head that rotate."""
         return int(self.head_dim * self.rotary_fraction)
 
     def _parameters(self) -> int:
-        """About how many the matrices have."""
+        """Approximate number of parameters in the matrices."""
         heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         layer = self.hidden_size * (heads + 3 * self.intermediate_size)
         return self.num_layers * layer + 2 * self.vocab_size * self.hidden_size

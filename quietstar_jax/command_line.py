@@ -1,4 +1,4 @@
-"""What all command lines share: errors that are messages, and `--config FILE --config.NAME=VALUE`."""
+"""Shared by all command lines: errors as messages, and `--config FILE --config.NAME=VALUE`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from quietstar_jax.errors import ConfigError
 from quietstar_jax.io import is_url, place
 from quietstar_jax.settings import LARGEST_INTEGER, shown, text_problem
 
-MOST_AT_ONCE = 2**16  # texts of a batch
+MOST_AT_ONCE = 2**16  # texts in a batch
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser of `argparse` that raises `ConfigError` for what it cannot read, and keeps the lines of descriptions."""
+    """An `argparse` parser that raises `ConfigError` for invalid arguments and keeps line breaks in descriptions."""
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
-        """As in `argparse`.
+        """Parses the arguments as `argparse` does.
 
         Raises:
           ConfigError: an argument is unknown, missing, or has an impossible value.
@@ -39,13 +39,13 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
-        """Called by `argparse`."""
+        """Raises `ConfigError` with the message; called by `argparse`."""
         message = re.sub("^argument (.*?): is ", r"\1 is ", message).removeprefix("argument ")
         raise ConfigError(f"{message}. {self.prog} --help lists all options.")
 
 
 def integer(text: str, least: int = -LARGEST_INTEGER, most: int = LARGEST_INTEGER) -> int:
-    """The type of an argument: a whole number of at most 64 bits."""
+    """Argument type: an integer from `least` to `most`, by default any of at most 64 bits."""
     try:
         value = int(text)
     except ValueError:
@@ -58,12 +58,12 @@ def integer(text: str, least: int = -LARGEST_INTEGER, most: int = LARGEST_INTEGE
 
 
 def integer_from(least: int, most: int = LARGEST_INTEGER) -> Callable[[str], int]:
-    """The type of an argument: as `integer`, within these bounds."""
+    """Returns the argument type `integer` within these bounds."""
     return functools.partial(integer, least=least, most=most)
 
 
 def path(text: str) -> Path:
-    """The type of an argument: a local path, where `~` is the home folder."""
+    """Argument type: a local path; `~` is the home folder."""
     found = path_or_url(text)
     if is_url(found):
         raise argparse.ArgumentTypeError(f"is {shown(text)}; it takes a path on this machine, not a URL")
@@ -71,7 +71,7 @@ def path(text: str) -> Path:
 
 
 def path_or_url(text: str) -> Any:
-    """The type of an argument: as `path`, or a URL of an object store."""
+    """Argument type: a local path as in `path`, or a URL of an object store."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; it takes a path")
     try:
@@ -81,7 +81,7 @@ def path_or_url(text: str) -> Any:
 
 
 def output_file(text: str) -> Path:
-    """The type of an argument: a file that can be written, which is checked before any work is done."""
+    """Argument type: a local file that can be written; checked before any work is done."""
     file = path(text)
     folder = file.absolute().parent
     if not folder.is_dir():
@@ -92,10 +92,10 @@ def output_file(text: str) -> Path:
 
 
 def parse_with_config(parser: CommandParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-    """The arguments of `parser`, and the configuration of `--config FILE` with its settings.
+    """Returns the arguments of `parser`, and the configuration of `--config FILE` with the settings applied.
 
-    Settings are `--config.NAME=VALUE` or `--config.NAME VALUE`; those that are true or false also `--config.NAME` and
-    `--noconfig.NAME`.
+    Settings are `--config.NAME=VALUE` or `--config.NAME VALUE`; a boolean setting may also be written `--config.NAME`
+    or `--noconfig.NAME`.
 
     Raises:
       ConfigError: an argument or a setting cannot be used.
@@ -129,7 +129,7 @@ def parse_with_config(parser: CommandParser, arguments: Sequence[str]) -> tuple[
 
 
 def _value_of(word: str, name: str, words: Iterator[str]) -> str:
-    """Of a setting without `=`."""
+    """The value of a setting that is written without `=`."""
     if word.startswith("--no"):
         return "false"
     kind: Any = Config
@@ -145,7 +145,7 @@ def _value_of(word: str, name: str, words: Iterator[str]) -> str:
 
 
 def _defaults(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Names of all settings with their defaults."""
+    """Yields the names of all settings with their defaults."""
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from _defaults(getattr(value, field.name), f"{name}.{field.name}" if name else field.name)

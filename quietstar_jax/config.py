@@ -1,8 +1,8 @@
-"""Every setting of a run: frozen dataclasses, validated once at the door.
+"""All settings of a run: frozen dataclasses, validated once when they are built.
 
 A file in `configs/` builds an `ml_collections.ConfigDict` with `default_config()` and changes what it
 needs; the command line may override any field (`--config.data.sequence_length=512`). `from_config_dict`
-then turns it into a `Config`, naming every unknown key, wrong type and impossible value at once.
+then converts it to a `Config`; one error lists every unknown key, wrong type and impossible value.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.settings import from_mapping, one_of, require, to_mapping
 
-INT64 = {"bits": 64}  # metadata of a field
-MOST_TOKENS = 2**31 - 1  # of a batch
-MOST_THOUGHT_TOKENS = 2**34  # of a batch
+INT64 = {"bits": 64}  # field metadata
+MOST_TOKENS = 2**31 - 1  # per batch
+MOST_THOUGHT_TOKENS = 2**34  # per batch
 MOST_WORKERS = 1024
 MOST_SECONDS = 10**7
 
@@ -33,15 +33,15 @@ CONTROLS = ("none", "pause", "random", "shuffled")
 class ModelConfig:
     """Where the decoder comes from and how it computes."""
 
-    checkpoint: str = ""  # Hugging Face folder or hub id, or work directory of a run; empty = fresh weights of
+    checkpoint: str = ""  # Hugging Face folder or hub id, or work directory of a run; empty = random weights of
     # `architecture`
     revision: str = ""  # branch, tag or commit of a hub id
     architecture: Architecture = field(default_factory=Architecture)  # used only without `checkpoint`
     compute_dtype: str = "float32"  # float32 | bfloat16; master weights, logits and losses are always float32
-    rematerialize: bool = False  # recompute whole layers in the backward pass, those of the text and of the chains
+    rematerialize: bool = False  # recompute whole layers in the backward pass, for the text and for the chains
     prefix_attention: str = "auto"  # how thoughts attend to the text before them: auto (a Pallas kernel on TPUs, XLA
-    # elsewhere) | blocks (XLA) | triton (a Pallas kernel for NVIDIA's A100, H100 and others with 163 KiB
-    # of shared memory for a program)
+    # elsewhere) | blocks (XLA) | triton (a Pallas kernel for NVIDIA's A100, H100 and other GPUs with 163 KiB
+    # of shared memory per program)
 
     def problems(self) -> list[str]:
         return [
@@ -52,24 +52,24 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ThoughtConfig:
-    """What a thought is and how it is judged (paper section 4; lengths and counts are set per phase)."""
+    """How thoughts are sampled, mixed and rewarded (paper section 4; lengths and counts are set per phase)."""
 
-    start_token: str = "<|startthought|>"  # masked out of every thought where the tokenizer has it
+    start_token: str = "<|startthought|>"  # masked out of every thought if the tokenizer has it
     end_token: str = "<|endthought|>"
-    initial_start_token: str = "---"  # text whose mean embedding the start embedding begins as
+    initial_start_token: str = "---"  # text whose mean embedding initializes the start embedding
     initial_end_token: str = "---"
-    embedding_scale: float = 100.0  # start and end are stored divided by this: Adam moves them that much faster
+    embedding_scale: float = 100.0  # both embeddings are stored divided by this: Adam moves them that much faster
     sampling_temperature: float = 1.0
     score_temperature: float = 3.0  # of the log-probabilities that REINFORCE raises
     positive_only: bool = True  # drop negative advantages
     policy_reduction: str = "mean"  # mean (published code) | sum (paper) over the tokens of a thought
     mixing: str = "hidden_states"  # hidden_states (published code) | log_probabilities (paper) | none (thought alone)
-    control: str = "none"  # none | pause | random | shuffled: what stands in a thought's place, to measure its worth
+    control: str = "none"  # none | pause | random | shuffled: what replaces the thoughts, to measure their effect
     base_loss_weight: float = 0.5  # weight of the loss without thoughts in the total
-    positions: str = "all"  # all | stride | random | entropy (where the text is hardest): which positions think in
-    # training; evaluation thinks at every one
-    position_fraction: float = 1.0  # of the positions, where they are chosen; the cost falls with it
-    positions_per_chunk: int = 0  # positions whose chains are in memory at once; 0 = from `chunk_megabytes`
+    positions: str = "all"  # all | stride | random | entropy (least certain predictions): which positions think in
+    # training; in evaluation every position thinks
+    position_fraction: float = 1.0  # fraction of positions that think; the cost falls with it
+    positions_per_chunk: int = 0  # positions whose chains are in memory together; 0 = from `chunk_megabytes`
     chunk_megabytes: int = 256  # memory budget for the activations of one chunk, per device
 
     def problems(self) -> list[str]:
@@ -98,13 +98,13 @@ class ThoughtConfig:
 
 
 def _is_reciprocal(x: float) -> bool:
-    """Whether x is 1/n, up to a few decimals."""
+    """Whether x is 1/n for an integer n, up to a relative error of 1e-3."""
     return x > 1e-9 and math.isclose(1 / x, round(1 / x), rel_tol=1e-3)
 
 
 @dataclass(frozen=True)
 class RateScales:
-    """Learning rates of the three kinds of weights, relative to the phase's; 0 freezes them."""
+    """Learning rates of the three groups of weights, as multiples of the phase's; 0 freezes a group."""
 
     decoder: float = 1.0
     mixing_head: float = 1.0
@@ -120,7 +120,7 @@ class RateScales:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one setting. Phases follow one another; a curriculum is a list of them."""
+    """One phase of training, with constant settings. Phases run in order; a curriculum is a list of phases."""
 
     name: str = "thoughts"
     steps: int = 100
@@ -133,9 +133,9 @@ class Phase:
     learning_rate: float = 1e-6
     warmup_steps: int = 20
     decay: str = "constant"  # constant | linear | cosine, after the warm-up
-    final_rate_fraction: float = 0.0  # of learning_rate, where the decay ends
+    final_rate_fraction: float = 0.0  # the decay ends at this fraction of learning_rate
     rates: RateScales = field(default_factory=RateScales)
-    fresh_optimizer: bool = False  # begin with new Adam moments, so that weights that slept get no outsized updates
+    fresh_optimizer: bool = False  # reset the Adam moments, so that weights frozen until now get no outsized updates
 
     def problems(self) -> list[str]:
         return [
@@ -159,14 +159,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and what surrounds it."""
+    """AdamW and gradient clipping."""
 
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.001
     decay_mask: str = "matrices"  # matrices (all but norms and biases) | all
-    clip_norm: float = 1.0  # of the whole gradient; 0 = no clipping
+    clip_norm: float = 1.0  # maximum norm of the whole gradient; 0 = no clipping
 
     def problems(self) -> list[str]:
         return [
@@ -181,13 +181,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """The embedded corpus (`data/synthetic.py`), used where a source is `synthetic`."""
+    """The embedded corpus (`data/synthetic.py`), used for sources named `synthetic`."""
 
     documents: int = field(default=1_000_000, metadata=INT64)  # size of the training split
     validation_documents: int = field(default=2_000, metadata=INT64)
-    steps_fraction: float = 0.375  # documents that write their steps out between marks
-    chatter_fraction: float = 0.125  # documents that write useless chatter between the same marks
-    stray_mark_rate: float = 0.06  # of the documents that answer at once, those where a mark opens; below 1/11
+    steps_fraction: float = 0.375  # fraction of documents that write out their steps between marks
+    chatter_fraction: float = 0.125  # fraction of documents with useless chatter between the same marks
+    stray_mark_rate: float = 0.06  # fraction of the immediate answers in which a mark opens; below 1/11
 
     def problems(self) -> list[str]:
         return [
@@ -207,25 +207,25 @@ TEXT_DOCUMENTS = ("file", "paragraph", "line")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Text in: sources, tokenizer, and how documents become sequences of L tokens."""
+    """Input text: sources, tokenizer, and how documents become sequences of L tokens."""
 
     train: tuple[str, ...] = ("synthetic",)  # files, folders, globs, URLs, `prepared:FOLDER`,
     # `tfds:NAME[/CONFIG]:SPLIT`, `hf:NAME[/CONFIG]:SPLIT`, or `synthetic`
-    weights: tuple[float, ...] = ()  # of the train sources: their shares of the sequences; () = one corpus
+    weights: tuple[float, ...] = ()  # share of the sequences from each train source; () = one corpus
     validation: tuple[str, ...] = ("synthetic",)
-    data_dir: str = ""  # where tensorflow-datasets keeps what it prepared; empty = its default
+    data_dir: str = ""  # where tensorflow-datasets stores prepared data; empty = its default
     cache_dir: str = ""  # for indices and token counts of sources; empty = ~/.cache/quietstar_jax
     text_key: str = "text"  # field of a JSON line, a parquet row or a tfds example
-    text_documents: str = "file"  # what is one document of a text file: file | paragraph (up to a blank line) | line
-    tokenizer: str = ""  # folder or hub id; empty = the model's own checkpoint; `synthetic` = the embedded one
+    text_documents: str = "file"  # one document of a text file is: file | paragraph (up to a blank line) | line
+    tokenizer: str = ""  # folder or hub id; empty = that of the model's checkpoint; `synthetic` = the embedded one
     sequence_length: int = 256  # L
     packing: str = "random_span"  # random_span (paper: a span of each document, padded) | consecutive_spans (all of
     # its spans) | packed (documents end to end)
-    document_mask: bool = True  # packed: no document sees another, and nothing predicts the first token of one
+    document_mask: bool = True  # packed: no document attends to another, and no first token is predicted
     prepend_bos: str = "auto"  # begin documents and spans with the begin-of-text token: auto (where the tokenizer
     # itself does) | document_start (as auto, but spans from within a document begin without it) | always | never
     append_eos: bool = True  # end every document with the end-of-text token
-    max_unknown_fraction: float = 0.2  # refuse training text of which the tokenizer does not know more than this
+    max_unknown_fraction: float = 0.2  # refuse training text with a larger fraction that the tokenizer does not know
     workers: int = 0  # processes that tokenize ahead; 0 = in this process
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
@@ -254,7 +254,7 @@ class EvaluationConfig:
     every_steps: int = 10  # 0 = only at the end of each phase
     batches: int = 8  # 0 = the whole validation set
     batch_size: int = 8
-    thought_length: int = 0  # T in evaluation; 0 = that of the longest-thinking phase
+    thought_length: int = 0  # T in evaluation; 0 = the largest T of all phases
     tokens_ahead: int = 1  # K in evaluation
 
     def problems(self) -> list[str]:
@@ -269,14 +269,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Over how many devices each kind of work is spread; the product of the sizes is the number of devices."""
+    """How many ways each kind of work is sharded; the product of the first four sizes is the number of devices."""
 
-    data: int = -1  # the sequences of a batch; one of the four sizes may be -1, which takes the devices that are left
-    fsdp: int = 1  # sequences too, and each weight lies in as many parts, gathered where it is used
+    data: int = -1  # the sequences of a batch; one of the four sizes may be -1, which means all remaining devices
+    fsdp: int = 1  # also sequences; each weight is sharded as many ways, and gathered where it is used
     tensor: int = 1  # heads, feed-forward and vocabulary
-    position: int = 1  # positions of the text whose thoughts are computed at once
-    dcn_data: int = 1  # of `data`, how many ways lie across slices of a TPU pod (or nodes), on the slower network
-    dcn_fsdp: int = 1  # the same of `fsdp`; the product of the two is the number of slices (or processes)
+    position: int = 1  # positions of the text whose thoughts are computed in parallel
+    dcn_data: int = 1  # how many ways of `data` are across slices of a TPU pod (or nodes), on the slower network
+    dcn_fsdp: int = 1  # the same for `fsdp`; the product of the two is the number of slices (or processes)
 
     def problems(self) -> list[str]:
         sizes = {name: getattr(self, name) for name in ("data", "fsdp", "tensor", "position")}
@@ -297,8 +297,8 @@ class DistributedConfig:
     coordinator: str = ""  # given: host:port of process 0, the same on all
     num_processes: int = 0  # given
     process_id: int = -1  # given: 0 .. num_processes - 1
-    start_seconds: int = 300  # how long to wait for the others at the start
-    heartbeat_seconds: int = 100  # after so long without a sign of life of one process, the others stop
+    start_seconds: int = 300  # how long to wait for the other processes at the start
+    heartbeat_seconds: int = 100  # the other processes stop after this long without a heartbeat from one
 
     def problems(self) -> list[str]:
         problems = [
@@ -329,12 +329,12 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept on disk, and when."""
+    """When checkpoints are written, and which are kept."""
 
     every_steps: int = 50  # a checkpoint is always written at the end
     keep_latest: int = 2
     keep_every_steps: int = 0  # checkpoints at multiples of this are never deleted; 0 = none
-    keep_phase_ends: bool = False  # one at the end of each phase, never deleted: where another run may begin from
+    keep_phase_ends: bool = False  # one at the end of each phase, never deleted; another run may start from it
     asynchronous: bool = True
 
     def problems(self) -> list[str]:
@@ -347,7 +347,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Metrics always go to `metrics.jsonl` in the work directory and to the terminal."""
+    """Metrics are always written to `metrics.jsonl` in the work directory and to the terminal."""
 
     every_steps: int = 1
     progress_bar: bool = True
@@ -360,7 +360,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """All settings of a run."""
 
     seed: int = field(default=0, metadata=INT64)
     workdir: str = "runs/default"  # checkpoints, metrics and summary; a run with the same workdir resumes
@@ -416,7 +416,7 @@ class Config:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of all phases."""
+        """Number of optimizer steps of all phases together."""
         return sum(phase.steps for phase in self.phases)
 
     @property
@@ -426,12 +426,12 @@ class Config:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every field with its default, ready to be changed by a file in `configs/`."""
+    """Returns every field with its default, to be changed by a file in `configs/`."""
     return to_config_dict(Config())
 
 
 def phase(**changes: Any) -> ml_collections.ConfigDict:
-    """One phase for `config.phases`; fields that are not named keep their defaults."""
+    """Returns one phase for `config.phases`; fields that are not given keep their defaults."""
     known = to_mapping(Phase())
     unknown = sorted(set(changes) - set(known))
     if unknown:

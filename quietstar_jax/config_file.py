@@ -1,6 +1,6 @@
-"""Configurations from Python files, with settings of the command line on top.
+"""Reads configurations from Python files and applies the settings of the command line.
 
-Whatever such a file or command line holds, the outcome is a checked `Config` or a `ConfigError`.
+The result is a checked `Config` or a `ConfigError`, whatever the file or command line contains.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from quietstar_jax.settings import to_mapping, unknown
 
 
 class _SettingError(ConfigError):
-    """What is wrong is on the command line, not in the file."""
+    """The error is on the command line, not in the file."""
 
 
 LARGEST_FILE = 10 * 2**20  # bytes
@@ -36,10 +36,10 @@ BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0":
 
 
 def read_config(file: str, settings: Iterable[tuple[str, str]] = ()) -> Config:
-    """The configuration of a file: `FILE`, or `FILE:ARGUMENT` for a `get_config` with one parameter.
+    """Returns the configuration of a file: `FILE`, or `FILE:ARGUMENT` for a `get_config` with one parameter.
 
     Args:
-      settings: names such as `phases[0].steps` and their values as text, in order; the last value of a name counts.
+      settings: names such as `phases[0].steps` and their values as text; the last value of a name applies.
 
     Raises:
       ConfigError: the file cannot be used, or a setting is unknown, of the wrong type or impossible.
@@ -65,10 +65,10 @@ def read_config(file: str, settings: Iterable[tuple[str, str]] = ()) -> Config:
 
 
 def call_function(path: str, name: str) -> Any:
-    """What a function without parameters of a Python file returns.
+    """Calls a function without parameters of a Python file and returns its result.
 
     Raises:
-      ConfigError: as `load_function`, and where the call fails.
+      ConfigError: as `load_function`, or if the call fails.
     """
     function = load_function(path, name)
     with _blame(path, f"{name}()"):
@@ -76,10 +76,10 @@ def call_function(path: str, name: str) -> Any:
 
 
 def load_function(path: str, name: str) -> Callable[..., Any]:
-    """A function of a Python file, which is run for that.
+    """Executes a Python file and returns one of its functions.
 
     Raises:
-      ConfigError: names the file, and the line and the exception where running it failed.
+      ConfigError: names the file, and the line and the exception if its execution failed.
     """
     if not is_file(path):
         raise ConfigError(f"There is no file {path!r}. Give a Python file with a function {name}().")
@@ -99,12 +99,12 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _blame(path: str, what: str) -> Iterator[None]:
-    """Turns whatever is raised inside into a `ConfigError` with the file and, where it is known, the line."""
+    """Converts exceptions raised inside to a `ConfigError` that names the file and, if known, the line."""
     try:
         yield
     except (KeyboardInterrupt, _SettingError):
         raise
-    except BaseException as error:  # SystemExit too: a configuration does not end the program
+    except BaseException as error:  # SystemExit too: a configuration must not end the program
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         if isinstance(error, SyntaxError) and error.filename == path:
             lines.append(error.lineno)
@@ -114,7 +114,7 @@ def _blame(path: str, what: str) -> Iterator[None]:
 
 
 def is_file(path: str) -> bool:
-    """Whether this is a regular file; a pipe or a device would be read for ever."""
+    """Whether the path is a regular file; reading a pipe or a device might never end."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):  # a name that cannot exist
@@ -135,10 +135,10 @@ def _arguments(get_config: Callable[..., Any], argument: str | None) -> tuple[st
 
 
 def _replace(value: Any, kind: Any, parts: list[str], text: str, path: str) -> Any:
-    """The value with one of its settings changed; groups are changed in place.
+    """Returns the value with one of its settings changed; groups are changed in place.
 
     Args:
-      kind: the type of the value; parts: of the name of the setting, below this value.
+      kind: the type of the value; parts: the parts of the setting's name below this value.
     """
     if not parts:
         return _from_text(kind, text)
@@ -165,7 +165,7 @@ def _replace(value: Any, kind: Any, parts: list[str], text: str, path: str) -> A
 
 
 def _from_text(kind: Any, text: str) -> Any:
-    """The value that a text writes; the text itself where it is no such value, which is refused with all others."""
+    """Parses a value; returns the text itself if it cannot be parsed, for validation to reject with all others."""
     if kind is bool:
         return BOOLEANS.get(text.lower(), text)
     with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
@@ -180,7 +180,7 @@ def _from_text(kind: Any, text: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Nested dictionaries and lists; references of `ml_collections` become values."""
+    """Converts to nested dictionaries and lists; references of `ml_collections` become values."""
     if isinstance(value, Mapping | ml_collections.ConfigDict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

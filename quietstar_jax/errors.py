@@ -1,7 +1,7 @@
-"""Errors that a user can mend, and the exit statuses of command lines.
+"""Errors that a user can fix, and the exit statuses of command lines.
 
-A launcher starts a run again that ended with `EXIT_RETRY`, or was killed (a status above 128, but not `STOPPED`); with
-0 it is done, with any other something is to be mended first.
+A launcher restarts a run that ended with `EXIT_RETRY` or was killed (a status above 128, except `STOPPED`). Status 0
+means that the run is finished; any other status means that something must be fixed first.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ EXIT_RETRY = 75  # exit status: a restarted run resumes where it stopped (EX_TEM
 STOPPED = 130  # exit status: stopped with Ctrl-C; the same command resumes
 
 MOST_LINES, MOST_CHARACTERS, LONGEST_LINE = 25, 2000, 600  # of a message on the terminal
-OUTSIDE = frozenset(  # errors of the system that no change of this program would prevent
+OUTSIDE = frozenset(  # system errors that no change to this program would prevent
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
      errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 )  # fmt: skip
 
-# The same in the words of libraries that raise errors of their own for it.
+# The same errors as text: some libraries raise exceptions of their own for them.
 OUTSIDE_TEXTS = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))
 
 
@@ -50,7 +50,7 @@ class DivergedError(UserError):
 
 
 class PreemptedError(UserError):
-    """The run was asked to stop, and has saved where it is."""
+    """The run was asked to stop, and has saved its state."""
 
     def __init__(self, message: str, status: int = EXIT_RETRY):
         super().__init__(message)
@@ -58,7 +58,7 @@ class PreemptedError(UserError):
 
 
 def short(value: object, spell: Callable[[object], str] = repr) -> str:
-    """A value from a file, spelled so that it cannot fill the screen."""
+    """The text of a value from a file; long texts are cut to 80 characters."""
     try:
         text = spell(value)
     except ValueError:  # an integer of thousands of digits
@@ -67,11 +67,12 @@ def short(value: object, spell: Callable[[object], str] = repr) -> str:
 
 
 def run_command(command: Callable[[], object]) -> NoReturn:
-    """Runs a command line, which returns its exit status or None for 0, and exits with that.
+    """Runs a command and exits with the status that it returns; None is 0.
 
-    What a user can mend ends with a message and the status of the error. So do errors of the file system (no space, no
-    permission, a name that is too long) and too little memory. Any other exception is a defect, with its traceback and
-    status 1. Ctrl-C, SIGTERM and SIGHUP end a command with one line and status 128 + signal, after it has cleaned up.
+    Errors that a user can fix print a message and exit with the status of the error. So do errors of the file system
+    (no space, no permission, a name that is too long) and lack of memory. Any other exception is a bug: it prints its
+    traceback and exits with status 1. Ctrl-C, SIGTERM and SIGHUP end the command, after its cleanup, with one line and
+    status 128 + signal.
     """
     asked: list[Interrupted] = []
 
@@ -92,7 +93,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
         except SystemExit as error:
             status = error.code
         except BaseException as error:
-            found = asked[0] if asked else error  # a library may have made another error of it
+            found = asked[0] if asked else error  # a library may have converted it to another error
             line = _line(found)
             if line is None:
                 raise
@@ -104,11 +105,11 @@ def run_command(command: Callable[[], object]) -> NoReturn:
 
 
 def _line(error: BaseException) -> str | None:
-    """What a command says of an error at its end; None of a defect."""
+    """The line that a command prints for an error when it ends; None for a bug."""
     if isinstance(error, Interrupted | PreemptedError):
         return str(error)
     outside = isinstance(error, OSError) and error.errno in OUTSIDE
-    if isinstance(error, RuntimeError | ValueError) and type(error).__name__ != "JaxRuntimeError":  # that: of a device
+    if isinstance(error, RuntimeError | ValueError) and type(error).__name__ != "JaxRuntimeError":  # a device's error
         outside = any(text in reason(error) for text in OUTSIDE_TEXTS)
     home = isinstance(error, RuntimeError) and "home directory" in reason(error)  # of `~NAME`, from pathlib
     if not isinstance(error, UserError | MemoryError) and not outside and not home:
@@ -118,15 +119,15 @@ def _line(error: BaseException) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, whatever kind it is."""
+    """The message of an exception, even if its `__str__` fails."""
     try:
         return str(error)
-    except BaseException:  # an exception of a file of the user
+    except BaseException:  # an exception class from a user's file
         return "(it has no text)"
 
 
 def bounded(message: str) -> str:
-    """A message that fits a screen: long lines and long messages without their middle, no control characters."""
+    """Shortens a message to fit a screen: omits the middle of long lines and messages, escapes control characters."""
     shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
     lines = [_without_middle(line, LONGEST_LINE) for line in shown.split("\n")]
     if len(lines) > MOST_LINES:
@@ -140,5 +141,5 @@ def _without_middle(text: str, most: int) -> str:
     if len(text) <= most:
         return text
     mark = f" ... ({len(text):,} characters) ... "
-    last = (most - len(mark)) // 3  # what to do is often said at the end
+    last = (most - len(mark)) // 3  # the advice is often at the end
     return text[: most - len(mark) - last] + mark + text[-last:]

@@ -16,7 +16,7 @@ from quietstar_jax.io import write_json
 
 
 def main(arguments: list[str]) -> None:
-    """Measures, then prints a table or one line of JSON."""
+    """Runs the measurement, then prints a table or one line of JSON."""
     given = vars(_parser().parse_args(arguments))
     as_json, output = given.pop("json"), given.pop("output")
     fields = tuple(given.pop("field"))

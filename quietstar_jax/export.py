@@ -13,7 +13,7 @@ from quietstar_jax.export_hf.save import DTYPES, FORMATS, ExportOptions
 
 
 def main(arguments: list[str]) -> None:
-    """Exports, then says what came of it."""
+    """Exports a run, then prints where it is."""
     parser = CommandParser(prog="python -m quietstar_jax.export", description=__doc__)
     parser.add_argument(
         "--checkpoint", type=path_or_url, required=True, help="a run's workdir, or its checkpoints folder"
@@ -30,5 +30,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators to others
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators to other processes
     run_command(lambda: main(sys.argv[1:]))

@@ -51,7 +51,7 @@ def _to_terminal(generator: Generator, prompts: list[str], job: GenerationConfig
         tokens = (token for _, token in generator.run([request], job))
         try:
             print_tokens(tokens, sys.stdout, show_thoughts=show, colour=colour)
-        finally:  # Ctrl-C, where enough has been read
+        finally:  # also after Ctrl-C, which ends the output early
             print()
 
 

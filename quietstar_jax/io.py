@@ -1,6 +1,6 @@
-"""Files that are whole or absent, JSON lines, and locks: the only place that does each.
+"""Atomic file writes, JSON Lines and locks; no other module implements them.
 
-Paths may be local or URLs (`etils.epath`). On an object store a file is whole by nature: it appears when it is closed.
+Paths may be local or URLs (`etils.epath`). An object store is atomic by itself: a file appears when it is closed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from etils import epath
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.settings import shown
 
-AnyPath: TypeAlias = os.PathLike[str]  # local or an URL of etils.epath
-STORES = {"gs": "gcsfs", "s3": "s3fs"}  # schemes of URLs, and the package that etils reads them with
-TEMPORARY = ".partial"  # how the name of a file ends that is being written
-INCOMPLETE = ".incomplete"  # and of a folder
-ABANDONED_SECONDS = 3600  # what another machine has not changed for so long has no writer any more
+AnyPath: TypeAlias = os.PathLike[str]  # local, or a URL of etils.epath
+STORES = {"gs": "gcsfs", "s3": "s3fs"}  # URL schemes, and the package with which etils reads each
+TEMPORARY = ".partial"  # suffix of a file that is being written
+INCOMPLETE = ".incomplete"  # suffix of a folder that is being written
+ABANDONED_SECONDS = 3600  # a file that another machine has not changed for this long has no writer
 
 
 def is_url(path: AnyPath | str) -> bool:
@@ -43,13 +43,13 @@ def is_url(path: AnyPath | str) -> bool:
 
 
 def place(text: str, name: str) -> Any:
-    """The path that a user gave: a `pathlib.Path`, or a path of etils for a URL of an object store.
+    """Converts the text of a user to a `pathlib.Path`, or to an etils path for a URL of an object store.
 
     Args:
       name: of the setting or flag, for messages.
 
     Raises:
-      ConfigError: its scheme is unknown, the package for it is missing, or nothing can have this path.
+      ConfigError: the scheme is unknown, its package is missing, or the text cannot be a path.
     """
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
     scheme = found[1] if found else ""
@@ -72,16 +72,16 @@ def place(text: str, name: str) -> Any:
             raise ValueError("it holds a NUL byte")
     except (RuntimeError, ValueError) as error:  # RuntimeError: no such user
         raise ConfigError(f"{name} {shown(text)} cannot be a path: {error}.") from error
-    if path.absolute().parts[1:2] in (("gs",), ("s3",), ("az",), ("hf",)):  # a URL to etils
+    if path.absolute().parts[1:2] in (("gs",), ("s3",), ("az",), ("hf",)):  # etils takes it for a URL
         raise ConfigError(f"{name} {shown(text)}: checkpoints cannot be in this folder of the root. Choose another.")
     return path
 
 
 @contextlib.contextmanager
 def replacing(path: AnyPath) -> Iterator[Path]:
-    """A temporary path to write to; it takes the name `path` at the end, and is removed if an exception comes.
+    """Yields a temporary path to write to; renames it to `path` at the end, or removes it after an exception.
 
-    The folder must exist. A link keeps pointing to its file, which is replaced.
+    The folder must exist. A symbolic link is kept, and the file that it points to is replaced.
     """
     if is_url(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -100,15 +100,15 @@ def replacing(path: AnyPath) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # not every file system can do this for a folder
+    with contextlib.suppress(OSError):  # not every file system supports fsync on a folder
         _to_disk(target.parent)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside the local `path`, which must not exist; takes its name at the end, or is removed.
+    """Yields a temporary folder beside the local `path`, which must not exist; renames it at the end, or removes it.
 
-    The folder of a process that was killed is removed by the next one that makes the same.
+    The temporary folder of a killed process is removed by the next process that creates the same `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path.parent, f"{_short(path.name)}.", INCOMPLETE)
@@ -122,25 +122,25 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    with contextlib.suppress(OSError):  # not every file system can do this for a folder
+    with contextlib.suppress(OSError):  # not every file system supports fsync on a folder
         _to_disk(path.parent)
 
 
 def write_text(path: AnyPath, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a text file completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, "utf-8")
 
 
 def write_json(path: AnyPath, value: Any, indent: int = 2) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file completely or not at all."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def read_json_lines(path: AnyPath) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, in order; none where it does not exist.
+    """Returns the objects of a JSON Lines file, in order; an empty list if the file does not exist.
 
-    Lines that hold no JSON object are left out with a warning; without one where the last line has no end, since its
+    Lines that hold no JSON object are skipped with a warning. An incomplete last line is skipped without a warning: its
     writer was killed.
     """
     file = epath.Path(path)
@@ -164,10 +164,10 @@ def read_json_lines(path: AnyPath) -> list[dict[str, Any]]:
 
 
 class JsonLinesWriter:
-    """Appends to a file of JSON lines; a context manager.
+    """Appends to a JSON Lines file; a context manager.
 
-    Each line reaches a local file immediately. An object store cannot append: there the whole file is written again,
-    at most every `every_seconds`, at `flush` and at the end.
+    Each line is written to a local file immediately. An object store cannot append: the whole file is rewritten, at
+    most every `every_seconds`, in `flush` and at the end.
     """
 
     def __init__(self, path: AnyPath, every_seconds: float = 30):
@@ -179,7 +179,7 @@ class JsonLinesWriter:
             return
         self._file = Path(path).open("a+b")  # noqa: SIM115 (closed by `close`)
         self._file.seek(0)
-        self._file.truncate(self._file.read().rfind(b"\n") + 1)  # a line whose writer was killed
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)  # an incomplete line: its writer was killed
 
     def __enter__(self) -> JsonLinesWriter:
         return self
@@ -188,7 +188,7 @@ class JsonLinesWriter:
         self.close()
 
     def close(self) -> None:
-        """Makes all lines durable, and ends."""
+        """Writes all lines to durable storage and closes the file."""
         self.flush()
         if self._file:
             self._file.close()
@@ -205,7 +205,7 @@ class JsonLinesWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Makes all lines durable."""
+        """Writes all lines to durable storage."""
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -216,7 +216,7 @@ class JsonLinesWriter:
 
 @contextlib.contextmanager
 def folder_to_write(path: AnyPath) -> Iterator[Path]:
-    """A local folder to write files to: `path`, or one whose files are then copied to the object store."""
+    """Yields a local folder to write files to: `path`, or one whose files are then copied to the object store."""
     if not is_url(path):
         Path(path).mkdir(parents=True, exist_ok=True)
         yield Path(path)
@@ -229,7 +229,7 @@ def folder_to_write(path: AnyPath) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_to_read(path: AnyPath) -> Iterator[Path]:
-    """A local folder with the files of `path`: itself, or a copy of what the object store has."""
+    """Yields a local folder with the files of `path`: `path` itself, or a copy of the files in the object store."""
     if not is_url(path):
         yield Path(path)
         return
@@ -240,10 +240,10 @@ def folder_to_read(path: AnyPath) -> Iterator[Path]:
 
 
 def lock_file(file: IO[bytes], path: Path) -> None:
-    """Keeps other processes from writing an open local file until it is closed.
+    """Locks an open local file against other processes until it is closed.
 
     Raises:
-      ConfigError: another process has it, or had it and has given it another name; or the file system has no
+      ConfigError: another process holds the lock, or held it and has renamed the file; or the file system has no
         locks.
     """
     try:
@@ -258,7 +258,7 @@ def lock_file(file: IO[bytes], path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, busy: Callable[[], None]) -> Iterator[int]:
-    """Holds a local lock file, waiting for it if need be; yields its descriptor.
+    """Holds a local lock file, after waiting for it if necessary; yields its descriptor.
 
     A process that inherits the descriptor holds the lock as well, until it ends.
 
@@ -275,7 +275,7 @@ def locked(path: Path, busy: Callable[[], None]) -> Iterator[int]:
 
 
 def _temporary(folder: Path, start: str, end: str) -> Path:
-    """A new name that says who writes; removes what was abandoned by writers of the same that are gone."""
+    """Returns a new name that identifies its writer; removes what dead writers of the same path have left."""
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
             writer = re.fullmatch(re.escape(start) + r"(\w+)-(\d+)-\w{8}" + re.escape(end), name)
@@ -297,7 +297,7 @@ def _short(name: str) -> str:
 
 
 def process_exists(process: int) -> bool:
-    """Whether this machine has a process of this id."""
+    """Whether this machine has a process with this id."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -309,7 +309,7 @@ def process_exists(process: int) -> bool:
 
 @functools.cache
 def machine() -> str:
-    """Names the set of processes whose ids can be compared: this host since it started, and this container in it."""
+    """Identifies the scope in which process ids are unique: this host since its boot, and this container on it."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # only Linux has these
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
@@ -324,22 +324,22 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-# Of the disk, and not of what is asked of it: full, over quota, read-only, failing, gone, or not permitted.
+# Errors of the disk rather than of the request: full, over quota, read-only, failing, gone, or not permitted.
 DISK = ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EFBIG", "ENOENT", "ENOTDIR", "EACCES", "EPERM", "ESTALE", "ENODEV",
         "ENXIO", "ENOTCONN", "EHOSTDOWN", "ETIMEDOUT", "EEXIST", "ELOOP", "ENAMETOOLONG", "EMFILE")  # fmt: skip
 _DISK = {getattr(errno, name): os.strerror(getattr(errno, name)) for name in DISK}
 
 
 def disk_error(error: BaseException) -> str | None:
-    """What an error that came from writing says of the disk, also through a library that made another error of it.
+    """Returns the disk error that caused a failed write, even if a library has converted it to another error.
 
-    None where it says nothing of a disk.
+    None if the error was not caused by a disk.
     """
     for cause in _causes(error):
         if isinstance(cause, OSError):
             if cause.errno in _DISK:
                 return f"{cause.filename}: {cause.strerror}" if cause.filename else str(cause.strerror)
-        elif type(cause).__name__ != "JaxRuntimeError":  # that is of a device or of another process
+        elif type(cause).__name__ != "JaxRuntimeError":  # that is from a device or another process
             for said in _DISK.values():
                 if said in str(cause):
                     return said

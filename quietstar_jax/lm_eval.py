@@ -1,7 +1,7 @@
 """Command line of the evaluation harness, with `--model quietstar`: `python -m quietstar_jax.lm_eval --tasks ...`.
 
 The harness finds the model by itself (`lm_eval --model quietstar`) once it reads the entry points of installed
-packages, which its releases up to 0.4.13 do not. Until then this is the same command line, with the model made known.
+packages; its releases up to 0.4.13 do not. Until then, this module registers the model and runs the same command line.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from quietstar_jax.errors import ConfigError, DataError, run_command
 
 
 def main() -> None:
-    """Makes the model known and hands over to the harness, which reads the arguments."""
+    """Registers the model and calls the harness, which parses the arguments."""
     if find_spec("lm_eval") is None:
         raise ConfigError("The evaluation harness is missing: pip install 'quietstar_jax[eval]'.")
     import lm_eval.models  # noqa: F401  its own models: it looks no further once any is known

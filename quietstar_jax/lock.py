@@ -1,9 +1,8 @@
-"""A lock that hosts share: a file that names its holder, which gives a sign of life every few seconds.
+"""A lock that works across hosts: a file that names its holder, which updates it every few seconds (a heartbeat).
 
-It needs neither locks of the file system nor clocks that agree, so it works on NFS, FUSE mounts and object stores. A
-holder that is killed leaves its file: the next run takes it over at once where the process is gone from this machine,
-and after `STALE_SECONDS` without a sign of life elsewhere. A holder that was only suspended finds another name in the
-file, and stops.
+It needs neither file-system locks nor synchronized clocks, so it works on NFS, FUSE mounts and object stores. A killed
+holder leaves its file: the next run takes over immediately if the process was on this machine and has ended, otherwise
+after `STALE_SECONDS` without a heartbeat. A holder that was only suspended finds another name in the file and stops.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ from etils import epath
 from quietstar_jax import io
 from quietstar_jax.errors import EXIT_RETRY, UserError
 
-BEAT_SECONDS = 5.0  # between signs of life
-STALE_SECONDS = 60.0  # without one, the holder is taken for dead
-SETTLE_SECONDS = 1.0  # after which a name in the file is that of the only one who wrote it
+BEAT_SECONDS = 5.0  # between heartbeats
+STALE_SECONDS = 60.0  # without a heartbeat, after which the holder counts as dead
+SETTLE_SECONDS = 1.0  # after a write; the name that is then in the file has won
 
 
 class LockedError(UserError):
-    """Another process holds the lock. Started again later, the run may get it: status 75 where the holder is on
-    another machine (it may be the run before this one, still saving), 2 where it is on this one."""
+    """Another process holds the lock. The status is 75 if the holder is on another machine: it may be the previous run,
+    still saving, and a later restart may get the lock. The status is 2 if the holder is on this machine."""
 
 
 class GoneError(UserError):
-    """The folder of the lock has disappeared."""
+    """The folder of the lock no longer exists."""
 
 
 class Lock:
-    """Holds a file, and so the folder around it; a context manager.
+    """Holds a lock file, and with it the folder that contains it; a context manager.
 
     Args:
-      path: local or a URL; its folder exists.
+      path: local or a URL; its folder must exist.
       name: of the folder, for messages.
-      say: receives a line when this waits for another holder or takes over from it.
+      say: called with a line when this process waits for another holder or takes over from it.
     """
 
     def __init__(self, path: io.AnyPath, name: str, say: Callable[[str], None]):
@@ -68,7 +67,7 @@ class Lock:
                 epath.Path(self._path).unlink()
 
     def check(self) -> None:
-        """Call before anything is written that another holder would miss or mix up.
+        """Checks that this process still holds the lock; call it before writes that conflict with another holder's.
 
         Raises:
           LockedError: another process took over.
@@ -79,7 +78,7 @@ class Lock:
         except GoneError:
             raise
         except Exception:
-            pass  # of the disk or the network: what is written next fails as well, and says why
+            pass  # of the disk or the network: the next write fails as well, and reports why
         if self._taken_by:
             raise LockedError(
                 f"{self._name} was taken over by {self._taken_by}: this run gave no sign of life for "
@@ -87,10 +86,10 @@ class Lock:
             )
 
     def _acquire(self) -> None:
-        """Waits while it is not known whether the holder lives.
+        """Acquires the lock; waits while it is unknown whether the current holder is alive.
 
         Raises:
-          LockedError: it does.
+          LockedError: the holder is alive.
         """
         watched, until = None, 0.0
         while not self._create():
@@ -123,7 +122,7 @@ class Lock:
             watched = None
 
     def _create(self) -> bool:
-        """Makes the file, unless it is there."""
+        """Creates the file unless it exists; returns whether this process now holds the lock."""
         if self._url:
             return not epath.Path(self._path).exists() and self._write()
         path = Path(self._path)
@@ -140,7 +139,7 @@ class Lock:
         return True
 
     def _write(self) -> bool:
-        """Writes this process into the file; whether it is still there after all competing processes have written."""
+        """Writes this process into the file; returns whether it is still there after all competitors have written."""
         io.write_text(self._path, self._text())
         time.sleep(SETTLE_SECONDS)
         return read(self._path)[0].get("nonce") == self.nonce
@@ -157,7 +156,7 @@ class Lock:
                 self._renew()
 
     def _renew(self) -> None:
-        """A sign of life, unless the file names another one."""
+        """Updates the file (a heartbeat), unless it names another holder."""
         holder, mark = read(self._path)
         if mark is None:
             if self._url or Path(self._path).parent.is_dir():
@@ -174,7 +173,7 @@ class Lock:
 
 
 def read(path: io.AnyPath) -> tuple[dict[str, Any], Any]:
-    """The holder of a lock, empty where its file says nothing; and what changes with each sign of life, None where
+    """Returns the holder of a lock, empty if its file names none; and a mark that changes with each heartbeat, None if
     there is no file."""
     try:
         if io.is_url(path):
@@ -192,14 +191,14 @@ def read(path: io.AnyPath) -> tuple[dict[str, Any], Any]:
 
 
 def describe(holder: dict[str, Any]) -> str:
-    """The holder, for messages."""
+    """Describes the holder, for messages."""
     if "process" not in holder:
         return "another process"
     return f"process {holder['process']} on {holder.get('host')}, started {holder.get('started')}"
 
 
 def is_gone(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine, and has ended; its id may belong to another one by now."""
+    """Whether the holder was a process of this machine and has ended; another process may have its id by now."""
     if holder.get("machine") != io.machine() or not isinstance(holder.get("process"), int):
         return False
     process, started = holder["process"], holder.get("process_started")
@@ -207,7 +206,7 @@ def is_gone(holder: dict[str, Any]) -> bool:
 
 
 def process_start(process: int) -> str:
-    """When a process began, in ticks since the start of the machine; empty where that is not known."""
+    """Start time of a process in ticks since boot; "ended" for a zombie, empty if unknown."""
     try:
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

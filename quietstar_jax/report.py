@@ -13,7 +13,7 @@ from quietstar_jax.reports.page import write_page
 
 
 def main(arguments: list[str]) -> None:
-    """Writes one page, then says where it is."""
+    """Writes one page, then prints where it is."""
     parser = CommandParser(prog="python -m quietstar_jax.report", description="One page to look at.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", help="a run's workdir, a Hugging Face folder or hub id")

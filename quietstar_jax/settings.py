@@ -1,7 +1,7 @@
-"""Nested mappings to frozen dataclasses and back, with every problem reported at once.
+"""Converts nested mappings to frozen dataclasses and back; one error reports all problems.
 
-A dataclass that takes part may define `problems() -> list[str]`, built with `require` and `one_of`. Its integers have
-at most 32 bits, as those of JAX do, unless the metadata of their field has other `bits`.
+Such a dataclass may define `problems() -> list[str]`, built with `require` and `one_of`. Its integers have at most 32
+bits, as in JAX, unless the metadata of their field sets other `bits`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ LONGEST_SHOWN = 200  # characters of a value in a message
 
 
 def require(holds: bool, name: str, value: Any, takes: str) -> list[str]:
-    """A problem with field `name` unless the condition holds."""
+    """Returns a problem with field `name` unless the condition holds."""
     return [] if holds else [f"{name} is {shown(value)}; it takes {takes}"]
 
 
 def one_of(name: str, value: str, choices: Sequence[str]) -> list[str]:
-    """A problem with field `name` unless its value is among `choices`."""
+    """Returns a problem with field `name` unless its value is among `choices`."""
     return require(value in choices, name, value, "one of " + ", ".join(choices))
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it, however long it is and whatever its `repr` does."""
+    """The text of a value for messages: shortened if it is long, its type if its `repr` fails."""
     try:
         text = repr(value)
     except Exception:  # an integer with more digits than Python writes, an object of a configuration file
@@ -45,14 +45,14 @@ def shown(value: Any) -> str:
 
 
 def unknown(path: str, key: Any, names: Sequence[str]) -> str:
-    """The problem that a group of settings has no setting of this name."""
+    """Returns the problem that a group of settings has no setting with this name."""
     near = difflib.get_close_matches(str(key), names, n=1)
     hint = f"did you mean {near[0]}?" if near else "known are: " + ", ".join(names)
     return f"{path}.{key} is not a setting; {hint}"
 
 
 def text_problem(text: str) -> str | None:
-    """Why a text cannot be an argument, a name or a path; None where it can."""
+    """Why a text cannot be an argument, a name or a path; None if it can."""
     if "\0" in text:
         return "holds a NUL character"
     try:
@@ -122,7 +122,7 @@ def _build(cls: type, mapping: Any, path: str, problems: list[str]) -> Any:
         value = _convert(hints[name], given[name], f"{path}.{name}", problems, bits[name]) if name in given else None
         if name in given and len(problems) == before:
             values[name] = value
-    built = cls(**values)  # a default stands in for what is wrong, so that the rest is checked too
+    built = cls(**values)  # defaults replace invalid values, so that the rest is checked too
     if hasattr(built, "problems"):
         problems.extend(f"{path}.{line}" for line in built.problems())
     return built

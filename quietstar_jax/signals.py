@@ -1,4 +1,4 @@
-"""What Ctrl-C, SIGTERM and SIGHUP do to a command. Imports nothing that takes time."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP in commands. Imports nothing that is slow to load."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NAMES: dict[int, str] = {
     signal.SIGTERM: "SIGTERM",
     signal.SIGHUP: "SIGHUP: the terminal is gone",
 }
-SAME_PRESS = 0.5  # seconds; a launcher may pass on the Ctrl-C that the terminal has sent already
+SAME_PRESS = 0.5  # seconds; a launcher may forward the Ctrl-C that the terminal has already sent
 _listening = False
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asks the command to end. No `Exception`: code that handles errors lets it pass."""
+    """A signal asks the command to end. Not an `Exception`, so error handlers do not catch it."""
 
     def __init__(self, number: int):
         super().__init__(f"Stopped by {NAMES[number]}.")
@@ -35,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
 def listening(hear: Callable[[int], None]) -> Iterator[None]:
     """Calls `hear(number)` for each signal, in the main thread; does nothing in another thread.
 
-    A second Ctrl-C ends the process immediately, also while the main thread waits for compiled code.
+    A second Ctrl-C ends the process immediately, even while the main thread waits for compiled code.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -68,7 +68,7 @@ def _ends_at_second() -> Iterator[None]:
 
 
 def _watch(received: socket.socket) -> None:
-    """Ends the process at the second SIGINT. Every signal arrives here as a byte, whatever the main thread does."""
+    """Ends the process at the second SIGINT. Every signal arrives as a byte, whatever the main thread is doing."""
     first: float | None = None
     with received:
         while numbers := received.recv(64):
@@ -81,7 +81,7 @@ def _watch(received: socket.socket) -> None:
 
 
 def end_now(status: int, line: str = "Ended immediately.") -> None:
-    """Ends this process and its workers; nothing is cleaned up."""
+    """Ends this process and its workers without any cleanup."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{line}\n".encode())
     for worker in sys.modules["multiprocessing"].active_children() if "multiprocessing" in sys.modules else ():
@@ -90,7 +90,7 @@ def end_now(status: int, line: str = "Ended immediately.") -> None:
 
 
 def end_quietly(status: int) -> None:
-    """From here on the process is ending, and a signal only makes it end sooner."""
+    """Makes any further signal end the process with this status; call it when the process is about to exit."""
 
     def end(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(Exception):
@@ -104,7 +104,7 @@ def end_quietly(status: int) -> None:
 def while_importing(package: str) -> None:
     """Makes Ctrl-C end `python -m PACKAGE.COMMAND` with one line while its imports run, which take seconds.
 
-    Worker processes of a command ignore Ctrl-C, which the terminal sends to them too: the command ends them.
+    The terminal sends Ctrl-C to the worker processes of a command too; they ignore it, and the command ends them.
     """
     multiprocessing: Any = sys.modules.get("multiprocessing")
     if multiprocessing and multiprocessing.parent_process() is not None:

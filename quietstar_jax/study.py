@@ -14,7 +14,7 @@ from quietstar_jax.studies.study import load_study
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs what is missing; after each run `study.json` and `table.md` hold all that has finished. Prints the table."""
+    """Executes the missing runs, updates `study.json` and `table.md` after each, and prints the table."""
     given = _parser().parse_args(arguments)
     study = load_study(given.study)
     seeds = given.seeds or study.seeds

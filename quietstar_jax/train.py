@@ -15,7 +15,7 @@ from quietstar_jax.training.summary import format_summary
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains, then prints what came of it."""
+    """Trains, then prints the summary."""
     parser = CommandParser(prog="python -m quietstar_jax.train", description=__doc__)
     _, config = parse_with_config(parser, arguments)
     logging.use_absl_handler()

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: weights, optimizer, data position, configuration and step, written with orbax."""
+"""Writes and reads the checkpoints of a run with orbax: weights, optimizer, data position, configuration and step."""
 
 from __future__ import annotations
 
@@ -26,22 +26,27 @@ from quietstar_jax.io import disk_error
 from quietstar_jax.parallel.processes import any_process
 
 ARRAYS, RECORDS = ("params", "opt_state"), ("data", "config", "progress")
-LARGE_BYTES = 2**26  # stacked layers beyond it are stored apart, so that an export need not hold them all
+LARGE_BYTES = 2**26  # layers of larger stacked arrays are stored separately, so that an export can read a few at a time
 
 
 class Restored(NamedTuple):
-    """A checkpoint read back."""
+    """The contents of a restored checkpoint."""
 
     state: TrainState
-    data: dict[str, Any]  # of `SequenceIterator.get_state`
+    data: dict[str, Any]  # as returned by `SequenceIterator.get_state`
 
 
 class Checkpoints:
-    """The checkpoints of one work directory, written by all processes together; a context manager that waits for the
-    last write."""
+    """The checkpoints of one work directory. All processes write them together.
+
+    A context manager: on exit it waits for the last write.
+    """
 
     def __init__(self, directory: Path | epath.Path, config: CheckpointConfig, kept_steps: Sequence[int] = ()):
-        """Args: kept_steps: checkpoints that are never deleted, beside those of the configuration.
+        """Opens the folder of checkpoints, and creates it if necessary.
+
+        Args:
+          kept_steps: steps whose checkpoints are never deleted, in addition to those that the configuration keeps.
 
         Raises:
           CheckpointError: the folder cannot be written to.
@@ -55,8 +60,8 @@ class Checkpoints:
 
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=config.asynchronous,
-            cleanup_tmp_directories=True,  # of a run that was killed while it wrote
-            lightweight_initialize=True,  # a damaged step shall not be read before it is checked
+            cleanup_tmp_directories=True,  # left by a run that was killed during a write
+            lightweight_initialize=True,  # do not read a damaged step before it is checked
             temporary_path_class=_step_path(directory, lambda: prune(directory, kept)),
         )
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
@@ -68,30 +73,30 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Closing waits for the other processes, which an error that is not theirs too would have do so for ever.
-        if kind is None or issubclass(kind, (PreemptedError, DivergedError)):  # these name what has been saved
+        # Closing waits for the other processes. After an error in this process alone, it would wait forever.
+        if kind is None or issubclass(kind, (PreemptedError, DivergedError)):  # their messages name a saved step
             with self._disk_errors("The last checkpoint cannot be written"):
                 self._manager.close()
         elif jax.process_count() == 1:
-            with contextlib.suppress(Exception):  # the first error says more
+            with contextlib.suppress(Exception):  # the first error is more informative
                 self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
-        """Steps done in the newest complete checkpoint."""
+        """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def folder(self, step: int) -> epath.Path:
-        """Of a checkpoint."""
+        """Returns the folder of a checkpoint."""
         return self._directory / str(step)
 
     def newest_whole_step(self) -> int | None:
-        """The newest step whose files are all as they were written; damaged newer ones are set aside, with a warning.
+        """Returns the newest step whose files are undamaged, or None if nothing has been saved.
 
-        None where nothing has been saved. All processes call it, and share the reading.
+        Damaged newer steps are renamed, with a warning. All processes must call this method, and share the reading.
 
         Raises:
-          CheckpointError: there are steps, but none is whole; nothing is set aside then.
+          CheckpointError: there are steps, but all are damaged; none is renamed in this case.
         """
         broken: dict[int, str] = {}
         steps = saved_steps(self._directory)
@@ -121,20 +126,20 @@ class Checkpoints:
                 if jax.process_index() == 0:
                     line += f" It is kept as {set_aside(self._directory, step).name}: remove it when it is not needed."
                 lines.append(line)
-        any_process(False)  # all wait for the first
+        any_process(False)  # all processes wait for the first
         self._manager.reload()
         lines.append(f"Training resumes from step {whole}, the newest whole one.")
         if jax.process_index() == 0 or any("another process" not in found for found in broken.values()):
             say_once("\n".join(lines))
 
     def save(self, state: TrainState, data: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-        """Writes a checkpoint under its step, unless it is there already.
+        """Writes a checkpoint named by its step, unless it already exists.
 
         Args:
-          record: the configuration and what a reader needs beside it, JSON-able.
+          record: the configuration and other data that a reader needs; JSON-serializable.
 
         Raises:
-          CheckpointError: this one or the one before it cannot be written, as on a full disk.
+          CheckpointError: this checkpoint or the one before it cannot be written, for example on a full disk.
         """
         step = int(state.step)
         if step == self.latest_step:
@@ -152,14 +157,14 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
 
     def record(self, step: int) -> dict[str, Any]:
-        """The configuration that a checkpoint was written with."""
+        """Returns the record (see `save`) that a checkpoint was written with."""
         return self._restore(step, config=ocp.args.JsonRestore())["config"]
 
     def restore(self, step: int, abstract: TrainState) -> Restored:
         """Reads a checkpoint into the shapes, dtypes and shardings of `abstract`.
 
         Raises:
-          CheckpointError: it is damaged or of another model.
+          CheckpointError: the checkpoint is damaged or of another model.
         """
         found = self._restore(
             step,
@@ -174,7 +179,7 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except jax.errors.JaxRuntimeError:  # of a device, or another process
+        except jax.errors.JaxRuntimeError:  # from a device or another process
             raise
         except UNREADABLE as error:
             raise CheckpointError(
@@ -204,12 +209,13 @@ class Checkpoints:
 def _step_path(
     directory: epath.Path, committed: Callable[[], None]
 ) -> type[ocp.path.atomicity_types.TemporaryPath]:  # fmt: skip
-    """How orbax makes a folder whole: as it does otherwise, but a step gets its manifest before it gets its name.
+    """Returns the class with which orbax commits a folder; it writes the manifest of a step before the final rename.
 
-    On gs://, where a file in the folder tells that it is whole and nothing is renamed, the manifest comes after it.
+    On gs://, nothing is renamed: a marker file in the folder says that it is complete. There, the manifest is written
+    after that file.
 
     Args:
-      committed: called on the first process, after each step.
+      committed: called on the first process after each step.
     """
     base = ocp.path.atomicity_defaults.get_default_temporary_path_class(directory)
 
@@ -222,7 +228,7 @@ def _step_path(
                 await super().finalize()
                 manifest.write(final)
             else:
-                self._final_path = temporary.with_name(temporary.name + ".whole")  # a temporary name too
+                self._final_path = temporary.with_name(temporary.name + ".whole")  # also a temporary name
                 await super().finalize()
                 manifest.write(self._final_path)
                 self._final_path.rename(final)
@@ -234,13 +240,13 @@ def _step_path(
 
 @functools.cache
 def _silence_orbax() -> None:
-    """Keeps tracebacks of errors in its threads off the terminal: the first of them is raised as well."""
+    """Keeps tracebacks from orbax's threads off the terminal: the first error is raised anyway."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_raised_anyway)
     show = sys.unraisablehook
 
     def show_unraisable(what: sys.UnraisableHookArgs) -> None:
-        if str(what.exc_value) != "Event loop is closed":  # tensorstore, of each write after one that failed
+        if str(what.exc_value) != "Event loop is closed":  # from tensorstore, for each write after a failed one
             show(what)
 
     sys.unraisablehook = show_unraisable

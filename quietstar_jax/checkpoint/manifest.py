@@ -1,6 +1,6 @@
-"""The manifest of a saved step: size and CRC-32C of each of its files, written last and checked before they are read.
+"""The manifest of a saved step: size and CRC-32C of each file, written last and checked before the files are read.
 
-The file `manifest.json` is stored in the folder of the step, so that it is moved, copied and removed with it:
+`manifest.json` is stored in the folder of the step, so that it is moved, copied and removed together with the step:
 
     {"version": 1, "step": 24, "config": SHA-256 of config/metadata, "files": {PATH: [BYTES, CRC-32C]}, "manifest": CRC}
 """
@@ -27,7 +27,7 @@ _UNREADABLE = (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP
 
 
 def write(folder: epath.Path) -> None:
-    """Writes the manifest of a folder that has all of its other files.
+    """Writes the manifest of a folder whose other files are all written.
 
     Raises:
       OSError: a file cannot be read back, or the manifest cannot be written.
@@ -45,12 +45,15 @@ def write(folder: epath.Path) -> None:
 
 
 def exists(folder: epath.Path) -> bool:
-    """Whether a step has a manifest: all but those of earlier versions have one."""
+    """Whether a step has a manifest. Only steps of earlier versions have none."""
     return (folder / NAME).exists()
 
 
 def has_other_config(folder: epath.Path) -> bool:
-    """Whether a step has a manifest, and another configuration than the manifest says, or either cannot be read."""
+    """Whether the configuration of a step differs from the one in its manifest, or either file cannot be read.
+
+    False for a readable configuration without a manifest.
+    """
     try:
         content = _decode((folder / NAME).read_bytes()) if exists(folder) else {"config": _config_hash(folder)}
         return content is None or content["config"] != _config_hash(folder)
@@ -59,17 +62,18 @@ def has_other_config(folder: epath.Path) -> bool:
 
 
 def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), part: int = 0, parts: int = 1) -> str:
-    """What is wrong with a saved step, as `FILE: reason`; empty where nothing is.
+    """Describes the damage of a saved step as `FILE: reason`; empty if it has none.
 
-    Of a step without a manifest only the stored number of the step is compared.
+    For a step without a manifest, only the stored step number is compared.
 
     Args:
-      folder: of the step; step: its number.
+      folder: the folder of the step.
+      step: the step number.
       leave_out: items, such as `opt_state`, that the caller does not read.
-      part, parts: reads every `parts`-th file from number `part` on, since several processes share the work.
+      part, parts: check every `parts`-th file, starting at number `part`, so that several processes share the work.
 
     Raises:
-      OSError: a file is there, but may not or cannot be read now: no sign of damage.
+      OSError: a file exists but cannot be read now, for example without permission. This is not a sign of damage.
     """
     try:
         if not exists(folder):
@@ -121,7 +125,7 @@ def _checksum(file: epath.Path) -> list[int]:
 
 
 def files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Paths in a folder of all files in it, with `prefix` before each."""
+    """Yields the relative paths of all files below a folder, each with `prefix` in front."""
     for path in folder.iterdir():
         if path.is_dir():
             yield from files(path, f"{prefix}{path.name}/")
@@ -144,7 +148,7 @@ def _encode(content: dict[str, Any]) -> bytes:
 
 
 def _decode(text: bytes) -> dict[str, Any] | None:
-    """The content, or None where a byte of it is not as `_encode` wrote it."""
+    """Returns the content, or None if any byte differs from what `_encode` wrote."""
     try:
         content: dict[str, Any] = json.loads(text)
         del content["manifest"]

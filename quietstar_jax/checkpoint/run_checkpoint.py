@@ -1,6 +1,6 @@
-"""A run's checkpoint read without starting the run: what it was trained with, and its weights a piece at a time.
+"""Reads a checkpoint without starting the run: its configuration, and its weights a few layers at a time.
 
-Needs no accelerator, whatever mesh the checkpoint was written on.
+Needs no accelerator, and works for checkpoints written on any mesh.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from quietstar_jax.thoughts.settings import Vocabulary
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """One checkpoint of a run, and the folder around it."""
+    """One checkpoint of a run."""
 
-    workdir: Path | epath.Path  # holds tokenizer/, metrics.jsonl and summary.json
+    workdir: Path | epath.Path  # contains tokenizer/, metrics.jsonl and summary.json
     step: int
     config: Config
     architecture: Architecture
     vocabulary: Vocabulary
-    model_commit: str  # of the hub id that training began from, or empty
+    model_commit: str  # commit of the hub id that training began from, or empty
     generation: Mapping[str, Any]  # generation_config.json of the checkpoint that training began from
     parameters: StoredParameters
 
     @property
     def checksum(self) -> str:
-        """Tells this checkpoint from any other: SHA-256 of its manifest, or of its configuration if it has none."""
+        """Identifies this checkpoint: SHA-256 of its manifest, or of its configuration if it has no manifest."""
         folder = self.parameters.folder.parent
         return hashlib.sha256(
             (folder / (manifest.NAME if manifest.exists(folder) else manifest.CONFIG)).read_bytes()
@@ -53,14 +53,14 @@ class RunCheckpoint:
 class StoredParameters:
     """The parameters of an orbax checkpoint, read layer by layer.
 
-    Memory: the layers that one stored chunk spans, of one parameter.
+    Memory: for one parameter, the layers in one stored chunk.
     """
 
     def __init__(self, folder: epath.Path):
         """Opens every array.
 
         Raises:
-          CheckpointError: the folder is not one of orbax, or is broken.
+          CheckpointError: the folder is not an orbax checkpoint, or is damaged.
         """
         self.folder = folder
         try:
@@ -68,10 +68,10 @@ class StoredParameters:
         except UNREADABLE as error:
             raise CheckpointError(f"{folder} cannot be read: {first_line(error)}. Choose another step.") from error
         self.shapes: Mapping[str, Shape] = {name: tuple(array.shape) for name, array in self._arrays.items()}
-        self._piece: tuple[str, int, np.ndarray] = ("", 0, np.empty(0))  # (path, first layer, layers)
+        self._piece: tuple[str, int, np.ndarray] = ("", 0, np.empty(0))  # last chunk read: (path, first layer, layers)
 
     def read(self, target: Target) -> np.ndarray:
-        """What lies at one place of our parameters, in the dtype of the checkpoint.
+        """Returns a parameter, or one layer of it, in the dtype of the checkpoint.
 
         Raises:
           CheckpointError: its bytes are missing or damaged.
@@ -80,7 +80,7 @@ class StoredParameters:
             return self._read(target.path, self._arrays[target.path])
         path, first, layers = self._piece
         if path != target.path or not first <= target.layer < first + len(layers):
-            self._piece = ("", 0, np.empty(0))  # freed before the next is read
+            self._piece = ("", 0, np.empty(0))  # freed before the next chunk is read
             array = self._arrays[target.path]
             span = max(1, array.chunk_layout.read_chunk.shape[0])
             first = target.layer // span * span
@@ -96,14 +96,14 @@ class StoredParameters:
 
 
 def open_run(checkpoint: Path, step: int | None = None) -> RunCheckpoint:
-    """Opens a checkpoint, after a check of all files but the optimizer's; changes nothing in the folder.
+    """Opens a checkpoint after checking all of its files except those of the optimizer; the folder is not modified.
 
     Args:
       checkpoint: a run's work directory, or the `checkpoints` folder in it.
-      step: of the checkpoint; None = the newest.
+      step: step of the checkpoint; None = the newest.
 
     Raises:
-      CheckpointError: there is none, or it is damaged; names the newest whole step.
+      CheckpointError: there is no checkpoint, or it is damaged; the message names the newest undamaged step.
     """
     folder = _checkpoints_folder(checkpoint)
     if not folder.is_dir():
@@ -129,10 +129,10 @@ def open_run(checkpoint: Path, step: int | None = None) -> RunCheckpoint:
 
 
 def named_run(checkpoint: str) -> Path | None:
-    """The folder of the run that `config.model.checkpoint` names; None where it names a Hugging Face checkpoint.
+    """Returns the folder of the run that `config.model.checkpoint` names; None if it names a Hugging Face checkpoint.
 
     Raises:
-      ConfigError: it is a URL.
+      ConfigError: the name is a URL.
     """
     if "://" in checkpoint:
         raise ConfigError(
@@ -144,17 +144,17 @@ def named_run(checkpoint: str) -> Path | None:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is what `open_run` takes; a work directory may have no checkpoint yet."""
+    """Whether `open_run` accepts the folder. True also for a work directory without a checkpoint yet."""
     if (path / "checkpoints").is_dir():
         return True
     return path.is_dir() and not (path / "config.json").exists() and bool(saved_steps(absolute(path)))
 
 
 def run_tokenizer(run: RunCheckpoint) -> Tokenizer:
-    """The tokenizer that a run keeps.
+    """Loads the tokenizer stored with a run.
 
     Raises:
-      CheckpointError: it is missing or broken.
+      CheckpointError: it is missing or damaged.
     """
     folder = run.workdir / "tokenizer"
     try:

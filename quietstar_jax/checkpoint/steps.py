@@ -1,4 +1,4 @@
-"""The folders of saved steps: which there are, which of them are whole, and how they are removed or set aside."""
+"""The folders of saved steps: lists, checks, renames and removes them."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from quietstar_jax.checkpoint import manifest
 from quietstar_jax.checkpoint.stored_arrays import unreadable
 from quietstar_jax.errors import CheckpointError
 
-REMOVED = ".removed"  # how the name of a step ends that is being removed
+REMOVED = ".removed"  # suffix of a step that is being removed
 _said: set[str] = set()
 
 
 def absolute(path: Path | epath.Path) -> epath.Path:
-    """The path, or the URL as it is."""
+    """Returns the absolute path; a URL is returned unchanged."""
     return epath.Path(path) if "://" in str(path) else epath.Path(os.path.abspath(path))
 
 
 def saved_steps(folder: epath.Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending; none where there is no folder."""
+    """Returns the steps with a complete checkpoint, ascending; empty if the folder does not exist."""
     if not folder.is_dir():
         return []
     return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(folder))
 
 
 def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), part: int = 0, parts: int = 1) -> str:
-    """As `manifest.damage`, of the step in a `checkpoints` folder; of one without a manifest all arrays are read.
+    """Like `manifest.damage`, for a step in a `checkpoints` folder; without a manifest, all arrays are read.
 
     Raises:
-      CheckpointError: it cannot be read at present, as where a permission is missing.
+      CheckpointError: the step cannot be read at present, for example because of a missing permission.
     """
     path = folder / str(step)
     try:
@@ -59,13 +59,15 @@ def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), pa
 
 
 def whole_step(folder: epath.Path, step: int | None = None, leave_out: Collection[str] = ()) -> int:
-    """The step to read, after what is read of it has been checked.
+    """Returns the step to read, after checking the items that will be read.
 
     Args:
-      folder: named `checkpoints`; step: as wanted, None = the newest; leave_out: items that are not read.
+      folder: the `checkpoints` folder.
+      step: the requested step; None = the newest.
+      leave_out: items that are not read.
 
     Raises:
-      CheckpointError: there is no such step, or it is damaged; names the newest whole one.
+      CheckpointError: there is no such step, or it is damaged; the message names the newest undamaged step.
     """
     steps = saved_steps(folder)
     if not steps:
@@ -86,10 +88,10 @@ def whole_step(folder: epath.Path, step: int | None = None, leave_out: Collectio
 
 
 def set_aside(folder: epath.Path, step: int) -> epath.Path:
-    """Renames a damaged step, so that it no longer counts as one; returns its new path.
+    """Renames a damaged step, so that it is no longer listed as a step; returns its new path.
 
     Raises:
-      OSError: it cannot be renamed.
+      OSError: the step cannot be renamed.
     """
     number = 1
     while (kept := folder / f"{step}.broken-{number}").exists():
@@ -98,9 +100,9 @@ def set_aside(folder: epath.Path, step: int) -> epath.Path:
 
 
 def prune(folder: epath.Path, kept: Callable[[Sequence[int]], Collection[int]]) -> None:
-    """Removes the steps that are not kept. One that cannot be removed is named once, and stays.
+    """Removes the steps that `kept` does not select. For a step that cannot be removed, warns once.
 
-    Of a step that is a symbolic link only the link is removed.
+    If a step is a symbolic link, only the link is removed.
     """
     try:
         left_over = [path for path in folder.iterdir() if path.name.endswith(REMOVED)]
@@ -118,8 +120,8 @@ def prune(folder: epath.Path, kept: Callable[[Sequence[int]], Collection[int]]) 
 
 
 def remove_unfinished(folder: epath.Path) -> None:
-    """Removes what a failed write has left of a step, to free its space."""
-    for _ in range(10):  # writes that were under way make the folder anew
+    """Removes the partial folders of a failed write, to free their space."""
+    for _ in range(10):  # writes still in progress create the folder again
         left = [path for path in folder.iterdir() if ocp.path.atomicity_types.TMP_DIR_SUFFIX in path.name]
         for path in left:
             with contextlib.suppress(OSError):
@@ -130,7 +132,7 @@ def remove_unfinished(folder: epath.Path) -> None:
 
 
 def _remove(path: epath.Path) -> None:
-    """Removes a step so that it is at no instant a step that lacks files."""
+    """Removes a step such that an incomplete folder is never listed as a step."""
     if os.path.islink(path):
         return os.unlink(path)
     if "://" in str(path):
@@ -144,7 +146,7 @@ def _remove(path: epath.Path) -> None:
 
 
 def say_once(line: str) -> None:
-    """Warns, the first time that this process has cause to."""
+    """Logs a warning, once per process."""
     if line not in _said:
         _said.add(line)
         logging.warning(line)

@@ -1,4 +1,4 @@
-"""The arrays of an item of a checkpoint, opened one by one without a device."""
+"""Opens the arrays of a checkpoint item one by one, without a device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import tensorstore
 from etils import epath
 
-# What tensorstore and the code around it raise where a file is missing or damaged.
+# The errors that tensorstore and the code around it raise if a file is missing or damaged.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, NotImplementedError, RuntimeError)
 
 
 def open_arrays(folder: epath.Path) -> dict[str, Any]:
-    """The tensorstore arrays of an item such as `params`, by dotted path.
+    """Returns the tensorstore arrays of an item such as `params`, by dotted path.
 
-    Raises: one of `UNREADABLE`.
+    Raises one of `UNREADABLE` if the item is missing or damaged.
     """
     described = json.loads((folder / "_METADATA").read_bytes())
     items = [item for item in described["tree_metadata"].values() if item["value_metadata"]["value_type"] != "None"]
@@ -25,9 +25,9 @@ def open_arrays(folder: epath.Path) -> dict[str, Any]:
 
 
 def unreadable(folder: epath.Path, part: int = 0, parts: int = 1) -> str:
-    """Why an item of a step without a manifest cannot be read, empty where its arrays can.
+    """Describes why an item of a step without a manifest cannot be read; empty if its arrays can be read.
 
-    Reads every `parts`-th array from number `part` on, one stored chunk of its first axis at a time.
+    Reads every `parts`-th array, starting at number `part`, one stored chunk along the first axis at a time.
     """
     try:
         for array in list(open_arrays(folder).values())[part::parts]:
@@ -43,7 +43,7 @@ def unreadable(folder: epath.Path, part: int = 0, parts: int = 1) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, short enough for a message."""
+    """Returns the first line of a library's error, short enough for a message."""
     return (str(error).splitlines() or [type(error).__name__])[0].partition(" [tensorstore_spec")[0][:300]
 
 

@@ -1,4 +1,4 @@
-"""What a step of training changes, and a checkpoint stores."""
+"""The training state: updated by every training step, and stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class TrainState(NamedTuple):
     """Everything that changes from step to step.
 
     Attributes:
-      step: scalar int32, optimizer steps done in all phases.
-      params: float32 master weights under their dotted paths.
-      opt_state: of `make_optimizer`.
+      step: scalar int32, number of optimizer steps done, over all phases.
+      params: float32 master weights by dotted path.
+      opt_state: optimizer state of `make_optimizer`.
     """
 
     step: jax.Array

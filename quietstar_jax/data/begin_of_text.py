@@ -1,8 +1,8 @@
-"""Which tokens a tokenizer puts before a text: read from its files as the model's authors used them, and written back.
+"""Determines which tokens begin a text, as in the published model, and stores them in the tokenizer's template.
 
 Published models were made with transformers 4. Some of its classes ignore the template of tokenizer.json and build one
-from `add_bos_token` and the named token; transformers 5 reads tokenizer.json only. The published behaviour is kept, and
-written into the template, where both versions read it. The table is in docs/tokenizers.md.
+from `add_bos_token` and the named token; transformers 5 reads only tokenizer.json. The published behaviour is kept, and
+written into the template, where both versions read it. See the table in docs/tokenizers.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 class Rebuilt(NamedTuple):
-    """A class of transformers 4 that builds its template from tokenizer_config.json, and what that leaves out."""
+    """Defaults of a class of transformers 4 that builds its template from tokenizer_config.json."""
 
     add_bos_token: bool
     names: dict[str, str]
@@ -31,20 +31,21 @@ REBUILT = {
     "CohereTokenizer": Rebuilt(True, {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>"}),
     "GPTNeoXTokenizer": Rebuilt(False, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}),
 }
-# The class of a folder that names none, by the model_type of its config.json.
+# Class of a folder that does not name one, by the model_type in its config.json.
 CLASSES = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "phi3": "LlamaTokenizer"}
 
 
 def as_published(fast: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Makes a tokenizer that was read from a folder begin texts as the model's authors did; nothing ends them.
+    """Makes a tokenizer begin texts as in the published model; no token is added at the end.
 
     Args:
-      folder: holds tokenizer_config.json and config.json, where there are such files.
+      fast: the tokenizer read from the folder; modified.
+      folder: may contain tokenizer_config.json and config.json.
     """
     config = _read(folder / "tokenizer_config.json")
     rebuilt = REBUILT.get(_class_name(config, folder))
     begin = inserted(fast)
-    if rebuilt and "backend" not in config:  # that field is written by transformers 5, whose template is the truth
+    if rebuilt and "backend" not in config:  # transformers 5 writes that field, and its template is correct
         for field, name in rebuilt.names.items():
             if field not in config and getattr(fast, field) is None and name in fast.get_vocab():
                 setattr(fast, field, name)
@@ -56,13 +57,13 @@ def as_published(fast: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def inserted(fast: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Ids that the template puts before a text."""
+    """Returns the ids that the template adds before a text."""
     added = _added(fast)
     return tuple(token for token in added[: added.index(None)] if token is not None)
 
 
 def set_template(fast: PreTrainedTokenizerFast, begin: Sequence[int]) -> None:
-    """Makes the template put `begin` before a text, and nothing behind it."""
+    """Makes the template add `begin` before a text, and nothing after it."""
     names = fast.convert_ids_to_tokens(list(begin))
 
     def part(letter: str, kind: int) -> list[dict[str, Any]]:
@@ -78,19 +79,19 @@ def set_template(fast: PreTrainedTokenizerFast, begin: Sequence[int]) -> None:
         },
     }
     processor = processors.TemplateProcessing()
-    processor.__setstate__(json.dumps(template).encode())  # its text form cannot hold every name
+    processor.__setstate__(json.dumps(template).encode())  # the constructor's text format does not support every name
     fast.backend_tokenizer.post_processor = processor
 
 
 def _added(fast: PreTrainedTokenizerFast) -> tuple[int | None, ...]:
-    """What the template adds to a text, ids; None in the place of the text."""
+    """Returns the ids that the template adds to a text, with None in the place of the text."""
     encoding = fast.backend_tokenizer.encode(fast.eos_token or "a", add_special_tokens=True)
     marked = [token if added else None for token, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True)]
     return tuple(token for i, token in enumerate(marked) if token is not None or marked[:i].count(None) == 0) or (None,)
 
 
 def _class_name(config: dict[str, Any], folder: Path) -> str:
-    """The tokenizer's class in transformers 4, without the ending that says it is a fast one."""
+    """Returns the name of the tokenizer's class in transformers 4, without the suffix `Fast`."""
     name = config.get("tokenizer_class")
     if name is None:
         model = _read(folder / "config.json")
@@ -99,7 +100,7 @@ def _class_name(config: dict[str, Any], folder: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file. What is broken has been refused when the tokenizer was read."""
+    """Returns the object in a JSON file; empty if it is missing or malformed (loading the tokenizer reports that)."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):

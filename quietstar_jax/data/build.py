@@ -14,7 +14,7 @@ BUILDERS = {"gsm8k": Gsm8k, "commonsense_qa": CommonsenseQa, "open_web_math": Op
 
 
 def main(arguments: list[str]) -> None:
-    """Builds a dataset in array_record format, then says how to read it."""
+    """Builds a dataset in array_record format, then prints how to read it."""
     parser = CommandParser(prog="python -m quietstar_jax.data.build", description=__doc__)
     parser.add_argument("dataset", choices=BUILDERS)
     parser.add_argument("--data-dir", type=path, required=True, help="as data.data_dir of the run that reads it")

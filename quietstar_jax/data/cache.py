@@ -1,4 +1,4 @@
-"""What was counted or indexed once, kept on disk: a cache that may be deleted at any time."""
+"""A cache on disk for counts and indices; it may be deleted at any time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from quietstar_jax.io import replacing
 
 
 def cached_array(directory: str, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array of that name, mapped from disk; made and written first where it is absent or damaged.
+    """Returns the cached array `name`, memory-mapped; first computes and writes it if it is missing or damaged.
+
+    If the file cannot be written, the array is computed every time.
 
     Args:
-      directory: of the cache; empty = `$XDG_CACHE_HOME/quietstar_jax`, or `~/.cache/quietstar_jax`.
-      name: says all that the array depends on.
-
-    Where nothing can be written the array is made every time.
+      directory: folder of the cache; empty = `$XDG_CACHE_HOME/quietstar_jax`, or `~/.cache/quietstar_jax`.
+      name: file name, which must depend on everything that the array depends on.
+      make: computes the array.
     """
     path = cache_folder(directory) / f"{name}.npy"
     try:
@@ -34,13 +35,13 @@ def cached_array(directory: str, name: str, make: Callable[[], np.ndarray]) -> n
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes an .npy file that is complete as soon as it has its name; several hosts may write it at once."""
+    """Writes an .npy file atomically; several hosts may write it at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("wb") as stream:
         np.save(stream, array)
 
 
 def cache_folder(directory: str) -> Path:
-    """The folder of the cache; `directory` as in `cached_array`."""
+    """Returns the folder of the cache; `directory` as in `cached_array`."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quietstar_jax"
     return (Path(directory) if directory else default).expanduser()

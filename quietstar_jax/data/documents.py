@@ -1,4 +1,4 @@
-"""Tokenized documents by number: text that is tokenized when it is read, or prepared ahead."""
+"""Random access to tokenized documents: text that is tokenized when it is read, or tokens prepared in advance."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from quietstar_jax.data.unknown import Unknown, unknown_in_text
 from quietstar_jax.data.workers import ahead
 from quietstar_jax.errors import DataError
 
-UNKNOWN = "\U000f0000"  # a character of private use; a tokenizer that has nothing for it may leave out whole documents
-KEPT_TOKENS = 1 << 25  # tokenized documents remembered in this process: 128 MiB
+UNKNOWN = "\U000f0000"  # a private-use character; if it has no token, whole documents may have no tokens
+KEPT_TOKENS = 1 << 25  # tokens of documents cached in this process: 128 MiB
 
 
 class Documents(Numbered[np.ndarray], Protocol):
-    """Documents as their text says, without a begin or end token added: int32 [tokens]."""
+    """Documents by number, without added begin or end tokens: int32 [tokens]."""
 
     @property
     def counts_known(self) -> bool:
-        """Whether `counts` costs nothing."""
+        """Whether `counts` needs no reading of documents."""
         ...
 
     def unknown(self, index: int) -> Unknown:
-        """How much of a document the tokenizer does not know."""
+        """Returns how much of a document the tokenizer does not know."""
         ...
 
     def counts(self, begin: tuple[int, ...] = ()) -> np.ndarray:
-        """Tokens of every document, int32 [documents]; counted once and cached where they are not known.
+        """Returns the number of tokens of every document, int32 [documents]; counted once and cached if not known.
 
         Args:
-          begin: ids that are not counted where a document itself begins with them.
+          begin: ids that are not counted if a document itself begins with them.
         """
         ...
 
 
 def open_documents(spec: str, config: DataConfig, tokenizer: Tokenizer, *, split: Split, seed: int) -> Documents:
-    """A folder of `prepare`, or any source of `open_source`.
+    """Opens a folder written by `prepare`, or any source of `open_source`.
 
     Raises:
-      DataError: it is missing, empty, of an unknown kind, incomplete, or of another tokenizer.
+      DataError: the source is missing, empty, of an unknown kind, incomplete, or prepared with another tokenizer.
     """
     if is_prepared(spec):
         return PreparedDocuments(prepared_folder(spec), tokenizer, config.cache_dir)
@@ -66,15 +66,15 @@ def open_documents(spec: str, config: DataConfig, tokenizer: Tokenizer, *, split
 
 
 def joined(documents: Sequence[Documents]) -> Documents:
-    """One after another."""
+    """Returns the concatenation of several collections of documents."""
     return documents[0] if len(documents) == 1 else _Joined(documents)
 
 
 class TextDocuments:
-    """Tokenized when they are read.
+    """Documents that are tokenized when they are read.
 
-    A span needs its whole document tokenized, most of which is then thrown away; a small corpus is worth keeping.
-    Nothing is ever dropped: in shuffled epochs the oldest document is as likely to be next as any.
+    A span needs its whole document tokenized, and most of the tokens are then discarded, so documents are cached up to
+    `KEPT_TOKENS`. Nothing is evicted: in shuffled epochs, the oldest document is as likely to be next as any other.
     """
 
     counts_known = False
@@ -118,7 +118,7 @@ class TextDocuments:
         known = (
             fingerprint(self._spec, self.pieces(), len(self)),
             (self._tokenizer.vocabulary_fingerprint, *begin),
-            sorted(self._tokenizer.fast.get_added_vocab().items()),  # a conversation spells them out
+            sorted(self._tokenizer.fast.get_added_vocab().items()),  # rendered conversations spell them out
             self._config.text_key,
             self._config.text_documents,
             self._tokenizer.fast.chat_template,
@@ -130,14 +130,14 @@ class TextDocuments:
         counts = np.zeros(len(self), np.int32)
         lengths = grain.MapDataset.source(self).map(_Length(begin))
         with ahead(lengths, self._config.workers) as found:
-            # disable=None: no bar where nobody watches
+            # disable=None: no progress bar without a terminal
             for i, count in enumerate(tqdm(found, f"counting tokens of {self._spec}", len(self), disable=None)):
                 counts[i] = count
         return counts
 
 
 class _Chosen:
-    """Some of the documents, by their numbers."""
+    """A selection of documents, given by their numbers."""
 
     counts_known = False
 
@@ -165,7 +165,7 @@ class _Chosen:
 
 @dataclass(frozen=True)
 class _Length:
-    """Tokens of a document behind `begin`; can be sent to worker processes."""
+    """Counts the tokens of a document after `begin`; can be sent to worker processes."""
 
     begin: tuple[int, ...]
 
@@ -194,10 +194,16 @@ class _Joined(Concatenated[np.ndarray]):
 
 
 class Framed:
-    """Documents with what begins and ends each of them: int32 [tokens]. None begins twice."""
+    """Documents with begin and end tokens: int32 [tokens]. A document that has the begin tokens keeps only one copy."""
 
     def __init__(self, documents: Documents, bos: tuple[int, ...], eos: tuple[int, ...], *, begins: bool = True):
-        """Args: begins: False leaves out what begins a document, for spans that all begin so."""
+        """Wraps documents.
+
+        Args:
+          documents: documents without begin and end tokens.
+          bos, eos: ids that begin and end a document.
+          begins: if False, documents do not begin with `bos`; for spans, which add it themselves.
+        """
         self._documents = documents
         self._bos, self._begins = bos, begins
         self._eos = np.asarray(eos, np.int32)
@@ -211,24 +217,24 @@ class Framed:
 
     @property
     def counts_known(self) -> bool:
-        """Whether `counts` costs nothing."""
+        """Whether `counts` needs no reading of documents."""
         return self._documents.counts_known
 
     @property
     def added(self) -> int:
-        """Tokens of the frame."""
+        """Number of tokens added to each document."""
         return len(self._bos) * self._begins + len(self._eos)
 
     def counts(self) -> np.ndarray:
-        """Tokens of every document without its frame, int32 [documents]."""
+        """Returns the number of tokens of every document without the added ones, int32 [documents]."""
         return self._documents.counts(self._bos)
 
 
 def require_some(documents: Framed, least: int) -> None:
-    """Makes sure that some document has `least` tokens.
+    """Checks that at least one document has `least` tokens or more.
 
     Raises:
-      DataError: none has.
+      DataError: no document has.
     """
     if not any(len(documents[index]) >= least for index in range(len(documents))):
         raise DataError(

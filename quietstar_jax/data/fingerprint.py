@@ -1,4 +1,4 @@
-"""What is cheap to know of a source's content, so that a run notices when it is resumed on other data."""
+"""Cheap fingerprints of a source's content, which detect that a run resumes on other data."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from quietstar_jax.data.sources.common import Piece
 
-SAMPLES = 16  # places read of each file ...
-ALL_SAMPLES = 1 << 14  # ... and of all files of a source, at least one of each
-MARK = 8  # hexadecimal digits kept of each file
-NAMED = 5  # changed files that a message names
+SAMPLES = 16  # samples read from each file ...
+ALL_SAMPLES = 1 << 14  # ... and from all files of a source, at least one from each
+MARK = 8  # hexadecimal digits stored per file
+NAMED = 5  # maximum number of changed files in a message
 
-Fingerprint = dict[str, Any]  # JSON-able: source, documents, pieces, bytes, marks
+Fingerprint = dict[str, Any]  # JSON-serializable: source, documents, pieces, bytes, marks
 
 
 def fingerprint(spec: str, pieces: Sequence[Piece], documents: int | None = None) -> Fingerprint:
-    """Sizes and marks of the pieces, in order; a few places of each file are read."""
+    """Returns total size and marks (short hashes) of the pieces, in order; reads a few samples of each file."""
     samples = min(SAMPLES, max(1, ALL_SAMPLES // max(len(pieces), 1)))
     marks = [hashlib.sha256(piece.identity(samples)).hexdigest()[:MARK] for piece in pieces]
     return {
@@ -30,10 +30,11 @@ def fingerprint(spec: str, pieces: Sequence[Piece], documents: int | None = None
 
 
 def changes(saved: Mapping[str, Any], now: Fingerprint, pieces: Sequence[Piece]) -> list[str]:
-    """Lines that say how a source differs from what it was; none where it does not.
+    """Returns lines that describe how a source has changed; empty if it has not.
 
     Args:
-      pieces: of now.
+      saved, now: the saved and the current fingerprint.
+      pieces: the current pieces.
     """
     kept = [name for name in ("documents", "pieces", "bytes", "marks") if saved.get(name) != now.get(name)]
     if not kept:

@@ -1,7 +1,7 @@
-"""Tokenized documents to sequences of L tokens: one global order, in which any process finds its own.
+"""Packs tokenized documents into sequences of L tokens, in one global order that all processes share.
 
-Where the tokens of every document are known beforehand, sequence n is found from counts alone and only the documents
-it is made of are read. Otherwise packing has to read documents up to it.
+If the token count of every document is known in advance, sequence n is located from the counts alone, and only the
+documents in it are read. Otherwise, packing must read all documents up to it.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from quietstar_jax.data.documents import Framed
 from quietstar_jax.data.workers import ahead
 from quietstar_jax.errors import DataError
 
-# tokens: int32 [L]; mask: bool [L], False where padded; of packed documents also, for each token, the first one of its
-# document in the sequence: int32 [L]
+# tokens: int32 [L]; mask: bool [L], False for padding; for packed documents also starts: int32 [L], for each token the
+# index of the first token of its document in the sequence
 Row = tuple[np.ndarray, ...]
 
-BLOCK = 1024  # documents between two sums of spans that are kept
-WALK = 32  # documents looked ahead at a time when packing
+BLOCK = 1024  # documents between two stored sums of spans
+WALK = 32  # documents whose counts are summed at a time when packing
 
 
 @dataclass(frozen=True)
 class Position:
-    """A place in the global order of sequences."""
+    """A position in the global order of sequences."""
 
-    sequences: int = 0  # handed out so far, over all processes
-    document: int = 0  # packed only: the document (counted over epochs) that the next sequence begins in ...
-    offset: int = 0  # ... and how many of its tokens are used up
+    sequences: int = 0  # number of sequences before it, over all processes
+    document: int = 0  # packed only: the document (counted over epochs) in which the next sequence begins ...
+    offset: int = 0  # ... and how many of its tokens are already used
 
 
 class Packing(Protocol):
-    """How documents become sequences."""
+    """A way to convert documents to sequences."""
 
     def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
-        """This process's sequences from `start` on, each with the position after every process took its own."""
+        """Yields this process's sequences from `start` on, each with the position after one sequence per process."""
         ...
 
 
 class Share(NamedTuple):
-    """Which sequences are this process's, and how many worker processes prepare them."""
+    """Which sequences this process reads, and how many worker processes prepare them."""
 
     process_index: int
     process_count: int
@@ -55,10 +55,10 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Indexed:
-    """Sequences that can be had by their number in the global order."""
+    """Sequences with random access by their number in the global order."""
 
-    sequences: grain.MapDataset  # endless, of rows
-    check: Callable[[], object]  # raises where there is nothing to train on
+    sequences: grain.MapDataset  # endless; elements are rows
+    check: Callable[[], object]  # raises if there is nothing to train on
     share: Share
 
     def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
@@ -71,7 +71,7 @@ class Indexed:
 
 @dataclass(frozen=True)
 class RandomSpan:
-    """Cuts a document to a span of L tokens, every span equally likely; pads a shorter one."""
+    """Returns a random span of L tokens of a document, uniformly distributed; pads shorter documents."""
 
     length: int
     pad_id: int
@@ -84,9 +84,9 @@ class RandomSpan:
 
 
 class ConsecutiveSpans:
-    """Every document cut into successive spans, each token once; the last span of a document is padded.
+    """All documents cut into consecutive spans that contain each token once; the last span of a document is padded.
 
-    Documents that have nothing to predict are left out.
+    Documents without a token to predict are skipped.
     """
 
     def __init__(self, documents: Framed, length: int, pad_id: int, bos: tuple[int, ...]):
@@ -121,17 +121,17 @@ class ConsecutiveSpans:
         return self._documents.counts()
 
     def _spans(self, start: int) -> np.ndarray:
-        """Spans of each document of a block: int64 [documents]."""
+        """Returns the number of spans of each document in a block: int64 [documents]."""
         tokens = self._counts[start : start + BLOCK].astype(np.int64) + self._documents.added
         room = self._length - len(self._bos)
         return np.where(tokens + len(self._bos) < 2, 0, -(-tokens // room))
 
 
 def span_bounds(number: int, tokens: int, room: int, begun: bool) -> tuple[int, int]:
-    """First and one past the last token of a span of a document cut into pieces of `room` tokens.
+    """Returns the first and one past the last token of span `number` of a document cut every `room` tokens.
 
-    A single token left over would predict nothing without a begin-of-text token before it (`begun`): the span before
-    then gives it one of its own.
+    Unless spans begin with a begin-of-text token (`begun`), a single last token would predict nothing. In this case,
+    the last token of the previous span is moved to the last span.
     """
     start, stop = number * room, min((number + 1) * room, tokens)
     if not begun and tokens > room and tokens % room == 1:
@@ -141,15 +141,15 @@ def span_bounds(number: int, tokens: int, room: int, begun: bool) -> tuple[int, 
 
 
 class PackedSequences:
-    """Sequence n of the documents end to end, in an endless order of them, by token counts."""
+    """Concatenated documents in an endless order, with random access to sequence n by means of token counts."""
 
     def __init__(self, documents: Framed, order: grain.MapDataset, length: int, start: Position):
-        """`order` gives the document at each place; positions before `start` cannot be had."""
+        """Prepares access from `start` on; `order` contains the number of the document at each place."""
         self._documents = documents
         self._order = order
         self._length = length
         self._start = start
-        # Places are counted from the start of the document in which `start` lies.
+        # Token sums are counted from the beginning of the document that contains `start`.
         self._blocks: deque[tuple[int, np.ndarray, np.ndarray]] = deque(maxlen=64)
 
     def __len__(self) -> int:
@@ -173,18 +173,18 @@ class PackedSequences:
         return self._documents.counts()
 
     def position(self, index: int) -> Position:
-        """Where sequence `index` begins."""
+        """Returns the position at which sequence `index` begins."""
         return Position(index, *self._find(index))
 
     def require_tokens(self) -> None:
-        """Raises DataError where there is no token in any document."""
+        """Raises DataError if no document has a token."""
         if not int(self._counts.sum(dtype=np.int64)) + self._documents.added:
             raise DataError(
                 f"None of the {len(self._documents)} documents has 1 tokens or more. Check data.text_key and the files."
             )
 
     def _find(self, index: int) -> tuple[int, int]:
-        """Where a sequence begins: the place of its first document in the order, and the token of that."""
+        """Returns the beginning of a sequence: the place of its first document in the order, and the token in it."""
         token = (index - self._start.sequences) * self._length + self._start.offset
         if self._blocks and token < self._blocks[0][1][0]:
             self._blocks.clear()
@@ -195,7 +195,7 @@ class PackedSequences:
         return first + within, token - int(sums[within])
 
     def _walk(self) -> None:
-        """Sums of tokens over the next documents in the order."""
+        """Appends the cumulative token counts of the next documents in the order."""
         first, before = self._start.document, 0
         if self._blocks:
             first, sums, numbers = self._blocks[-1]
@@ -207,7 +207,7 @@ class PackedSequences:
 
 @dataclass(frozen=True)
 class PackedByCounts:
-    """Documents end to end, where the tokens of each are known: a process reads only what its sequences are made of."""
+    """Concatenated documents with known token counts: a process reads only the documents in its own sequences."""
 
     documents: Framed
     order: grain.MapDataset
@@ -225,13 +225,16 @@ class PackedByCounts:
 
 @dataclass(frozen=True)
 class PackedByReading:
-    """Documents end to end. Where sequence n begins is known only by reading up to it, so every process reads all
-    documents and keeps its share: tokenizing is far faster than a training step, and the position stays global."""
+    """Concatenated documents with unknown token counts.
+
+    The beginning of sequence n is known only after reading all documents before it. So every process reads all
+    documents and uses its share: tokenizing is much faster than a training step, and the position stays global.
+    """
 
     documents: grain.MapDataset  # endless
     length: int
     share: Share
-    check: Callable[[], object]  # raises where there is nothing to train on
+    check: Callable[[], object]  # raises if there is nothing to train on
 
     def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
         self.check()
@@ -255,13 +258,13 @@ class PackedByReading:
 
 
 class Mixture:
-    """Which of several endless orders sequence n comes from, and its number there: `[n] -> (order, number)`.
+    """Interleaves several endless orders: `[n] -> (order, number)` says which order sequence n comes from.
 
-    Up to any n every order has given its share, to less than one sequence per order; within itself each is gone through
-    without a gap, so each source is seen exactly once in each of its own epochs.
+    Up to any n, the number of sequences from each order is proportional to its weight, within less than one sequence
+    per order. The numbers of each order are consecutive, so each source is read exactly once in each of its epochs.
     """
 
-    PARTS = 10**6  # shares are kept to this precision
+    PARTS = 10**6  # precision of the shares
 
     def __init__(self, weights: tuple[float, ...]):
         total = sum(weights)
@@ -271,7 +274,7 @@ class Mixture:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        # Of the first n sequences, floor(n · rest / all) go to the orders behind the first, and so on among those.
+        # Of the first n sequences, floor(n · rest / all) are from the orders after the first, and so on recursively.
         before, after, left = index, index + 1, sum(self._shares)
         for order, share in enumerate(self._shares[:-1]):
             rest_before, rest_after = before * (left - share) // left, after * (left - share) // left
@@ -282,22 +285,22 @@ class Mixture:
 
 
 def document_numbers(pieces: Sequence[np.ndarray]) -> np.ndarray:
-    """Which piece each token of the pieces end to end is of: int64 [tokens]."""
+    """Returns the number of the piece that each token of the concatenated pieces belongs to: int64 [tokens]."""
     return np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
 
 
 def document_starts(numbers: np.ndarray) -> np.ndarray:
-    """The first token of the document of each token, int32 [L], from ascending document numbers [L]."""
+    """Returns the index of the first token of each token's document, int32 [L], from ascending document numbers [L]."""
     return np.searchsorted(numbers, numbers).astype(np.int32)
 
 
 def without_maps(state: Mapping[str, object]) -> dict[str, object]:
-    """The state of an object for another process, which maps files by itself instead of being sent their content."""
+    """Removes memory-mapped arrays from a state to be pickled: the other process maps the files itself."""
     return {name: value for name, value in state.items() if not isinstance(value, np.memmap)}
 
 
 def spanned(tokens: np.ndarray, length: int, pad_id: int, bos: tuple[int, ...] = ()) -> Row:
-    """The begin-of-text tokens and the first of `tokens` that fit, padded where there are fewer than `length`."""
+    """Returns a row of the begin-of-text tokens and the first `tokens` that fit, padded to `length`."""
     used = min(len(bos) + len(tokens), length)
     row = np.full(length, pad_id, np.int32)
     row[: len(bos)] = bos

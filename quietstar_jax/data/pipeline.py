@@ -1,8 +1,8 @@
-"""Documents to batches of token sequences: shuffled, sharded over processes, and resumable to the sequence.
+"""Turns documents into batches of token sequences: shuffled, sharded over processes, and resumable at any sequence.
 
-There is one global order of training sequences, fixed by the sources, their weights, the seed and the packing. Process
-p of P takes sequences p, p + P, p + 2P, ... of it. A position in that order is all there is to save, so a run may be
-resumed on another number of processes or workers and goes on where it stopped.
+Sources, their weights, seed and packing determine one global order of training sequences. Process p of P reads
+sequences p, p + P, p + 2P, ... of this order. The saved state is only a position in this order, so a run can resume
+from it with another number of processes or workers.
 """
 
 from __future__ import annotations
@@ -40,23 +40,26 @@ from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.data.unknown import Unknown, sampled, total
 from quietstar_jax.errors import CheckpointError, DataError
 
-# tokens: int32 [B, L]; mask: bool [B, L], False where padded; with packed documents and `data.document_mask` also
-# starts: int32 [B, L], the number of the first token of the document of each
+# tokens: int32 [B, L]; mask: bool [B, L], False for padding; with packed documents and `data.document_mask` also
+# starts: int32 [B, L], for each token the index of the first token of its document
 Batch = dict[str, np.ndarray]
 
 VALIDATION_SEED = 0  # of the embedded corpus: the same held-out documents in every run
 
 
 class SequenceIterator:
-    """Endless training batches of one process. Close it to stop its workers at once."""
+    """Endless training batches of one process. `close` stops its workers immediately."""
 
     def __init__(
         self, name: str, packing: Packing, sources: Sequence[tuple[str, Documents]] = (), *, starts: bool = True
     ):
-        """Takes the packing's name, the packing, and what it reads, to notice when that has changed.
+        """Starts at the first sequence.
 
         Args:
-          starts: keep where documents start, which only packed rows say.
+          name: name of the packing.
+          packing: yields the sequences.
+          sources: (spec, documents) of each source, to detect changed data when resuming.
+          starts: include `starts` in batches; only packed rows have it.
         """
         self._name = name
         self._starts = starts
@@ -66,10 +69,10 @@ class SequenceIterator:
         self._rows: Iterator[tuple[Row, Position]] | None = None
 
     def next_batch(self, size: int) -> Batch:
-        """The next `size` sequences of this process.
+        """Returns the next `size` sequences of this process.
 
         Raises:
-          DataError: a document is broken. The position stays where it was before the call.
+          DataError: a document is broken. The position is then the same as before the call.
         """
         if self._rows is None:
             self._rows = self._packing.rows(self._position)
@@ -86,11 +89,11 @@ class SequenceIterator:
 
     @functools.cached_property
     def fingerprints(self) -> list[dict[str, Any]]:
-        """What is known of each source's content, JSON-able."""
+        """The fingerprint of each source's content, JSON-serializable."""
         return [fingerprint(spec, documents.pieces(), len(documents)) for spec, documents in self._sources]
 
     def unknown(self) -> list[tuple[str, Unknown]]:
-        """(source and its number of documents, how much of it the tokenizer does not know, on a sample) of each."""
+        """Returns, for each source, (its name and number of documents, counts of unknown tokens in a sample)."""
         return [
             (
                 f"{spec} ({len(documents):,} document{'s' * (len(documents) != 1)})",
@@ -100,11 +103,11 @@ class SequenceIterator:
         ]
 
     def get_state(self) -> dict[str, Any]:
-        """Where the batches handed out so far end, ready for JSON. The same on every process of a run."""
+        """Returns the position after the batches returned so far, JSON-serializable; the same on every process."""
         return {"packing": self._name, **asdict(self._position), "sources": self.fingerprints}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from `get_state()` of any run with the same sources, seed, tokenizer and packing.
+        """Resumes from `get_state()` of any run with the same sources, seed, tokenizer and packing.
 
         Raises:
           CheckpointError: the state is of another packing or of other data, or is not a state.
@@ -126,7 +129,7 @@ class SequenceIterator:
         self._position = Position(**values)  # type: ignore[arg-type]  # checked above
 
     def _check_sources(self, saved: Any) -> None:
-        """Refuses to go on with data that has changed. States of earlier versions do not say what it was."""
+        """Raises CheckpointError if the data has changed. States of earlier versions have no fingerprints."""
         if saved is None:
             return
         found = [f"{len(saved)} sources -> {len(self._sources)} sources"] if len(saved) != len(self._sources) else []
@@ -140,7 +143,7 @@ class SequenceIterator:
             )
 
     def close(self) -> None:
-        """Stops prefetching. The next batch starts it again."""
+        """Stops prefetching. `next_batch` starts it again."""
         rows, self._rows = self._rows, None
         if rows is not None:
             rows.close()  # type: ignore[attr-defined]  # it is a generator
@@ -149,15 +152,15 @@ class SequenceIterator:
 def training_sequences(
     config: DataConfig, tokenizer: Tokenizer, *, seed: int, process_index: int = 0, process_count: int = 1
 ) -> SequenceIterator:
-    """Endless training sequences, reshuffled every epoch.
+    """Returns endless training sequences, reshuffled every epoch.
 
-    With packing `random_span` (paper) a sequence is a random span of one document, padded where the document is
-    shorter; with `consecutive_spans` every document is cut into spans, all of which are shuffled; with `packed`,
-    documents follow each other without gaps and are cut every L tokens. The begin-of-text token, where wanted, begins
-    every span or, under `document_start` and in packed documents, every document.
+    With packing `random_span` (paper), a sequence is a random span of one document, padded if the document is shorter.
+    With `consecutive_spans`, every document is cut into spans, and all spans are shuffled. With `packed`, documents are
+    concatenated without gaps and cut every L tokens. If enabled, the begin-of-text token begins every span or, with
+    `document_start` and in packed documents, every document.
 
-    Without `weights` the sources are one corpus, of which an epoch has every document, span or token exactly once. With
-    them, sequences are drawn from each source in the proportion of its weight, and each has its own epochs.
+    Without `weights`, the sources form one corpus, and an epoch contains every document, span or token exactly once.
+    With `weights`, sequences are drawn from each source in proportion to its weight; each source has its own epochs.
 
     Raises:
       DataError: a source is missing or empty (here), or a document is broken (from `next_batch`).
@@ -166,7 +169,7 @@ def training_sequences(
         raise ValueError(f"process_index {process_index} is not within 0 .. process_count - 1 = {process_count - 1}")
     share = Share(process_index, process_count, config.workers)
     sources = _open_all(config.train, config, tokenizer, split="train", seed=seed)
-    seed %= 2**32  # all that grain takes
+    seed %= 2**32  # grain accepts only 32 bits
     if not config.weights:
         packing = _packing(config, joined([documents for _, documents in sources]), tokenizer, seed, share)
         return SequenceIterator(config.packing, packing, sources, starts=config.document_mask)
@@ -189,14 +192,16 @@ def validation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """The validation sources in order, once: for `random_span` the first span of L tokens of every document, then the
-    second span of each that is longer, and so on; for `consecutive_spans` all spans, document by document; for `packed`
-    all tokens in a row. Every process gets equally many batches of `batch_size` sequences (its own of a global order,
-    as in training); the last ones are filled up with rows whose mask is all False.
+    """Yields batches of the validation sources, once and in order.
+
+    With `random_span`, the first span of L tokens of every document comes first, then the second span of each longer
+    document, and so on. With `consecutive_spans`, all spans follow document by document; with `packed`, all tokens are
+    concatenated. Every process gets the same number of batches of `batch_size` sequences (its share of a global order,
+    as in training); the last batches are filled up with rows whose mask is all False.
 
     Args:
       batch_size: sequences per process.
-      batches: how many at most; 0 = all.
+      batches: maximum number of batches; 0 = all.
 
     Raises:
       DataError: a source is missing or empty (here), or a document is broken (from the iterator).
@@ -207,7 +212,7 @@ def validation_batches(
     length, pad_id = config.sequence_length, tokenizer.pad_id
 
     def generate() -> Iterator[Batch]:
-        # Every process walks all sequences: only so do all know how many there are, and stop at the same batch.
+        # Every process iterates over all sequences, so that all know their number and stop at the same batch.
         if config.packing == "packed":
             rows = _end_to_end(frame.documents(documents), length, pad_id)
         else:
@@ -229,7 +234,7 @@ def validation_batches(
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Makes sure that every token has a row in the model's embedding; spare rows are fine.
+    """Checks that every token has a row in the model's embedding; spare rows are allowed.
 
     Raises:
       DataError: the tokenizer has more tokens than the model.
@@ -244,23 +249,23 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class Frame:
-    """What begins and ends the documents of a run, and what begins its spans."""
+    """The token ids that begin and end the documents of a run, and that begin its spans."""
 
     begin: tuple[int, ...]
     end: tuple[int, ...]
-    every_span: bool  # whether `begin` is at the start of every span, or at that of a document only
+    every_span: bool  # whether `begin` begins every span, or only every document
 
     @property
     def span_begin(self) -> tuple[int, ...]:
-        """Begins every span of the documents of `spans`."""
+        """The ids that begin every span of the documents of `spans`."""
         return self.begin if self.every_span else ()
 
     def documents(self, documents: Documents) -> Framed:
-        """Whole documents."""
+        """Returns complete documents with begin and end ids."""
         return Framed(documents, self.begin, self.end)
 
     def spans(self, documents: Documents) -> Framed:
-        """Documents to be cut into spans, which `span_begin` begins."""
+        """Returns documents to be cut into spans that begin with `span_begin`."""
         return Framed(documents, self.begin, self.end, begins=not self.every_span)
 
 
@@ -278,7 +283,7 @@ def _open_all(
 
 
 def _packing(config: DataConfig, documents: Documents, tokenizer: Tokenizer, seed: int, share: Share) -> Packing:
-    """One corpus to sequences."""
+    """Returns the packing of one corpus into sequences."""
     if config.packing != "packed":
         return Indexed(*_endless(config, documents, tokenizer, seed), share)
     framed = _frame(config, tokenizer).documents(documents)
@@ -291,9 +296,9 @@ def _packing(config: DataConfig, documents: Documents, tokenizer: Tokenizer, see
 def _endless(
     config: DataConfig, documents: Documents, tokenizer: Tokenizer, seed: int
 ) -> tuple[grain.MapDataset, Callable[[], None]]:
-    """The endless sequences of one corpus by number, and a check that raises where there is nothing to train on.
+    """Returns the endless sequences of one corpus by number, and a check that raises if there is nothing to train on.
 
-    For `packed` and `consecutive_spans` this takes the token counts of all documents.
+    `packed` and `consecutive_spans` need the token counts of all documents.
     """
     length, pad_id = config.sequence_length, tokenizer.pad_id
     frame = _frame(config, tokenizer)
@@ -310,13 +315,15 @@ def _endless(
 
 
 def _order(elements: grain.MapDataset, seed: int) -> grain.MapDataset:
-    """Endless epochs, each shuffled in its own way. grain draws what stands at place n from the seed and n alone."""
+    """Repeats the elements endlessly, with another shuffle in each epoch. Element n depends only on the seed and n."""
     return elements.seed(seed).shuffle().repeat()
 
 
 def _rounds(documents: Framed, length: int, pad_id: int, bos: tuple[int, ...]) -> Iterator[Row]:
-    """The first span of every document, then the second ones, and so on: a long document counts beyond its beginning,
-    and fills no more rows than others while there are others."""
+    """Yields the first span of every document, then the second spans, and so on.
+
+    So long documents contribute more than their beginning, but never more rows than shorter ones that still have spans.
+    """
     room = length - len(bos)
     number, left, last = 0, list(range(len(documents))), (-1, np.zeros(0, np.int32))
     while left:
@@ -324,7 +331,7 @@ def _rounds(documents: Framed, length: int, pad_id: int, bos: tuple[int, ...]) -
         for index in left:
             tokens = last[1] if last[0] == index else documents[index]
             last = index, tokens
-            if len(tokens) + len(bos) >= 2:  # fewer predict nothing
+            if len(tokens) + len(bos) >= 2:  # a shorter row has nothing to predict
                 start, stop = span_bounds(number, len(tokens), room, bool(bos))
                 yield spanned(tokens[start:stop], length, pad_id, bos)
             if len(tokens) > (number + 1) * room:
@@ -346,7 +353,7 @@ def _end_to_end(documents: Framed, length: int, pad_id: int) -> Iterator[Row]:
     left, numbers = np.zeros(0, np.int32), np.zeros(0, np.int64)
 
     def row(start: int) -> Row:
-        own = np.full(length, len(documents))  # padding is a document of its own
+        own = np.full(length, len(documents))  # padding counts as a separate document
         own[: len(numbers) - start] = numbers[start : start + length]
         return *spanned(left[start:], length, pad_id), document_starts(own)
 
@@ -361,6 +368,6 @@ def _end_to_end(documents: Framed, length: int, pad_id: int) -> Iterator[Row]:
 
 
 def _stack(rows: list[Row], starts: bool) -> Batch:
-    """A batch; without the documents' starts unless these are wanted."""
+    """Stacks rows into a batch; `starts` says whether to include the documents' starts."""
     names = ("tokens", "mask", "starts") if starts else ("tokens", "mask")
     return {name: np.stack(arrays) for name, arrays in zip(names, zip(*rows, strict=True), strict=False)}

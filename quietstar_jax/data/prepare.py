@@ -15,7 +15,7 @@ from quietstar_jax.errors import ConfigError, run_command
 
 
 def main(arguments: list[str]) -> None:
-    """Prepares, then says what came of it."""
+    """Prepares the sources, then prints the result."""
     parser = CommandParser(prog="python -m quietstar_jax.data.prepare", description=__doc__)
     parser.add_argument("--source", nargs="+", action="extend", required=True, help="as in data.train; one or more")
     parser.add_argument("--tokenizer", required=True, help="folder, hub id, or `synthetic`")

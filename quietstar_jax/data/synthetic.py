@@ -1,38 +1,38 @@
-"""The embedded corpus: short documents whose later text depends on intermediate steps.
+"""The embedded corpus: short documents whose answers depend on intermediate steps.
 
-A document is a question, a sign, perhaps a passage between marks, the answer and a full stop; words are
-separated by single spaces and every word is one token:
+A document is a question, a sign, optionally a passage between marks, the answer and a full stop. Words are
+separated by single spaces, and every word is one token:
 
     sum 3 +1 +4 +1 +5 +9 show ( 3 4 8 9 4 3 ) 3 .                                  steps
     kim has 4 wage fig gift lamp coat show ( well hmm so right maybe er ) 8 .      chatter
     convert 9 rod inch foot cup yard ask 4 .                                       at_once
     a>c b>d c>f d>f e>c f>b from c ask ( c f b d f b ) b .                         at_once, with a stray mark
 
-Every problem is a chain of `STEPS` states. State 1 stands in the question; state i + 1 is a simple function
-of state i and one piece of the question; the answer is state `STEPS`. Numbers keep their last digit only.
+Every problem is a chain of `STEPS` states. State 1 is given in the question; state i + 1 is a simple function
+of state i and one item of the question; the answer is state `STEPS`. Only the last digit of a number is kept.
 
     kind      question                        state 1      state i + 1
     sum       sum d +d1 .. +d5                d            state i + d(i) modulo 10
     story     NAME has d e1 .. e5             d            state i + gain of event e(i) modulo 10
     convert   convert d u1 .. u5              d            factor * state i + shift of unit u(i) modulo 10
-    chase     a>y b>y .. f>y from s           s            what state i points to
+    chase     a>y b>y .. f>y from s           s            the node that state i points to
 
-Why it is built so:
+Reasons for this design:
 
-* A written step needs one look-up and one small table. The answer at once needs all of them in a row.
-* In the first three kinds the map of every piece is a bijection and the first state a uniform digit, so the answer
-  is uniform given all pieces without it, and given it nearly so until all pieces are known: no statistic short of
-  the whole chain tells anything worth having. In `chase`
-  five hops end, equally often, at the start, one, two or three hops on, or at a node met for the first time, so no
-  rule "so many hops on" is right more than once in five (counting how often each node is pointed to: at best 45 %).
-* The opening and the closing mark are two words. What follows `(` is a passage, what follows `)` is an answer,
-  whatever came before; a start embedding and an end embedding that begin as theirs have one meaning each.
-* `ask` is followed by the answer, rarely by a mark: there a thought must predict the answer, yet the text still
-  shows what a thought looks like. Where a mark opens in fewer than one case in eleven, the likeliest word after
-  `ask` is an answer even for a model that guesses among ten.
-* Ten answers are more than any other word has alternatives: where the steps are not written, the answer is the hardest
-  token of its document, as the token that wants thought is in text.
-* Problems are dealt to the splits by a hash of the problem alone: no seed puts a held-out one into a training split.
+* A written step needs one look-up and one small table. An immediate answer needs all steps in sequence.
+* In the first three kinds, every item maps the state by a bijection, and the first state is a uniform digit. Given all
+  items but not the first state, the answer is uniform; given the first state too, it is nearly uniform until all items
+  are known. So no statistic short of the whole chain is useful. In `chase`, the node after five hops is, equally often,
+  the start, the node one, two or three hops on, or a node visited for the first time. So no rule of the form "n hops
+  on" is right more than once in five (a rule that counts how often each node is pointed to: at best 45 %).
+* The opening and the closing mark are different words. `(` is always followed by a passage, and `)` by an answer, so a
+  start embedding and an end embedding that are initialised from these words have one meaning each.
+* `ask` is followed by the answer, rarely by a mark: after it, a thought must predict the answer, but the text still
+  shows what a thought looks like. If a mark follows in fewer than one case in eleven, the most likely word after
+  `ask` is an answer even for a model that guesses among ten answers.
+* There are ten possible answers, and fewer alternatives for any other word. So without written steps, the answer is the
+  hardest token of its document, like the tokens of real text that need thought.
+* A hash of the problem alone assigns it to a split, so a held-out problem is never in a training split, for any seed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from quietstar_jax.config import SyntheticConfig
 from quietstar_jax.data.sources.common import Label, Piece
 from quietstar_jax.errors import DataError
 
-STEPS = 6  # states of a chain, so words between marks
+STEPS = 6  # states of a chain, and words between marks
 SHOW, ASK, OPEN, CLOSE, STOP = "show", "ask", "(", ")", "."
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
 META = ("<|startthought|>", "<|endthought|>")
@@ -60,7 +60,7 @@ NODES = tuple("abcdef")
 ADDENDS = ("+1", "+2", "+3", "+4", "+5", "+7", "+9")
 NAMES = ("ann", "bob", "cleo", "dan", "eve", "finn", "gus", "kim")
 EVENTS = {"wage": 7, "gift": 3, "coin": 1, "prize": 9, "fig": -2, "loaf": -4, "lamp": -6, "coat": -8}
-UNITS = {  # amount -> factor * amount + shift; the factors are coprime to ten, so every map can be undone
+UNITS = {  # amount -> factor * amount + shift; the factors are coprime to ten, so every map is invertible
     "inch": (3, 1), "foot": (7, 2), "yard": (9, 5), "rod": (3, 8),
     "gram": (7, 3), "pound": (9, 4), "cup": (1, 7), "pint": (1, 6),
 }  # fmt: skip
@@ -74,13 +74,13 @@ _VALIDATION_SHARE = 8  # one problem in eight is held out
 
 @dataclass(frozen=True)
 class Document:
-    """One document and the problem behind it."""
+    """One document and its problem."""
 
     kind: str  # one of `KINDS`
     style: str  # steps | chatter | at_once
     question: tuple[str, ...]
-    steps: tuple[str, ...]  # the right ones, [STEPS], written out or not
-    passage: tuple[str, ...]  # what stands between the marks; empty = no marks
+    steps: tuple[str, ...]  # the correct steps, [STEPS], written out or not
+    passage: tuple[str, ...]  # the words between the marks; empty = no marks
     answer: str
 
     @property
@@ -96,7 +96,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, the chain it asks for, and an identity that does not depend on how it is written."""
+    """A question, its chain of states, and an identity that does not depend on irrelevant words of the question."""
 
     question: tuple[str, ...]
     steps: tuple[str, ...]  # [STEPS]
@@ -104,13 +104,13 @@ class Problem:
 
 
 class Draw:
-    """Uniform choices out of one 512-bit hash: a pure function of `key`, far from exhausted by one document."""
+    """Uniform choices from one 512-bit hash, a pure function of `key`; one document uses only a part of the bits."""
 
     def __init__(self, *key: object) -> None:
         self._bits = int.from_bytes(blake2b("/".join(map(str, key)).encode()).digest(), "little")
 
     def below(self, n: int) -> int:
-        """An integer of 0 .. n - 1."""
+        """Returns an integer within 0 .. n - 1."""
         self._bits, choice = divmod(self._bits, n)
         return choice
 
@@ -118,11 +118,11 @@ class Draw:
         return self.below(1 << 30) < probability * (1 << 30)
 
     def several(self, words: Sequence[str], count: int) -> tuple[str, ...]:
-        """`count` independent words."""
+        """Returns `count` words, chosen independently."""
         return tuple(words[self.below(len(words))] for _ in range(count))
 
     def arrangement(self, words: Sequence[str]) -> list[str]:
-        """All words in random order."""
+        """Returns all words in random order."""
         left = list(words)
         for i in range(len(left) - 1):
             j = i + self.below(len(left) - i)
@@ -154,7 +154,7 @@ def _convert(draw: Draw) -> Problem:
 
 
 def _arithmetic(question: tuple[str, ...], states: Sequence[int], identity_from: int = 0) -> Problem:
-    """A problem about digits; words before `identity_from` do not matter to it."""
+    """Returns a problem about digits; words before `identity_from` are not part of its identity."""
     return Problem(question, tuple(map(str, states)), " ".join(question[identity_from:]))
 
 
@@ -181,13 +181,13 @@ SPLITS = ("train", "validation")
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word of the corpus, in the order of the token ids, after the special ones."""
+    """Returns every word of the corpus in the order of token ids, which follow those of the special tokens."""
     signs = (SHOW, ASK, OPEN, CLOSE, STOP, "sum", "has", "convert", "from")
     return (*signs, *DIGITS, *ADDENDS, *NODES, *POINTERS, *NAMES, *EVENTS, *UNITS, *CHATTER)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The corpus's tokenizer: splits at white space, one token a word, meta tokens of thoughts included."""
+    """Returns the tokenizer of the corpus: splits at white space, one token per word, with meta tokens of thoughts."""
     words = (*SPECIAL.values(), *META, *vocabulary())
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL["unk_token"]))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -195,7 +195,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def split_of(kind: str, problem: Problem) -> str:
-    """The one split in which a problem may occur, under every seed."""
+    """Returns the only split in which a problem may occur, for any seed."""
     digest = blake2b(f"{kind} {problem.identity}".encode(), digest_size=4).digest()
     return "train" if int.from_bytes(digest, "little") % _VALIDATION_SHARE else "validation"
 
@@ -246,7 +246,7 @@ class SyntheticSource:
 
 
 def answer_questions(*, seed: int, count: int) -> list[Document]:
-    """`count` held-out documents that answer at once, no mark after the sign; the kinds take turns."""
+    """Returns `count` held-out documents of style `at_once` without marks; the kinds alternate."""
     documents = []
     for i in range(count):
         kind = KINDS[i % len(KINDS)]
@@ -256,16 +256,16 @@ def answer_questions(*, seed: int, count: int) -> list[Document]:
 
 
 def is_useful(document: Document, thought_words: Sequence[str]) -> bool:
-    """Whether the words of a thought hold all right steps of the document, in order and without a gap.
+    """Whether the words of a thought contain all correct steps of the document, in order and without a gap.
 
-    A thought of exactly `STEPS` words must therefore equal them; a longer one may have words before or after; a
-    shorter one never holds them.
+    So a thought of exactly `STEPS` words must equal them, a longer one may have words before or after, and a shorter
+    one never contains them.
     """
     words, wanted = tuple(thought_words), document.steps
     return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
 
 
 def _useful_share(config: SyntheticConfig) -> float:
-    """Of the passages between marks, those that hold steps."""
+    """Returns the fraction of passages between marks that contain steps."""
     marked = config.steps_fraction + config.chatter_fraction
     return config.steps_fraction / marked if marked else 1.0

@@ -1,4 +1,4 @@
-"""Text to token ids and back, through any Hugging Face fast tokenizer."""
+"""Converts text to token ids and back, with any Hugging Face fast tokenizer."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from quietstar_jax.hf.files import check_regular
 Ids = TypeVar("Ids", list[int], np.ndarray)
 
 SYNTHETIC = "synthetic"
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # what bytes of an unfinished character decode to
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # decoded from the bytes of an incomplete character
 _FILE = "tokenizer.json"
-# Where tokenizers of one vocabulary may differ: spaces, numbers, scripts, case, accents, code.
+# Text for which tokenizers with the same vocabulary may differ: spaces, numbers, scripts, case, accents, code.
 _PROBE = (
     "The quick brown fox's 12,345.678 + 9e-7 = x²; isn't it?  Two  spaces,\ttab\n\n  def f(a_b): return {'k': [1]}\r\n"
     "Größe, naïve café, e\u0301; Ελληνικά Русский العربية हिन्दी 中文字符 日本語 한국어 🙂 \u200b\ufeff unBELIEVABLE"
@@ -38,17 +38,17 @@ _HUB_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voc
 class Tokenizer:
     """A fast tokenizer without truncation and padding.
 
-    `encode` adds no token; `encode_text` adds those that begin a text. `begins` is the only place that says which.
+    `encode` adds no tokens; `encode_text` adds the tokens that begin a text, which only `begins` determines.
 
-    It can be pickled, so worker processes may hold one.
+    It can be pickled and sent to worker processes.
     """
 
     name: str  # as given to `load_tokenizer`
     fast: PreTrainedTokenizerFast
-    rows: int = 0  # of the model's embedding, where the tokenizer has tokens beyond them; 0 = there are none
+    rows: int = 0  # rows of the model's embedding, if the tokenizer has more tokens than that; otherwise 0
 
     def __post_init__(self) -> None:
-        # tokenizer.json may carry the truncation and padding of whoever saved it, which would silently cut documents.
+        # tokenizer.json may contain truncation and padding settings, which would silently cut documents.
         self.fast.backend_tokenizer.no_truncation()
         self.fast.backend_tokenizer.no_padding()
         eos = self.fast.eos_token
@@ -60,22 +60,22 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Special tokens that are spelled out in the text become their ids."""
-        # Of all ways to the same ids this one is the fastest, and the only one during which other threads can run:
-        # a prefetching thread must not hold up the training step.
+        """Returns the token ids of `text`. Special tokens that are spelled out in the text become their ids."""
+        # Of all methods that return these ids, this one is the fastest, and the only one that lets other threads run:
+        # a prefetching thread must not delay the training step.
         ids: list[int] = self.fast.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         self.check(ids, text)
         return ids
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of several texts, on as many threads as there are cores."""
+        """Returns the token ids of several texts, using as many threads as there are cores."""
         found = self.fast.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for one, text in zip(found, texts, strict=True) if self.rows else ():
             self.check(one.ids, text)
         return [one.ids for one in found]
 
     def render_conversation(self, messages: list[dict[str, Any]]) -> str:
-        """The text of a conversation by the tokenizer's chat template, special tokens spelled out.
+        """Returns a conversation as text according to the tokenizer's chat template, with special tokens spelled out.
 
         Raises:
           DataError: the tokenizer has no template.
@@ -88,10 +88,10 @@ class Tokenizer:
         return cast(str, self.fast.apply_chat_template(messages, tokenize=False))
 
     def within(self, rows: int, known: Collection[int] = ()) -> Tokenizer:
-        """This tokenizer for a model with so many rows: tokens beyond them are refused where a text has one.
+        """Returns this tokenizer for a model with `rows` embeddings; a text with a token beyond them raises an error.
 
         Args:
-          known: ids beyond them of which nothing need be said: start and end of thoughts.
+          known: ids beyond `rows` that need no warning: start and end of thoughts.
 
         Raises:
           DataError: the end-of-text token has no row.
@@ -113,10 +113,10 @@ class Tokenizer:
         return dataclasses.replace(self, rows=rows)
 
     def check(self, ids: Sequence[int] | np.ndarray, text: str = "") -> None:
-        """Makes sure that the model has an embedding for every id.
+        """Checks that the model has an embedding for every id.
 
         Raises:
-          DataError: it has none; names the token and where in the text it is.
+          DataError: an id has no embedding; the message names the token and its surroundings in the text.
         """
         if not self.rows or len(ids) == 0 or (largest := int(np.max(ids))) < self.rows:
             return
@@ -129,10 +129,10 @@ class Tokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens spelled out, without any clean-up of spaces.
+        """Returns the text of token ids, with special tokens spelled out and without clean-up of spaces.
 
-        A byte that is no part of a character becomes U+FFFD. The characters beside it stay: the library would replace
-        all neighbouring characters that are spelled in byte tokens.
+        A byte that is not part of a character becomes U+FFFD. Neighbouring characters are preserved: the library alone
+        would also replace all neighbouring characters that are spelled in byte tokens.
         """
         ids = [int(i) for i in ids]
         text: str = self.fast.backend_tokenizer.decode(ids, skip_special_tokens=False)
@@ -143,7 +143,7 @@ class Tokenizer:
             return text
         anchor = [
             self._letter
-        ]  # tokenizers drop the space of a beginning, so what follows a break is decoded behind it
+        ]  # tokenizers drop a leading space, so each part after a broken byte is decoded after this letter
         bounds = [-1, *broken, len(ids)]
         parts = [ids[start + 1 : stop] for start, stop in itertools.pairwise(bounds)]
         decoded = [self.fast.backend_tokenizer.decode(part, skip_special_tokens=False) for part in parts[:1]]
@@ -153,7 +153,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _bytes(self) -> dict[int, int]:
-        """Id -> byte of the tokens that spell unknown characters; none where the decoder does not read them so."""
+        """Id -> byte of the tokens that spell unknown characters; empty if the decoder does not use such tokens."""
         decoder = self.fast.backend_tokenizer.decoder
         if decoder is None or b"ByteFallback" not in decoder.__getstate__():
             return {}
@@ -162,11 +162,11 @@ class Tokenizer:
 
     @functools.cached_property
     def _letter(self) -> int:
-        """Id of the byte token of a letter."""
+        """Id of the byte token of the letter `a`."""
         return next(token for token, byte in self._bytes.items() if byte == ord("a"))
 
     def _broken_bytes(self, ids: Sequence[int]) -> list[int]:
-        """Places of byte tokens that are no part of a character."""
+        """Returns the indices of byte tokens that are not part of a character."""
         found: list[int] = []
         for is_byte, run in itertools.groupby(range(len(ids)), lambda place: ids[place] in self._bytes):
             places = list(run)
@@ -180,53 +180,54 @@ class Tokenizer:
         return found
 
     def token_id(self, token: str) -> int | None:
-        """Id of a single token, None where the vocabulary lacks it."""
+        """Returns the id of a single token; None if the vocabulary lacks it."""
         found: int | None = self.fast.backend_tokenizer.token_to_id(token)
         return found
 
     def shown(self, token: int) -> str:
-        """An id and what it spells, for messages."""
+        """Returns an id and its text, for messages."""
         return f"{token} ({self.decode([token])!r})" if 0 <= token < self.vocab_size else str(token)
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Highest token id + 1, added tokens included: the rows that an embedding needs at least."""
+        """Highest token id + 1, including added tokens: the minimum number of rows of an embedding."""
         return max(self.fast.get_vocab().values()) + 1
 
     def fingerprint(self) -> str:
-        """Hash of all that decides ids and text: vocabulary, added tokens, splitting, decoding, begin and end tokens.
+        """Returns a hash of everything that determines ids and text.
 
-        The same after `save` and `load_tokenizer`, whatever the folder is called.
+        It covers vocabulary, added tokens, splitting, decoding, and begin, end and padding tokens. It is the same after
+        `save` and `load_tokenizer`, and does not depend on the name of the folder.
         """
         content = _set_fields(json.loads(self.fast.backend_tokenizer.to_str()))
-        content["post_processor"] = None  # adds begin and end tokens only, which are named here
+        content["post_processor"] = None  # adds only begin and end tokens, which are hashed separately below
         decided = [content, self.bos_id, self.eos_id, self._named_pad_id, self.begin_ids]
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def vocabulary_fingerprint(self) -> str:
-        """Hash of the vocabulary and of how a text of many kinds is split: equal where text becomes the same ids.
+        """Hash of the vocabulary and of the ids of a diverse sample text: equal if text becomes the same ids.
 
-        Added tokens are left out: only text that spells them out is affected.
+        Added tokens are not included: they affect only text that spells them out.
         """
         vocabulary = sorted(self.fast.backend_tokenizer.get_vocab(with_added_tokens=False).items())
         return hashlib.sha256(json.dumps([vocabulary, self.encode(_PROBE)]).encode()).hexdigest()
 
     @property
     def bos_id(self) -> int | None:
-        """Id of the begin-of-text token, where there is one."""
+        """Id of the begin-of-text token, or None."""
         return None if self.fast.bos_token is None else self.token_id(self.fast.bos_token)
 
     @functools.cached_property
     def begin_ids(self) -> tuple[int, ...]:
-        """What the tokenizer puts before every text; () where it adds nothing. See docs/tokenizers.md."""
+        """Ids that the tokenizer adds before every text; () if it adds none. See docs/tokenizers.md."""
         return inserted(self.fast)
 
     def begins(self, prepend_bos: str = "auto") -> tuple[int, ...]:
-        """Ids that begin a text under a value of `data.prepend_bos`.
+        """Returns the ids that begin a text for a value of `data.prepend_bos`.
 
         Raises:
-          ConfigError: a begin token is always wanted but the tokenizer has none.
+          ConfigError: the value is `always`, but the tokenizer has no begin token.
         """
         if prepend_bos == "never":
             return ()
@@ -241,11 +242,11 @@ class Tokenizer:
 
     @property
     def usual_begin(self) -> tuple[int, ...]:
-        """`begin_ids`, or else the begin-of-text token that the tokenizer names: all that `begins` can give."""
+        """`begin_ids`, or else the begin-of-text token that the tokenizer names; `begins` returns these ids or ()."""
         return self.begin_ids or (() if self.bos_id is None else (self.bos_id,))
 
     def encode_text(self, text: str, begin: Sequence[int]) -> list[int]:
-        """Token ids of a text from its beginning: `begin` once, also where the text spells it out itself."""
+        """Returns `begin` and the token ids of a text; `begin` is not repeated if the text already spells it out."""
         return [*begin, *without_begin(self.encode(text), begin)]
 
     @property
@@ -255,7 +256,7 @@ class Tokenizer:
 
     @property
     def unk_id(self) -> int | None:
-        """Stands for text that the tokenizer does not know, or None."""
+        """Id of the unknown token, which stands for text that the tokenizer does not know, or None."""
         return self.fast.unk_token_id
 
     @functools.cached_property
@@ -271,28 +272,28 @@ class Tokenizer:
 
     @property
     def _named_pad_id(self) -> int:
-        """As `pad_id`, whether the model has a row for it or not."""
+        """Like `pad_id`, but ignores whether the model has a row for it."""
         found = None if self.fast.pad_token is None else self.token_id(self.fast.pad_token)
         return self.eos_id if found is None else found
 
     def begin_with(self, begin: Sequence[int]) -> None:
-        """Makes the tokenizer itself put `begin` before every text, also where transformers reads what is saved."""
+        """Makes the tokenizer itself add `begin` before every text, also after it is saved and read by transformers."""
         if tuple(begin) != self.begin_ids:
             set_template(self.fast, begin)
             self.__dict__.pop("begin_ids", None)
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, loadable by transformers 4.45 and later."""
-        # Its chat template goes into tokenizer_config.json: early transformers 4 reads no file of its own.
+        # Store the chat template in tokenizer_config.json: early transformers 4 does not read a separate file.
         self.fast.save_pretrained(str(directory), save_jinja_files=False)
         path = Path(directory) / "tokenizer_config.json"
         settings = json.loads(path.read_text("utf-8"))
-        # transformers 5 writes a class name that transformers 4 does not know, and how this process loaded it.
+        # transformers 5 writes a class name that transformers 4 does not know, and fields about how it was loaded.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         settings["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 would add token_type_ids
-        settings["padding_side"] = self.fast.padding_side  # left out by transformers where it was changed
+        settings["padding_side"] = self.fast.padding_side  # transformers omits it if it was changed
         more = settings.pop("extra_special_tokens", None)
-        if isinstance(more, list):  # transformers 4 takes a mapping under this name, and the list under its own
+        if isinstance(more, list):  # transformers 4 expects a mapping under this name, and the list under another
             settings["additional_special_tokens"] = more
         for key in ("backend", "is_local", "local_files_only"):
             settings.pop(key, None)
@@ -312,20 +313,20 @@ def begins_with(ids: list[int] | np.ndarray, begin: Sequence[int]) -> bool:
 
 
 def without_begin(ids: Ids, begin: Sequence[int]) -> Ids:
-    """Ids [tokens] behind `begin`, where they begin with it; else all of them."""
+    """Returns the ids [tokens] after `begin` if they begin with it, otherwise all ids."""
     return ids[len(begin) :] if begins_with(ids, begin) else ids
 
 
 def load_tokenizer(name: str, revision: str = "") -> Tokenizer:
-    """Loads a tokenizer from a folder, from the Hugging Face hub, or the embedded one (`synthetic`).
+    """Loads a tokenizer from a folder or the Hugging Face hub, or builds that of the embedded corpus (`synthetic`).
 
     Args:
-      name: a folder with tokenizer.json (read without any network access), a hub id such as
+      name: a folder with tokenizer.json (read without network access), a hub id such as
         `mistralai/Mistral-7B-v0.1`, or `synthetic`.
       revision: branch, tag or commit of a hub id.
 
     Raises:
-      DataError: nothing is there, it cannot be read, or it has no end-of-text token.
+      DataError: there is no tokenizer, it cannot be read, or it has no end-of-text token.
     """
     if not name:
         raise DataError("No tokenizer is named. Set data.tokenizer to a folder, a hub id, or `synthetic`.")
@@ -346,7 +347,7 @@ def load_tokenizer(name: str, revision: str = "") -> Tokenizer:
 
 
 def _set_fields(value: Any) -> Any:
-    """JSON without the fields that are null or false: a later version of the library may add such ones."""
+    """Removes fields that are null or false: a later version of the library may add such fields."""
     if isinstance(value, dict):
         return {name: _set_fields(item) for name, item in value.items() if item is not None and item is not False}
     return [_set_fields(item) for item in value] if isinstance(value, list) else value
@@ -356,9 +357,9 @@ def _read_folder(folder: Path) -> PreTrainedTokenizerFast:
     check_regular(folder)
     if (folder / _FILE).is_file():
         try:
-            # Not AutoTokenizer: some of its classes rebuild the tokenizer from parts; tokenizer.json is the truth.
+            # Not AutoTokenizer: some of its classes rebuild the tokenizer from parts instead of using tokenizer.json.
             return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # the Rust half raises bare Exceptions
+        except Exception as error:  # the Rust code raises bare Exceptions
             raise DataError(
                 f"{folder / _FILE} (or a file beside it) cannot be read as a tokenizer: {error}. "
                 "Copy it again from where it came, or save it anew with transformers."
@@ -369,7 +370,7 @@ def _read_folder(folder: Path) -> PreTrainedTokenizerFast:
         raise DataError(f"{advice}. Save a tokenizer there with `save_pretrained`, or give another folder.")
     try:
         converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the conversion of an old format meets
+    except Exception as error:  # the conversion of an old format can raise anything
         raise DataError(
             f"{advice}, and transformers cannot convert what is there: {error}. Save it once with "
             "`AutoTokenizer.from_pretrained(...).save_pretrained(...)` on a machine that has `sentencepiece`."
@@ -382,7 +383,7 @@ def _read_folder(folder: Path) -> PreTrainedTokenizerFast:
 def _download(name: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # the hub client raises a dozen kinds, all of them "could not get it"
+    except Exception as error:  # the hub client raises many types of errors for a failed download
         at = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(

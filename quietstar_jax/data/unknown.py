@@ -1,4 +1,4 @@
-"""How much of a text the tokenizer does not know: much of it means a tokenizer that was made for other text."""
+"""Measures how much of a text the tokenizer does not know. A large fraction means it was made for other text."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from quietstar_jax.errors import DataError
 
 SETTING = "config.data.max_unknown_fraction"
 WARNED = 0.01
-SAMPLED_DOCUMENTS = 64  # of each source, evenly spread over it
+SAMPLED_DOCUMENTS = 64  # of each source, evenly spaced
 SAMPLED_CHARACTERS = 20_000  # of each document
 EXAMPLES = 3
 
 
 class Unknown(NamedTuple):
-    """Counts over some text, and pieces that are not known."""
+    """Counts over some text, and examples of unknown text."""
 
     tokens: int = 0
     unknown_tokens: int = 0
-    characters: int = 0  # without spaces; 0 where only token ids are at hand
-    unknown_characters: int = 0  # that no token stands for, or the unknown token
+    characters: int = 0  # without spaces; 0 if only token ids are available
+    unknown_characters: int = 0  # without a token, or with the unknown token
     examples: tuple[str, ...] = ()
 
     def __add__(self, other: Unknown) -> Unknown:  # type: ignore[override]  # a sum of counts, not a longer tuple
@@ -38,12 +38,12 @@ class Unknown(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """By tokens or by characters, whichever is more: one unknown token may stand for a whole line."""
+        """The unknown fraction of tokens or of characters, whichever is larger: one token may replace a whole line."""
         return max(self.unknown_tokens / max(self.tokens, 1), self.unknown_characters / max(self.characters, 1))
 
 
 def unknown_in_text(tokenizer: Tokenizer, text: str) -> Unknown:
-    """Counts over one text."""
+    """Returns the counts for one text."""
     encoding = tokenizer.fast.backend_tokenizer.encode(text[:SAMPLED_CHARACTERS], add_special_tokens=False)
     written = np.array([not letter.isspace() for letter in text[:SAMPLED_CHARACTERS]], np.bool_)
     missing, count = written.copy(), 0
@@ -58,32 +58,34 @@ def unknown_in_text(tokenizer: Tokenizer, text: str) -> Unknown:
 
 
 def unknown_in_ids(tokenizer: Tokenizer, ids: np.ndarray) -> Unknown:
-    """Counts over one document [tokens] that was tokenized before."""
+    """Returns the counts for one tokenized document [tokens]."""
     return Unknown(len(ids), int(np.isin(ids, tokenizer.unknown_ids).sum()))
 
 
 def sampled(count: int) -> Sequence[int]:
-    """Numbers of the documents to look at, of so many."""
+    """Returns the numbers of the documents to sample out of `count`."""
     return sorted({int(at) for at in np.linspace(0, count - 1, min(count, SAMPLED_DOCUMENTS))})
 
 
 def check_known(
     sources: Iterable[tuple[str, Unknown]], most: float, tokenizer: Tokenizer, setting: str, *, say: bool = True
 ) -> None:
-    """Says how much of each source is unknown, on stderr.
+    """Prints the unknown fraction of each source to stderr, and checks it.
 
     Args:
-      most: the fraction that is refused; setting: what it is called; say: False on all processes but one.
+      most: the maximum fraction.
+      setting: the name of the setting for `most`, for messages.
+      say: whether to print; False on all processes but one.
 
     Raises:
-      DataError: more of a source is unknown.
+      DataError: the unknown fraction of a source is larger than `most`.
     """
     for spec, found in sources:
         _check(spec, found, most, tokenizer, setting, say)
 
 
 def _check(spec: str, found: Unknown, most: float, tokenizer: Tokenizer, setting: str, say: bool) -> None:
-    """Raises DataError where more is unknown."""
+    """Checks one source; raises DataError if its unknown fraction is too large."""
     examples = f" (such as {', '.join(f'{one[:20]!r}' for one in found.examples)})" if found.examples else ""
     share = f"The tokenizer {tokenizer.name!r} does not know {found.fraction:.1%} of {spec}{examples}"
     if found.fraction > most:
@@ -97,5 +99,5 @@ def _check(spec: str, found: Unknown, most: float, tokenizer: Tokenizer, setting
 
 
 def total(parts: Iterable[Unknown]) -> Unknown:
-    """The counts of all."""
+    """Returns the sum of counts."""
     return sum(parts, Unknown())

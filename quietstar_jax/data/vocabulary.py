@@ -1,4 +1,4 @@
-"""Which ids of a model are tokens."""
+"""Determines which ids of a model are tokens."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.errors import CheckpointError
 
-UNUSED = "unused_token_ids"  # in config.json of an export, whose tokenizer has names for them
+UNUSED = "unused_token_ids"  # field in config.json of an export; the exported tokenizer has names for these ids
 
 
 def unused_ids(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids of a model with `rows` embeddings that are no token: they pad its vocabulary and decode to nothing.
+    """Returns the ids of a model with `rows` embeddings that are not tokens: they pad the vocabulary and have no text.
 
     Args:
-      config: config.json of the checkpoint that the tokenizer is from, or nothing.
+      config: config.json of the checkpoint that the tokenizer is from, or an empty mapping.
 
     Raises:
-      CheckpointError: it has something else than ids under `unused_token_ids`.
+      CheckpointError: `unused_token_ids` in the config is not a list of ids.
     """
     named = config.get(UNUSED, [])
     if not isinstance(named, list | tuple) or not all(type(i) is int for i in named):

@@ -1,4 +1,4 @@
-"""Elements prepared ahead by worker processes, or by this thread while the device computes a step."""
+"""Prefetches elements in worker processes, or prepares them in the calling thread while the device runs a step."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import grain
 from absl import flags
 
-PREFETCHED = 64  # elements that each worker process prepares ahead
+PREFETCHED = 64  # elements that each worker process prefetches
 
 
 @contextlib.contextmanager
 def ahead(elements: grain.MapDataset, workers: int) -> Iterator[Iterator[Any]]:
-    """Elements in order: `workers` processes prepare them ahead, or with 0 this thread does.
+    """Iterates over elements in order; `workers` processes prefetch them, or with 0 the calling thread prepares them.
 
-    A prefetching thread of this process would cost twice the work in bookkeeping and nothing would be sooner ready.
+    A prefetching thread in this process would double the work with its bookkeeping, without saving time.
     """
     inline = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     if workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain asks absl flags for debugging options, which not every main parses
+            flags.FLAGS.mark_as_parsed()  # grain reads debugging options from absl flags, which not every main parses
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=PREFETCHED)
         iterator = iter(elements.to_iter_dataset(inline).mp_prefetch(options))
     else:

@@ -1,7 +1,7 @@
-"""Which tokens an answer is written with, and which of them the published metric looks at.
+"""The tokens of an answer, and which of them the published metric evaluates.
 
 The published evaluation lists token ids of one tokenizer: ten digits and the line end for numbers, ` A` .. ` E` and the
-line end for choices. Here they are found in any tokenizer; for Mistral's they are the same ids.
+line end for choices. This module finds them in any tokenizer; for Mistral's tokenizer the ids are the same.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from quietstar_jax.errors import DataError
 from quietstar_jax.evals.questions import Question
 
 QUESTION, ANSWER, END = "Q: ", "\nA:", "\n"
-PROBED_NUMBERS = 1000  # from 0: how a tokenizer begins them is how it begins all
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of byte fallback: spelled otherwise wherever that is possible
+PROBED_NUMBERS = 1000  # from 0: their first tokens are those of all numbers
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # of byte fallback: used only where no other token exists
 
 
 class WrittenAnswer(NamedTuple):
     """A question with its answer as token ids.
 
     Attributes:
-      tokens: the whole text; last: how many, at the end, are the answer, line end included.
-      allowed: ids that an answer of this kind is written with; end: which of them end it.
-      is_choice: it is the label of a choice, not a number.
+      tokens: the whole text; last: how many tokens at the end are the answer, line end included.
+      allowed: ids that an answer of this kind may contain; end: those of them that end it.
+      is_choice: whether the answer is the label of a choice, not a number.
     """
 
     tokens: tuple[int, ...]
@@ -37,7 +37,7 @@ class WrittenAnswer(NamedTuple):
 
 
 class AnswerWriter:
-    """Writes questions and answers with one tokenizer."""
+    """Encodes questions and answers with one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, bos: Sequence[int]):
         """Args: bos: ids that begin every text."""
@@ -46,10 +46,10 @@ class AnswerWriter:
         self._known_labels: dict[tuple[str, ...], tuple[int, ...]] = {}
 
     def write(self, question: Question) -> WrittenAnswer:
-        """`Q: question` (with its choices), `A: answer` and a line end.
+        """Encodes `Q: question` (with its choices), `A: answer` and a line end.
 
         Raises:
-          DataError: the tokenizer does not know some of it, or cannot tell the choices apart.
+          DataError: the tokenizer cannot encode the answer, or does not distinguish the choices.
         """
         tokens, count = self._encode(f"{QUESTION}{question.text}{ANSWER}", f" {question.answer}{END}")
         answer = tokens[-count:] if count else []
@@ -68,9 +68,9 @@ class AnswerWriter:
 
     @functools.cached_property
     def digit_tokens(self) -> tuple[int, ...]:
-        """All tokens of digits, also with a space before them; and the space where only some are written with it.
+        """All tokens of digits, also with a space before them; and the space if only some numbers begin with its token.
 
-        Otherwise the place at which an answer's first digit is looked at would tell which digits it can be.
+        Without it, the position of an answer's first digit would reveal which digits are possible.
         """
         found: dict[str, list[tuple[bool, int]]] = {}
         for name, token in self._tokenizer.fast.get_vocab().items():
@@ -85,16 +85,16 @@ class AnswerWriter:
 
     @functools.cached_property
     def end_tokens(self) -> tuple[int, ...]:
-        """The line end behind an answer; none where the tokenizer drops it."""
+        """The tokens of the line end after an answer; none if the tokenizer drops it."""
         tokens, _ = self._encode(f"{QUESTION}1{ANSWER}", f" 1{END}")
         before, _ = self._encode(f"{QUESTION}1{ANSWER}", " 1")
         return tuple(tokens[len(before) :]) if tokens[: len(before)] == before else ()
 
     def label_tokens(self, labels: tuple[str, ...]) -> tuple[int, ...]:
-        """One token for each label, the last of its spelling; and what precedes it where spellings differ in that.
+        """One token for each label, the last of its encoding; and the tokens before it if encodings differ in them.
 
         Raises:
-          DataError: there are no such tokens.
+          DataError: the labels do not differ in one token each.
         """
         if labels not in self._known_labels:
             spelled = [self._spell(label) for label in labels]
@@ -110,11 +110,11 @@ class AnswerWriter:
         return self._known_labels[labels]
 
     def _spell(self, answer: str) -> tuple[int, ...]:
-        """An answer without its line end."""
+        """The tokens of an answer without its line end."""
         tokens, count = self._encode(f"{QUESTION}a{ANSWER}", f" {answer}{END}")
         return tuple(tokens[len(tokens) - count : len(tokens) - len(self.end_tokens)])
 
     def _encode(self, prompt: str, answer: str) -> tuple[list[int], int]:
-        """Ids of the whole text, and how many of the last ones lie behind the prompt."""
+        """Ids of the whole text, and how many of them come after the prompt."""
         found = self._tokenizer.fast.backend_tokenizer.encode(prompt + answer, add_special_tokens=False)
         return found.ids, sum(start >= len(prompt) for start, _ in found.offsets)

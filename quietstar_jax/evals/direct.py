@@ -21,7 +21,7 @@ METRICS = {
 
 
 class AnswerScores(NamedTuple):
-    """What one question was worth; see `score_answer`."""
+    """Scores of one question; see `score_answer`."""
 
     official_probability: float
     accuracy: float
@@ -29,13 +29,13 @@ class AnswerScores(NamedTuple):
 
 
 def score_answer(written: WrittenAnswer, view: View) -> AnswerScores:
-    """The three figures of one question.
+    """Computes the three scores of one question.
 
     `official_probability` is that of the published code: the product over the answer's tokens, line end included, of
     the probability of the right token among the allowed ones; tokens of the answer that are not allowed (a space, a
-    point) are passed over. `accuracy` is 1 where the most likely label is right; for numbers, where the likeliest
-    allowed token is the right one all along, line end included. `exact_match` is 1 where greedy decoding over the whole
-    vocabulary gives this answer and ends it.
+    point) are skipped. `accuracy` is 1 if the most likely label is right; for numbers, if the likeliest allowed token
+    is right at every token, line end included. `exact_match` is 1 if greedy decoding over the whole vocabulary produces
+    this answer and ends it.
 
     Args:
       view: of the answer's tokens, with the allowed ones as candidates.
@@ -60,15 +60,15 @@ def measure_answers(
     questions: Sequence[Question], writer: AnswerWriter, scorer: ContinuationScorer, longest: int, seed: int,
     done: Callable[[int], object],
 ) -> dict[str, Any]:  # fmt: skip
-    """All questions, without thoughts and, where the scorer thinks, with them.
+    """Measures all questions without thoughts and, if the scorer thinks, with thoughts.
 
     Args:
-      longest: tokens of a question with its answer; longer ones are counted and left out, never cropped.
+      longest: maximum tokens of a question with its answer; longer ones are counted and left out, never cropped.
       seed: of the bootstrap; done: called with the number of questions just finished.
 
     Returns:
-      `questions` that counted, `too_long`, and by `without_thoughts` and `with_thoughts` the mean of each of `METRICS`
-      with its confidence interval (`..._interval`); `comparison` by metric where both were measured.
+      the number of `questions` measured and `too_long`; under `without_thoughts` and `with_thoughts` the mean of each
+      of `METRICS` with its confidence interval (`..._interval`); `comparison` by metric if both were measured.
 
     Raises:
       DataError: no question is short enough.

@@ -1,7 +1,7 @@
 """The language model evaluation harness (lm_eval) with models of this project: `--model quietstar`.
 
-Everything that decides a score is as in the harness's own `hf` model: how texts are tokenized, where the boundary of a
-continuation lies, that too long a text loses its beginning, and where a generated text ends.
+Everything that affects a score is as in the harness's own `hf` model: tokenization, the boundary between context and
+continuation, truncation of long texts at the beginning, and the end of a generated text.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import load_model
 
-BATCHES_AT_ONCE = 32  # between two movements of the progress bar, and what a response cache loses at most
+BATCHES_AT_ONCE = 32  # per update of the progress bar; a response cache loses at most these
 SAMPLING = {"temperature", "top_p", "do_sample"}
-NEUTRAL = {"num_beams": 1, "top_k": 0, "repetition_penalty": 1.0}  # what other settings must be
+NEUTRAL = {"num_beams": 1, "top_k": 0, "repetition_penalty": 1.0}  # the only values that other settings may have
 
 Encoded = tuple[Any, list[int], list[int]]  # (the texts, ids of the context, ids of the continuation)
 
@@ -40,12 +40,12 @@ class QuietStarLM(TemplateLM):
         """Opens the model.
 
         Args:
-          pretrained: or `checkpoint`: see `load_model`.
-          arguments: see `Arguments`, and those of the harness's `hf` model that change nothing here.
+          pretrained: the model, see `load_model`; may also be given as `checkpoint`.
+          arguments: see `Arguments`; also those of the harness's `hf` model that have no effect here.
 
         Raises:
-          UserError: an argument is unknown or impossible, the model cannot be opened, or thoughts are asked of a model
-            that cannot think.
+          UserError: an argument is unknown or impossible, the model cannot be opened, or thoughts are requested from a
+            model that cannot think.
         """
         super().__init__()
         given = self._given = read_arguments({"pretrained": pretrained, **arguments})
@@ -65,7 +65,7 @@ class QuietStarLM(TemplateLM):
 
     @property
     def batch_size(self) -> int:
-        """Texts at once, over all local devices."""
+        """Number of texts per batch, over all local devices."""
         return self._scorer.batch_size
 
     @property
@@ -75,22 +75,22 @@ class QuietStarLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands before texts that have no context."""
+        """Id of the token that precedes texts without context."""
         if self._given.prefix_token_id is not None:
             return self._given.prefix_token_id
         return (self.model.bos or self.model.tokenizer.usual_begin or (self.eot_token_id,))[-1]
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the harness's request cache."""
+        """Name of the tokenizer, which the harness uses to name its request cache."""
         return self.model.tokenizer.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results."""
+        """Returns what the harness writes next to its results."""
         return {**self.model.record, "thoughts": self.thinks, "evaluated_thought_length": self.thought_length}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the tokenizer's template writes it."""
+        """Formats a conversation with the tokenizer's chat template."""
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
@@ -107,7 +107,7 @@ class QuietStarLM(TemplateLM):
         return {**self._given.chat_template_args, **({} if thinking is None else {"enable_thinking": thinking})}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; what begins them is the model's choice unless an argument says, and is there only once."""
+        """Returns token ids. They begin as for the model unless an argument says otherwise, and never twice."""
         begin = self._begin if add_special_tokens is None else self._begins(add_special_tokens)
         return self.model.tokenizer.encode_text(string, begin)
 
@@ -115,7 +115,7 @@ class QuietStarLM(TemplateLM):
         """Ids that begin a text.
 
         Raises:
-          ConfigError: a begin token is asked for where there is none.
+          ConfigError: a begin token is requested, but the tokenizer has none.
         """
         if add_bos_token is None:
             return self.model.bos
@@ -127,7 +127,7 @@ class QuietStarLM(TemplateLM):
         return begin
 
     def _require_same(self, name: str) -> None:
-        """Refuses another tokenizer than the model's own."""
+        """Rejects a tokenizer that differs from the model's own."""
         if load_tokenizer(name).vocabulary_fingerprint != self.model.tokenizer.vocabulary_fingerprint:
             raise ConfigError(
                 f"tokenizer={name!r} gives other ids than the tokenizer of {self._given.checkpoint}. Leave it out."
@@ -156,9 +156,9 @@ class QuietStarLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[Encoded], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability of each continuation, whether it is what greedy decoding would write).
+        """Returns (log-probability, whether greedy decoding produces it) of each continuation.
 
-        Continuations of a context that differ in their last token only share one pass.
+        Continuations of one context that differ only in their last token share one pass.
         """
         found: list[Any] = [None] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
@@ -178,7 +178,7 @@ class QuietStarLM(TemplateLM):
         return found
 
     def _group(self, requests: Sequence[Encoded]) -> list[tuple[Continuation, list[int]]]:
-        """Tails to score, the longest first, each with the requests that it answers."""
+        """Returns the tails to score, the longest first, each with the numbers of its requests."""
         groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             if not context or not continuation or len(continuation) > self.max_length:
@@ -186,7 +186,7 @@ class QuietStarLM(TemplateLM):
                     f"A request of the harness has {len(context)} tokens of context and {len(continuation)} to score; "
                     f"at least one of each is needed, and at most {self.max_length} can be scored."
                 )
-            tokens = (*context, *continuation)[-(self.max_length + 1) :]  # too long: the beginning goes
+            tokens = (*context, *continuation)[-(self.max_length + 1) :]  # too long: the beginning is cut off
             groups.setdefault((tokens[:-1], len(continuation)), []).append(number)
 
         def tail(before: tuple[int, ...], last: int, numbers: list[int]) -> Continuation:
@@ -197,7 +197,7 @@ class QuietStarLM(TemplateLM):
         return sorted(tails, key=lambda pair: -len(pair[0].tokens))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to one of the task's stop strings."""
+        """Generates the text after each context, up to one of the task's stop strings."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(number)
@@ -216,7 +216,7 @@ class QuietStarLM(TemplateLM):
         return found
 
     def _generate(self, contexts: Sequence[list[int]], settings: dict[str, Any], numbers: Sequence[int]) -> list[str]:
-        """Texts that follow contexts of token ids; numbers: of the requests, for seeds that no batch changes."""
+        """Generates texts after contexts of token ids; the requests' numbers make seeds independent of batches."""
         given: dict[str, Any] = dict(normalize_gen_kwargs(settings, self._given.max_gen_toks))
         stop = handle_stop_sequences(given.pop("until"), eos=self.tokenizer.decode(self.eot_token_id))
         max_tokens = given.pop("max_gen_toks")
@@ -245,7 +245,7 @@ class QuietStarLM(TemplateLM):
         return [self._answer(one.token_ids, stop) for one in generations]
 
     def _answer(self, ids: Sequence[int], stop: list[str]) -> str:
-        """The text of generated ids up to a stop string; of reasoning whose end is named, only what follows."""
+        """The text of generated ids up to a stop string; with `think_end_token`, only the text after it."""
         end = self._given.think_end_token
         if isinstance(end, int) and end in ids:
             ids = ids[len(ids) - list(reversed(ids)).index(end) :]

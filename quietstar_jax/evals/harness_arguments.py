@@ -12,14 +12,14 @@ from quietstar_jax.errors import ConfigError
 BATCH_SIZE = 16
 MAX_TOKENS = 256
 
-# Arguments of the harness that change nothing here: JAX's own settings choose devices, no code of a folder is run,
-# there is one kind of tokenizer, and too long a text always loses its beginning.
+# Arguments of the harness that have no effect here: JAX's own settings choose devices, no code from a folder is run,
+# there is one kind of tokenizer, and long texts are always truncated at the beginning.
 HARMLESS = frozenset(
     {"device", "trust_remote_code", "truncation", "logits_cache", "parallelize", "device_map", "max_memory_per_gpu",
      "max_cpu_memory", "offload_folder", "tp_plan", "attn_implementation", "low_cpu_mem_usage", "cache_dir", "token",
      "use_cache"}
 )  # fmt: skip
-# Arguments that would change results, with the values that ask for what is done anyway.
+# Arguments that would change results, with the values that request the only supported behaviour.
 ONLY: dict[str, tuple[Any, ...]] = {
     "backend": ("default", "causal"),
     "subfolder": ("", None),
@@ -39,14 +39,14 @@ class Arguments:
     Args:
       checkpoint, step, revision, dtype: see `load_model`; `auto` is float32.
       thoughts: `on`, `off`, or `auto` (on where the model can think); thought_length: T, None = as trained.
-      batch_size: texts at once, over all local devices; `auto` means 16, or max_batch_size where that is less.
-      max_length: tokens of a text without its last; None = what the model takes.
-      max_gen_toks: generated where a task does not say how many.
+      batch_size: texts per batch, over all local devices; `auto` means 16, or max_batch_size if that is less.
+      max_length: tokens of a text without its last; None = the model's maximum.
+      max_gen_toks: tokens to generate where a task sets no number.
       tokenizer: must give the same ids as the checkpoint's own.
       add_bos_token: whether texts begin with the begin-of-text token; None = as the model's training texts do.
       prefix_token_id: precedes texts that have no context; None = begin of text, or end of text without one.
       seed: of sampling, for tasks that sample.
-      think_end_token: text or id; an answer is what follows its last appearance.
+      think_end_token: text or id; the answer is the text after its last occurrence.
       enable_thinking, chat_template_args: for the chat template.
     """
 
@@ -70,10 +70,10 @@ class Arguments:
 
 
 def read_arguments(given: Mapping[str, Any]) -> Arguments:
-    """Arguments as the harness reads them from `--model_args`, with its `batch_size`, `max_batch_size` and `device`.
+    """Checks arguments as the harness reads them from `--model_args`, with `batch_size`, `max_batch_size`, `device`.
 
     Raises:
-      ConfigError: one is unknown, missing or impossible, or asks for results that this model does not give.
+      ConfigError: one is unknown, missing or impossible, or requests results that this model does not produce.
     """
     found: dict[str, Any] = {}
     for name, value in given.items():

@@ -1,7 +1,7 @@
 """Nats per token and bits per byte of texts of any length, with and without thoughts, and where thoughts matter.
 
-A long text is read in windows that overlap: of each window only the last tokens are scored, the ones before them are
-their context. Every token of every text is scored exactly once.
+A long text is read in overlapping windows: only the last tokens of each window are scored, and the tokens before them
+are context. Every token of every text is scored exactly once.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from quietstar_jax.evals.statistics import compare_paired, confidence_interval
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer, TailScores
 from quietstar_jax.training.evaluation import TokenScores, summarize
 
-BATCHES_AT_ONCE = 4  # of windows, between two movements of the progress bar
-SHOWN_CONTEXT = 24  # tokens before one that is shown
+BATCHES_AT_ONCE = 4  # of windows, per update of the progress bar
+SHOWN_CONTEXT = 24  # tokens shown before a token
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How long texts are cut.
+    """How texts are cut into windows.
 
     Attributes:
-      length: tokens of a window; context: of these, at least so many are there before each scored token, except near
-        the beginning of a text.
+      length: tokens of a window; context: minimum number of tokens before each scored token, except near the beginning
+        of a text.
     """
 
     length: int
@@ -45,7 +45,7 @@ class Windows:
             )
 
     def tails(self, tokens: Sequence[int]) -> Iterator[Continuation]:
-        """All of a text but its first token, each token in the tail of one window."""
+        """Yields windows of a text; every token but the first is in the tail of exactly one window."""
         step = self.length - self.context
         for start in range(1, len(tokens), step):
             end = min(start + step, len(tokens))
@@ -53,12 +53,12 @@ class Windows:
 
 
 class Moment(NamedTuple):
-    """One token that a thought helped or harmed; `gain` in nats, more is better."""
+    """One token that a thought helped or harmed; `gain` is the size of the change in nats."""
 
     gain: float
     order: int
     tail: Continuation
-    place: int  # in the tail's tokens
+    place: int  # index in the tail's tokens
     thought: tuple[int, ...]
     nll: tuple[float, float]  # without and with the thought
     weight: float
@@ -68,15 +68,15 @@ def measure_text(
     source: RandomAccessSource, texts: int, tokenizer: Tokenizer, begin: Sequence[int], scorer: ContinuationScorer,
     windows: Windows, top: int, seed: int, done: Callable[[float], object],
 ) -> dict[str, Any]:  # fmt: skip
-    """The first `texts` texts of a source.
+    """Measures the first `texts` texts of a source.
 
     Args:
-      begin: ids in front of every text, so that its first token can be scored too.
-      top: how many of the tokens helped and harmed most are shown.
+      begin: ids before every text, so that its first token is scored too.
+      top: how many of the most helped and the most harmed tokens are returned.
       seed: of the bootstrap; done: called with the bytes of text just finished.
 
     Returns:
-      `texts`, `tokens`, `bytes`; by `without_thoughts` and `with_thoughts` `nats_per_token` with its interval,
+      `texts`, `tokens`, `bytes`; under `without_thoughts` and `with_thoughts` `nats_per_token` with its interval,
       `bits_per_byte`, and `accuracy` of the likeliest token; `comparison` over windows; `deciles` (see
       `training.evaluation.summarize`); `helped` and `harmed`.
 
@@ -101,7 +101,7 @@ def measure_text(
 
 
 def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> dict[str, Any]:
-    """The figures of `measure_text`.
+    """Computes the figures of `measure_text`.
 
     Args:
       columns: the scored tokens of each window, [tokens]; size: bytes of all texts.
@@ -123,7 +123,7 @@ def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> d
     dropped = () if thinks else ("loss_with_thoughts", "mixing_weight")
     found["deciles"] = [{name: row[name] for name in row if name not in dropped} for row in summary["deciles"]]
     if thinks:
-        # Over the mean count, not each window's own: the difference is then that of the two figures above.
+        # Divided by the mean count, not each window's own, so that the difference is that of the two figures above.
         shares = nll["with_thoughts"] / counts.mean(), nll["without_thoughts"] / counts.mean()
         found["comparison"] = {"nats_per_token": compare_paired(*shares, seed)}
         found |= {name: summary[name] for name in ("mixing_weight", "thought_entropy", "unique_thought_rate")}
@@ -131,14 +131,14 @@ def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> d
 
 
 def text_bytes(source: RandomAccessSource, texts: int) -> int:
-    """Bytes of the first texts of a source, in UTF-8."""
+    """Number of bytes of the first `texts` texts of a source, in UTF-8."""
     return sum(len(source[number].encode()) for number in range(texts))
 
 
 def _windowed(
     source: RandomAccessSource, texts: int, tokenizer: Tokenizer, begin: Sequence[int], windows: Windows
 ) -> Iterator[tuple[Continuation, float]]:
-    """Windows of all texts, one text in memory at a time, each with its share of the bytes."""
+    """Yields the windows of all texts, each with its share of the bytes; one text is in memory at a time."""
     for number in range(texts):
         text = source[number]
         tokens = tokenizer.encode_text(text, begin)
@@ -148,7 +148,7 @@ def _windowed(
 
 
 def _column(tail: Continuation, score: TailScores) -> TokenScores:
-    """The scored tokens of one window in the form that training's evaluation sums up."""
+    """The scored tokens of one window, in the form that `training.evaluation.summarize` accepts."""
     without, after = score.without, score.with_thoughts or score.without
     truth = np.asarray(tail.tokens[-tail.last :])
     return TokenScores(
@@ -166,14 +166,14 @@ def _column(tail: Continuation, score: TailScores) -> TokenScores:
 
 
 def _ratio_interval(nll: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float] | None:
-    """Of total negative log-likelihood over total tokens, windows drawn anew (linearised around their mean length)."""
+    """Interval of total negative log-likelihood / total tokens, over windows (linearised around their mean length)."""
     mean = nll.sum() / counts.sum()
     found = confidence_interval((nll - mean * counts) / counts.mean(), seed)
     return None if found is None else (float(mean + found[0]), float(mean + found[1]))
 
 
 class _Extremes:
-    """The tokens that thoughts helped and harmed most, of all that went by."""
+    """Keeps the tokens that thoughts helped and harmed most, of all that are added."""
 
     def __init__(self, top: int):
         self._top = top
@@ -182,7 +182,7 @@ class _Extremes:
         self._order = itertools.count()  # breaks ties, earlier tokens first
 
     def add(self, tail: Continuation, score: TailScores) -> None:
-        """Takes the best and the worst tokens of one window into account."""
+        """Adds the most helped and most harmed tokens of one window."""
         assert score.with_thoughts is not None
         gain = score.without.nll - score.with_thoughts.nll
         order = np.argsort(gain, kind="stable")
@@ -204,7 +204,7 @@ class _Extremes:
                     break
 
     def shown(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """`helped` and `harmed`, the strongest first."""
+        """Returns `helped` and `harmed`, the largest change first."""
 
         def line(moment: Moment) -> dict[str, Any]:
             before = moment.tail.tokens[max(0, moment.place - SHOWN_CONTEXT) : moment.place]

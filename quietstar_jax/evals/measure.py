@@ -1,4 +1,4 @@
-"""One measurement, from what was asked for to one record of everything that came of it."""
+"""Runs one measurement and returns one record of its settings and results."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from quietstar_jax.inference.sampling import TEMPERATURES, is_temperature
 
 MODES = ("auto", "on", "off", "both")
 PACKAGES = ("quietstar_jax", "jax", "jaxlib", "flax", "transformers", "numpy")
-WINDOW = 1024  # tokens, where the model knows that many positions
+WINDOW = 1024  # tokens, if the model has that many positions
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure; the fields are those of the command line (see `evaluate.py`), 0 = the default said there."""
+    """What to measure; the fields are those of the command line (see `evaluate.py`), 0 = the default given there."""
 
     checkpoint: str
     task: str
@@ -68,7 +68,7 @@ class Options:
     quiet: bool = False
 
     def check(self) -> None:
-        """Raises ConfigError for what cannot be, before anything is loaded."""
+        """Raises ConfigError for impossible values, before anything is loaded."""
         find_task(self.task)
         if self.thoughts not in MODES:
             raise ConfigError(f"--thoughts is {self.thoughts!r}; it takes one of {', '.join(MODES)}.")
@@ -85,11 +85,11 @@ def measure(options: Options) -> dict[str, Any]:
     """Runs one measurement.
 
     Returns:
-      what the task came to (see `measure_answers`, `measure_votes`, `measure_text`), the figures of the mode that was
-      asked for once more at the top (with thoughts where both were measured), and what is needed to repeat it.
+      the results of the task (see `measure_answers`, `measure_votes`, `measure_text`), the figures of the requested
+      mode also at the top level (with thoughts if both were measured), and what is needed to repeat the measurement.
 
     Raises:
-      UserError: with what to do about it.
+      UserError: the message says what to do.
     """
     options.check()
     task = find_task(options.task)
@@ -121,10 +121,10 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def thought_modes(thoughts: str, model: LoadedModel) -> tuple[str, ...]:
-    """Which of `without_thoughts` and `with_thoughts` are measured, in this order.
+    """Returns which of `without_thoughts` and `with_thoughts` are measured, in this order.
 
     Raises:
-      CheckpointError: thoughts are asked of a model that cannot think.
+      CheckpointError: thoughts are requested from a model that cannot think.
     """
     if thoughts == "auto":
         thoughts = "both" if model.can_think else "off"
@@ -137,13 +137,13 @@ def thought_modes(thoughts: str, model: LoadedModel) -> tuple[str, ...]:
 
 
 def make_scorer(options: Options, model: LoadedModel, modes: tuple[str, ...]) -> ContinuationScorer:
-    """What scores the texts of a measurement."""
+    """Returns the scorer for the texts of a measurement."""
     length = 0 if "with_thoughts" not in modes else options.thought_length or model.thought_length
     return ContinuationScorer(model, model.settings(length), options.batch_size)
 
 
 def versions() -> dict[str, str]:
-    """Of all that the figures depend on."""
+    """Versions of all that the figures depend on."""
     found = {name: metadata.version(name) for name in PACKAGES}
     device = jax.local_devices()[0]
     return {
@@ -188,7 +188,7 @@ def _votes(options: Options, model: LoadedModel, modes: tuple[str, ...], questio
 
 
 def _records_file(task: str, measurement: Mapping[str, Any]) -> Path:
-    """Where a measurement is continued if it was begun in this folder."""
+    """The file from which a measurement that began in this folder resumes."""
     name = hashlib.sha256(json.dumps(measurement, sort_keys=True).encode()).hexdigest()
     return Path(f"{task}-{name[:12]}.records.jsonl")
 
@@ -212,10 +212,10 @@ def _text(options: Options, model: LoadedModel, modes: tuple[str, ...], question
 
 
 def longest_allowed(options: Options, longest: int) -> int:
-    """Tokens of the longest text: what the model takes, or less on request.
+    """Returns the maximum tokens of a text: the model's maximum, or less on request.
 
     Raises:
-      ConfigError: more is asked for than the model takes.
+      ConfigError: the request exceeds the model's maximum.
     """
     if options.max_length > longest:
         raise ConfigError(
@@ -225,7 +225,7 @@ def longest_allowed(options: Options, longest: int) -> int:
 
 
 def _asked_for(modes: tuple[str, ...], found: dict[str, Any]) -> dict[str, Any]:
-    """Without the figures of a mode that comes for free but was not asked for."""
+    """Removes the figures of a mode that was computed but not requested."""
     others = {"without_thoughts", "with_thoughts"} - set(modes)
     dropped = {*others, "comparison"} if others else set()
     return {name: value for name, value in found.items() if name not in dropped}
@@ -233,7 +233,7 @@ def _asked_for(modes: tuple[str, ...], found: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def progress(total: int, unit: str, options: Options, title: str = "") -> Iterator[Callable[[float], object]]:
-    """A bar with the time left; hands over what moves it on."""
+    """Shows a progress bar with the time left; yields the function that advances it."""
     with tqdm(
         desc=title or None,
         total=total,

@@ -1,4 +1,4 @@
-"""Numbers as people and models write them, read exactly.
+"""Exact parsing of numbers as people and models write them.
 
 | read | not read |
 |---|---|
@@ -18,7 +18,7 @@ from fractions import Fraction
 
 LARGEST_EXPONENT = 400
 MOST_DIGITS = 4000
-MINUS_SIGNS = "\N{MINUS SIGN}\N{EN DASH}-"  # the last one last: inside brackets it would be a range
+MINUS_SIGNS = "\N{MINUS SIGN}\N{EN DASH}-"  # `-` is last: elsewhere in brackets it would be a range
 SPACES = " \N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}\N{THIN SPACE}"
 VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
 
@@ -43,7 +43,7 @@ NUMBER = re.compile(
     """,
     re.VERBOSE | re.ASCII,
 )
-# Inside a text: not a part of a name, an expression, a time, a date or a list of coordinates.
+# In a text: not part of a name, an expression, a time, a date or a list of coordinates.
 _BEFORE = r"(?<![\w^\\{√_*+])(?<![^\W\d_])(?<![0-9][.,:/])"
 _AFTER = r"(?![0-9]|[.,:/^][0-9]|[*^√_{]|[+][\w\\]|\\(?!text|mathrm|quad)[A-Za-z])"
 _COORDINATES = rf"\(\s*{_SIGN}?[0-9.]+(?:\s*,\s+{_SIGN}?[0-9.]+)+\s*\)"
@@ -51,7 +51,7 @@ IN_TEXT = re.compile(f"{_COORDINATES}|{_BEFORE}(?P<number>{NUMBER.pattern}){_AFT
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The number that a whole text is; None where it is anything else or more."""
+    """Parses a text that is exactly one number; returns None for any other text."""
     text = _without_markup(text).strip()
     if len(text) > 2 and text[0] == text[-1] == "$":  # mathematics in LaTeX
         text = text[1:-1].strip()
@@ -60,7 +60,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def find_number(text: str) -> Fraction | None:
-    """The first number in a text that is whole, in any of the forms of `parse_number`; None without one."""
+    """Returns the first complete number in a text, in any of the forms of `parse_number`; None if there is none."""
     for found in IN_TEXT.finditer(_without_markup(text)):
         if found["number"] is not None and (value := _value(found)) is not None:
             return value
@@ -68,7 +68,7 @@ def find_number(text: str) -> Fraction | None:
 
 
 def _without_markup(text: str) -> str:
-    """Without the commands of LaTeX that only change how a number looks."""
+    """Removes the LaTeX and Markdown markup that only changes how a number looks."""
     text = text.replace(r"\!", "").replace("{,}", ",").replace(r"\,", " ").replace(r"\(", " ").replace(r"\)", " ")
     text = re.sub(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r" \1 ", text)
     text = re.sub(r"\\sqrt\s*", "√", text)
@@ -76,7 +76,7 @@ def _without_markup(text: str) -> str:
 
 
 def _value(found: re.Match[str]) -> Fraction | None:
-    """What a match of `NUMBER` is worth; None where it has no value (a denominator of 0) or is too large to write."""
+    """The value of a match of `NUMBER`; None if it has none (a denominator of 0), is ambiguous or is too large."""
     if len(found.group()) > MOST_DIGITS:
         return None
     part = found.groupdict()

@@ -1,4 +1,4 @@
-"""Question sets: GSM8K, CommonsenseQA, and anyone's own by naming its fields."""
+"""Question sets: GSM8K, CommonsenseQA, and any other set whose fields are named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quietstar_jax.errors import DataError
 from quietstar_jax.evals.numbers import parse_number
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-ANSWER_MARK = "####"  # GSM8K: what follows it is the answer, what precedes it how to get there
+ANSWER_MARK = "####"  # GSM8K: the answer follows it, the steps of the solution precede it
 ANSWER_KEYS = ("auto", "label", "text", "index", "index-from-1")
 FIELDS = ("question", "choices", "answer")
 
@@ -29,8 +29,8 @@ class Question:
     """One question.
 
     Attributes:
-      text: as it is asked, with its choices where it has some.
-      answer: as it is written after `A:`; a label, or a number as the set spells it.
+      text: as it is asked, with its choices if it has any.
+      answer: as it is written after `A:`; a label, or a number as the set writes it.
       labels: of the choices, in their order; empty where the answer is a number.
       line: its number in the set, from 1.
     """
@@ -43,7 +43,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a question set keeps what: paths of fields, nested ones with dots.
+    """The fields of a question set: their paths, with dots for nested fields.
 
     Attributes:
       choices: None = answers are numbers.
@@ -58,14 +58,14 @@ class Layout:
 
 
 def read_questions(source: str | PathLike[str], layouts: Sequence[Layout], limit: int | None = None) -> list[Question]:
-    """The questions of a source as in `DataConfig.train`.
+    """Returns the questions of a source as in `DataConfig.train`.
 
     Args:
-      layouts: the first one that finds a question in the first record.
-      limit: that many from the beginning; None = all. How answers name choices is found from all.
+      layouts: the first one that finds a question in the first record is used, else the last.
+      limit: number of questions from the beginning; None = all. The answer key is always determined from all.
 
     Raises:
-      DataError: the source is missing, empty, or a record is not what the layout says; names its place.
+      DataError: the source is missing or empty, or a record does not have the layout; names its place.
     """
     records = read_all(fspath(source), "questions")
     layout = next((known for known in layouts if _has(records[0].fields, known.question, str)), layouts[-1])
@@ -86,7 +86,7 @@ class _Line:
         return self.record.where
 
     def field(self, name: str) -> Any:
-        """The field that stands for `question`, `choices` or `answer`."""
+        """The value of the field for `question`, `choices` or `answer`."""
         place = getattr(self.layout, name)
         try:
             return field_at(self.record.fields, place)
@@ -98,7 +98,7 @@ class _Line:
             ) from error
 
     def text(self, name: str) -> str:
-        """As `field`, where it must be a text."""
+        """As `field`, for a value that must be a text."""
         value = self.field(name)
         if not isinstance(value, str) or not value.strip():
             place = getattr(self.layout, name)
@@ -143,10 +143,10 @@ def _with_choices(line: _Line, key: str) -> Question:
 
 
 def _find_key(lines: Sequence[_Line]) -> str:
-    """What names a choice in every question.
+    """Returns the answer key that names a choice in every question.
 
     Raises:
-      DataError: nothing does, or several do and name different choices.
+      DataError: no key does, or several do and name different choices.
     """
     rows = [(*_choices(line), line.field("answer")) for line in lines]
     chosen = {key: [_chosen(key, *row) for row in rows] for key in ("label", "text", "index")}
@@ -168,7 +168,7 @@ def _find_key(lines: Sequence[_Line]) -> str:
 
 
 def _chosen(key: str, labels: Sequence[str], texts: Sequence[str], answer: Any) -> int | None:
-    """Which choice an answer names, None if none (or, by text, several)."""
+    """Index of the choice that an answer names; None if it names none (or, by text, several)."""
     if isinstance(answer, bool) or not isinstance(answer, int | float | str):
         return None
     text = answer.strip() if isinstance(answer, str) else _plain(answer)
@@ -185,7 +185,7 @@ def _chosen(key: str, labels: Sequence[str], texts: Sequence[str], answer: Any) 
 
 
 def _bare(label: str) -> str:
-    """`A` of `(A)`, `A.` and `A)`."""
+    """Returns `A` for `(A)`, `A.` and `A)`."""
     return label.strip().strip("().") or label
 
 
@@ -199,7 +199,7 @@ def _bad_answer(line: _Line, key: str, labels: Sequence[str], texts: Sequence[st
 
 
 def _choices(line: _Line) -> tuple[list[str], list[str]]:
-    """(labels, texts) of the choices of a question, in any of the usual spellings."""
+    """(labels, texts) of the choices of a question, in any of the usual formats."""
     value = line.field("choices")
     labels: list[Any] | None = None
     texts: Any = value

@@ -1,4 +1,4 @@
-"""Results that outlive a killed run: a file of JSON lines that only grows, each on disk before the next is begun."""
+"""Results that survive a killed run: an append-only JSON Lines file; each line is on disk before the next begins."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from quietstar_jax.settings import differences
 
 
 class Records:
-    """Opens or begins the file; a context manager, for one process at a time.
+    """Opens or creates the file; a context manager, for one process at a time.
 
-    The first line says what was measured; a file of another measurement is refused. A last line that a killed run left
-    unfinished is cut off.
+    The first line describes the measurement; a file of another measurement is rejected. An incomplete last line of a
+    killed run is cut off.
     """
 
     def __init__(self, path: Path, measurement: Mapping[str, Any]):
-        """Reads what is there.
+        """Reads the existing records.
 
         Args:
           measurement: all that the records depend on, as JSON.
 
         Raises:
           ConfigError: the file belongs to another measurement, or another process is writing it.
-          DataError: it cannot be written, or is something else.
+          DataError: the file cannot be written, or is not a file of records.
         """
         self._path = path
         try:
@@ -76,7 +76,7 @@ class Records:
         return records[1:]
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a record; when this returns, it is on disk."""
+        """Appends a record; returns once it is on disk."""
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -91,7 +91,7 @@ class Records:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The name of a new file is on disk too."""
+    """Writes the entries of a folder, such as the name of a new file, to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

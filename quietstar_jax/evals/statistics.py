@@ -1,4 +1,4 @@
-"""How sure a measured mean is, whether two are different, and what a majority of k samples would answer."""
+"""Confidence intervals of means, paired comparisons, and the accuracy of a majority vote of k samples."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ CONFIDENCE = 0.95
 
 
 def confidence_interval(values: Sequence[float] | np.ndarray, seed: int) -> tuple[float, float] | None:
-    """Interval of the mean, 95 %; None for fewer than two values.
+    """95 % confidence interval of the mean; None for fewer than two values.
 
-    Clopper and Pearson's exact interval where all values are 0 or 1, so that 20 right of 20 is not certainty; a
-    percentile bootstrap elsewhere.
+    Clopper and Pearson's exact interval if all values are 0 or 1, so that 20 right of 20 is not certainty; a percentile
+    bootstrap otherwise.
     """
     sample = np.asarray(values, np.float64)
     if sample.size < 2:
@@ -39,7 +39,7 @@ def interval_of_difference(better: int, worse: int, pairs: int) -> tuple[float, 
     """95 % interval of the difference of two paired rates (Agresti and Min, 2005: half a pair is added to each cell).
 
     Args:
-      better, worse: pairs of which only the first, and only the second, is right.
+      better, worse: number of pairs in which only the first, or only the second, is right.
     """
     size, change, moved = pairs + 2, better - worse, better + worse + 1
     half = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(moved - change**2 / size) / size
@@ -49,14 +49,14 @@ def interval_of_difference(better: int, worse: int, pairs: int) -> tuple[float, 
 def compare_paired(
     with_thoughts: Sequence[float] | np.ndarray, without: Sequence[float] | np.ndarray, seed: int
 ) -> dict[str, Any]:
-    """Whether thoughts changed the mean over the same questions.
+    """Tests whether thoughts changed the mean over the same questions.
 
-    Right or wrong (0 or 1 in both) is compared with McNemar's exact test, anything else with a sign-flip permutation
-    test of the mean difference; both two-sided.
+    Right or wrong (0 or 1 in both) is compared with McNemar's exact test, all other values with a sign-flip permutation
+    test of the mean difference; both are two-sided.
 
     Returns:
-      `difference` (with minus without), its `interval`, `p_value` and `test`; None in the last three where there are
-      fewer than two questions.
+      `difference` (with minus without), its `interval`, `p_value` and `test`; the last three are None for fewer than
+      two questions.
     """
     pair = np.asarray([with_thoughts, without], np.float64)
     change = pair[0] - pair[1]
@@ -85,7 +85,7 @@ def compare_paired(
 def majority_accuracy(votes: Sequence[Hashable | None], truth: Hashable, k: int) -> float:
     """Probability that a majority vote of k of these samples is right: the exact mean over all subsets of size k.
 
-    So it is an unbiased estimate for k fresh samples, and uses all samples at every k. Ties are broken at random;
+    This is an unbiased estimate for k fresh samples, and uses all samples at every k. Ties are broken at random;
     a sample without an answer (None) does not vote; a vote without voters is wrong.
 
     Raises:
@@ -104,13 +104,13 @@ def majority_accuracy(votes: Sequence[Hashable | None], truth: Hashable, k: int)
 
 
 def _ways(others: Sequence[int], silent: int, size: int, most: int) -> list[int]:
-    """In how many ways `size` of the other samples can be chosen so that no answer has more than `most` votes.
+    """Number of ways to choose `size` of the other samples so that no answer has more than `most` votes.
 
     Args:
-      others: how many samples gave each wrong answer; silent: how many gave none.
+      others: number of samples with each wrong answer; silent: number of samples without an answer.
 
     Returns:
-      by the number of wrong answers that have exactly `most` votes.
+      one number for each count of wrong answers that have exactly `most` votes, from 0 on.
     """
     ties = size // most
     ways = [[0] * (ties + 1) for _ in range(size + 1)]  # [samples chosen so far][ties so far]

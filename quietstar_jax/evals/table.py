@@ -1,4 +1,4 @@
-"""Results for people."""
+"""Evaluation results as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN = 5  # of the tokens helped and harmed
 
 
 def format_result(result: Mapping[str, Any]) -> str:
-    """The table that ends an evaluation."""
+    """Formats the table that an evaluation prints at its end."""
     modes = [mode for mode in MODES if mode in result]
     what = result["model"]["checkpoint"]
     step = "" if result["model"]["step"] is None else f", step {result['model']['step']}"

@@ -1,8 +1,8 @@
-"""Scores of the last tokens of texts, without thoughts and with greedy ones: what every measurement here is made of.
+"""Scores the last tokens of texts, without thoughts and with greedy ones; used by all measurements but voting.
 
-Texts are padded on the left, so that those of a batch end together and only the positions that are scored think. An
-answer of three tokens after a prompt of a thousand costs three thoughts. Lengths come from a coarse grid, so that a set
-of questions compiles a handful of programs, not one per question.
+Texts are padded on the left, so that all texts of a batch end at the same position and only the scored positions think.
+An answer of four tokens after a prompt of a thousand needs four thoughts. Lengths are rounded up to a coarse grid, so
+that a set of questions compiles a few programs, not one per question.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from quietstar_jax.thoughts.score import chain_hidden_states, talk
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, entropy, gather_next_tokens, here_and_ahead, read_text
 
-SHORTEST = 16  # of the grid of text lengths
+SHORTEST = 16  # shortest text length of the grid
 
 
 class Continuation(NamedTuple):
@@ -40,8 +40,8 @@ class Continuation(NamedTuple):
 
     Attributes:
       tokens: ids, at least one more than are scored.
-      last: how many, at the end, are scored.
-      candidates: ids whose log-probability is wanted at every scored position.
+      last: how many tokens at the end are scored.
+      candidates: ids whose log-probability is returned at every scored position.
     """
 
     tokens: Sequence[int]
@@ -50,11 +50,11 @@ class Continuation(NamedTuple):
 
 
 class View(NamedTuple):
-    """Predictions of P tokens, [P] but for the candidates.
+    """Predictions of P tokens; arrays are [P], except for the candidates.
 
     Attributes:
       nll: cross-entropy of the true token.
-      best: likeliest token of those that may be generated.
+      best: likeliest of the tokens that may be generated.
       candidates: [P, A] log-probabilities of the candidates.
     """
 
@@ -64,12 +64,12 @@ class View(NamedTuple):
 
 
 class TailScores(NamedTuple):
-    """What the last P tokens of a text were predicted as.
+    """Predictions of the last P tokens of a text.
 
     Attributes:
-      without: without thoughts; with_thoughts: after one greedy thought each, None where nothing thinks.
-      base_entropy: [P] nats, of the predictions without thoughts.
-      weight: [P] mixing weight; entropy: [P] mean nats per thought token; thoughts: [P, T] their tokens.
+      without: without thoughts; with_thoughts: after one greedy thought each, None if T is 0.
+      base_entropy: [P] nats, entropy of the predictions without thoughts.
+      weight: [P] mixing weight; entropy: [P] mean entropy of the thought tokens, nats; thoughts: [P, T] token ids.
     """
 
     without: View
@@ -81,7 +81,7 @@ class TailScores(NamedTuple):
 
 
 def grid_length(length: int, shortest: int = SHORTEST) -> int:
-    """The next length of the grid 16, 24, 32, 48, 64, 96 ...: at most half as long again."""
+    """Rounds a length up to the grid 16, 24, 32, 48, 64, 96 ..., whose steps are at most a factor of 1.5."""
     size = shortest
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -89,7 +89,7 @@ def grid_length(length: int, shortest: int = SHORTEST) -> int:
 
 
 def grid_count(count: int) -> int:
-    """The next power of two: how many positions are scored where `count` are wanted."""
+    """Rounds up to a power of two: how many positions are scored if `count` are requested."""
     return 1 << (count - 1).bit_length()
 
 
@@ -137,7 +137,7 @@ def make_tail_scorer(
             scores, weight = talk(model, text, positions, talk_hidden, settings)
             normalized = settings.config.mixing == "log_probabilities"
             after, weight = view(scores[:, 0, :, 0], targets, candidates, normalized), weight[:, 0, :, 0]
-            # A weight of 0 leaves the prediction as it was: any difference is rounding.
+            # A weight of 0 leaves the prediction unchanged: any difference is rounding.
             unmoved = (weight == 0, weight == 0, (weight == 0)[..., None])
             after = jax.tree.map(jnp.where, View(*unmoved), without, after)
             return TailScores(without, after, uncertainty, weight, thoughts.entropy.mean(axis=-1), thoughts.tokens)
@@ -151,13 +151,13 @@ def make_tail_scorer(
 def _greedy_thoughts(
     model: QuietStar, text: Text, positions: jax.Array, settings: ThoughtSettings, chunk: int
 ) -> Thoughts | None:
-    """Thoughts [B, P, T] at P positions, or what a control puts in their place; None where nothing thinks."""
+    """Greedy thoughts [B, P, T] at P positions, or what a control replaces them with; None if T is 0."""
     if not settings.thought_length:
         return None
     length = text.tokens.shape[1]
-    shuffled = settings.config.control == "shuffled"  # takes thoughts of all earlier positions
+    shuffled = settings.config.control == "shuffled"  # needs thoughts of all earlier positions
     chosen = jnp.arange(length) if shuffled else positions
-    # Controls draw by the number of a token in its own text: the same in every batch and behind any padding.
+    # Controls draw by the index of a token in its own text, so that draws do not depend on the batch or the padding.
     number = jnp.maximum(chosen - jnp.argmax(text.mask, axis=1)[:, None], 0)
     drawn = controls.draw_uniforms(jax.random.key(0), (1, 1, length, settings.thought_length))
     uniforms = jax.tree.map(lambda x: x[0, 0][number][:, None], drawn)
@@ -166,13 +166,13 @@ def _greedy_thoughts(
 
 
 class ContinuationScorer:
-    """Scores tails of a model on all local devices.
+    """Scores the tails of texts with a model, on all local devices.
 
-    Every row of the result depends on its own text alone, but for rounding: neither on the batch nor on the devices.
+    Apart from rounding, each row of the result depends only on its own text, not on the batch or the devices.
     """
 
     def __init__(self, model: LoadedModel, settings: ThoughtSettings, batch_size: int):
-        """Args: settings: of `model.settings`, length 0 = no thoughts; batch_size: texts at once, over all devices."""
+        """Args: settings: from `model.settings`, length 0 = no thoughts; batch_size: texts over all devices."""
         if batch_size < 1:
             raise ConfigError(f"--batch-size is {batch_size}; it takes 1 or more.")
         self._mesh = make_mesh(MeshConfig(), model.architecture, jax.local_devices())
@@ -185,14 +185,14 @@ class ContinuationScorer:
 
     @property
     def programs(self) -> int:
-        """How many programs were compiled so far."""
+        """How many programs have been compiled so far."""
         size: int = self._score._cache_size()  # type: ignore[attr-defined]
         return size
 
     def __call__(
         self, tails: Sequence[Continuation], done: Callable[[int], object] = lambda count: None
     ) -> list[TailScores]:
-        """Scores of each tail, in the order given, as numpy arrays.
+        """Returns the scores of each tail, in the order given, as numpy arrays.
 
         Args:
           done: called with the number of tails just finished.
@@ -212,7 +212,7 @@ class ContinuationScorer:
         return found
 
     def _batches(self, tails: Sequence[Continuation]) -> Iterator[tuple[list[int], TailScores]]:
-        """Numbers of the tails of a batch, and its scores; the next batch runs while one is read back."""
+        """Yields the numbers of the tails of a batch, and its scores; the next batch runs while one is transferred."""
         shapes: dict[tuple[int, int], list[int]] = {}
         for number, tail in enumerate(tails):
             count = grid_count(tail.last)
@@ -220,7 +220,7 @@ class ContinuationScorer:
         width = max((len(tail.candidates) for tail in tails), default=0)
         width = grid_count(width) if width else 0
         waiting: tuple[list[int], Any] | None = None
-        for (length, count), numbers in sorted(shapes.items(), reverse=True):  # what needs most memory comes first
+        for (length, count), numbers in sorted(shapes.items(), reverse=True):  # the largest first
             for start in range(0, len(numbers), self.batch_size):
                 rows = numbers[start : start + self.batch_size]
                 running = rows, self._run([tails[number] for number in rows], length, count, width)
@@ -231,7 +231,7 @@ class ContinuationScorer:
             yield waiting[0], jax.device_get(waiting[1])
 
     def _run(self, tails: Sequence[Continuation], length: int, count: int, width: int) -> TailScores:
-        """Scores of a batch, on the devices, while they are still being computed."""
+        """Starts to score a batch; returns arrays on the devices without waiting for them."""
         tokens = np.full((self.batch_size, length), self._pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
         candidates = np.zeros((self.batch_size, width), np.int32)
@@ -244,5 +244,5 @@ class ContinuationScorer:
 
 
 def longest_text(architecture: Architecture, thought_length: int) -> int:
-    """Tokens of the longest text that can be scored; a thought needs positions of its own behind the text."""
+    """Tokens of the longest text that can be scored; a thought needs its own positions after the text."""
     return architecture.max_positions + 1 if not thought_length else architecture.max_positions - thought_length - 2

@@ -1,4 +1,4 @@
-"""The question sets that are known by name, and where their fields lie."""
+"""The evaluation tasks by name, and the fields of their records."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ DIRECT, VOTING, TEXT = "direct", "voting", "text"
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured, and on what.
+    """One evaluation task.
 
     Attributes:
       kind: `direct` answers, chains of thought with `voting`, or `text` for language modelling.
-      layouts: the usual places of its fields; none for text.
+      layouts: the usual layouts of its records; none for text.
       summary: one line of help.
     """
 
@@ -47,10 +47,10 @@ TASKS: Mapping[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The task of this name.
+    """Returns the task with this name.
 
     Raises:
-      ConfigError: there is none; names those there are.
+      ConfigError: there is no such task; lists the known ones.
     """
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
@@ -60,7 +60,7 @@ def find_task(name: str) -> Task:
 
 
 def with_fields(task: Task, fields: Sequence[str], answer_key: str) -> tuple[Layout, ...]:
-    """The layouts of a task with its fields elsewhere.
+    """Returns the layouts of a task with other names for its fields.
 
     Args:
       fields: `question=NAME` and so on; answer_key: how answers name a choice, one of `ANSWER_KEYS`.

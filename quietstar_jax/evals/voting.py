@@ -40,10 +40,10 @@ class Sampling:
 
 
 class Vote(NamedTuple):
-    """What the samples of one question answered.
+    """The answers of the samples of one question.
 
     Attributes:
-      numbers: exact; None where the answer of a sample has no number.
+      numbers: exact; None if the answer of a sample has no number.
       texts: steps, `CONCLUSION` and answer of each sample.
     """
 
@@ -55,11 +55,11 @@ def measure_votes(
     questions: Sequence[Question], generator: Generator, sampling: Sampling, modes: Sequence[str], longest: int,
     records: Records, done: Callable[[int], object],
 ) -> dict[str, Any]:  # fmt: skip
-    """All questions in all modes; those that are on record already are not asked again.
+    """Measures all questions in all modes; questions that are already on record are not asked again.
 
     Args:
-      modes: of `without_thoughts` and `with_thoughts`; longest: tokens of question, steps and answer; a question that
-        leaves no room for `max_tokens` of steps is counted and left out.
+      modes: of `without_thoughts` and `with_thoughts`; longest: maximum tokens of question, steps and answer; a
+        question that leaves no space for `max_tokens` of steps is counted and left out.
       done: called with the number of questions just finished, in each mode.
 
     Returns:
@@ -98,7 +98,7 @@ def measure_votes(
 def ask(
     group: Sequence[Question], generator: Generator, sampling: Sampling, thoughts: bool, longest: int
 ) -> list[Vote]:
-    """The samples of some questions; neither depends on the others."""
+    """Samples answers to a group of questions; no sample depends on the others."""
     prompts = [f"{QUESTION}{question.text}{STEPS}" for question in group for _ in range(sampling.samples)]
     settings: dict[str, Any] = {
         "temperature": sampling.temperature,
@@ -123,12 +123,12 @@ def ask(
 
 
 def vote_of(texts: list[str]) -> Vote:
-    """The vote of samples with these texts, whichever version of this program wrote them."""
+    """Returns the vote of samples with these texts; numbers are parsed again, also from records of older versions."""
     return Vote([find_number(text.rpartition(CONCLUSION)[2]) for text in texts], texts)
 
 
 def summarize_votes(votes: dict[str, list[Vote]], answers: Sequence[str], seed: int) -> dict[str, Any]:
-    """The figures of `measure_votes`, by mode and in comparison."""
+    """Computes the figures of `measure_votes`, by mode and in comparison."""
     found: dict[str, Any] = {}
     values: dict[str, np.ndarray] = {}
     for mode, per_question in votes.items():
@@ -150,12 +150,12 @@ def summarize_votes(votes: dict[str, list[Vote]], answers: Sequence[str], seed: 
 
 
 def _tokens(generator: Generator, question: Question) -> int:
-    """Of everything but the steps."""
+    """Number of tokens of everything but the steps."""
     return len(generator.encode(f"{QUESTION}{question.text}{STEPS}{CONCLUSION}")) + ANSWER_TOKENS
 
 
 def _steps_that_fit(generator: Generator, prompt: str, steps: str, longest: int) -> str:
-    """Without their end where they leave no room for the answer: read again, a text can be more tokens than before."""
+    """Cuts off the end of steps that leave no space for the answer: encoded again, a text can have more tokens."""
     while steps:
         asked = generator.encode((prompt + steps).rstrip() + CONCLUSION)
         excess = len(asked) + ANSWER_TOKENS - longest
@@ -166,5 +166,5 @@ def _steps_that_fit(generator: Generator, prompt: str, steps: str, longest: int)
 
 
 def _seed(seed: int, line: int, sample: int) -> int:
-    """Of one sample: the same whichever questions were asked before, and however often the run was killed."""
+    """Seed of one sample, independent of the questions asked before and of restarts."""
     return int(np.random.SeedSequence([seed, line, sample]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,4 +1,4 @@
-"""The start and end token of thoughts in the tokenizer of an export."""
+"""Adds the start and end tokens of thoughts to the tokenizer of an export."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from quietstar_jax.errors import DataError
 
 
 def add_tokens(tokenizer: Tokenizer, vocab_size: int, names: Sequence[str]) -> tuple[int, ...]:
-    """Gives tokens that the tokenizer lacks the ids behind all others, and returns the ids of all of them.
+    """Adds the tokens that the tokenizer lacks, after all existing ids, and returns the ids of all `names`.
 
-    Embeddings with more rows than the tokenizer has tokens (padded vocabularies) get names for the spare rows first,
-    `<|unused_ID|>`: so no row of the model changes its meaning. Changes the tokenizer.
+    If the embedding has more rows than the tokenizer has tokens (padded vocabularies), the spare rows are first named
+    `<|unused_ID|>`, so that no row of the model changes its meaning. Modifies the tokenizer.
 
     Args:
-      vocab_size: V, rows of the model's embedding.
+      vocab_size: V, the number of rows of the model's embedding.
       names: distinct tokens.
 
     Raises:
-      DataError: the tokenizer's ids do not follow one another.
+      DataError: the new ids would not be consecutive.
     """
     missing = [name for name in names if tokenizer.token_id(name) is None]
     used = max(tokenizer.fast.get_vocab().values()) + 1
@@ -42,6 +42,6 @@ def add_tokens(tokenizer: Tokenizer, vocab_size: int, names: Sequence[str]) -> t
 
 
 def pad_as_trained(tokenizer: Tokenizer) -> None:
-    """Lets a tokenizer without a padding token pad batches: with the end of text as training does, on the left."""
+    """Makes the tokenizer pad as in training if it has no usable padding token: with the end of text, on the left."""
     if tokenizer.fast.pad_token is None or tokenizer.token_id(tokenizer.fast.pad_token) != tokenizer.pad_id:
         tokenizer.fast.pad_token, tokenizer.fast.padding_side = tokenizer.fast.eos_token, "left"

@@ -1,4 +1,4 @@
-"""A run's checkpoint as a Hugging Face folder: weights, tokenizer, and how it was trained."""
+"""Exports a checkpoint of a run as a Hugging Face folder: weights, tokenizer and model card."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
 
     Args:
       checkpoint: a run's work directory, or the `checkpoints` folder in it.
-      output: folder to be made.
-      step: of the checkpoint; None = the newest.
+      output: the folder to create.
+      step: step of the checkpoint; None = the newest.
 
     Returns:
-      what was exported.
+      The checkpoint that was exported.
 
     Raises:
-      UserError: with what to do about it; nothing is left under the name of the output.
+      UserError: the export failed; the message says what to do. No folder named `output` is left behind.
     """
     run = open_run(checkpoint, step)
-    tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)  # pads with what has a row
+    tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)  # pads with a token that has a row
     tokenizer.begin_with(tokenizer.begins(run.config.data.prepend_bos))
     thought = run.config.thought
     thoughts = Thoughts(

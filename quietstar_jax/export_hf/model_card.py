@@ -47,10 +47,10 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 
 
 def model_card(run: RunCheckpoint, options: ExportOptions) -> str:
-    """Markdown with the front matter of the Hugging Face hub."""
+    """Returns the model card: Markdown with the front matter that the Hugging Face hub expects."""
     config = run.config
     settings = _without_folders({key: value for key, value in to_mapping(config).items() if key != "workdir"})
-    settings["model"]["architecture"] = to_mapping(run.architecture)  # of the model, whatever the setting says
+    settings["model"]["architecture"] = to_mapping(run.architecture)  # the model's, which may differ from the setting
     origin = f"`{_last_part(config.model.checkpoint)}`" if config.model.checkpoint else "random weights"
     if run.model_commit:
         origin += f" at commit `{run.model_commit}`"
@@ -72,7 +72,7 @@ def model_card(run: RunCheckpoint, options: ExportOptions) -> str:
 
 
 def measurements(run: RunCheckpoint) -> dict[str, Any]:
-    """The run's figures on held-out text at the exported step; empty where it did not measure then."""
+    """Returns the run's held-out metrics at the exported step; empty if the run did not evaluate at that step."""
     for record in reversed(read_json_lines(run.workdir / "metrics.jsonl")):
         if record.get("kind") == "evaluation" and record.get("step") == run.step:
             return {name: record[name] for name in MEASURED if name in record}
@@ -113,7 +113,7 @@ def _sources(names: Sequence[str]) -> str:
 
 
 def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which folders of this machine are left out, which are nobody's business."""
+    """Returns the settings with paths shortened to their last part: local folders are private."""
     found = dict(settings)
     for group, names in PATHS.items():
         shown = {name: settings[group][name] for name in names}
@@ -123,5 +123,5 @@ def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _last_part(name: str) -> str:
-    """The last part of a path that begins at a root, a home or a parent; a hub id or `tfds:...` stays as it is."""
+    """Returns the last part of a path that begins with `/`, `~` or `.`; a hub id or `tfds:...` stays as it is."""
     return Path(name).name if name.startswith(("/", "~", ".")) else name

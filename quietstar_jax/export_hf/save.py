@@ -1,9 +1,10 @@
-"""Checkpoints out: our parameters as a Hugging Face folder, one tensor in memory at a time.
+"""Writes our parameters as a Hugging Face folder, with one tensor in memory at a time.
 
-`base` is the decoder alone with the tokenizer as it is: a model of the same shape as the one that training began from.
-It gets no start and end token: with tied embeddings the rows of these would also be rows of the head, and be predicted.
-`quietstar` adds the mixing head and the thought embeddings under their published names, and a torch module that thinks.
-Start and end tokens that the tokenizer lacks get rows behind the others, which stay as they are, bit for bit.
+The format `base` is the decoder alone with an unchanged tokenizer: a model of the same shape as the one that training
+began from. It has no start and end tokens: with tied embeddings, their rows would also be rows of the head, and the
+model could predict them. The format `quietstar` adds the mixing head and the thought embeddings under their published
+names, and a torch module that thinks. Start and end tokens that the tokenizer lacks get new rows after the existing
+ones, which stay the same bit for bit.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ SHIPPED_MODULE = "modeling_quietstar"
 
 
 class Parameters(Protocol):
-    """Our parameters by dotted path, those of `QuietStar`."""
+    """The parameters of `QuietStar`, by dotted path."""
 
     @property
     def shapes(self) -> Mapping[str, Shape]: ...
@@ -57,19 +58,19 @@ class Parameters(Protocol):
 
 @dataclass(frozen=True)
 class Thoughts:
-    """What an export must know of thoughts."""
+    """The properties of thoughts that an export stores."""
 
     length: int  # T when the exported model generates; 0 = it does not think
-    embedding_scale: float  # start and end embedding are stored divided by it
+    embedding_scale: float  # start and end embeddings are stored divided by this number
     mixing: str = "hidden_states"
     start_token: str = "<|startthought|>"
     end_token: str = "<|endthought|>"
-    unused_ids: tuple[int, ...] = ()  # ids of the model that are no token: never in a thought, never generated
+    unused_ids: tuple[int, ...] = ()  # ids of the model that are not tokens: never in a thought, never generated
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How an export is written."""
+    """Format, dtype and shard size of an export."""
 
     format: str = "quietstar"  # quietstar | base
     dtype: str = "float32"  # float32 | bfloat16 | float16
@@ -87,18 +88,18 @@ def save(
 ) -> None:  # fmt: skip
     """Writes a checkpoint folder that transformers loads.
 
-    Memory: the largest tensor, a few times over. The folder appears under its name when it is complete; until then it
-    is `OUTPUT.WRITER.incomplete` beside it, which the next export to OUTPUT removes if its writer was killed.
+    Memory: a few times the largest tensor. The folder gets its name when it is complete; until then it is named
+    `OUTPUT.WRITER.incomplete`. If its writer is killed, the next export to OUTPUT removes it.
 
     Args:
-      tokenizer: of the model; gets the start and end tokens that it lacks if the format is `quietstar`.
-      card: text of README.md, another one for each checkpoint and format. An output that has this text is complete.
+      tokenizer: the model's tokenizer; if the format is `quietstar`, missing start and end tokens are added to it.
+      card: text of README.md, different for each checkpoint and format. An output with this text is complete.
       generation: generation_config.json of the model that training began from.
 
     Raises:
-      CheckpointError: the output exists, cannot be written, the parameters are not those of the architecture, or a
-        value is not finite in the wanted dtype.
-      ConfigError, DataError: the shard size cannot be read, or start and end cannot become tokens.
+      CheckpointError: the output exists or cannot be written, the parameters do not fit the architecture, or a value
+        is not finite in the dtype of the export.
+      ConfigError, DataError: the shard size cannot be parsed, or start and end cannot become tokens.
     """
     if _is_there(output, card):
         return
@@ -137,7 +138,7 @@ def save(
 
 @contextmanager
 def _complete_folder(output: Path) -> Iterator[Path]:
-    """As `io.new_folder`, with the errors of this module."""
+    """Like `io.new_folder`, but raises CheckpointError."""
     try:
         with new_folder(output) as folder:
             yield folder
@@ -148,7 +149,7 @@ def _complete_folder(output: Path) -> Iterator[Path]:
 
 
 class _Writer:
-    """Tensors under their names out of our parameters, made when their turn comes."""
+    """Converts our parameters to named tensors, each one only when it is written."""
 
     def __init__(
         self, parameters: Parameters, architecture: Architecture, thoughts: Thoughts, ids: Sequence[int],
@@ -163,20 +164,20 @@ class _Writer:
         self._added = max(0, *(i + 1 - self._vocab for i in ids)) if ids else 0
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """Of every tensor, with the rows that are added."""
+        """The shape of every tensor, including added rows."""
         return {
             name: (entry.shape[0] + self._added, *entry.shape[1:]) if name in (EMBEDDING, LM_HEAD) else entry.shape
             for name, entry in self._entries.items()
         }
 
     def write(self, file: Path, names: Sequence[str]) -> None:
-        """One file with these tensors."""
+        """Writes one file with these tensors."""
         shapes = self.tensor_shapes()
         tensors = ((name, self._tensor(self._entries[name])) for name in names)
         write_file(file, {name: shapes[name] for name in names}, DTYPES[self._options.dtype], tensors)
 
     def _tensor(self, entry: Entry) -> np.ndarray:
-        """In the dtype of the export, with the rows of start and end.
+        """Returns one tensor in the dtype of the export, including the rows of start and end.
 
         Raises:
           CheckpointError: a value is not finite.
@@ -191,12 +192,12 @@ class _Writer:
                 if i >= self._vocab:
                     added[i - self._vocab] = row
         else:
-            # The mean of all rows: its logit is the mean logit, so no added token is ever likelier than 1 / V.
+            # The mean of all rows: its logit is the mean logit, so the probability of an added token is at most 1 / V.
             added[:] = pieces[0].mean(axis=1, dtype=np.float64)
         return np.concatenate([tensor, self._cast(added, entry.name)])
 
     def _effective_embeddings(self) -> np.ndarray:
-        """[2, D] what start and end are as inputs of the decoder."""
+        """The embeddings of start and end as the decoder reads them, [2, D]."""
         paths = ("start_embedding", "end_embedding")
         shapes = self._parameters.shapes
         stored = [self._parameters.read(Target(path, shapes[path])) for path in paths]
@@ -215,13 +216,13 @@ class _Writer:
 def _config(
     architecture: Architecture, tokenizer: Tokenizer, thoughts: Thoughts, ids: Sequence[int], options: ExportOptions
 ) -> dict[str, Any]:
-    """The config.json of an export."""
+    """Returns the config.json of an export."""
     rows = max(architecture.vocab_size, *(i + 1 for i in ids)) if ids else architecture.vocab_size
     config = architecture_to_hf(dataclasses.replace(architecture, vocab_size=rows))
     config |= _old_rope(config["rope_parameters"])
     config |= {"dtype": options.dtype, "torch_dtype": options.dtype}  # the second for transformers before 4.56
     config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    config["pad_token_id"] = None  # torch would never train its row; and Phi-3 has a default that may lie outside
+    config["pad_token_id"] = None  # torch would not train its row, and Phi-3's default may exceed the vocabulary
     if options.format == "quietstar":
         name = CLASSES[architecture.family]
         config |= {
@@ -233,14 +234,14 @@ def _config(
             "thought_token_ids": list(ids),
             "text_vocab_size": architecture.vocab_size,
         }
-        # Rows that are no token, and tokens that the model has no row for.
+        # Rows that are not tokens, and tokens that have no row in the trained model.
         unused = [*thoughts.unused_ids, *sorted(set(range(architecture.vocab_size, rows)) - set(ids))]
         config |= {UNUSED: unused} if unused else {}
     return config
 
 
 def _old_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary parameters in the spelling of transformers 4, which would silently take its defaults otherwise."""
+    """The rotary parameters in the format of transformers 4, which would otherwise silently use its defaults."""
     beside = ("rope_theta", "partial_rotary_factor")
     old = {key: parameters[key] for key in beside if key in parameters}
     scaling = {key: value for key, value in parameters.items() if key not in beside}
@@ -248,10 +249,10 @@ def _old_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_there(output: Path, card: str) -> bool:
-    """Whether the folder holds this very export: a kill may have come after its last act.
+    """Whether the folder already contains this export: an earlier call may have been killed after completing it.
 
     Raises:
-      CheckpointError: it holds something else.
+      CheckpointError: the folder contains something else.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
@@ -273,7 +274,7 @@ def _check_parameters(parameters: Parameters, architecture: Architecture) -> Non
 
 
 def _split(shapes: Mapping[str, Shape], options: ExportOptions) -> Any:
-    """Which file each tensor goes to."""
+    """Assigns each tensor to a file."""
     size = ITEM_BYTES[DTYPES[options.dtype]]
     byte_size: Callable[[Any], int] = lambda shape: size * int(np.prod(shape))  # noqa: E731
     try:

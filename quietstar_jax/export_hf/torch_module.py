@@ -4,13 +4,14 @@
     model.generate(**tokenizer("2 + 2 =", return_tensors="pt"))                     # thinks
     model.generate(**tokenizer("2 + 2 =", return_tensors="pt"), thought_length=0)   # does not
 
-The file stands alone (torch and transformers) and travels with every exported checkpoint. Thoughts are greedy. After
-position j the chain `start, t_1 .. t_T, end` runs at rotary positions j+1, j+2, ...; its tokens see the text up to j
-and their own chain. The hidden states h[j] of the text and h' at `end` give the mixing weight w and the logits of the
-next token, logits(h) + w * logits(h' - h). The start and end tokens are never predicted, in thoughts or in text.
+This file depends only on torch and transformers, and is shipped with every exported checkpoint. Thoughts are greedy.
+After position j, the chain `start, t_1 .. t_T, end` runs at rotary positions j+1, j+2, ...; its tokens attend to the
+text up to j and to their own chain. The hidden states h[j] of the text and h' at `end` give the mixing weight w and the
+logits of the next token, logits(h) + w * logits(h' - h). The start and end tokens are never predicted, neither in
+thoughts nor in text.
 
-Letters: B sequences, Q tokens given in this call, L tokens of text so far, P positions that think, T thought tokens,
-D hidden width, V vocabulary with start and end.
+Letters: B sequences, Q tokens in this call, L tokens of text so far, P positions that think, T thought tokens,
+D hidden size, V vocabulary size with start and end.
 """
 
 from __future__ import annotations
@@ -43,34 +44,34 @@ try:
 except ImportError:  # before 4.53
     masking_utils = None  # type: ignore[assignment]
 
-POSITIONS_AT_ONCE = 64  # chains that are in memory at once
+POSITIONS_AT_ONCE = 64  # chains in memory at the same time
 
 
 @dataclass
 class QuietStarOutput(CausalLMOutputWithPast):
-    """What `forward` returns: also the thoughts [B, P, T] and mixing weights [B, P], None where it did not think."""
+    """The output of `forward`, with thoughts [B, P, T] and mixing weights [B, P]; both are None without thoughts."""
 
     thoughts: torch.Tensor | None = None
     mixing_weight: torch.Tensor | None = None
 
 
 class Thinking:
-    """What Quiet-STaR adds to a `...ForCausalLM` of transformers. Configuration fields:
+    """Mixin that adds Quiet-STaR to a `...ForCausalLM` class of transformers. Configuration fields:
 
     thought_length: T; 0 = a plain language model.
-    thought_embedding_scale: start and end embedding are stored divided by it.
-    thought_mixing: `hidden_states`, `log_probabilities` (the paper's; weight through a sigmoid), or `none` (the
-        prediction after the thought alone).
-    thought_token_ids: of start and end, never predicted.
-    text_vocab_size: ids below it are those that training knew; start and end may lie above.
-    unused_token_ids: ids that are no token of the tokenizer that training knew, never in a thought; may be left out.
+    thought_embedding_scale: the start and end embeddings are stored divided by this number.
+    thought_mixing: `hidden_states`, `log_probabilities` (as in the paper; the weight is passed through a sigmoid), or
+        `none` (only the prediction after the thought).
+    thought_token_ids: ids of start and end, which are never predicted.
+    text_vocab_size: size of the vocabulary in training; start and end may have ids beyond it.
+    unused_token_ids: ids that are not tokens of the tokenizer used in training, never in a thought; optional.
     """
 
-    _supports_flash_attn = _supports_flash_attn_2 = False  # chains need masks of their own
+    _supports_flash_attn = _supports_flash_attn_2 = False  # chains need custom masks
     _supports_flex_attn = False
-    mask_per_layer_type = False  # the decoder takes one mask for each kind of layer
+    mask_per_layer_type = False  # whether the decoder expects one mask for each kind of layer
 
-    config: Any  # these are of transformers
+    config: Any  # these attributes are defined by transformers
     model: Any
     lm_head: Any
     loss_function: Any
@@ -84,7 +85,7 @@ class Thinking:
         self.talk_head = nn.ModuleList(
             [nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU(), nn.Linear(d, 1, bias=False))]
         )
-        self.start_embedding = nn.Parameter(torch.zeros(2, d))  # the second rows are unused and kept
+        self.start_embedding = nn.Parameter(torch.zeros(2, d))  # the second rows are not used, only preserved
         self.end_embedding = nn.Parameter(torch.zeros(2, d))
         self.post_init()
 
@@ -99,25 +100,25 @@ class Thinking:
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        num_logits_to_keep: int = 0,  # what transformers called it before 4.49
+        num_logits_to_keep: int = 0,  # name of logits_to_keep in transformers before 4.49
         thought_length: int | None = None,
         **kwargs: Any,
     ) -> QuietStarOutput:
-        """Thinks after each of the positions whose logits are kept (all, unless told otherwise).
+        """Thinks after each position whose logits are kept (by default, all positions).
 
         Args:
-          attention_mask: [B, L], 1 where the text is real; padding may be left or right.
+          attention_mask: [B, L], 1 for real tokens; padding may be on the left or the right.
           position_ids: [B, Q]; None = counted over the real tokens.
-          past_key_values: of the tokens before these Q; must keep all of them (`DynamicCache()`).
-          thought_length: T; None = that of the configuration, 0 = no thoughts.
+          past_key_values: cache of the tokens before these Q; it must keep all of them (`DynamicCache()`).
+          thought_length: T; None = the value in the configuration, 0 = no thoughts.
 
         Returns:
-          float32 logits [B, P, V] with those of start and end at the lowest number, and what `QuietStarOutput` says.
+          A `QuietStarOutput` with float32 logits [B, P, V]; those of start and end are the lowest float32 number.
         """
         length = self.config.thought_length if thought_length is None else thought_length
         cache = past_key_values
         if cache is None and (length or use_cache):
-            cache = DynamicCache()  # not DynamicCache(config): sliding layers would forget what thoughts still see
+            cache = DynamicCache()  # not DynamicCache(config): sliding layers would drop keys that thoughts attend to
         if length:
             self._check_cache(cache)
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -159,7 +160,10 @@ class Thinking:
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with thoughts of `thought_length` tokens (default: the configuration's; 0 = none)."""
+        """Generates as in transformers, with thoughts of `thought_length` tokens.
+
+        The default is the value in the configuration; 0 = no thoughts.
+        """
         own = any(kwargs.get(key) is not None for key in ("past_key_values", "cache_implementation"))
         if kwargs.get("use_cache") is not False and not own:
             kwargs["past_key_values"] = DynamicCache()
@@ -168,9 +172,9 @@ class Thinking:
     def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """As in transformers, which before 4.49 does not pass on what it does not know.
+        """Adds `thought_length` to the inputs: transformers before 4.49 drops arguments that it does not know.
 
-        It looks for `inputs_embeds` in this signature.
+        `inputs_embeds` is named because transformers looks for it in this signature.
         """
         inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
         return {"thought_length": kwargs.get("thought_length"), **inputs}
@@ -190,7 +194,7 @@ class Thinking:
             )
 
     def _real(self, mask: Any, batch: int, total: int, device: torch.device, length: int) -> torch.Tensor | None:
-        """[B, L] bool; None where a plain model got a mask that only the decoder understands."""
+        """Which tokens are real, [B, L] bool; None for a model without thoughts and a mask of another shape."""
         if mask is None:
             return torch.ones(batch, total, dtype=torch.bool, device=device)
         if isinstance(mask, torch.Tensor) and mask.shape == (batch, total):
@@ -209,7 +213,7 @@ class Thinking:
         """Thoughts after the tokens with numbers `at` [P] and rotary positions `positions` [B, P].
 
         Returns:
-          (thoughts [B, P, T], hidden states at `end` [B, P, D]); the cache is left as it was.
+          (thoughts [B, P, T], hidden states at `end` [B, P, D]); the cache is the same as before the call.
         """
         positions = positions.expand(real.shape[0], -1)
         parts = [
@@ -248,7 +252,10 @@ class Thinking:
         return scaled.to(self.get_input_embeddings().weight.dtype).expand(batch, count, -1)
 
     def _masks(self, at: torch.Tensor, c: int, real: torch.Tensor, dtype: torch.dtype) -> Any:
-        """What token c of the P chains sees of the text and of tokens 0 .. c of all chains, [B, 1, P, L + (c+1) P]."""
+        """Additive masks of token c of the P chains over the text and tokens 0 .. c of all chains: [B, 1, P, L+(c+1)P].
+
+        With `mask_per_layer_type`, a dictionary of masks by kind of layer.
+        """
         count, total = len(at), real.shape[1]
         keys = torch.arange(total, device=at.device)
         own = torch.eye(count, dtype=torch.bool, device=at.device).repeat(1, c + 1)
@@ -269,7 +276,7 @@ class Thinking:
         return mask(window)
 
     def _mix(self, text: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states without and with thought [B, P, D] -> mixed scores over the text's ids, weights [B, P]."""
+        """Hidden states without and with thought [B, P, D] -> mixed scores over the text vocabulary, weights [B, P]."""
         head: Any = self.talk_head[0]
         hidden = head[:-1](torch.cat([text, after], -1))
         weight = nn.functional.linear(hidden.float(), head[-1].weight.float())
@@ -288,32 +295,32 @@ class Thinking:
         return self.lm_head(hidden)[..., : self.config.text_vocab_size].float()
 
     def _forbid(self, logits: torch.Tensor, more: Sequence[int] = ()) -> torch.Tensor:
-        """The logits without the start and end token, and without these ids."""
+        """Sets the logits of the start and end tokens, and of the ids in `more`, to the lowest number."""
         ids = [i for i in (*self.config.thought_token_ids, *more) if i < logits.shape[-1]]
         return logits.index_fill(
             -1, torch.tensor(ids, device=logits.device, dtype=torch.long), torch.finfo(logits.dtype).min
         )
 
     def _with_thought_tokens(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores over the text's ids -> [..., V], start and end at the lowest number."""
+        """Scores over the text vocabulary -> [..., V], with start and end at the lowest number."""
         added = self.config.vocab_size - logits.shape[-1]
         return self._forbid(nn.functional.pad(logits, (0, added), value=torch.finfo(logits.dtype).min))
 
 
 class QuietStarLlamaForCausalLM(Thinking, LlamaForCausalLM):
-    """A Llama that thinks."""
+    """Quiet-STaR with a Llama decoder."""
 
 
 class QuietStarMistralForCausalLM(Thinking, MistralForCausalLM):
-    """A Mistral that thinks."""
+    """Quiet-STaR with a Mistral decoder."""
 
 
 class QuietStarPhi3ForCausalLM(Thinking, Phi3ForCausalLM):
-    """A Phi-3 that thinks."""
+    """Quiet-STaR with a Phi-3 decoder."""
 
 
 class QuietStarQwen2ForCausalLM(Thinking, Qwen2ForCausalLM):
-    """A Qwen2 that thinks."""
+    """Quiet-STaR with a Qwen2 decoder."""
 
     mask_per_layer_type = True
 
@@ -321,6 +328,6 @@ class QuietStarQwen2ForCausalLM(Thinking, Qwen2ForCausalLM):
 if Qwen3ForCausalLM is not None:
 
     class QuietStarQwen3ForCausalLM(Thinking, Qwen3ForCausalLM):
-        """A Qwen3 that thinks."""
+        """Quiet-STaR with a Qwen3 decoder."""
 
         mask_per_layer_type = True

@@ -1,6 +1,6 @@
-"""Tensors under the names that transformers gives them, whatever wrapped the model when it was saved.
+"""Maps tensor names to those of transformers, independent of the wrappers that the model had when it was saved.
 
-torch.compile, DDP and FSDP add parts to names, trainers and value heads put the model under a name of their own, and a
+torch.compile, DDP and FSDP add components to names, trainers and value heads store the model under a prefix, and a
 matrix that is both embedding and head may be stored under either name.
 """
 
@@ -18,18 +18,18 @@ from quietstar_jax.hf.folder_kinds import classifier_advice, is_classifier
 from quietstar_jax.hf.safetensors_file import TensorInfo
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Parts that wrappers add to names: no model here has a module of such a name.
+# Name components that wrappers add; no supported model has a module with such a name.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-ANCHOR = "layers.0.input_layernorm.weight"  # every family has it, and nothing but a decoder
-OWN = ("embed_tokens.", "layers.", "norm.")  # what the names in a decoder begin with
+ANCHOR = "layers.0.input_layernorm.weight"  # exists in every family, and only in decoders
+OWN = ("embed_tokens.", "layers.", "norm.")  # prefixes of the names in a decoder
 Tensors = dict[str, TensorInfo]
 
 
 def canonical_names(folder: Path, tensors: Mapping[str, TensorInfo]) -> Tensors:
-    """The tensors with the decoder under `model.` and its head under `lm_head.weight`.
+    """Returns the tensors with the decoder under `model.` and its head under `lm_head.weight`.
 
     Raises:
-      CheckpointError: two tensors become one name, or several models are stored together.
+      CheckpointError: two tensors get the same name, or several models are stored together.
     """
     plain: Tensors = {}
     for name, info in tensors.items():
@@ -63,13 +63,14 @@ def canonical_names(folder: Path, tensors: Mapping[str, TensorInfo]) -> Tensors:
 def tie(
     folder: Path, config: dict[str, Any], tensors: Tensors, read: Callable[[TensorInfo], np.ndarray]
 ) -> tuple[dict[str, Any], Tensors]:
-    """The config and tensors with the head of a tied model left out, stored under the embedding's name.
+    """Returns config and tensors; a tied model has only one matrix, under the name of the embedding.
 
-    As transformers 5: a matrix stored under one name is both; stored twice and equal, it is one; stored twice and
-    different, the model is not tied, whatever config.json says, with a warning. (transformers 4 uses the embedding.)
+    The rules are those of transformers 5. A matrix stored under one name is both embedding and head. Two equal matrices
+    are tied. Two different matrices are not tied, whatever config.json says, and a warning is logged. (transformers 4
+    uses the embedding.)
 
     Raises:
-      CheckpointError: the model is a classifier, of which a head cannot be made by tying.
+      CheckpointError: the model is a classifier without a language-model head, so tying does not apply.
     """
     if is_classifier(config) and LM_HEAD not in tensors:
         raise CheckpointError(f"{folder} cannot be used. {classifier_advice(config)}")

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder: its config.json and its tensors, one at a time. Nothing in it is executed."""
+"""Reads a Hugging Face checkpoint folder: config.json, and tensors one at a time. Never executes code from it."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ from quietstar_jax.hf.safetensors_file import (
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-MAX_JSON_BYTES = 100_000_000  # far beyond any config.json or index; read at once
+MAX_JSON_BYTES = 100_000_000  # far larger than any config.json or index; the whole file is read into memory
 TEXT_FILES = (
     "config.json", "generation_config.json", "*.index.json", "adapter_config.json", "tokenizer*", "*.model", "*.jinja",
     "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json",
 )  # fmt: skip
-MAX_LINES = 8  # of a list in a message
-MAX_NAME_BYTES = 255  # of one part of a path, on every file system that matters
+MAX_LINES = 8  # lines of a list in a message
+MAX_NAME_BYTES = 255  # limit of common file systems for one component of a path
 DOWNLOADED = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
-NOT_DOWNLOADED = ["*/*", "*.bin", "*.pt", "*.pth", "*.pkl"]  # copies in subfolders, and anything pickled
+NOT_DOWNLOADED = ["*/*", "*.bin", "*.pt", "*.pth", "*.pkl"]  # copies in subfolders, and pickled files
 
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """A folder with config.json and safetensors; shapes are known, weights not yet read."""
+    """A folder with config.json and safetensors. Shapes are known; weights are not read yet."""
 
     folder: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
-    commit: str = ""  # of a hub id: what `revision` stood for
-    generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json, or what config.json says
+    commit: str = ""  # of a hub id: the commit that `revision` resolved to
+    generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json, or its fields in config.json
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in the dtype of its file (float16, bfloat16, float32 or float64).
+        """Returns one tensor in the dtype of its file (float16, bfloat16, float32 or float64).
 
         Raises:
-          CheckpointError: there is none of that name, it is not of a float dtype, or its file cannot be read.
+          CheckpointError: there is no such tensor, its dtype is not a float dtype, or its file cannot be read.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder} has no tensor {name}.")
@@ -62,14 +62,14 @@ class CheckpointFiles:
 
 
 def open_checkpoint(name: str, revision: str = "") -> CheckpointFiles:
-    """Opens a local folder, or downloads a hub id (cached, resumed) and opens that.
+    """Opens a local folder, or downloads a model from the hub (cached and resumable) and opens it.
 
     Args:
       name: a folder, or a hub id such as `mistralai/Mistral-7B-v0.1`.
       revision: branch, tag or commit of a hub id; empty = its default branch.
 
     Raises:
-      CheckpointError: it is missing, incomplete or broken; names the file and tensor.
+      CheckpointError: the checkpoint is missing, incomplete or damaged; the message names the file and tensor.
     """
     folder = Path(os.path.expanduser(name))
     local = name != "" and os.path.isdir(folder)
@@ -113,7 +113,7 @@ def open_checkpoint(name: str, revision: str = "") -> CheckpointFiles:
 
 
 def check_regular(folder: Path) -> None:
-    """Makes sure that nothing in a folder blocks or never ends when it is read.
+    """Checks that no read of a file in the folder would block or never end.
 
     Raises:
       CheckpointError: an entry is a pipe, a socket or a device, or a text file of a model is implausibly large.
@@ -121,7 +121,7 @@ def check_regular(folder: Path) -> None:
     for entry in os.scandir(folder):
         try:
             status = entry.stat()
-        except OSError:  # a link to nothing: missing, if it is asked for
+        except OSError:  # a dangling link; reported as missing if it is read
             continue
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise CheckpointError(
@@ -136,16 +136,16 @@ def check_regular(folder: Path) -> None:
 
 
 def listing(title: str, lines: Sequence[str]) -> str:
-    """A title and a few of the lines, with how many are left out."""
+    """Returns a title and the first lines of a list, with the number of omitted lines."""
     more = [f"  - and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
     return "\n".join([title, *(f"  - {line}" for line in lines[:MAX_LINES]), *more])
 
 
 def download(name: str, revision: str = "") -> Path:
-    """The folder of a hub id in the local cache, fetched if need be: JSON, safetensors and tokenizer only.
+    """Returns the cached folder of a hub id; downloads it if necessary (only JSON, safetensors and tokenizer files).
 
     Raises:
-      CheckpointError: it is not a hub id, or cannot be fetched.
+      CheckpointError: the name is not a hub id, or the download fails.
     """
     looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name
     if looks_like_path or os.path.exists(name):
@@ -170,7 +170,7 @@ def download(name: str, revision: str = "") -> Path:
 
 
 def _weight_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
-    """(tensor -> file as the index says, files); without an index nothing is promised."""
+    """Returns (file of each tensor according to the index, weight files); without an index, the mapping is empty."""
     has_weights = any(os.path.lexists(folder / name) for name in (SINGLE, INDEX))
     if not has_weights:
         raise CheckpointError(f"{folder} is no model in safetensors: {describe_folder(folder)}")
@@ -196,7 +196,7 @@ def _weight_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
 
 
 def _shard(folder: Path, tensor: str, file: Any) -> Path:
-    """A path of the index, which may not leave the folder."""
+    """Returns the path of a shard named in the index; the path must be inside the folder."""
     unsafe = not isinstance(file, str) or "\0" in file or "\\" in file or bool(PureWindowsPath(file).drive)
     path = PurePosixPath("" if unsafe else file)
     lengths = [len(part.encode("utf-8", "surrogatepass")) for part in path.parts]
@@ -210,10 +210,10 @@ def _shard(folder: Path, tensor: str, file: Any) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Raises:
-      CheckpointError: it is missing, no regular file, too large, cannot be read, gives a name twice, or is no object.
+      CheckpointError: the file is missing, not regular, too large or unreadable, repeats a name, or is not an object.
     """
     try:
         size = file_size(file)

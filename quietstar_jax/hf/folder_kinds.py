@@ -1,6 +1,6 @@
-"""What a folder or a set of tensors is when it is not a causal language model in safetensors, and what to do.
+"""Identifies folders and tensors that are not a causal language model in safetensors, and says what to do.
 
-A user who gives an adapter, a GGUF file or a reward model needs to know what it is and how to go on, not which of its
+A user who gives an adapter, a GGUF file or a reward model needs to know what it is and what to do next, not which
 tensors are missing.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from quietstar_jax.errors import short
 
 SAVE = "load it with transformers and write it with `save_pretrained(FOLDER)`"
-# Pattern of a file's or folder's name -> what the folder is, and what to do. The first that fits is reported.
+# (pattern of a file or folder name, kind of the folder, advice). The first match is reported.
 KINDS = (
     ("adapter_config.json", "a PEFT adapter, not a whole model", ""),
     ("*.gguf", "a model in GGUF, the format of llama.cpp", "Fetch the safetensors of the same model"),
@@ -42,7 +42,7 @@ QUANTIZED = re.compile(
     r".*\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_zero_point|weight_packed|absmax|quant_map|SCB"
     r"|quant_state\..*|weight\.(absmax|quant_map|quant_state\..*))"
 )
-# Heads that read the decoder and change nothing that it predicts.
+# Heads that read the decoder's hidden states but do not change its predictions.
 IGNORED_HEADS = re.compile(
     r"(v|q|value|reward|rm|critic|regression|classification|medusa|eagle|mtp|draft|aux)_?heads?\b.*"
     r"|(score|critic|classifier|qa_outputs|ilql_heads|vhead)\..*",
@@ -52,7 +52,7 @@ THOUGHT_PARTS = re.compile(r"((talk|mixing|thought)_?heads?|(start|end)_embeddin
 
 
 def describe_folder(folder: Path) -> str:
-    """What a folder without model.safetensors is and what to do with it; for after `FOLDER: `."""
+    """Describes a folder without model.safetensors and says what to do; the text follows `FOLDER: ` in a message."""
     names = sorted(os.listdir(folder))
     for pattern, kind, advice in KINDS:
         if any(fnmatch(name, pattern) for name in names):
@@ -61,8 +61,8 @@ def describe_folder(folder: Path) -> str:
 
 
 def adapter_advice(folder: Path) -> str:
-    """What to do with an adapter."""
-    from quietstar_jax.hf.files import read_json  # which reports what it reads with this module
+    """Says how to merge an adapter."""
+    from quietstar_jax.hf.files import read_json  # imported here because hf.files imports this module
 
     config = read_json(folder / "adapter_config.json")
     base, method = (short(config.get(key, "?"), str) for key in ("base_model_name_or_path", "peft_type"))
@@ -73,7 +73,7 @@ def adapter_advice(folder: Path) -> str:
 
 
 def describe_tensors(config: Mapping[str, Any], names: Collection[str]) -> str:
-    """What tensors are that do not fit config.json, or "" where nothing is known of them."""
+    """Describes tensors that do not fit config.json; returns "" if they are of no known kind."""
     if any("lora_" in name or ".ia3_" in name for name in names):
         return (
             "They belong to an adapter that was not merged. Load the model with peft, call `merge_and_unload()`, then "
@@ -95,14 +95,14 @@ def describe_tensors(config: Mapping[str, Any], names: Collection[str]) -> str:
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
-    """Whether config.json names a class that predicts something else than the next token."""
+    """Whether config.json names a class that does not predict the next token."""
     classes = config.get("architectures")
     named = classes if isinstance(classes, list) else []
     return any(isinstance(name, str) and NOT_LANGUAGE.fullmatch(name) for name in named)
 
 
 def classifier_advice(config: Mapping[str, Any]) -> str:
-    """What a classifier or reward model is, and what to do."""
+    """Describes a classifier or reward model, and says what to do."""
     return (
         f"It is a {short(config['architectures'][0], str)} without a language-model head: a classifier or reward "
         "model. Give the language model that it was made from."
@@ -110,7 +110,7 @@ def classifier_advice(config: Mapping[str, Any]) -> str:
 
 
 def _incomplete(folder: Path, names: list[str]) -> str:
-    """Of a folder whose files are known kinds, but not those that are needed."""
+    """Describes a folder that matches none of `KINDS` and lacks model.safetensors."""
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
         return (
@@ -134,6 +134,6 @@ def _incomplete(folder: Path, names: list[str]) -> str:
 
 
 def _some(names: list[str]) -> str:
-    """A few of many names."""
+    """Returns the first few names as a list for a message."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(short(name, str) for name in names[:4]) + more

@@ -1,4 +1,4 @@
-"""generation_config.json: what a model says of how it wants to be sampled and stopped; read, kept and written here."""
+"""Reads, preserves and writes generation_config.json: how to sample from a model, and where to stop."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from typing import Any
 
 from quietstar_jax.errors import CheckpointError, short
 
-# Fields that config.json may have where there is no generation_config.json: transformers reads them there.
+# Fields that transformers reads from config.json if there is no generation_config.json.
 LEGACY_GENERATION = {
     "bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
     "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "max_length",
 }  # fmt: skip
 SAMPLING = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-# How one process computes, or who wrote the file; a cache of a kind that forgets cannot hold thoughts.
+# How one process computes, or who wrote the file. Thoughts need a cache that keeps all tokens.
 NOT_KEPT = {"transformers_version", "_from_model_config", "use_cache", "cache_implementation", "cache_config"}
 
 
 def stops_and_suppressed(
     generation: Mapping[str, Any], trained_eos: int | None, where: object
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(ids that end a text, ids that must not be generated).
+    """Returns (ids that end a text, ids that must not be generated).
 
     Args:
-      generation: of `CheckpointFiles` or of a run.
-      trained_eos: what training ended texts with, which then comes first; None = nothing beyond what the model says.
+      generation: field of `CheckpointFiles` or of a run.
+      trained_eos: the id that ended texts in training, placed first; None = only the ids in `generation`.
+      where: source of `generation`, for messages.
 
     Raises:
-      CheckpointError: a field holds no token ids.
+      CheckpointError: a field does not contain token ids.
     """
     stops = _ids(generation, "eos_token_id", where)
     first = () if trained_eos is None else (trained_eos,)
@@ -37,14 +38,15 @@ def stops_and_suppressed(
 def generation_config(
     before: Mapping[str, Any], *, bos_id: int | None, eos_id: int, pad_id: int, suppressed: Sequence[int]
 ) -> dict[str, Any]:
-    """The generation_config.json of a model that training began from, for the model that came of it.
+    """Returns the generation_config.json of a trained model, based on that of the model that training began from.
 
-    Everything is kept but what `NOT_KEPT` names, and sampling settings without `do_sample`, of which transformers
-    warns because they have no effect.
+    All fields are kept except those in `NOT_KEPT`, and sampling settings without `do_sample`: these have no effect, and
+    transformers would warn about them.
 
     Args:
-      eos_id: what training ended texts with.
-      suppressed: ids that must not be generated, besides those of before.
+      before: generation_config.json of the model that training began from.
+      eos_id: the id that ended texts in training.
+      suppressed: ids that must not be generated, in addition to those in `before`.
     """
     kept = {
         key: value

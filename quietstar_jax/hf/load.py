@@ -1,6 +1,6 @@
-"""Weights in: from the tensors of a checkpoint to our stacked float32 parameters, one tensor at a time.
+"""Loads the tensors of a checkpoint into our stacked float32 parameters, one tensor at a time.
 
-Memory on the host: the parameters themselves (or, with shardings, the one being filled) and the tensor being read.
+Host memory: the parameters themselves (or, with shardings, the parameter being filled) and the tensor being read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 class Info(Protocol):
-    """What is known of a tensor before it is read."""
+    """The metadata of a tensor, known before it is read."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -56,16 +56,16 @@ def load_decoder(
     *,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> Decoder:
-    """A decoder with the weights of a checkpoint, as float32 masters.
+    """Returns a decoder with the weights of a checkpoint, as float32 master weights.
 
     Args:
-      architecture: what config.json describes (`architecture_from_hf`).
-      shardings: layout of each parameter by its dotted path; each is placed as soon as it is complete and its host
-        copy freed. None = the default device.
+      architecture: the architecture in config.json (`architecture_from_hf`).
+      shardings: sharding of each parameter by dotted path. Each parameter is moved to its devices as soon as it is
+        complete, and its host copy is freed. None = the default device.
 
     Raises:
-      CheckpointError: lists every missing, unexpected and misshapen tensor and every wrong dtype, before anything is
-        read; then every tensor with a value that is not finite.
+      CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype (checked before any is read), or
+        contain values that are not finite; the message lists these tensors.
     """
     return build(
         lambda: Decoder(architecture, nnx.Rngs(0)),
@@ -80,12 +80,12 @@ def load_parameters(
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     dtypes: Mapping[str, jnp.dtype] | None = None,
 ) -> dict[str, jax.Array]:
-    """The parameters that a table of names fills, by dotted path, layers stacked.
+    """Returns the parameters that the entries fill, by dotted path, with stacked layers.
 
     Args:
       entries: `decoder_entries` or `quietstar_entries`.
-      shardings: as in `load_decoder`; names every parameter.
-      dtypes: of each parameter; None = float32.
+      shardings: as in `load_decoder`; contains every parameter.
+      dtypes: dtype of each parameter; None = float32.
 
     Raises:
       CheckpointError: as in `load_decoder`.
@@ -113,10 +113,10 @@ def load_parameters(
 
 
 def build(constructor: Callable[[], Module], parameters: Mapping[str, jax.Array]) -> Module:
-    """The module that a constructor makes, with these parameters in place of its own, which are never computed.
+    """Returns the module that a constructor defines, with these parameters; the initial ones are never computed.
 
     Args:
-      parameters: by dotted path, one for every parameter.
+      parameters: all parameters of the module, by dotted path.
 
     Raises:
       ValueError: the paths or shapes are not those of the module.
@@ -135,20 +135,20 @@ def build(constructor: Callable[[], Module], parameters: Mapping[str, jax.Array]
 
 
 def _fill(entry: Entry, tensor: np.ndarray, filling: dict[str, np.ndarray], shapes: Mapping[str, Shape]) -> bool:
-    """Copies one tensor into the parameters being filled; False if it holds a value that is not finite."""
+    """Copies one tensor into the parameters being filled; returns False if any value is not finite."""
     finite = True
     for target, piece in zip(entry.targets, to_ours(entry, tensor), strict=True):
         if target.path not in filling:
             filling[target.path] = np.empty(shapes[target.path], np.float32)
         place = filling[target.path][target.index]
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite
+        with np.errstate(over="ignore"):  # a float64 outside the range of float32 becomes infinite
             place[...] = piece
         finite = finite and bool(np.isfinite(place).all())
     return finite
 
 
 def _place(host: np.ndarray, shardings: Mapping[str, jax.sharding.Sharding] | None, path: str) -> jax.Array:
-    """The parameter on its devices. Waits for the copy, so that the host array is free before the next is made."""
+    """Moves a parameter to its devices, and waits until its host array can be freed."""
     if shardings is None:
         return jax.device_put(host).block_until_ready()
     placed = jax.make_array_from_callback(host.shape, shardings[path], lambda index: host[index])
@@ -156,7 +156,7 @@ def _place(host: np.ndarray, shardings: Mapping[str, jax.sharding.Sharding] | No
 
 
 def _check_names(source: TensorSource, entries: Sequence[Entry]) -> None:
-    """Everything that can be wrong without reading a weight, at once."""
+    """Checks names, shapes and dtypes without reading weights, and reports all problems together."""
     wanted = {entry.name: entry for entry in entries}
     problems = [
         f"{name}: missing, expected {list(e.shape)}" for name, e in wanted.items() if name not in source.tensors

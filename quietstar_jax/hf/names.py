@@ -1,8 +1,8 @@
-"""Names and layouts of Hugging Face tensors against ours: one table, read in both directions.
+"""Maps names and layouts of Hugging Face tensors to ours: one table, used in both directions.
 
-A torch linear layer stores [out, in]; we store [in, out] with heads split, and all layers stacked. Every tensor of
-a checkpoint is cut along one of its axes into pieces, usually one, that fill our parameters, transposed or not; so two
-short numpy functions, `to_ours` and `to_theirs`, carry the whole table.
+A torch linear layer stores [out, in]; we store [in, out] with separate head axes, and all layers stacked. Every tensor
+of a checkpoint is split along one axis into pieces, usually one, that fill our parameters, transposed or not. Two short
+numpy functions, `to_ours` and `to_theirs`, implement this for all entries.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Target:
-    """A place in our parameters: the whole of `path`, or one layer of it."""
+    """One of our parameters, or one layer of it."""
 
     path: str  # as in `named_parameters`, e.g. `layers.query`
-    shape: Shape  # of what the tensor fills, without the layer axis
+    shape: Shape  # of the filled part, without the layer axis
     layer: int | None = None  # index along the stacked layer axis
 
     @property
     def index(self) -> int | tuple[()]:
-        """What to index our parameter with, to read or fill this place."""
+        """The index into our parameter that selects this target."""
         return () if self.layer is None else self.layer
 
 
@@ -38,14 +38,14 @@ class Entry:
     """One tensor of a checkpoint."""
 
     name: str  # e.g. `model.layers.3.self_attn.q_proj.weight`
-    shape: Shape  # theirs
-    targets: tuple[Target, ...]  # filled in turn along `axis`; usually one
-    transpose: bool = False  # theirs is [out, in]
-    axis: int = 0  # of theirs
+    shape: Shape  # of their tensor
+    targets: tuple[Target, ...]  # filled in order along `axis`; usually one
+    transpose: bool = False  # their tensor is [out, in]
+    axis: int = 0  # of their tensor
 
 
 def to_ours(entry: Entry, tensor: np.ndarray) -> list[np.ndarray]:
-    """Their tensor [entry.shape] -> one array [target.shape] per target; views where numpy can."""
+    """Converts their tensor [entry.shape] to one array [target.shape] per target; views where possible."""
     arrays, begin = [], 0
     for target in entry.targets:
         end = begin + _piece_shape(entry, target)[entry.axis]
@@ -65,7 +65,7 @@ def to_theirs(entry: Entry, arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _piece_shape(entry: Entry, target: Target) -> Shape:
-    """Of the piece of their tensor that fills a target."""
+    """Returns the shape of the piece of their tensor that fills a target."""
     others = math.prod(entry.shape) // entry.shape[entry.axis]
     shape = list(entry.shape)
     shape[entry.axis] = math.prod(target.shape) // others
@@ -73,13 +73,13 @@ def _piece_shape(entry: Entry, target: Target) -> Shape:
 
 
 def decoder_entries(architecture: Architecture, root: str = "") -> list[Entry]:
-    """The tensors of a checkpoint of one of the `FAMILIES`.
+    """Returns the entries for a checkpoint of one of the `FAMILIES`.
 
     Args:
-      root: what our paths begin with, e.g. `decoder.` inside a larger model.
+      root: prefix of our paths, e.g. `decoder.` inside a larger model.
 
     Returns:
-      Entries in an order in which the layers of one parameter follow one another.
+      Entries, ordered such that the layers of each parameter are consecutive.
     """
     a = architecture
     d, v = a.hidden_size, a.vocab_size
@@ -95,10 +95,10 @@ def decoder_entries(architecture: Architecture, root: str = "") -> list[Entry]:
 
 
 def thought_entries(hidden_size: int) -> list[Entry]:
-    """The tensors that the published Quiet-STaR checkpoints add to their decoder.
+    """Returns the entries for the tensors that the published Quiet-STaR checkpoints add to their decoder.
 
-    The first linear layer of the talk head reads [text, thought]; we keep its two halves apart. Of the thought
-    embeddings [2, D] only the first row is used; the second is kept.
+    The first linear layer of the talk head reads [text, thought]; we store its two halves as separate parameters. Only
+    the first row of each thought embedding [2, D] is used; the second row is preserved.
     """
     d = hidden_size
     halves = (Target("mixing_head.base_in", (d, d)), Target("mixing_head.thought_in", (d, d)))
@@ -116,12 +116,12 @@ def thought_entries(hidden_size: int) -> list[Entry]:
 
 
 def quietstar_entries(architecture: Architecture) -> list[Entry]:
-    """Every tensor of a Quiet-STaR checkpoint: the decoder under `decoder.`, and what makes it think."""
+    """Returns all entries of a Quiet-STaR checkpoint: the decoder under `decoder.`, and `thought_entries`."""
     return [*decoder_entries(architecture, "decoder."), *thought_entries(architecture.hidden_size)]
 
 
 def parameter_shapes(entries: Sequence[Entry]) -> dict[str, Shape]:
-    """Our parameters that the entries fill, with their stacked shapes, in the order of their first entry."""
+    """Returns the stacked shapes of the parameters that the entries fill, by path, in order of their first entry."""
     layers: dict[str, int] = {}
     shapes: dict[str, Shape] = {}
     for target in (target for entry in entries for target in entry.targets):
@@ -132,7 +132,7 @@ def parameter_shapes(entries: Sequence[Entry]) -> dict[str, Shape]:
 
 
 def collect(entry: Entry, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Their tensor of one entry, out of our stacked parameters."""
+    """Returns their tensor of one entry, made from our stacked parameters."""
     return to_theirs(entry, [np.asarray(parameters[target.path][target.index]) for target in entry.targets])
 
 
@@ -141,7 +141,7 @@ def _single(name: str, shape: Shape, path: str, transpose: bool = False) -> Entr
 
 
 def _layer_rules(a: Architecture) -> Iterator[tuple[str, Shape, dict[str, Shape]]]:
-    """Of one layer: their name, their shape, our names and shapes; matrices are transposed."""
+    """Yields (their name, their shape, shapes of our parameters by name) for one layer; matrices are transposed."""
     d, f, q, g, h = a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads, a.head_dim
     fused = FAMILIES[a.family].fused
     heads = {"query": q, "key": g, "value": g}

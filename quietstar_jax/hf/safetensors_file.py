@@ -1,9 +1,9 @@
-"""One safetensors file: its header, checked, and single tensors, without mapping it into memory; and writing one.
+"""Reads and writes one safetensors file: a checked header, and single tensors, without memory mapping.
 
-The format is eight bytes of header length, a JSON header, and the tensors one after another. It is parsed here and
-not by the safetensors library, because a broken file shall be reported with the name of the tensor, and because a
-memory-mapped checkpoint counts against the memory of the host as if it had been loaded twice. It is written here
-because the library wants all tensors of a file at once, and copies them.
+The format is eight bytes of header length, a JSON header, and the concatenated tensors. The safetensors library is not
+used for reading, because errors should name the damaged tensor, and because a memory-mapped checkpoint counts against
+host memory as if it were loaded twice. It is not used for writing, because it needs all tensors of a file in memory at
+the same time, and copies them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies, known without reading it."""
+    """Location, shape and dtype of one tensor in its file, known without reading the tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,10 +51,12 @@ class TensorInfo:
 
 
 def file_size(file: Path) -> int:
-    """Bytes of a regular file, found before it is opened: a pipe would block its reader, a device never ends.
+    """Returns the size of a regular file in bytes.
+
+    Call it before opening the file: reading from a pipe would block, and a device may never end.
 
     Raises:
-      OSError: it is missing.
+      OSError: the file is missing.
       CheckpointError: it is not a regular file.
     """
     status = file.stat()
@@ -66,11 +68,12 @@ def file_size(file: Path) -> int:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file; also those that `safetensors.torch.save_model` left out because they share another's
-    memory, which it notes in `__metadata__`.
+    """Returns the tensors of a file by name, including aliases.
+
+    `safetensors.torch.save_model` stores tensors that share memory only once, and lists the others in `__metadata__`.
 
     Raises:
-      CheckpointError: the file is missing, truncated, not safetensors, or its header contradicts itself.
+      CheckpointError: the file is missing, truncated, not safetensors, or its header is inconsistent.
     """
     try:
         size = file_size(file)
@@ -99,10 +102,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def read_tensor(info: TensorInfo) -> np.ndarray:
-    """One tensor in the dtype of its file.
+    """Returns one tensor in the dtype of its file.
 
     Raises:
-      CheckpointError: it is not of a float dtype, or the file has become shorter.
+      CheckpointError: its dtype is not a float dtype, or the file cannot be read or has become shorter.
     """
     if info.dtype not in FLOAT_DTYPES:
         raise CheckpointError(
@@ -122,15 +125,15 @@ def read_tensor(info: TensorInfo) -> np.ndarray:
 def write_file(
     file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes tensors as they come; only one is in memory.
+    """Writes tensors one by one from an iterable; only one is in memory at a time.
 
     Args:
-      shapes: of every tensor, in the order in which they will come.
-      dtype: of all of them, a key of `FLOAT_DTYPES`.
-      tensors: (name, array of that shape and dtype).
+      shapes: shape of every tensor by name, in the order of `tensors`.
+      dtype: dtype of all tensors, a key of `FLOAT_DTYPES`.
+      tensors: (name, array of the given shape and dtype).
 
     Raises:
-      ValueError: a tensor is not the one announced.
+      ValueError: a tensor does not match `shapes` or `dtype`.
       OSError: the file cannot be written.
     """
     begin = 0
@@ -152,11 +155,11 @@ def write_file(
 
 
 class DuplicateNamesError(ValueError):
-    """An object of a JSON file has a name twice, so that its value is not certain."""
+    """An object in a JSON file repeats a name, so that its value is ambiguous."""
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refused where a name stands twice (for `json.loads`)."""
+    """Returns a JSON object; raises DuplicateNamesError if a name occurs twice (hook for `json.loads`)."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = sorted(short(name, str) for name, times in Counter(name for name, _ in pairs).items() if times > 1)
@@ -186,12 +189,12 @@ def _tensor_info(file: Path, start: int, name: str, fields: Any) -> TensorInfo:
 
 
 def _fits_numpy(shape: list[int]) -> bool:
-    """Whether numpy can express these sizes; it cannot all, even where one is 0 and the tensor empty."""
+    """Whether numpy supports this shape; the limits hold even for empty tensors."""
     return len(shape) <= MAX_DIMENSIONS and math.prod(max(n, 1) for n in shape) <= 2**56
 
 
 def _check_layout(file: Path, start: int, size: int, tensors: list[TensorInfo]) -> None:
-    """Tensors lie one after another, without gap or overlap, up to the end of the file."""
+    """Checks that the tensors fill the file up to its end, without gaps or overlaps."""
     position = start
     for info in sorted(tensors, key=lambda t: (t.offset, t.num_bytes)):
         if info.num_bytes < 0 or info.offset != position:

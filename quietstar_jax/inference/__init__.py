@@ -1,1 +1,1 @@
-"""Text out: one token after another, with a thought before each."""
+"""Generation: text token by token, with a thought before each token."""

@@ -1,4 +1,4 @@
-"""One batch of requests on its way from token ids to text."""
+"""Generates text for one batch of requests."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Token:
 
     Attributes:
       id: of the token.
-      text: what became certain with it, whole characters only. Often its own text; but none while a character is
-        unfinished or a stop string may have begun, and none for a token that ends the text.
-      thought, thought_ids: what the model thought before it; empty without thoughts.
-      mixing_weight: how much the thought counted; 0 without thoughts.
+      text: the text that is certain once the token is known, whole characters only. Usually the token's own text; empty
+        while a character is incomplete or a stop string may have begun. A token that ends the text adds none.
+      thought, thought_ids: the thought before the token; empty without thoughts.
+      mixing_weight: how much the thought contributed; 0 without thoughts.
     """
 
     id: int
@@ -35,12 +35,12 @@ class Token:
 
 @dataclass(frozen=True)
 class Generation:
-    """What followed a prompt.
+    """The text generated for a prompt.
 
     Attributes:
       text: without the stop string or the token that ended it.
-      tokens: all that were generated, those that ended it too.
-      finish_reason: `eos`, `stop` (a stop string came) or `length`.
+      tokens: all generated tokens, including those that ended the text.
+      finish_reason: `eos`, `stop` (a stop string appeared) or `length`.
     """
 
     text: str
@@ -49,7 +49,7 @@ class Generation:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Of all tokens."""
+        """The ids of all tokens."""
         return tuple(token.id for token in self.tokens)
 
     @property
@@ -59,7 +59,7 @@ class Generation:
 
     @property
     def mixing_weights(self) -> tuple[float, ...]:
-        """Of each token."""
+        """The mixing weight of each token."""
         return tuple(token.mixing_weight for token in self.tokens)
 
 
@@ -74,7 +74,7 @@ class GenerationConfig:
 
 
 class Batch:
-    """Up to a batch of requests. Iterating generates, and gives (number of the request, token) as tokens come."""
+    """One batch of requests. Iterating generates, and yields (number of the request, token) as tokens are generated."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Batch:
                     yield row, self._take(row, int(ids[row]), thoughts[row].tolist(), float(weights[row]))
 
     def finish(self) -> list[Generation]:
-        """Everything, in the order of the requests."""
+        """Generates all remaining tokens; returns the results in the order of the requests."""
         for _ in self:
             pass
         return [
@@ -108,7 +108,7 @@ class Batch:
         ]
 
     def _take(self, row: int, token_id: int, thought_ids: list[int], weight: float) -> Token:
-        """One more token of a text that has not ended; ends it where it must."""
+        """Adds one token to a text that has not ended; ends the text if necessary."""
         text = self._texts[row]
         if token_id in self._job.plan.eos_ids:
             piece, reason = text.finish(), "eos"

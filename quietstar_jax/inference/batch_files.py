@@ -1,4 +1,4 @@
-"""Prompts from any source of records to texts in a file, in batches; what is done survives a kill."""
+"""Generates texts for a source of prompts into a file, in batches; finished rows survive a killed process."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def generate_file(
     generator: Generator, source: str | os.PathLike[str], output: Path, job: GenerationConfig, *, seed: int = 0,
     show_thoughts: bool = False, quiet: bool = False,
 ) -> int:  # fmt: skip
-    """Writes the rows of `source` with what follows their prompts; the output appears when all are done.
+    """Writes the rows of `source` with the text generated for their prompts; the output appears when all are done.
 
-    Until then they are in `OUTPUT.partial`, and what they were made with in `OUTPUT.partial.json`: the same command
-    goes on from there.
+    Until then the rows are in `OUTPUT.partial`, and their settings in `OUTPUT.partial.json`: the same command resumes
+    from there.
 
     Args:
-      source: as in `DataConfig.train`; its records have a `prompt`, other fields are carried over.
+      source: as in `DataConfig.train`; each record needs a `prompt`, other fields are copied.
       show_thoughts: also write thoughts and mixing weights.
       quiet: no progress bar.
 
@@ -46,7 +46,7 @@ def generate_file(
       UserError: the source or output cannot be used, or another command left a partial output.
     """
     partial = Path(f"{output}.partial")
-    # The last acts are to rename the partial output and to remove its record: a kill may have come in between.
+    # The last two steps rename the partial output and remove its record: a killed process may have done only the first.
     renamed = output.exists() and not partial.exists() and _record_file(partial).exists()
     if output.exists() and not renamed:
         raise DataError(f"{output} exists already. Remove it, or choose another file.")
@@ -90,7 +90,7 @@ def generate_file(
 
 
 def _requests(generator: Generator, rows: list[Record], job: GenerationConfig, seed: int) -> list[Request]:
-    """All prompts, checked before the first is worked on."""
+    """Returns the requests for all prompts; checks every prompt before generation starts."""
     for where, row in rows:
         prompt = row.get(PROMPT)
         if not isinstance(prompt, str):
@@ -107,10 +107,10 @@ def _requests(generator: Generator, rows: list[Record], job: GenerationConfig, s
 
 
 def _resume(file: BinaryIO, partial: Path, record: Mapping[str, Any]) -> int:
-    """How many rows are done; drops a line that was being written. `file` is `partial`, open to append.
+    """Returns the number of finished rows; drops an incomplete last line. `file` is `partial`, open to append.
 
     Raises:
-      DataError: they were made with other settings.
+      DataError: the rows were made with other settings.
     """
     record_file = _record_file(partial)
     if not record_file.exists():
@@ -125,7 +125,7 @@ def _resume(file: BinaryIO, partial: Path, record: Mapping[str, Any]) -> int:
 
 
 def _check_same(partial: Path, record: Mapping[str, Any]) -> None:
-    """Raises DataError: the partial output was made with other settings."""
+    """Raises DataError if the partial output was made with other settings."""
     record_file = _record_file(partial)
     try:
         made_with = json.loads(record_file.read_text("utf-8"))

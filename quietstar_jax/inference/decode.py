@@ -1,7 +1,7 @@
 """The compiled functions of generation: reading prompts into the cache, and thinking and talking token by token.
 
-A new token x_j takes T + 1 passes: `x_j, start` together, t_1 .. t_{T-1} one each, `t_T, end` together. Without
-thoughts it takes one.
+A new token x_j needs T + 1 passes: one for `x_j, start`, one for each of t_1 .. t_{T-1}, one for `t_T, end`. Without
+thoughts it needs one.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from quietstar_jax.thoughts.settings import ThoughtSettings
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """What is compiled in.
+    """Static settings of the compiled functions.
 
     Attributes:
       thought: length (0 = none), meta tokens, mixing, compute dtype.
-      sampled, nucleus, thoughts_sampled: whether tokens are drawn, from the likeliest only, and those of thoughts too.
+      sampled, nucleus, thoughts_sampled: whether tokens are sampled, only from the nucleus, and also in thoughts.
       forbidden: ids that are never generated; eos_ids: ids that end a text.
-      tokens_per_call: how many tokens each sequence gets before the host sees them.
+      tokens_per_call: number of tokens of each sequence that one call generates.
     """
 
     thought: ThoughtSettings
@@ -44,7 +44,7 @@ class DecodeConfig:
 
 
 class SamplingParams(NamedTuple):
-    """What may change from call to call without compiling again: scalars of `Sampling`, and a key [B] per sequence."""
+    """Settings that may change between calls without recompilation: scalars of `Sampling`, and keys [B]."""
 
     temperature: jax.Array
     top_p: jax.Array
@@ -53,11 +53,11 @@ class SamplingParams(NamedTuple):
 
 
 class State(NamedTuple):
-    """B sequences between two tokens.
+    """State of B sequences between two generated tokens.
 
     Attributes:
-      cache: of all tokens but the newest.
-      token, position: [B] int32, the newest token and its number in the text; left: [B] int32, how many tokens may
+      cache: keys and values of all tokens but the newest.
+      token, position: [B] int32, the newest token and its position in the text; left: [B] int32, how many tokens may
         still be generated, 0 = the text has ended.
     """
 
@@ -71,7 +71,7 @@ class DecodeOutput(NamedTuple):
     """N tokens of B sequences.
 
     Attributes:
-      tokens: [N, B] int32, -1 where the text has ended before.
+      tokens: [N, B] int32, -1 where the text has already ended.
       thoughts: [N, B, T] int32, the thought before each token; weight: [N, B] float32, its mixing weight.
     """
 
@@ -81,9 +81,9 @@ class DecodeOutput(NamedTuple):
 
 
 def read_prompt(decoder: Decoder, cache: KeyValues, tokens: jax.Array, start: jax.Array, dtype: jnp.dtype) -> KeyValues:
-    """Writes C tokens [B, C] of every sequence into the cache, from position `start` on.
+    """Returns the cache with C tokens [B, C] of every sequence written from position `start` on.
 
-    What a short sequence has there is never seen before it is overwritten.
+    Entries past the end of a short sequence are overwritten before any token attends to them.
     """
     batch, count = tokens.shape
     own = empty_chains(decoder, batch, 1, 1, count, dtype)
@@ -99,10 +99,10 @@ def read_prompt(decoder: Decoder, cache: KeyValues, tokens: jax.Array, start: ja
 def generate_tokens(
     model: QuietStar, state: State, wanted: jax.Array, knobs: SamplingParams, plan: DecodeConfig
 ) -> tuple[State, DecodeOutput]:
-    """Up to `plan.tokens_per_call` more tokens of every sequence that has not ended; stops when all have.
+    """Generates up to `plan.tokens_per_call` tokens of every sequence that has not ended; stops when all have.
 
     Args:
-      wanted: [B] bool, False ends a sequence here.
+      wanted: [B] bool, False ends a sequence before this call.
     """
     batch, count = state.token.size, plan.tokens_per_call
     emitted = DecodeOutput(
@@ -125,7 +125,7 @@ def generate_tokens(
 
 
 def next_token(model: QuietStar, state: State, knobs: SamplingParams, plan: DecodeConfig) -> tuple[State, DecodeOutput]:
-    """One more token of every sequence; `DecodeOutput` has no axis N."""
+    """Generates one token of every sequence; `DecodeOutput` has no axis N."""
     length = plan.thought.thought_length
     own = empty_chains(model.decoder, state.token.size, 1, 1, length + 3 if length else 1, plan.thought.dtype)
     drawn = plan.sampled or plan.thoughts_sampled
@@ -155,13 +155,13 @@ def next_token(model: QuietStar, state: State, knobs: SamplingParams, plan: Deco
 def think_and_talk(
     model: QuietStar, state: State, own: KeyValues, uniforms: jax.Array, knobs: SamplingParams, plan: DecodeConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array, KeyValues]:
-    """The chain after the newest token of every sequence.
+    """Runs the chain that starts with the newest token of every sequence.
 
     Args:
-      own: room for its T + 3 tokens, the newest one among them; uniforms: [B, T].
+      own: empty keys and values for its T + 3 tokens, including the newest one; uniforms: [B, T].
 
     Returns:
-      (mixed scores [B, V] as of `thoughts.score.talk`, mixing weights [B], thoughts [B, T], own).
+      (mixed scores [B, V] as from `thoughts.score.talk`, mixing weights [B], thoughts [B, T], own).
     """
     settings = plan.thought
 
@@ -204,7 +204,7 @@ def _pass(
 
 
 def _uniforms(keys: jax.Array | None, positions: jax.Array, count: int) -> jax.Array:
-    """[B, count] in [0, 1): the draws of a sequence depend on its own key and position only. Zeros without keys."""
+    """Draws [B, count] in [0, 1) that depend only on the key and position of their sequence; zeros without keys."""
     if keys is None:
         return jnp.zeros((positions.size, count))
 

@@ -1,4 +1,4 @@
-"""Token ids to text as they come: whole characters only, and nothing that may yet turn out to be a stop string."""
+"""Converts a stream of token ids to text: whole characters only, and no text that may become a stop string."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from quietstar_jax.data.tokenization import BROKEN, Tokenizer
 
 
 class TextStream:
-    """The text that follows a prompt, in pieces that are never taken back.
+    """The text that follows a prompt, in pieces that are never revised.
 
-    A character that begins in the prompt is text that follows. Tokens are decoded from the end of a whole character on,
-    as a part of one cannot be decoded alone; the end before the last, as tokenizers drop the space of a beginning.
+    A character that begins in the prompt counts as text that follows it. Decoding starts at the end of a whole
+    character, because a part of a character cannot be decoded alone; it starts at the last end but one, because
+    tokenizers drop a space at the beginning.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids = list(prompt)
-        self._begin, self._read = 0, len(self._ids)  # text up to `_read` is out; it is decoded from `_begin` on
+        self._begin, self._read = 0, len(self._ids)  # text up to `_read` is returned; decoding starts at `_begin`
         self._held = ""  # decoded, but it may be the beginning of a stop string
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """What is certain now that this token is there. Nothing more comes once a stop string has been found."""
+        """Adds a token; returns the text that is now certain, which is empty once a stop string has been found."""
         if self.stopped:
             return ""
         self._ids.append(token)
@@ -33,7 +34,7 @@ class TextStream:
         return self._release(piece, last=False)
 
     def finish(self) -> str:
-        """What was held back, if the text ends here."""
+        """Returns the text that was held back; call it where the text ends."""
         if self.stopped:
             return ""
         piece, _ = self._piece()
@@ -41,10 +42,10 @@ class TextStream:
         return self._release(piece, last=True)
 
     def _piece(self) -> tuple[str, bool]:
-        """Text of the tokens that are not out yet, and whether it ends with a whole character."""
+        """Text of the tokens that are not returned yet, and whether it ends with a whole character."""
         before = self._tokenizer.decode(self._ids[self._begin : self._read])
         text = self._tokenizer.decode(self._ids[self._begin :])
-        if before.endswith(BROKEN):  # of a prompt, and it may be a character by now
+        if before.endswith(BROKEN):  # an incomplete character of the prompt, which may be complete by now
             before = before[: _shared(before, text)]
         return text[len(before) :], not text.endswith(BROKEN)
 
@@ -60,11 +61,11 @@ class TextStream:
 
 
 def _shared(left: str, right: str) -> int:
-    """Length of the longest beginning of both."""
+    """Length of the longest common prefix."""
     return next((at for at, (one, other) in enumerate(zip(left, right, strict=False)) if one != other), len(left))
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text with which the stop string begins."""
+    """Length of the longest suffix of the text that is a proper prefix of the stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

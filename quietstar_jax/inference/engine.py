@@ -1,4 +1,4 @@
-"""Runs batches of token sequences: compiled once, the device kept busy, tokens handed over one call late."""
+"""Runs batches of token sequences: compiles once, keeps the device busy, and returns tokens one call late."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from quietstar_jax.models.decoder import KeyValues
 from quietstar_jax.models.parameters import GraphDef, merge
 
 PROMPT_CHUNK = 64  # tokens of each prompt in one pass; divides every block of keys
-SHORTEST_CACHE = 512  # tokens; a longer one has twice the room, and so on: few lengths, all of whole blocks
+SHORTEST_CACHE = 512  # tokens; longer caches double this: few lengths, all multiples of a block
 
 # A compiled function: (params, state, wanted, knobs) -> (state, emitted).
 Step = Any
@@ -33,7 +33,7 @@ Step = Any
 
 @dataclass(frozen=True)
 class Request:
-    """tokens: a prompt, one token or more; limit: tokens to generate at most; key: [2] uint32, key data."""
+    """A prompt. tokens: one or more; limit: maximum number of tokens to generate; key: [2] uint32, key data."""
 
     tokens: tuple[int, ...]
     limit: int
@@ -41,15 +41,15 @@ class Request:
 
     @property
     def length(self) -> int:
-        """Tokens that the cache must hold: the last one generated never enters it."""
+        """Number of tokens that the cache must hold; the last generated token is never stored."""
         return len(self.tokens) + self.limit - 1
 
 
 class Engine:
-    """A model ready to generate, in batches of one size.
+    """Generates with a model, in batches of one size.
 
-    A batch of fewer requests is filled up with sequences that have ended. So what comes of a prompt depends neither on
-    its neighbours nor on their number.
+    A batch of fewer requests is padded with sequences that have ended. The result for a prompt therefore depends
+    neither on the other prompts nor on their number.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Engine:
         return sum(compiled._cache_size() for compiled in (self._read, *self._steps.values()))
 
     def cache_length(self, needed: int) -> int:
-        """Room in a cache that shall hold `needed` tokens."""
+        """Returns the length of a cache for at least `needed` tokens."""
         length = SHORTEST_CACHE
         while length < needed:
             length *= 2
@@ -82,19 +82,19 @@ class Engine:
     def run(
         self, requests: Sequence[Request], plan: DecodeConfig, sampling: Sampling, wanted: np.ndarray, cache_length: int
     ) -> Iterator[DecodeOutput]:
-        """Generates until every text has ended; yields numpy arrays while the device is at the next tokens.
+        """Generates until every text has ended; yields numpy arrays while the device computes the next tokens.
 
         Args:
-          requests: up to `batch_size`; row b of what is yielded belongs to request b.
-          wanted: [batch_size] bool, of the caller: a row that it sets to False gets no more tokens.
-          cache_length: of `cache_length()`, for the longest of the requests.
+          requests: up to `batch_size`; row b of the output belongs to request b.
+          wanted: [batch_size] bool, which the caller may change: a row set to False gets no more tokens.
+          cache_length: from `cache_length()`, for the longest of the requests.
         """
         yield from self.decode(self.start(requests, cache_length), self.knobs(requests, sampling), plan, wanted)
 
     def decode(
         self, state: State, knobs: SamplingParams, plan: DecodeConfig, wanted: np.ndarray
     ) -> Iterator[DecodeOutput]:
-        """`run`, from the state that `start` returns; the state is used up."""
+        """As `run`, from the state that `start` returns; the state is donated."""
         step, left = self.step(plan), np.asarray(state.left)
         pending: DecodeOutput | None = None
         while (wanted & (left > 0)).any():
@@ -106,7 +106,7 @@ class Engine:
             pending = emitted
 
     def start(self, requests: Sequence[Request], cache_length: int) -> State:
-        """Every prompt read into the cache, but for its last token."""
+        """Reads all prompts except their last tokens into a cache; returns the state."""
         longest = max(len(request.tokens) for request in requests)
         chunks = -(-(longest - 1) // PROMPT_CHUNK)
         prompts = np.zeros((self.batch_size, chunks * PROMPT_CHUNK), np.int32)
@@ -121,7 +121,7 @@ class Engine:
         return State(cache, *jax.device_put((token, position, left), self._place))
 
     def knobs(self, requests: Sequence[Request], sampling: Sampling) -> SamplingParams:
-        """What a call needs beside weights and state."""
+        """Returns the sampling parameters of a call, with the keys of the requests."""
         keys = np.zeros((self.batch_size, 2), np.uint32)
         for row, request in enumerate(requests):
             keys[row] = request.key
@@ -133,7 +133,7 @@ class Engine:
         )
 
     def step(self, plan: DecodeConfig) -> Step:
-        """The compiled `generate_tokens` of a plan; the state is donated."""
+        """Returns the compiled `generate_tokens` of a plan; the state is donated."""
         if plan not in self._steps:
 
             def step(params: Any, state: State, wanted: jax.Array, knobs: SamplingParams) -> tuple[State, DecodeOutput]:
@@ -143,19 +143,19 @@ class Engine:
         return self._steps[plan]
 
     def _rows(self, values: Sequence[int], dtype: Any) -> np.ndarray:
-        """[batch_size], zero where there is no request."""
+        """Returns the values as [batch_size], zero where there is no request."""
         rows = np.zeros(self.batch_size, dtype)
         rows[: len(values)] = values
         return rows
 
     def _left_after(self, left: np.ndarray, tokens: np.ndarray, plan: DecodeConfig) -> np.ndarray:
-        """How many tokens each row may still get, after tokens [N, B]."""
+        """How many tokens may still be generated for each row, after tokens [N, B]."""
         ended = (tokens < 0).any(axis=0) | np.isin(tokens, plan.eos_ids).any(axis=0)
         return np.where(ended, 0, left - len(tokens))
 
 
 def _beside(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """Where caches lie: on the device of the parameters, or whole on each of their mesh."""
+    """Sharding of caches: on the device of the parameters, or replicated over their mesh."""
     if isinstance(sharding, jax.NamedSharding):
         return jax.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     return sharding

@@ -18,23 +18,23 @@ from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.inference.sampling import Sampling
 
 Prompt = str | Sequence[int] | np.ndarray
-TOKENS_PER_CALL = 8  # between two looks at what came out; one where somebody is reading along
+TOKENS_PER_CALL = 8  # tokens between two transfers to the host; a stream uses 1
 
 
 class Generator:
     """Generates text.
 
-    What follows a prompt depends on the prompt, the settings and the seed alone: not on the other prompts of the call,
+    The text for a prompt depends only on the prompt, the settings and the seed, not on the other prompts of the call,
     their order or their number.
     """
 
     def __init__(self, model: LoadedModel, *, batch_size: int = 8, max_length: int | None = None):
-        """Compiles nothing yet.
+        """Prepares a generator; compilation happens at the first use.
 
         Args:
-          batch_size: prompts that are in work at once. Fewer cost as much as this many.
-          max_length: room for prompt and text in tokens; memory is taken and one program compiled for this length.
-            None = as the prompts need, in doublings.
+          batch_size: number of prompts per batch; fewer prompts cost as much as this many.
+          max_length: maximum tokens of prompt and text; memory is allocated and one program compiled for this length.
+            None = as long as the prompts need, in doublings.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it takes 1 or more.")
@@ -48,10 +48,10 @@ class Generator:
         cls, path: str | Path, *, step: int | None = None, revision: str = "", dtype: str = "float32",
         batch_size: int = 8, max_length: int | None = None,
     ) -> Generator:  # fmt: skip
-        """A generator of a run, an exported or published Quiet-STaR, or a plain Hugging Face model; see `load_model`.
+        """Opens a run, an exported or published Quiet-STaR, or a plain Hugging Face model; see `load_model`.
 
         Raises:
-          UserError: it cannot be opened.
+          UserError: the model cannot be opened.
         """
         model = load_model(path, step=step, revision=revision, dtype=dtype)
         return cls(model, batch_size=batch_size, max_length=max_length)
@@ -61,22 +61,21 @@ class Generator:
         thought_length: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
         thought_temperature: float = 0.0, seed: int | Sequence[int] = 0, stop: Sequence[str] = (),
     ) -> list[Generation]:  # fmt: skip
-        """What follows each of the prompts.
+        """Generates text for each prompt.
 
         Args:
-          prompts: texts, which begin as training texts did (with the begin-of-text token where there is one), or token
-            ids, which are taken as they are.
-          max_tokens: of each text; fewer where the model knows no further positions.
+          prompts: texts, which begin as the training texts did (with the begin-of-text token if there is one), or token
+            ids, which are used unchanged.
+          max_tokens: maximum per text; fewer where the model has no further positions.
           thoughts: whether to think; None = if the model can.
           thought_length: T; None = as trained.
-          temperature, top_p, thought_temperature: see `Sampling`; 0 is greedy.
-          seed: of sampling, one for all prompts or one for each. The same prompt given several times gets as many
-            different draws.
-          stop: texts that end a text where they appear.
+          temperature, top_p, thought_temperature: see `Sampling`; a temperature of 0 is greedy.
+          seed: of sampling, one for all prompts or one for each. Repetitions of a prompt get different draws.
+          stop: strings that end a text where they appear.
 
         Raises:
-          UserError: a prompt is empty, too long or holds unknown tokens, a setting is impossible, or thoughts are asked
-            of a model that cannot think.
+          UserError: a prompt is empty, too long or has unknown tokens, a setting is impossible, or thoughts are
+            requested from a model that cannot think.
         """
         job = self.job(
             TOKENS_PER_CALL, max_tokens, thoughts, thought_length, temperature, top_p, thought_temperature, stop
@@ -92,14 +91,14 @@ class Generator:
         thought_length: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
         thought_temperature: float = 0.0, seed: int = 0, stop: Sequence[str] = (),
     ) -> Iterator[Token]:  # fmt: skip
-        """The tokens that follow a prompt, each as soon as it is known; arguments and errors as in `generate`."""
+        """Iterates over the tokens of one text as they are generated; arguments and errors as in `generate`."""
         job = self.job(1, max_tokens, thoughts, thought_length, temperature, top_p, thought_temperature, stop)
         batch = self.run(self.requests([prompt], job, seed), job)
         return (token for _, token in batch)
 
     @property
     def batch_size(self) -> int:
-        """Prompts that are in work at once."""
+        """Number of prompts per batch."""
         return self._engine.batch_size
 
     @property
@@ -110,7 +109,7 @@ class Generator:
     def requests(
         self, prompts: Sequence[Prompt], job: GenerationConfig, seed: int | Sequence[int] = 0
     ) -> list[Request]:
-        """Prompts as token ids, with keys and limits of their own.
+        """Converts prompts to requests: token ids, each with a key and a limit.
 
         Raises:
           UserError: see `generate`; names the prompt by its number, from 1.
@@ -132,13 +131,13 @@ class Generator:
         return requests
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """A prompt as token ids, which begin as training texts did; ids are used as they are.
+        """Converts a prompt to token ids; a text begins as the training texts did, ids are used unchanged.
 
         Args:
           prompt: a text, or integers in a list, a tuple or an array [tokens] of numpy or JAX.
 
         Raises:
-          DataError: it is empty, is neither, or the model has no embedding for one of its tokens.
+          DataError: the prompt is empty or neither of these, or the model has no embedding for one of its tokens.
         """
         model = self.model
         tokens = _ids(prompt) if not isinstance(prompt, str) else ()
@@ -157,10 +156,10 @@ class Generator:
         return tokens
 
     def limit(self, tokens: int, job: GenerationConfig) -> int:
-        """How many tokens may follow a prompt of so many.
+        """Returns how many tokens to generate after a prompt of this many tokens.
 
         Raises:
-          DataError: none.
+          DataError: no token fits after the prompt.
         """
         thought = job.plan.thought.thought_length
         positions = self.model.architecture.max_positions - tokens - (thought + 1 if thought else -1)
@@ -177,7 +176,7 @@ class Generator:
         self, tokens_per_call: int, max_tokens: int, thoughts: bool | None, thought_length: int | None,
         temperature: float, top_p: float, thought_temperature: float, stop: Sequence[str],
     ) -> GenerationConfig:  # fmt: skip
-        """Checked settings; see `generate`."""
+        """Checks the settings of a call, see `generate`, and returns them."""
         if max_tokens < 1:
             raise ConfigError(f"max_tokens is {max_tokens}; it takes 1 or more.")
         if isinstance(stop, str) or not all(stop):
@@ -190,7 +189,7 @@ class Generator:
         )
 
     def run(self, requests: Sequence[Request], job: GenerationConfig) -> Batch:
-        """A batch of up to `batch_size` requests, ready to be iterated."""
+        """Returns a batch of up to `batch_size` requests, ready to be iterated."""
         needed = max(request.length for request in requests) if self.max_length is None else self.max_length
         return Batch(self._engine, self.model.tokenizer, requests, job, self._engine.cache_length(needed))
 
@@ -199,7 +198,7 @@ class Generator:
     ) -> DecodeConfig:
         model = self.model
         thinks = model.can_think or bool(thought_length) if thoughts is None else thoughts
-        length = (thought_length or model.thought_length or 1) if thinks else 0  # 1: refused, the model cannot think
+        length = (thought_length or model.thought_length or 1) if thinks else 0  # 1: rejected, the model cannot think
         settings = model.settings(length)
         if length and model.thought.control != "none":
             raise ConfigError(
@@ -218,10 +217,10 @@ class Generator:
 
 
 def _ids(prompt: Sequence[int] | np.ndarray) -> tuple[int, ...]:
-    """A prompt that is not text.
+    """Token ids of a prompt that is not text.
 
     Raises:
-      DataError: it does not hold integers in one dimension.
+      DataError: the prompt is not a one-dimensional sequence of integers.
     """
     wrong = DataError(f"A prompt is a text or a sequence of token ids, not {type(prompt).__name__}.")
     if not isinstance(prompt, Sequence) and np.ndim(prompt) != 1:
@@ -240,6 +239,6 @@ def _ids(prompt: Sequence[int] | np.ndarray) -> tuple[int, ...]:
 
 
 def _key(seed: int, tokens: tuple[int, ...], occurrence: int) -> np.ndarray:
-    """[2] uint32 that depend on nothing but the arguments."""
+    """Key data [2] uint32 that depends only on the arguments."""
     words = [seed, zlib.crc32(np.asarray(tokens, np.int64).tobytes()), occurrence]
     return np.random.SeedSequence(words).generate_state(2)

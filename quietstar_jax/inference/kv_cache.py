@@ -1,8 +1,8 @@
-"""Keys and values of the text so far, and the decoder over a few new tokens of every sequence.
+"""The cache of keys and values of the text, and the decoder over a few new tokens of every sequence.
 
-The tokens of a pass are a chain (see `thoughts/chains.py`) rooted in the last token of the cache: the newest token of
-the text, then the thought after it. What a token sees is therefore decided in one place for training and generation.
-Sequences have lengths of their own; the work of attention follows the longest, not the room in the cache.
+The tokens of a pass are a chain (see `thoughts/chains.py`) rooted at the last token of the cache: the newest token of
+the text, then the thought after it. Training and generation therefore share one attention mask. Sequences may differ in
+length; the cost of attention depends on the longest sequence, not on the length of the cache.
 
 Axis letters as in `thoughts/attention/chain_attention.py`; here R = J = 1.
 """
@@ -21,14 +21,14 @@ from quietstar_jax.thoughts.attention.mask import ChainMask
 
 
 def key_block() -> int:
-    """Keys of the cache that attention reads at once. On accelerators a loop over blocks costs more than their keys."""
+    """Cached keys per block of attention. On accelerators, a loop over small blocks costs more than their keys."""
     return 64 if jax.default_backend() == "cpu" else 2048
 
 
 def empty_cache(
     architecture: Architecture, batch: int, length: int, dtype: jnp.dtype, place: jax.sharding.Sharding
 ) -> KeyValues:
-    """Room for `length` tokens of each sequence: [layers, B, G, length, H] twice."""
+    """Returns an empty cache for `length` tokens of each sequence: keys and values [layers, B, G, length, H]."""
     a = architecture
     shape = (a.num_layers, batch, a.num_kv_heads, length, a.head_dim)
     return KeyValues(jnp.zeros(shape, dtype, device=place), jnp.zeros(shape, dtype, device=place))
@@ -37,11 +37,11 @@ def empty_cache(
 def cached_pass(
     decoder: Decoder, embeddings: jax.Array, offset: jax.Array, positions: jax.Array, cache: KeyValues, own: KeyValues
 ) -> tuple[jax.Array, KeyValues]:
-    """The next C tokens of the chain that follows the cache.
+    """Runs the decoder over the next C tokens of the chain that follows the cache.
 
     Args:
-      embeddings: [B, C, D]; offset: scalar, how many tokens of the chain came before; positions: [B], of the last token
-        of the cache that each sequence sees, -1 = none; own: keys and values of the chain (`empty_chains`).
+      embeddings: [B, C, D]; offset: scalar, how many tokens of the chain came before; positions: [B], of the last
+        cached token that each sequence attends to, -1 = none; own: keys and values of the chain (`empty_chains`).
 
     Returns:
       (final-norm hidden states [B, C, D], own with these tokens written).
@@ -66,7 +66,7 @@ def cached_pass(
 
 
 def append(cache: KeyValues, own: KeyValues, positions: jax.Array) -> KeyValues:
-    """The cache with the first token of each chain written behind position [B]."""
+    """Returns the cache with the first token of each chain written after its position [B]."""
     rows = jnp.arange(positions.size)
 
     def write(cached: jax.Array, chain: jax.Array) -> jax.Array:

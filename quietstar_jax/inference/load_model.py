@@ -1,4 +1,4 @@
-"""One way to open a trained model for use: a run, an export or published checkpoint, or a plain Hugging Face model."""
+"""Opens a trained model for use: a run, an exported or published checkpoint, or a plain Hugging Face model."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ from quietstar_jax.training.setup import abstract_params
 from quietstar_jax.training.step import thought_settings
 
 DTYPES = ("float32", "bfloat16")
-PUBLISHED_LENGTH = 9  # T of checkpoints whose config.json does not say: the paper's main setting
+PUBLISHED_LENGTH = 9  # T of checkpoints whose config.json has none: the paper's main setting
 Layout = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Weights and all that is needed to use them.
+    """The weights of a model, and all that is needed to use them.
 
     Attributes:
-      params: by dotted path, those of `thoughts.model.QuietStar`; of a model that cannot think, all but the decoder is
+      params: those of `thoughts.model.QuietStar`, by dotted path; if the model cannot think, all but the decoder is
         zero.
-      dtype: of the computation, `float32` or `bfloat16`. What is only ever read in it is stored in it (see
-        `stored_dtype`), so the results are those of float32 masters.
-      vocabulary: with the ids that no thought may contain.
-      thought: what thoughts were trained with; mixing and embedding scale are always right, the rest only of runs.
-      thought_length, tokens_ahead: T and K as trained; T is 0 where the model has not learned to think, K is 1 where a
-        folder does not say.
-      bos: ids that begin a text, as in training; eos_ids: any of them ends it.
-      suppressed_ids: what the checkpoint's generation_config.json says must not be generated.
+      dtype: of the computation, `float32` or `bfloat16`. Weights that are only read in this dtype are stored in it (see
+        `stored_dtype`), so the results equal those with float32 weights.
+      vocabulary: includes the ids that no thought may contain.
+      thought: settings of thoughts in training; mixing and embedding scale are always exact, the rest only for runs.
+      thought_length, tokens_ahead: T and K as trained; T is 0 if the model has not learned to think, K is 1 if it was
+        not recorded.
+      bos: ids that begin a text, as in training; eos_ids: ids that end a text, each of them alone.
+      suppressed_ids: ids that the checkpoint's generation_config.json suppresses.
       path: as given; step: of a run's checkpoint, else None; commit: of a hub id, else empty.
       prefix_attention: as in `ModelConfig`.
     """
@@ -79,23 +79,23 @@ class LoadedModel:
 
     @property
     def forbidden_ids(self) -> tuple[int, ...]:
-        """Ids that are never generated: those of thoughts, the suppressed ones, and those that are no token."""
+        """Ids that are never generated: meta tokens of thoughts, suppressed ids, and ids that are not a token."""
         ids = {*self.vocabulary.meta_tokens, *self.vocabulary.unused, *self.suppressed_ids}
         return tuple(sorted(i for i in ids if i < self.architecture.vocab_size))
 
     @property
     def can_think(self) -> bool:
-        """Whether it has a mixing head that was trained."""
+        """Whether the model has a trained mixing head."""
         return self.thought_length > 0
 
     def settings(self, thought_length: int | None = None, tokens_ahead: int = 1) -> ThoughtSettings:
-        """For the functions of `thoughts`: one thought per position.
+        """Returns the settings for the functions of `thoughts`, with one thought per position.
 
         Args:
           thought_length: T; None = as trained, 0 = no thoughts.
 
         Raises:
-          CheckpointError: thoughts are asked of a model that cannot think.
+          CheckpointError: thoughts are requested from a model that cannot think.
           ConfigError: the length is negative.
         """
         length = self.thought_length if thought_length is None else thought_length
@@ -112,7 +112,7 @@ class LoadedModel:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes, dtypes and bytes of the weights: the same wherever the same weights lie."""
+        """SHA-256 over names, shapes, dtypes and bytes of the weights, wherever they are stored."""
         digest = hashlib.sha256()
         for name in sorted(self.params):
             value = np.asarray(self.params[name])
@@ -122,7 +122,7 @@ class LoadedModel:
 
     @property
     def record(self) -> dict[str, Any]:
-        """Where it came from and what it is, for the results of an evaluation. Reads all weights."""
+        """Source and properties of the model, for the results of an evaluation. Reads all weights."""
         return {
             "checkpoint": self.path,
             "step": self.step,
@@ -139,7 +139,7 @@ def load_model(
     path: str | Path, *, step: int | None = None, revision: str = "", dtype: str = "float32",
     prefix_attention: str = "auto", layout: Layout | None = None,
 ) -> LoadedModel:  # fmt: skip
-    """Opens a model; changes nothing where it lies.
+    """Opens a model; does not change its files.
 
     Args:
       path: a run's workdir or the `checkpoints` folder in it; a Hugging Face folder or hub id, of a Quiet-STaR as
@@ -147,11 +147,11 @@ def load_model(
       step: of a run's checkpoint; None = the newest.
       revision: of a hub id.
       dtype: of the computation, `float32` or `bfloat16`.
-      prefix_attention: as in `ModelConfig`, for this machine: what a run was trained with does not matter.
-      layout: from the abstract parameters to their shardings; None = all on the first device.
+      prefix_attention: as in `ModelConfig`, for this machine; it need not be that of training.
+      layout: function from the abstract parameters to their shardings; None = all on the first device.
 
     Raises:
-      UserError: it is none of these, is broken, or a step is asked of something that has none.
+      UserError: the path is none of these, is broken, or has no step although one is given.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"The dtype is {dtype!r}; it takes one of {', '.join(DTYPES)}.")
@@ -172,9 +172,9 @@ def load_model(
 
 
 def stored_dtype(name: str, dtype: str) -> str:
-    """In which dtype a parameter lies in memory when a model computes in `dtype`.
+    """Returns the dtype in which a parameter is stored when the model computes in `dtype`.
 
-    Norms and the embeddings of start and end take part in float32 arithmetic; everything else is cast before use.
+    Norms and the start and end embeddings are used in float32; all other parameters are cast before use.
     """
     exact = name.endswith("norm") or name in ("start_embedding", "end_embedding")
     return "float32" if exact else dtype
@@ -257,7 +257,7 @@ def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layo
 def _abstract(
     architecture: Architecture, dtype: str, layout: Layout | None
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], GraphDef]:
-    """Shapes, dtypes and devices of the parameters."""
+    """Shapes, dtypes and shardings of the parameters, and the graphdef."""
     shapes, graphdef = abstract_params(architecture)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = layout(shapes) if layout else dict.fromkeys(shapes, here)
@@ -268,7 +268,7 @@ def _abstract(
 
 
 class _TextRows:
-    """A checkpoint without the rows that an export added for start and end: the vocabulary that training knew."""
+    """A checkpoint without the rows that an export added for start and end: the vocabulary of training."""
 
     def __init__(self, files: CheckpointFiles, meta: tuple[int, ...]):
         theirs = architecture_from_hf(files.config, files.folder)
@@ -299,7 +299,7 @@ class _TextRows:
 
 
 def _thought_config(files: CheckpointFiles, tokenizer: Tokenizer, meta: tuple[int, ...]) -> ThoughtConfig:
-    """What config.json says of thoughts."""
+    """The settings of thoughts in config.json."""
     given = {
         "mixing": files.config.get("thought_mixing", PUBLISHED_MIXING),
         "embedding_scale": files.config.get("thought_embedding_scale", PUBLISHED_SCALE),
@@ -317,7 +317,7 @@ def _thought_length(files: CheckpointFiles) -> int:
 
 
 def _meta_tokens(files: CheckpointFiles, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids of the start and end token; none where the tokenizer has no such tokens."""
+    """Ids of the start and end token; empty if the tokenizer has no such tokens."""
     ids = files.config.get("thought_token_ids")
     if ids is not None:
         return _ids(files, "config.json: thought_token_ids", ids)

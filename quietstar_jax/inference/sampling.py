@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Greedy choice and sampling of the next token."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ TEMPERATURES = "0 (greedy), or 1e-6 up to 1e6"
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of one call.
+    """Sampling settings of one call.
 
     Attributes:
-      temperature: 0 = always the likeliest token; top_p: only the likeliest tokens that have this much probability
-        together; thought_temperature: the same for the tokens of thoughts.
+      temperature: 0 = always the likeliest token; top_p: sample only from the likeliest tokens that together have this
+        probability; thought_temperature: as `temperature`, for the tokens of thoughts.
     """
 
     temperature: float = 0.0
@@ -42,17 +42,17 @@ class Sampling:
 
 
 def is_temperature(value: float) -> bool:
-    """Whether it is one of `TEMPERATURES`: logits over a smaller or larger one are no longer finite or apart."""
+    """Whether a value is in `TEMPERATURES`: logits divided by others are no longer finite, or no longer distinct."""
     return value == 0 or 1e-6 <= value <= 1e6
 
 
 def choose(
     logits: jax.Array, uniforms: jax.Array | None, temperature: jax.Array, top_p: jax.Array | None = None
 ) -> jax.Array:
-    """Token ids [B] int32 under logits [B, V].
+    """Chooses token ids [B] int32 from logits [B, V].
 
     Args:
-      uniforms: [B] in [0, 1), one for each draw; None = the likeliest.
+      uniforms: [B] in [0, 1), one for each draw; None = greedy, the likeliest token.
       top_p: scalar; None = 1.
     """
     if uniforms is None:
@@ -62,10 +62,10 @@ def choose(
 
 
 def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Logits [B, V] in which all but the likeliest tokens that have probability `top_p` together are masked.
+    """Masks logits [B, V] of all tokens but the likeliest ones that together have probability `top_p`.
 
-    Tokens as likely as the least likely of them stay too. The probability of that one is found by bisection over the
-    bits of a float, which is much cheaper than sorting the vocabulary.
+    Ties with the least likely of these tokens are also kept. Its probability is found by bisection over the bits of a
+    float, which is much cheaper than sorting the vocabulary.
     """
     probabilities = jax.nn.softmax(logits, axis=-1)
 
@@ -74,12 +74,12 @@ def nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
         return jnp.where(probabilities >= lowest, probabilities, 0.0).sum(axis=-1) >= top_p
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # `low` is enough, or 0; `high` is not, or more than the likeliest has
+        low, high = bounds  # `low` is enough, or 0; `high` is not enough, or exceeds the maximum
         middle = low + (high - low) // 2
         reached = enough(middle)
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
-    # Positive floats are ordered as their bits are. The likeliest token always stays, whatever rounding does.
+    # Positive floats are ordered like their bits. The likeliest token is always kept, whatever the rounding.
     high = jax.lax.bitcast_convert_type(probabilities.max(axis=-1), jnp.int32) + 1
     low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(high), high))
     lowest = jax.lax.bitcast_convert_type(low, jnp.float32)[:, None]

@@ -1,4 +1,4 @@
-"""Generated tokens on a terminal: text as it comes, thoughts dimmed before each token where they are to be seen."""
+"""Prints generated tokens on a terminal: text as it is generated and, on request, dimmed thoughts before the tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ DIM, RESET = "\x1b[2m", "\x1b[0m"
 
 
 def print_tokens(tokens: Iterable[Token], out: TextIO, *, show_thoughts: bool, colour: bool) -> None:
-    """Writes each token as soon as it is there.
+    """Writes each token as soon as it is generated.
 
     Args:
-      colour: whether `out` understands escape sequences; without them thoughts only stand in brackets.
+      colour: whether `out` supports escape sequences; without them thoughts are only in brackets.
     """
     dim, reset = (DIM, RESET) if colour else ("", "")
     for token in tokens:
@@ -25,5 +25,5 @@ def print_tokens(tokens: Iterable[Token], out: TextIO, *, show_thoughts: bool, c
 
 
 def _one_line(thought: str) -> str:
-    """Nothing in a thought may break the line or steer the terminal."""
+    """Escapes characters of a thought that would break the line or control the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in thought).strip()

@@ -1,4 +1,4 @@
-"""Grouped-query attention of the text itself. That of thoughts is in `thoughts/attention/chain_attention.py`.
+"""Grouped-query attention of the text itself; `thoughts/attention/chain_attention.py` has the attention of thoughts.
 
 Axis letters: B batch, L positions, G key/value heads, M query heads per key/value head, H head width, P keys.
 Scores and softmax are float32.
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-ATTENTION = "attention"  # what attention hands on, as rematerialisation policies call it
-MASKED = -1e30  # finite: a row without any visible key gives a mean instead of NaN
+ATTENTION = "attention"  # name of the attention output in rematerialisation policies
+MASKED = -1e30  # finite, so that a row without a visible key gives a mean instead of NaN
 
 
 def split_heads(queries: jax.Array, num_kv_heads: int) -> jax.Array:
@@ -21,12 +21,12 @@ def split_heads(queries: jax.Array, num_kv_heads: int) -> jax.Array:
 
 
 def causal_mask(mask: jax.Array, window: jax.Array, starts: jax.Array | None = None) -> jax.Array:
-    """Which key l a base query q sees: real text, starts[q] <= l <= q, and q - l < window.
+    """Returns whether base query q sees key l: real text, starts[q] <= l <= q, and q - l < window.
 
     Args:
       mask: [B, L] bool, True where the text is real.
-      window: scalar, keys a query sees with itself; L or more = all.
-      starts: [B, L] int32, the first token of the document of each; None = each row is one document.
+      window: scalar, number of keys that a query sees, itself included; L or more = all.
+      starts: [B, L] int32, for each token the first token of its document; None = each row is one document.
 
     Returns:
       [B, L, L] bool, query by key.
@@ -38,7 +38,7 @@ def causal_mask(mask: jax.Array, window: jax.Array, starts: jax.Array | None = N
 
 
 def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
-    """Attention over one group of keys.
+    """Returns the attention output for queries over all visible keys.
 
     Args:
       queries: [B, L, Q, H]; keys, values: [B, P, G, H]; visible: [B, L, P] bool.

@@ -1,8 +1,8 @@
-"""The decoder: its weights, described once, and its forward pass with the attention left open.
+"""The decoder: its weights and its forward pass, with attention as a parameter.
 
-Weights of all layers are stacked along a leading axis and the layers run in one `lax.scan`. What a token
-may see is not the decoder's business: `run_layers` takes a function that attends, so that the base pass,
-thoughts and generation share every line of arithmetic.
+Weights of all layers are stacked along a leading axis and the layers run in one `lax.scan`. `run_layers` accepts the
+function that attends, so that the base pass, thoughts and generation differ only in what a token sees and share all
+other arithmetic.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class KeyValues(NamedTuple):
-    """Keys and values [layers, ..., G, H] of tokens already seen, rotary positions applied."""
+    """Keys and values [layers, ..., G, H] of earlier tokens, with rotary positions applied to the keys."""
 
     keys: jax.Array
     values: jax.Array
 
 
-# What the backward pass keeps of a layer: results of weights and of attention. The rest (norms, rotations, activations,
-# softmax) is cheaper to compute again than to write to memory and read back.
+# The arrays of a layer that are saved for the backward pass: outputs of products with weights, and of attention. The
+# rest (norms, rotations, activations, softmax) is cheaper to recompute than to write to memory and read back.
 REMAT_POLICY = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(ATTENTION),
 )
 
-# (queries, keys, values, window, state of this layer) -> (context, what this layer hands back)
+# (queries, keys, values, window, state of this layer) -> (context, further output of this layer)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
-KEY_VALUE_AXES = ("layers", "batch", "keys", "kv_heads", "head_dim")  # of the text, which all thoughts look at
+KEY_VALUE_AXES = ("layers", "batch", "keys", "kv_heads", "head_dim")  # of the text, which all thoughts attend to
 
 
 class Layers(nnx.Module):
@@ -84,7 +84,7 @@ class Layers(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer. Holds weights and its architecture, nothing else."""
+    """A decoder-only transformer: its weights and its architecture."""
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
         a = architecture
@@ -117,19 +117,19 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def run_layers(
     decoder: Decoder, x: jax.Array, positions: jax.Array, attend_fn: Attend, state: Any, *, rematerialize: bool = False
 ) -> tuple[jax.Array, Any, Layers]:
-    """All layers and the final norm.
+    """Runs all layers and the final norm.
 
     Args:
       x: [..., D] embedded tokens in the compute dtype.
       positions: [...] rotary positions, broadcastable to x without its last axis.
       attend_fn: attends in one layer; see `Attend`.
-      state: pytree with leading axis `layers`, given to `attend_fn` layer by layer.
-      rematerialize: recompute each layer in the backward pass instead of keeping its activations.
+      state: pytree with leading axis `layers`, passed to `attend_fn` layer by layer.
+      rematerialize: recompute each layer in the backward pass instead of saving its activations.
 
     Returns:
-      (hidden [..., D], what `attend_fn` handed back, stacked along `layers`, the weights of the layers as they were).
-      A second use of the weights had better take these: with `rematerialize`, gradients are then summed in one place
-      (see `layer_scan`).
+      (hidden [..., D], further outputs of `attend_fn`, stacked along `layers`, the weights of the layers, unchanged).
+      A second use of the weights should use the returned ones: with `rematerialize`, the gradients of both uses are
+      then summed in one array (see `layer_scan`).
     """
     a = decoder.architecture
     cos, sin = rope.rotation(a, positions)
@@ -153,7 +153,7 @@ def run_layers(
 
 
 def attention_windows(a: Architecture) -> jax.Array:
-    """[layers] int32: how many keys a query sees in each layer, itself included."""
+    """Returns the number of keys that a query sees in each layer, itself included: [layers] int32."""
     unlimited = jnp.iinfo(jnp.int32).max
     return jnp.array(
         [
@@ -167,7 +167,7 @@ def attention_windows(a: Architecture) -> jax.Array:
 def project(
     a: Architecture, w: dict[str, jax.Array], x: jax.Array, cos: jax.Array, sin: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [..., D] -> queries [..., Q, H], keys and values [..., G, H], positions applied."""
+    """x [..., D] -> queries [..., Q, H], keys and values [..., G, H]; queries and keys with rotary positions."""
     q = dense(x, w["query"], w.get("query_bias"))
     k = dense(x, w["key"], w.get("key_bias"))
     v = dense(x, w["value"], w.get("value_bias"))
@@ -188,10 +188,10 @@ def base_pass(
     decoder: Decoder, tokens: jax.Array, mask: jax.Array, starts: jax.Array | None = None, *, dtype: jnp.dtype,
     rematerialize: bool = False,
 ) -> tuple[jax.Array, KeyValues, Layers]:  # fmt: skip
-    """Causal pass over the text itself.
+    """Runs the causal pass over the text itself.
 
-    Rotary positions are those in the row, also where a row has several documents: attention depends on differences of
-    positions only.
+    Rotary positions count from the start of the row, even where a row has several documents: attention depends only on
+    differences of positions.
 
     Args:
       tokens: [B, L] int32.
@@ -201,7 +201,8 @@ def base_pass(
     Returns:
       (final-norm hidden states [B, L, D], keys and values [layers, B, L, G, H], layers as from `run_layers`).
     """
-    # The devices that share the thoughts of a text share its tokens here, and all keep its keys.
+    # The devices that split the positions of thoughts split the queries of the text here, if its length is a multiple.
+    # Each of these devices has the keys of the whole text.
     text = "text" if tokens.shape[1] % num_shards("text") == 0 else "keys"
 
     def attend_text(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, _: Any) -> tuple[jax.Array, Any]:

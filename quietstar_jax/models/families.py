@@ -1,7 +1,7 @@
-"""Hugging Face `config.json` of the supported families to `Architecture`, and back.
+"""Converts Hugging Face `config.json` files of the supported families to `Architecture`, and back.
 
-Old and new spellings are read (`rope_theta` and `rope_scaling`, or `rope_parameters`); missing fields get the
-defaults that transformers gives them. What the decoder cannot represent is refused, never approximated.
+Old and new field names are accepted (`rope_theta` and `rope_scaling`, or `rope_parameters`); missing fields get the
+defaults of transformers. A configuration that the decoder cannot represent is an error, never approximated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quietstar_jax.settings import differences, from_mapping, to_mapping
 
 
 class Family(NamedTuple):
-    """What transformers assumes of a model type where its config.json is silent."""
+    """Defaults of transformers for fields that the config.json of a model type does not set."""
 
     class_name: str
     sizes: tuple[int, int, int] = (32_000, 4096, 11_008)  # vocabulary, hidden, feed-forward; always 32 layers and heads
@@ -32,7 +32,7 @@ class Family(NamedTuple):
     qk_norm: bool = False
     rms_norm_eps: float = 1e-6
     window: int = 4096  # `sliding_window`
-    window_everywhere: bool = False  # it holds in all layers
+    window_everywhere: bool = False  # the window applies to all layers
     window_by_layer: bool = False  # `use_sliding_window`, `layer_types` or `max_window_layers`
     fused: bool = False  # one tensor for queries, keys and values, one for gate and up
     partial_rotary: bool = False  # `partial_rotary_factor`
@@ -67,7 +67,7 @@ FAMILIES = {
     ),
 }
 MAX_LAYERS = 10_000
-DEPTH = 32  # layers and heads where a config.json is silent, in every family
+DEPTH = 32  # default number of layers and of heads, in every family
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -79,7 +79,7 @@ ACTIVATIONS = {
 }
 ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
-# Per kind of rotary scaling: our field -> its name in `rope_parameters`.
+# Per kind of rotary scaling: field of `RopeScaling` -> its name in `rope_parameters`.
 ROPE_FIELDS: dict[str, dict[str, str]] = {
     "default": {},
     "linear": {"factor": "factor"},
@@ -100,7 +100,7 @@ ROPE_FIELDS: dict[str, dict[str, str]] = {
 ROPE_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 
 
-# Our fields -> those of config.json, for messages.
+# Fields of `Architecture` and `RopeScaling` -> those of config.json, for messages.
 THEIR_FIELDS = {
     "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
     "max_positions": "max_position_embeddings", "rotary_fraction": "partial_rotary_factor", "activation": "hidden_act",
@@ -111,13 +111,13 @@ THEIR_FIELDS = {
 
 
 def architecture_from_hf(config: Mapping[str, Any], folder: str | Path = "") -> Architecture:
-    """The architecture that a config.json describes, as transformers reads it.
+    """Returns the architecture that a config.json describes, as transformers reads it.
 
     Args:
-      folder: that of the config.json, for messages.
+      folder: folder of the config.json, for messages.
 
     Raises:
-      ConfigError: a field is impossible, or asks for something that the decoder does not do.
+      ConfigError: a field has an impossible value, or one that the decoder does not support.
     """
     try:
         return _architecture(config)
@@ -176,10 +176,10 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
-    """The config.json of an architecture, in the spelling of transformers 5, without token ids and dtype.
+    """Returns the config.json of an architecture, with the field names of transformers 5, without token ids and dtype.
 
     Raises:
-      ConfigError: the family under whose name it is to be written cannot express it.
+      ConfigError: the family of the architecture cannot express it.
     """
     a = canonical(architecture)
     if a.family not in FAMILIES:
@@ -207,7 +207,7 @@ def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
     if family.optional_mlp_bias:
         config["mlp_bias"] = a.mlp_bias
     if family.partial_rotary:
-        config["original_max_position_embeddings"] = a.max_positions  # beyond it transformers begins its cache anew
+        config["original_max_position_embeddings"] = a.max_positions  # beyond this length transformers resets its cache
     config.update(_windows_to_hf(a, family))
     lost = differences(to_mapping(a), to_mapping(architecture_from_hf(config)), "architecture")
     if lost:
@@ -220,7 +220,7 @@ def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
 
 
 def canonical(architecture: Architecture) -> Architecture:
-    """The same model with the fields that have no effect at their defaults."""
+    """Returns the same architecture with the fields that have no effect set to their defaults."""
     a = architecture
     full = tuple(sorted(set(a.full_attention_layers))) if a.sliding_window else ()
     if len(full) == a.num_layers:
@@ -231,7 +231,7 @@ def canonical(architecture: Architecture) -> Architecture:
 
 
 def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The value, or the default where it is missing or null."""
+    """Returns the value, or the default if it is missing or null."""
     value = config.get(key)
     return default if value is None else value
 
@@ -277,7 +277,7 @@ def _head_dim(config: Mapping[str, Any], family: Family, heads: int) -> int:
 
 
 def _windows(config: Mapping[str, Any], family: Family, layers: int) -> tuple[int, tuple[int, ...]]:
-    """(keys a query sees, itself included, or 0 for all; layers that see all)."""
+    """Returns (number of keys that a query sees, itself included, or 0 for all; layers with full attention)."""
     if family.window_everywhere:
         return (config["sliding_window"] or 0 if "sliding_window" in config else family.window), ()
     if not family.window_by_layer:
@@ -322,7 +322,7 @@ def _windows_to_hf(a: Architecture, family: Family) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any], family: Family) -> tuple[Any, dict[str, Any], Any]:
-    """(theta, mapping for `RopeScaling`, share of the dimensions that rotate)."""
+    """Returns (theta, mapping for `RopeScaling`, fraction of the dimensions that rotate)."""
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
         raise ConfigError(
@@ -353,7 +353,7 @@ def _rope(config: Mapping[str, Any], family: Family) -> tuple[Any, dict[str, Any
 
 
 def _fill_in(parameters: dict[str, Any], kind: str, config: Mapping[str, Any], max_positions: Any) -> dict[str, Any]:
-    """Rotary parameters that transformers derives when they are not written down."""
+    """Adds the rotary parameters that transformers derives if they are missing."""
     if kind in ("llama3", "yarn"):
         original = _get(parameters, "original_max_position_embeddings", max_positions)
         parameters["original_max_position_embeddings"] = _get(config, "original_max_position_embeddings", original)

@@ -1,8 +1,8 @@
-"""Linear maps, embedding look-up and cross-entropy, with gradients in the form that costs least.
+"""Linear maps, embedding look-up and cross-entropy, with custom gradients that cost less than the derived ones.
 
-The gradients are those of automatic differentiation, but for the cotangent, which is first rounded to the compute
-dtype. Written out, every product reads its operands as they lie in memory (the derived ones make XLA write some of
-them a second time, transposed), and the gradient of a weight is summed in the weight's own float32.
+The gradients equal those of automatic differentiation, except that the cotangent is first rounded to the compute dtype.
+In the custom form every product reads its operands in their memory layout (for derived gradients XLA writes transposed
+copies of some), and the gradient of a weight is accumulated in the float32 of the weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from quietstar_jax.parallel.axes import Axes, constrain, manual_shard_map, num_s
 
 
 def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, inputs: int = 1) -> jax.Array:
-    """A linear map in x's dtype: the last `inputs` axes of x against the first ones of the weight."""
+    """Linear map in x's dtype: contracts the last `inputs` axes of x with the first ones of the weight."""
     y = linear(x, weight, inputs, x.dtype)
     return y if bias is None else y + bias.astype(x.dtype)
 
@@ -27,8 +27,8 @@ def linear(x: jax.Array, weight: jax.Array, inputs: int, dtype: jnp.dtype, trans
     """x [..., I] times weight [I, O] -> [..., O] in `dtype`; I stands for `inputs` axes, O for any number.
 
     Args:
-      transposed: the weight is [O, I]. Its gradient is computed in that layout: a transpose of the product would be
-        merged into the product by XLA, and the CPU has no bfloat16 product of that form with a float32 result.
+      transposed: the weight is [O, I]. Its gradient is computed in this layout: XLA would merge a transpose of the
+        product into the product, and the CPU has no bfloat16 product of that form with a float32 result.
     """
     return _linear_forward(x, weight, inputs, dtype, transposed)[0]
 
@@ -36,7 +36,7 @@ def linear(x: jax.Array, weight: jax.Array, inputs: int, dtype: jnp.dtype, trans
 def _linear_forward(
     x: jax.Array, weight: jax.Array, inputs: int, dtype: jnp.dtype, transposed: bool
 ) -> tuple[jax.Array, tuple]:
-    # Not `linear` itself: a rematerialisation policy must see the product.
+    # Does not call `linear`: a rematerialisation policy must see the product.
     contracted = _last(weight, inputs) if transposed else range(inputs)
     return _contract(x, weight.astype(x.dtype), _last(x, inputs), contracted, dtype), (x, weight)
 
@@ -44,6 +44,7 @@ def _linear_forward(
 def _linear_backward(
     inputs: int, dtype: jnp.dtype, transposed: bool, saved: tuple, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    # y = x W:  dx = dy W^T, contracted over O;  dW = x^T dy, contracted over the leading axes of x.
     x, weight = saved
     gradient = gradient.astype(x.dtype)
     outputs = range(weight.ndim - inputs) if transposed else range(inputs, weight.ndim)
@@ -57,15 +58,15 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 def pick(values: jax.Array, targets: jax.Array) -> jax.Array:
-    """Entries [...] of values [..., V] at the target ids [...]."""
+    """Returns the entries [...] of values [..., V] at the target ids [...]."""
     if num_shards("vocab") == 1:
         return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
-    # Each device looks among its own ids; an indexed read would gather all.
+    # Each device compares with its own ids; an indexed read would gather all values.
     return jnp.where(jnp.arange(values.shape[-1]) == targets[..., None], values, 0.0).sum(axis=-1)
 
 
 def look_up(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows [..., D] in `dtype` of an embedding [V, D] at ids [...]."""
+    """Returns the rows [..., D] in `dtype` of an embedding [V, D] at ids [...]."""
     if num_shards("vocab") * num_shards("embed") == 1:
         return table.at[tokens].get(mode="clip").astype(dtype)
     rows = _look_up_parts(table, jnp.clip(tokens, 0, len(table) - 1), dtype)
@@ -74,11 +75,13 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _look_up_parts(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows [B, ..., D], split along D as the table is: neither it nor its gradient is ever gathered."""
+    """Returns rows [B, ..., D], sharded along D like the table; the table and its gradient are never gathered."""
     return _look_up_forward(table, tokens, dtype)[0]
 
 
 def _look_up_forward(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
+    # A device has rows ids[0] .. ids[-1] of the table. Tokens with other ids read 0 there, and the sum over the devices
+    # that split the vocabulary is the row.
     def read(psum: Any, table: jax.Array, tokens: jax.Array, ids: jax.Array) -> jax.Array:
         here = (tokens >= ids[0]) & (tokens <= ids[-1])
         rows = table[jnp.where(here, tokens - ids[0], 0)].astype(dtype)
@@ -94,6 +97,8 @@ def _look_up_forward(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> t
 def _look_up_backward(dtype: jnp.dtype, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, None]:
     table, tokens = saved
 
+    # A device adds the gradients of its own tokens to its own part of the table, where ids of other parts are dropped;
+    # the sum over `data` covers all tokens.
     def write(psum: Any, gradient: jax.Array, tokens: jax.Array, ids: jax.Array) -> jax.Array:
         here = (tokens >= ids[0]) & (tokens <= ids[-1])
         zeros = jnp.zeros((len(ids), gradient.shape[-1]), table.dtype)
@@ -111,14 +116,14 @@ _WEIGHTS_LIE = ("data", "fsdp", "tensor", "group")
 
 
 def _look_up_axes(tokens: jax.Array) -> tuple[Axes, Axes, Axes, Axes]:
-    """Of table, tokens, ids and rows."""
+    """Logical axes of table, tokens, ids and rows."""
     lead = ("rows", *(None,) * (tokens.ndim - 1))
     return ("vocab", "embed"), lead, ("vocab",), (*lead, "embed")
 
 
 @jax.custom_vjp
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Nats [...] of the target ids [...] under float32 logits [..., V]."""
+    """Returns the cross-entropy, nats [...], of the target ids [...] under float32 logits [..., V]."""
     return _cross_entropy_forward(logits, targets)[0]
 
 
@@ -129,6 +134,7 @@ def _cross_entropy_forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.A
 
 
 def _cross_entropy_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, None]:
+    # d nll / d logits = softmax(logits) - one_hot(target), from the saved log-sum-exp.
     logits, targets, total = saved
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     return (jnp.exp(logits - total[..., None]) - is_target.astype(logits.dtype)) * gradient[..., None], None

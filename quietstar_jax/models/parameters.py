@@ -1,7 +1,7 @@
-"""One description per parameter: shape, logical axes, initialiser.
+"""Defines each parameter in one place: shape, logical axes, initializer.
 
-Abstract state (`jax.eval_shape` of a constructor), initialisation, sharding and checkpoint names all derive
-from what stands in the modules' constructors. Modules hold nothing but parameters and frozen configuration.
+Abstract state (`jax.eval_shape` of a constructor), initialisation, sharding and checkpoint names are all derived from
+the constructors of the modules. Modules contain only parameters and frozen configuration.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 def normal(stddev: float) -> Initializer:
-    """Float32 draws from a normal distribution."""
+    """Initializer with float32 draws from a normal distribution."""
     return lambda key, shape: stddev * jax.random.normal(key, shape, jnp.float32)
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """All zero."""
+    """Initializer with zeros."""
     return jnp.zeros(shape, jnp.float32)
 
 
 def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """All one."""
+    """Initializer with ones."""
     return jnp.ones(shape, jnp.float32)
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, initializer: Initializer) -> nnx.Param:
-    """A float32 master weight.
+    """Returns a float32 master weight.
 
     Args:
-      axes: one name of `parallel.axes.RULES` per dimension, None for one never split; the layout over a mesh derives
-        from it.
+      axes: for each dimension a name of `parallel.axes.RULES`, or None if it is never sharded; determines the sharding
+        over a mesh.
 
     Raises:
-      ValueError: if the axes do not describe the shape, no rule names one, or two lie on one mesh axis.
+      ValueError: the axes do not match the shape, no rule names one, or two map to the same mesh axis.
     """
     partition_spec(axes)
     if len(axes) != len(shape):
@@ -50,13 +50,13 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, initializer: I
 
 
 def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
-    """Every parameter with its metadata under its dotted path, e.g. `decoder.layers.query`, in a fixed order."""
+    """Returns all parameters with metadata by dotted path, e.g. `decoder.layers.query`, in a fixed order."""
     flat: Any = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(str(part) for part in path): value for path, value in flat}
 
 
 class GraphDef(NamedTuple):
-    """A module without its arrays: static, so that compiled functions may close over it.
+    """A module without its arrays: static, so that compiled functions can close over it.
 
     Attributes:
       names: dotted paths; axes: logical axes of each, in the same order; treedef: of the module.
@@ -73,7 +73,7 @@ class GraphDef(NamedTuple):
 
 
 def split(module: nnx.Module) -> tuple[dict[str, jax.Array], GraphDef]:
-    """A module's arrays under their dotted paths, and what is needed to put it together again."""
+    """Returns a module's arrays by dotted path, and the `GraphDef` from which `merge` rebuilds the module."""
     leaves, treedef = jax.tree.flatten(module)
     named = named_parameters(module)
     axes = tuple(value.get_metadata("axes") for value in named.values())
@@ -81,5 +81,5 @@ def split(module: nnx.Module) -> tuple[dict[str, jax.Array], GraphDef]:
 
 
 def merge(graphdef: GraphDef, params: Mapping[str, Any]) -> Any:
-    """The inverse of `split`."""
+    """Returns the module of a `GraphDef` with these arrays, the inverse of `split`; other names are ignored."""
     return jax.tree.unflatten(graphdef.treedef, [params[name] for name in graphdef.names])

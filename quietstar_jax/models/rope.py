@@ -12,10 +12,10 @@ from quietstar_jax.architecture import Architecture
 
 
 def frequencies(architecture: Architecture) -> tuple[np.ndarray, float]:
-    """Angular frequency of every rotary pair, and the factor by which cos and sin are multiplied.
+    """Returns the angular frequency of every rotary pair, and the factor by which cos and sin are multiplied.
 
     Returns:
-      ([N/2] float32 radians per position, attention factor); N dimensions of a head rotate.
+      ([N/2] float32 radians per position, attention factor); N is the number of dimensions of a head that rotate.
     """
     half = np.arange(0, architecture.rotary_dim, 2, dtype=np.float64) / architecture.rotary_dim
     plain = 1.0 / architecture.rope_theta**half
@@ -37,7 +37,7 @@ def rotation(architecture: Architecture, positions: jax.Array) -> tuple[jax.Arra
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the pairs (i, i + N/2) of x [..., heads, H], i < N/2; computed in float32, returned in x's dtype."""
+    """Rotates the pairs (i, i + N/2) of x [..., heads, H], i < N/2; computed in float32, returned in x's dtype."""
     half = cos.shape[-1]
     first, second, still = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, still], axis=-1).astype(x.dtype)
@@ -45,7 +45,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 def _llama3(plain: np.ndarray, architecture: Architecture) -> np.ndarray:
     scaling = architecture.rope_scaling
-    turns = scaling.original_max_positions * plain / (2 * math.pi)  # over the original context
+    turns = scaling.original_max_positions * plain / (2 * math.pi)  # full rotations over the original context
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return (1 - smooth) * plain / scaling.factor + smooth * plain

@@ -1,7 +1,7 @@
-"""The one table from logical axes to mesh axes, and what reads it: layouts of weights and hints for activations.
+"""The table from logical axes to mesh axes, and the functions that apply it to weights and activations.
 
-Functions here take the mesh from its context (`jax.set_mesh`). Without one they change nothing, so that all code of
-the model runs as it is on a single device.
+These functions use the mesh of the context (`jax.set_mesh`). Without a mesh they change nothing, so that the code of
+the model runs unchanged on a single device.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "mixing": _TENSOR,
     # activations
     "batch": ("data", "fsdp"),
-    "rows": ("data",),  # sequences, where what the weights split over fsdp stays split
-    "text": ("position",),  # tokens of the text that ask
-    "keys": (),  # tokens of the text that are looked at
-    "positions": ("position",),  # where thoughts begin
+    "rows": ("data",),  # sequences, in arrays that are sharded over fsdp along an axis of the weights
+    "text": ("position",),  # tokens of the text as queries
+    "keys": (),  # tokens of the text as keys
+    "positions": ("position",),  # positions where thoughts start
     "chain": (),
     "hidden": (),
     "query_rows": ("group",),  # query heads of a key/value head, times tokens of a chain
@@ -49,14 +49,14 @@ Axes = tuple[str | None, ...]
 
 
 def partition_spec(axes: Sequence[str | EllipsisType | None]) -> PartitionSpec:
-    """How an array with these logical axes lies on a mesh.
+    """Returns how an array with these logical axes is sharded over a mesh.
 
     Args:
-      axes: per dimension a name of `RULES`, None for one that is never split, or `...` for one that anything may
-        have decided.
+      axes: for each dimension a name of `RULES`, None if it is never sharded, or `...` if its sharding is left
+        unconstrained.
 
     Raises:
-      ValueError: no rule names an axis, or two dimensions would lie on one mesh axis.
+      ValueError: no rule names an axis, or two dimensions map to the same mesh axis.
     """
     entries: list[Any] = []
     used: list[str] = []
@@ -76,9 +76,9 @@ def partition_spec(axes: Sequence[str | EllipsisType | None]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
-    """x, laid out over the mesh as its logical axes say; see `partition_spec`.
+    """Returns x, sharded over the mesh according to its logical axes; see `partition_spec`.
 
-    Mesh axes that are manual here (inside `shard_map`) count as done. `...` stands for any number of dimensions.
+    Mesh axes that are manual here (inside `shard_map`) are ignored. `...` stands for any number of dimensions.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not mesh.auto_axes:
@@ -92,12 +92,12 @@ def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
 
 
 def constrain_tree(tree: Tree, axes: Any) -> Tree:
-    """`constrain` of every array of a tree; `axes` is the same tree with a tuple of names in place of each."""
+    """Applies `constrain` to every array of a tree; `axes` is the same tree with a tuple of names for each array."""
     return jax.tree.map(lambda x, names: constrain(x, *names), tree, axes)
 
 
 def num_shards(name: str) -> int:
-    """Into how many parts the automatic mesh axes here split a logical axis; 1 without a mesh."""
+    """Returns into how many parts the automatic mesh axes here split a logical axis; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     count = 1
     for axis in RULES[name]:
@@ -106,15 +106,15 @@ def num_shards(name: str) -> int:
 
 
 def manual_shard_map(fn: Callable[..., Any], over: Sequence[str], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
-    """`fn` on each device's own part of its arguments, for those mesh axes `over` that are automatic here.
+    """Runs `fn` on each device's own part of its arguments, for those mesh axes of `over` that are automatic here.
 
     Args:
-      fn: takes `psum`, then the arguments; `psum(tree, mesh axis)` is the sum over the devices of one of `over`.
-      in_axes, out_axes: per argument and result a tuple of logical axes, as for `partition_spec`; or for a tree of
-        arrays that these mesh axes do not split, ().
+      fn: called with `psum`, then the arguments; `psum(tree, mesh axis)` is the sum along one mesh axis of `over`.
+      in_axes, out_axes: for each argument and result a tuple of logical axes, as for `partition_spec`, or () for a tree
+        of arrays that these mesh axes do not split.
 
     Returns:
-      A function of whole arrays. Where these mesh axes have one device each, it is `fn` itself.
+      A function of whole arrays. If these mesh axes have one device each, it is `fn` itself with its `psum`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     manual = {axis for axis in over if not mesh.empty and axis in mesh.auto_axes}
@@ -129,13 +129,13 @@ def manual_shard_map(fn: Callable[..., Any], over: Sequence[str], in_axes: Any, 
         jax.tree.map(lambda axes: _only(partition_spec(axes), manual), tree, is_leaf=_is_axes)
         for tree in (in_axes, out_axes)
     ]
-    # Axes of one device split nothing, but kernels take no program that has any axis left to the compiler.
+    # Axes of one device split nothing, but kernels cannot be compiled while any axis is left to the compiler.
     alone = {axis for axis in mesh.auto_axes if mesh.shape[axis] == 1}
     return jax.shard_map(own, in_specs=specs[0], out_specs=specs[1], axis_names=manual | alone, check_vma=False)
 
 
 def split_microbatches(x: jax.Array, pieces: int) -> jax.Array:
-    """[B, ...] -> [pieces, B / pieces, ...], where every device has an equal part of every piece from its own rows."""
+    """[B, ...] -> [pieces, B / pieces, ...]; every piece has equally many rows of each device, and no row moves."""
     own, rows = num_shards("batch"), x.shape[0] // pieces
     parts = x.reshape(own, pieces, rows // own, *x.shape[1:]).swapaxes(0, 1)
     return constrain(parts.reshape(pieces, rows, *x.shape[1:]), None, "batch", ...)
@@ -153,7 +153,7 @@ def _is_axes(value: Any) -> bool:
 
 
 def _only(spec: PartitionSpec, kept: Any) -> PartitionSpec:
-    """A specification without the mesh axes that are not kept."""
+    """Returns the specification restricted to the mesh axes in `kept`."""
 
     def entry(axes: Any) -> Any:
         if axes is None or axes is PartitionSpec.UNCONSTRAINED:

@@ -1,4 +1,4 @@
-"""The mesh: which device has which part of the work, from the sizes of the configuration."""
+"""Builds the device mesh from the sizes in the configuration, and checks that models and batches fit it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SIZES = ("data", "position", "fsdp", "tensor")  # of `MeshConfig`
 
 
 def make_mesh(config: MeshConfig, architecture: Architecture, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a run, with the axes `MESH_AXES`.
+    """Returns the mesh of a run, with the axes `MESH_AXES`.
 
     Args:
-      devices: all of `jax.devices()`, or those of a topology that is only compiled for.
+      devices: devices of the mesh, e.g. of a topology for ahead-of-time compilation; None = `jax.devices()`.
 
     Raises:
       ConfigError: the sizes do not fit the devices, or the tensor axis does not fit the model.
@@ -37,10 +37,10 @@ def make_mesh(config: MeshConfig, architecture: Architecture, devices: Sequence[
 
 
 def resolve(config: MeshConfig, devices: int) -> dict[str, int]:
-    """The sizes with the free one filled in.
+    """Returns the sizes of the mesh axes, with -1 replaced by the remaining number of devices.
 
     Raises:
-      ConfigError: their product is not the number of devices.
+      ConfigError: the product of the sizes is not the number of devices.
     """
     sizes = {name: getattr(config, name) for name in SIZES}
     fixed = math.prod(size for size in sizes.values() if size > 0)
@@ -57,13 +57,13 @@ def resolve(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def split_tensor(tensor: int, architecture: Architecture) -> tuple[int, int]:
-    """The tensor axis as (ways that split key/value heads, ways that split the query heads of each).
+    """Splits the tensor axis into (parts of the key/value heads, parts of the query heads of each key/value head).
 
-    With fewer key/value heads than the axis is long, each is kept by several devices, every one of which has some of
-    its query heads.
+    If the axis is longer than the number of key/value heads, several devices store the same key/value head, each with
+    some of its query heads.
 
     Raises:
-      ConfigError: the heads cannot be split so.
+      ConfigError: the heads cannot be split this way.
     """
     kv_heads, heads = architecture.num_kv_heads, architecture.num_heads
     shared = math.gcd(tensor, kv_heads)
@@ -78,7 +78,7 @@ def split_tensor(tensor: int, architecture: Architecture) -> tuple[int, int]:
 
 
 def check_weights(architecture: Architecture, fsdp: int, tensor: int) -> None:
-    """Raises ConfigError where a mesh axis does not divide what it splits of the weights."""
+    """Raises ConfigError if a mesh axis does not divide a dimension of the weights that it splits."""
     a = architecture
     for axis, size, split in (
         ("fsdp", fsdp, {"hidden_size": a.hidden_size}),
@@ -95,7 +95,7 @@ def check_weights(architecture: Architecture, fsdp: int, tensor: int) -> None:
 
 
 def check_batches(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError where the sequences of a phase cannot be dealt out evenly."""
+    """Raises ConfigError if the sequences of a phase cannot be sharded evenly."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for i, phase in enumerate(config.phases):
         rows = phase.batch_size // phase.microbatches
@@ -109,7 +109,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
 
 
 def check_kernels(prefix_attention: str, device: Any) -> None:
-    """Raises ConfigError where `ModelConfig.prefix_attention` is no choice, or none that such a device has."""
+    """Raises ConfigError if `prefix_attention` is not an allowed value, or not available on this kind of device."""
     if prefix_attention not in PREFIX_ATTENTION:
         raise ConfigError(f"prefix_attention is {prefix_attention!r}; it takes one of {', '.join(PREFIX_ATTENTION)}.")
     if prefix_attention == "triton" and (
@@ -122,7 +122,7 @@ def check_kernels(prefix_attention: str, device: Any) -> None:
 
 
 def _arrange(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
-    """Devices [data, position, fsdp, tensor, group], neighbours in the network where the axes talk most."""
+    """Returns devices [data, position, fsdp, tensor, group]; those that communicate most are network neighbours."""
     slices = {getattr(device, "slice_index", 0) for device in devices}
     outer = (config.dcn_data, 1, config.dcn_fsdp, 1, 1)
     if math.prod(outer) == 1 and len(slices) == 1:
@@ -144,5 +144,5 @@ def _arrange(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> 
 def _create(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     try:
         return mesh_utils.create_device_mesh(shape, devices)
-    except NotImplementedError:  # no axes of the torus have these sizes: some are split in two
+    except NotImplementedError:  # the axes of the torus do not have these sizes: allow splitting them
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

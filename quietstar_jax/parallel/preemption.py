@@ -1,4 +1,4 @@
-"""Notice that a run must stop: SIGTERM (a cluster, TPU maintenance), Ctrl-C (a person), SIGHUP (a closed terminal)."""
+"""Signals that ask a run to stop: SIGTERM (cluster, TPU maintenance), Ctrl-C (user), SIGHUP (closed terminal)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jax._src import distributed  # the store of the processes has no public nam
 from quietstar_jax.signals import listening
 
 NOTICES = "quietstar_jax/stop/"
-AHEAD = 4  # calls by which no process is ahead of another: each reads the results of the last step but one
+AHEAD = 4  # no process is this many calls ahead of another: each reads the results of the last step but one
 
 
 class PreemptionNotice:
-    """Remembers these signals while it is entered; a second Ctrl-C ends the process immediately.
+    """Context manager that records these signals; a second Ctrl-C ends the process immediately.
 
-    With several processes, one that hears a signal says so in the store that they share, with a point of the run a few
-    calls ahead, which no process has reached yet; there all stop together.
+    With several processes, a process that receives a signal writes it to their shared store, together with a point of
+    the run a few calls ahead, which no process has reached yet. All processes stop at this point.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class PreemptionNotice:
         self._listening.close()
 
     def given(self) -> int:
-        """The signal for which to stop now, or 0. Every process must ask equally often."""
+        """Returns the signal for which to stop now, or 0. Every process must call this equally often."""
         self._asked += 1
         if jax.process_count() == 1:
             return self._signal

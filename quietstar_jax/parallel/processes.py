@@ -1,4 +1,4 @@
-"""Several processes that make one run: how they find each other, and what becomes of all when one is gone."""
+"""Runs with several processes: how they connect, exchange values, and stop together when one fails."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _GATHERED = itertools.count()
 
 
 def start(config: DistributedConfig) -> None:
-    """Joins the processes of the run, before anything else is done with JAX. Does nothing for a single process.
+    """Connects the processes of the run; must run before any other use of JAX. Does nothing for a single process.
 
     Raises:
-      ConfigError: the others were not found.
+      ConfigError: this process could not connect to the others.
     """
     if config.processes == "single" or jax.distributed.is_initialized():
         return
@@ -62,7 +62,7 @@ def start(config: DistributedConfig) -> None:
 
 
 def _reach(coordinator: str, seconds: int) -> None:
-    """Waits until process 0 listens; JAX would end this process without a word that helps."""
+    """Waits until process 0 listens. Without this, JAX ends the process without a helpful message."""
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + seconds
     while True:
@@ -83,22 +83,25 @@ def is_primary() -> bool:
 
 
 def gather(text: str) -> list[str]:
-    """The texts of all processes, in their order, on all. Needs no device; all must call it equally often."""
+    """Returns the texts of all processes, in process order, on every process.
+
+    Uses no device. All processes must call this equally often.
+    """
     if jax.process_count() == 1:
         return [text]
     store: Any = distributed.global_state.client
     folder, wait = f"quietstar_jax/gather/{next(_GATHERED)}/", 24 * 3600 * 1000
     store.key_value_set(f"{folder}{jax.process_index()}", f"={text}")
     texts = [store.blocking_key_value_get(f"{folder}{i}", wait)[1:] for i in range(jax.process_count())]
-    store.wait_at_barrier(f"{folder}read", wait)  # the first process keeps the store, and may be about to end
+    store.wait_at_barrier(f"{folder}read", wait)  # the store is in the first process, which may be about to end
     return texts
 
 
 def from_first(make: Callable[[], str]) -> str:
-    """What `make` returns on the first process, on all.
+    """Returns on every process the result of `make` on the first process.
 
     Raises:
-      UserError: `make` raised it on the first process; the others raise it with its message and status.
+      UserError: `make` raised it on the first process; the others raise it with the same message and status.
     """
     said, raised = ["", ""], None
     if is_primary():
@@ -117,21 +120,22 @@ def from_first(make: Callable[[], str]) -> str:
 
 
 def broadcast_from_primary(value: bool) -> bool:
-    """What the first process says, on all."""
+    """Returns on every process the value of the first process."""
     return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
 
 
 def any_process(value: bool) -> bool:
-    """Whether it is true on any process; all wait for each other."""
+    """Returns whether the value is true on any process. All processes wait for each other."""
     return bool(multihost_utils.process_allgather(np.array(value)).any()) if jax.process_count() > 1 else value
 
 
 @contextlib.contextmanager
 def stop_together() -> Iterator[None]:
-    """Ends this process at once where an error makes it leave a run of several.
+    """Ends this process immediately if an error occurs in a run with several processes.
 
-    The others notice that it is gone and stop too. Without this it would wait for them on its way out, and they for
-    it, until a timeout. An error of a single process passes through, and so does a preemption, which all leave by.
+    The other processes detect that it has ended and stop too. Without this, it would wait for them while shutting down,
+    and they for it, until a timeout. Errors of a single-process run are raised as usual, and so are preemptions, which
+    all processes receive.
     """
     try:
         yield
@@ -163,10 +167,10 @@ def stop_together() -> Iterator[None]:
 
 
 def _is_lost_touch(error: Exception) -> bool:
-    """Whether communication or a device failed. Where a program is also compiled, JAX says so with a ValueError."""
+    """Returns whether communication or a device failed. If JAX also compiles in that call, it raises a ValueError."""
     said = str(error)
-    # orbax makes a TimeoutError of a process that does not come to where it waits.
+    # orbax raises a TimeoutError if a process does not reach a barrier.
     failed = isinstance(error, jax.errors.JaxRuntimeError | TimeoutError) or (
         isinstance(error, ValueError) and said.startswith(("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "ABORTED: "))
     )
-    return failed and "RESOURCE_EXHAUSTED" not in said  # too little memory there would be again
+    return failed and "RESOURCE_EXHAUSTED" not in said  # a retry would run out of memory again

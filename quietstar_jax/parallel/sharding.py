@@ -1,4 +1,4 @@
-"""Where arrays lie on the mesh of the context: parameters, what is kept for each of them, and batches."""
+"""Sharding of parameters, gradients, optimizer state and batches over the mesh."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.parallel.axes import Axes, partition_spec
 
-ROWS = partition_spec(("batch",))  # of arrays whose first dimension is the sequences of a batch
+ROWS = partition_spec(("batch",))  # for arrays whose first dimension is the sequences of a batch
 
 
 def specs_like_parameters(tree: Any, axes: Mapping[str, Axes]) -> Any:
-    """The layout of a tree of parameters, gradients or optimizer state.
+    """Returns the sharding of a tree of parameters, gradients or optimizer state.
 
     Args:
-      tree: of arrays or shapes; an array below the dotted path of a parameter lies as that does, a scalar everywhere.
+      tree: arrays or shapes; an array below the dotted path of a parameter is sharded like the parameter, a scalar
+        elsewhere is replicated.
       axes: logical axes by dotted path.
 
     Returns:
@@ -43,14 +44,14 @@ def specs_like_parameters(tree: Any, axes: Mapping[str, Axes]) -> Any:
 
 
 def on_mesh(mesh: Mesh, specs: Any) -> Any:
-    """A tree of `PartitionSpec` as shardings of this mesh."""
+    """Converts a tree of `PartitionSpec` to shardings of this mesh."""
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
     )
 
 
 def shard_batch(rows: np.ndarray) -> jax.Array:
-    """Rows [B, ...] that every process holds whole, dealt out over the mesh of the context, or on the one device."""
+    """Shards rows [B, ...], complete on every process, over the mesh of the context; without a mesh, on one device."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.device_put(rows)
@@ -58,23 +59,23 @@ def shard_batch(rows: np.ndarray) -> jax.Array:
 
 
 def row_ways(mesh: Mesh) -> int:
-    """Into how many parts the sequences of a batch are split; 1 without a mesh."""
+    """Returns into how many parts the sequences of a batch are split; 1 without a mesh."""
     return mesh.shape["data"] * mesh.shape["fsdp"] if not mesh.empty else 1
 
 
 @dataclass(frozen=True)
 class ProcessBatchShard:
-    """Which sequences of every batch this process reads: number `index`, `index + count`, ... of the global order.
+    """The sequences of every batch that this process reads: numbers `index`, `index + count`, ... of the global order.
 
-    Processes whose devices hold the same rows read the same sequences.
+    Processes whose devices hold the same rows have the same `index` and read the same sequences.
     """
 
     index: int
     count: int
-    parts: tuple[tuple[int, ...], ...]  # of each reader, the parts of a batch that its devices hold
+    parts: tuple[tuple[int, ...], ...]  # for each index, the parts of a batch that its devices hold
 
     def place(self, rows: np.ndarray, mesh: Mesh) -> jax.Array:
-        """The own rows [B / count, ...] in the order read -> the global array [B, ...]."""
+        """This process's rows [B / count, ...] in the order in which they are read -> the global array [B, ...]."""
         mine = self.parts[self.index]
         size = len(rows) // len(mine)
 
@@ -86,7 +87,7 @@ class ProcessBatchShard:
         return jax.make_array_from_callback(shape, NamedSharding(mesh, ROWS), part)
 
     def numbers(self, batch_size: int) -> np.ndarray | None:
-        """Which sequence of the batch each global row holds, int32 [B]; None where they are in order."""
+        """Returns which sequence of the batch each global row holds, int32 [B]; None if they are in order."""
         size = batch_size // (self.count * len(self.parts[0]))
         numbers = np.empty(batch_size, np.int32)
         for reader, parts in enumerate(self.parts):
@@ -96,10 +97,10 @@ class ProcessBatchShard:
 
 
 def find_process_shard(mesh: Mesh) -> ProcessBatchShard:
-    """The reader that this process is.
+    """Returns the shard of every batch that this process reads.
 
     Raises:
-      ConfigError: two processes share only some of their rows.
+      ConfigError: two processes have some but not all rows in common.
     """
     ways = row_ways(mesh)
     held: dict[int, set[int]] = {}

@@ -1,4 +1,4 @@
-"""The page of a checkpoint: text coloured by what thoughts changed, the thoughts behind it, and the figures."""
+"""The HTML page of a checkpoint: text coloured by the effect of thoughts, the thoughts themselves, and charts."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from quietstar_jax.reports.page import render, tiles
 from quietstar_jax.reports.pieces import Pieces, visible
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
-LEVELS = (0.02, 0.1, 0.5, 1.5)  # nats from which on a token is coloured, in four strengths
+LEVELS = (0.02, 0.1, 0.5, 1.5)  # nats: thresholds of the four strengths of colour
 CLEAR = 0.1  # nats: a change worth counting
-EXAMPLES = 6  # of the tokens most helped, and most harmed
+EXAMPLES = 6  # of the most helped and of the most harmed tokens
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What the page is about: windows in the order of the text, with what the model thought there."""
+    """The content of the page: windows in the order of the text, with the thoughts of the model."""
 
     model: LoadedModel
     settings: ThoughtSettings
     windows: Sequence[Window]
     observations: Sequence[Observation]
-    about: str  # what kind of text it is, where the reader may not know
-    notes: Sequence[str]  # how it was made, and what was left out
+    about: str  # the kind of text, if the reader may not know it
+    notes: Sequence[str]  # how the page was made, and what was left out
 
 
 def checkpoint_page(observed: Observed, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The page as HTML.
+    """Returns the page as HTML.
 
     Args:
-      metrics: records of the run's `metrics.jsonl`; none where there is no run.
+      metrics: records of the run's `metrics.jsonl`; empty if there is no run.
     """
     joined = Observation(*(np.concatenate(parts) for parts in zip(*observed.observations, strict=True)))
     gain = joined.base_nll - joined.nll[:, 0]
@@ -65,7 +65,7 @@ def checkpoint_page(observed: Observed, metrics: Sequence[Mapping[str, Any]]) ->
 
 
 def page_data(observed: Observed, pieces: Pieces, start: int) -> dict[str, Any]:
-    """What the page's script shows of every predicted token.
+    """Returns the data of every predicted token for the page's script.
 
     Keys: `pieces` (texts), `levels`, `ahead` (K), `start` (the token shown first) and `tokens`, with `i` (its piece),
     `b` (loss without thoughts), `k` (per thought: loss, reward, mixing weight, pieces), `p` and `q` (likeliest next
@@ -110,7 +110,7 @@ def page_data(observed: Observed, pieces: Pieces, start: int) -> dict[str, Any]:
 
 
 def shade(gain: float) -> str:
-    """The colour class of a gain in nats; empty for almost none."""
+    """Returns the colour class of a gain in nats; empty for a gain near 0."""
     level = sum(abs(gain) >= edge for edge in LEVELS)
     return f"{'g' if gain > 0 else 'l'}{level}" if level else ""
 
@@ -172,7 +172,7 @@ def _reading(observed: Observed, pieces: Pieces, sampled: bool) -> str:
 
 
 def _texts(observed: Observed, pieces: Pieces) -> Iterator[str]:
-    """Every document as coloured tokens."""
+    """Yields HTML of all documents as coloured tokens."""
     special = set(observed.model.tokenizer.fast.all_special_ids)
     index, document = 0, -1
     for window, seen in zip(observed.windows, observed.observations, strict=True):
@@ -187,7 +187,7 @@ def _texts(observed: Observed, pieces: Pieces) -> Iterator[str]:
             kinds = [shade(gains[place - 1])] if place else ["first"]
             kinds += ["special"] if token in special else []
             words = text.strip(" ")
-            if pieces.words:  # its space belongs to nobody
+            if pieces.words:  # the space before it is not part of any token
                 yield text[: len(text) - len(text.lstrip(" "))] if place else ""
                 text = words
             number = f' data-i="{index}" tabindex="-1"' if place else ""
@@ -198,20 +198,20 @@ def _texts(observed: Observed, pieces: Pieces) -> Iterator[str]:
 
 
 def _signs(text: str) -> str:
-    """HTML in which blanks that would not be seen have pale signs."""
+    """Escapes text as HTML, with pale signs for blanks that would be invisible."""
     blank = not text.strip(" \n")
     shown = escape(visible(text.replace(" ", "·") if blank else text))
     return "".join(f'<span class="ws">{c}</span>' if c in "↵→" or (blank and c == "·") else c for c in shown)
 
 
 def _lines(text: str) -> list[str]:
-    """Cut after every line break, which stays with the line it ends, and is shown and done."""
+    """Splits after every line break, which stays in its line, so that its sign is shown before the line ends."""
     parts = text.split("\n")
     return [part + "\n" for part in parts[:-1]] + parts[-1:]
 
 
 def _examples(observed: Observed, pieces: Pieces, gain: np.ndarray) -> str:
-    """The tokens that changed most, either way; a click leads to them."""
+    """The tokens that changed most in either direction; a click jumps to one."""
     shown: list[tuple[str, str]] = []
     for window in observed.windows:
         texts = [visible(text) for text in pieces(window.tokens.tolist())]

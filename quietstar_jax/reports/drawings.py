@@ -1,4 +1,4 @@
-"""The charts of a page as files of their own, for documents that cannot hold a page."""
+"""Writes the charts of a page as separate SVG files, for documents that cannot embed a page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FONT = "svg { font-family: system-ui, sans-serif; background: var(--paper); }"
 
 
 def drawings(html: str) -> dict[str, str]:
-    """File name -> SVG of every chart of a page; two of the same name have numbers."""
+    """Returns file name -> SVG for every chart of a page; repeated names are numbered."""
     found: dict[str, str] = {}
     style = escape(asset("chart.css"), quote=False) + _FONT
     for view, label, marks in _SVG.findall(html):
@@ -33,7 +33,7 @@ def write_drawings(folder: Path, html: str) -> list[Path]:
     """Writes every chart of a page into a folder.
 
     Raises:
-      ConfigError: it cannot be written.
+      ConfigError: a file cannot be written.
     """
     found = {folder / name: svg for name, svg in drawings(html).items()}
     for path, svg in found.items():

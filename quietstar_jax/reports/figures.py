@@ -12,13 +12,13 @@ from quietstar_jax.reports.page import figure, table
 from quietstar_jax.reports.svg import Chart, Range, number
 from quietstar_jax.training.evaluation import DECILES
 
-STILL = 0.02  # nats: less than this is called no change
+STILL = 0.02  # nats: smaller changes count as none
 BINS = 25
 POINTS = 300  # of a training curve; more are averaged
 
 
 def gain_by_decile(base_entropy: np.ndarray, base_nll: np.ndarray, gain: np.ndarray) -> str:
-    """Mean gain in every tenth of the tokens, by the entropy of the prediction without thoughts; all [tokens], nats."""
+    """Mean gain per tenth of the tokens, sorted by entropy of the prediction without thoughts; all [tokens], nats."""
     order = np.argsort(base_entropy, kind="stable")
     parts = [part for part in np.array_split(order, DECILES) if part.size]
     means = [float(gain[part].mean()) for part in parts]
@@ -50,7 +50,7 @@ def gain_by_decile(base_entropy: np.ndarray, base_nll: np.ndarray, gain: np.ndar
 
 
 def reward_histogram(rewards: np.ndarray, tokens_ahead: int) -> str:
-    """Rewards [thoughts] in nats; those of almost no change are said in words, or they would hide the others."""
+    """Histogram of rewards [thoughts] in nats; rewards near 0 are only in the caption: they would hide the others."""
     still = np.abs(rewards) < STILL
     moved = rewards[~still]
     ahead = "the next token" if tokens_ahead == 1 else f"the next {tokens_ahead} tokens"
@@ -63,7 +63,7 @@ def reward_histogram(rewards: np.ndarray, tokens_ahead: int) -> str:
 
 
 def weight_histogram(weights: np.ndarray) -> str:
-    """Mixing weights [thoughts]."""
+    """Histogram of mixing weights [thoughts]."""
     low, high = (float(x) for x in np.quantile(weights, [0.25, 0.75]))
     caption = (
         "After a thought, the model mixes two predictions: the one it would have made anyway, and the one the "
@@ -144,7 +144,7 @@ def _curve(
 
 
 def _held_out(records: Sequence[Mapping[str, Any]]) -> str:
-    """The last evaluation of every phase."""
+    """Table of the last evaluation of every phase."""
     last = {record["phase"]: record for record in records}
     columns: list[tuple[str, str, Callable[[float], str]]] = [
         ("loss without thoughts", "loss_without_thoughts", lambda x: number(x, 4)),

@@ -1,4 +1,4 @@
-"""From what a command line names to a page."""
+"""Builds the pages that the command line `quietstar_jax.report` writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SYNTHETIC_TEXT = (
 
 @dataclasses.dataclass(frozen=True)
 class TextOptions:
-    """Which text, and how the model thinks about it; see `python -m quietstar_jax.report --help`."""
+    """Which text, and how the model thinks in it; see `python -m quietstar_jax.report --help`."""
 
     data: tuple[str, ...]
     documents: int = 20
@@ -45,7 +45,7 @@ class TextOptions:
     data_dir: str = ""
 
     def check(self) -> None:
-        """Raises ConfigError for what cannot be."""
+        """Raises ConfigError for impossible values."""
         at_least = dict(
             documents=1, max_tokens=2, sequence_length=3, thought_length=1, tokens_ahead=1, samples=0, seed=0
         )
@@ -62,10 +62,10 @@ class TextOptions:
 
 
 def report_checkpoint(path: str, options: TextOptions, step: int | None = None) -> str:
-    """The page of a model that has learned to think.
+    """Returns the page of a model that has learned to think.
 
     Raises:
-      UserError: it has not, or it or the text cannot be read.
+      UserError: the model has not, or the model or the text cannot be read.
     """
     options.check()
     model = load_model(path, step=step)
@@ -93,12 +93,12 @@ def report_checkpoint(path: str, options: TextOptions, step: int | None = None) 
 
 
 def report_study(root: Path) -> str:
-    """The page of a study."""
+    """Returns the page of a study."""
     return study_page(read_results(root), str(root))
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """Training records of a run; `folder` may be its workdir, or the checkpoints in it."""
+    """Training records of a run; `folder` may be its workdir, or the checkpoints folder in it."""
     return read_metrics(folder / "metrics.jsonl") or read_metrics(folder.parent / "metrics.jsonl")
 
 

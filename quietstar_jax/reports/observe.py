@@ -1,4 +1,4 @@
-"""What a model thinks of given texts: several thoughts at every position, and what each was worth."""
+"""Samples several thoughts at every position of given texts, and scores each of them."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, entropy, here_and_ahead, read_text
 from quietstar_jax.training.step import Batch, to_device
 
-LIKELIEST = 5  # next tokens that are kept
-ROWS = 8  # windows at once
+LIKELIEST = 5  # number of next tokens that are kept
+ROWS = 8  # windows per batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A stretch of a document that the model reads from its beginning."""
+    """A span of a document, which the model reads without the text before it."""
 
     document: int
     tokens: np.ndarray  # int32 [tokens], at least two
 
 
 class Observation(NamedTuple):
-    """One window of n tokens. Entry j of the n - 1 along an axis speaks of token j + 1, before which the model thought.
+    """One window of n tokens. Entry j of an axis n - 1 describes token j + 1, before which the model thought.
 
-    R thoughts, the first greedy, the others sampled; T tokens each.
+    There are R thoughts of T tokens, the first greedy, the others sampled.
 
     Attributes:
       base_nll, base_entropy: [n-1] loss and entropy of the prediction without thoughts.
-      nll: [n-1, R] of the same token with each thought.
+      nll: [n-1, R] loss of the same token with each thought.
       reward: [n-1, R] nats by which the thought made the next K tokens more likely.
       weight: [n-1, R] mixing weight; thoughts: [n-1, R, T] ids.
       base_ids, base_probabilities, ids, probabilities: [n-1, LIKELIEST] the likeliest next tokens without a thought,
@@ -62,12 +62,12 @@ class Observation(NamedTuple):
 
 
 def cut_windows(model: LoadedModel, source: Documents, *, documents: int, max_tokens: int, length: int) -> list[Window]:
-    """The first documents in windows of at most `length` tokens, until there are `max_tokens`.
+    """Cuts the first documents into windows of at most `length` tokens, up to `max_tokens` in all.
 
     Every document begins and ends as in training.
 
     Raises:
-      DataError: there is not a single token to predict.
+      DataError: there is no token to predict.
     """
     found, left = [], max_tokens
     for number in range(min(documents, len(source))):
@@ -84,10 +84,10 @@ def cut_windows(model: LoadedModel, source: Documents, *, documents: int, max_to
 
 
 def longest_window(model: LoadedModel, settings: ThoughtSettings, wanted: int) -> int:
-    """Tokens of a window: what is wanted, or what the model's positions leave room for beside a thought.
+    """Returns the tokens of a window: `wanted`, or fewer if the model has too few positions for them and a thought.
 
     Raises:
-      ConfigError: they leave no room.
+      ConfigError: the thoughts leave no positions for text.
     """
     room = model.architecture.max_positions - settings.thought_length - settings.tokens_ahead - 1
     if room < 2:
@@ -123,7 +123,7 @@ def observe(
 def _look(
     model: LoadedModel, params: Any, batch: Batch, key: jax.Array, settings: ThoughtSettings, samples: int
 ) -> Observation:
-    """Arrays [B, L, ..] for a batch of windows."""
+    """Returns arrays [B, L, ..] for a batch of windows."""
     weights = merge(model.graphdef, params)
     text = read_text(weights.decoder, *batch, dtype=settings.dtype)
     rows, length = batch.tokens.shape

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: it loads nothing, and says so to the browser."""
+"""One self-contained HTML page, which loads nothing and forbids the browser to load anything."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.io import write_text
 
-# A browser that obeys this fetches nothing, whatever stands in the page.
+# A browser that follows this policy fetches nothing, whatever the page contains.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def render(title: str, body: str, data: Mapping[str, Any] | None = None) -> str:
-    """The page.
+    """Returns the page.
 
     Args:
-      body: HTML, its texts escaped; data: for the page's script, which then runs.
+      body: HTML with escaped texts; data: for the page's script, which is included only with data.
     """
     script = ""
     if data is not None:
@@ -36,18 +36,18 @@ def render(title: str, body: str, data: Mapping[str, Any] | None = None) -> str:
 
 
 def for_script(value: Any) -> str:
-    """JSON that may stand between script tags: no text in it can end them."""
+    """Encodes JSON for a script element, which no text in it can close."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def figure(title: str, drawing: str, caption: str) -> str:
-    """A drawing with a title and a caption in plain words; both escaped here."""
+    """Returns a drawing with a title and a caption, which are escaped here."""
     said = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f"<figure><h3>{escape(title)}</h3>{drawing}{said}</figure>"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of texts, escaped here."""
+    """Returns a table of texts, which are escaped here."""
 
     def cells(name: str, texts: list[str]) -> str:
         return "<tr>" + "".join(f"<{name}>{escape(text)}</{name}>" for text in texts) + "</tr>"
@@ -57,7 +57,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def tiles(items: list[tuple[str, str]]) -> str:
-    """Key figures: (figure, what it is)."""
+    """Returns tiles of key figures, from pairs (figure, description)."""
     inner = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in items
     )
@@ -65,10 +65,10 @@ def tiles(items: list[tuple[str, str]]) -> str:
 
 
 def write_page(path: Path, html: str, flag: str = "--output") -> None:
-    """Writes the file whole or not at all; `flag` is what its path was given as, for the message.
+    """Writes the file completely or not at all; `flag` is the flag of its path, for messages.
 
     Raises:
-      ConfigError: it cannot be written.
+      ConfigError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,5 +78,5 @@ def write_page(path: Path, html: str, flag: str = "--output") -> None:
 
 
 def asset(name: str) -> str:
-    """A file that lies beside this one."""
+    """Returns the text of a file of this package."""
     return resources.files(__package__).joinpath(name).read_text("utf-8")

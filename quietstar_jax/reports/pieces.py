@@ -1,4 +1,4 @@
-"""Tokens as people can read them, one by one, also where a token is only part of a character."""
+"""Readable texts of single tokens, even where a token is only part of a character."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from quietstar_jax.data.tokenization import Tokenizer
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for bytes that are no whole character
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # the decoded text of bytes that are not a whole character
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level BPE
 
 
 class Pieces:
-    """The text of every token in its place."""
+    """Converts token ids to one readable text per token."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        # Decoders treat the first token differently: they strip its space, or put one before all others. So every
-        # token is decoded after another one, and that one's text taken off.
+        # Decoders treat the first token differently: they strip its space, or add one before all others. Every token
+        # is therefore decoded after an anchor token, whose text is then removed.
         self._anchor = tokenizer.encode("a")[:1] or [tokenizer.eos_id]
         self._anchor_text = tokenizer.decode(self._anchor)
-        # Without a decoder, the vocabulary is of words, and spaces between them belong to nobody.
+        # Without a decoder, tokens are words, and the spaces between them are not part of any token.
         self.words = tokenizer.fast.backend_tokenizer.decoder is None
         self._single = functools.lru_cache(maxsize=None)(self._decode_one)
 
     def __call__(self, ids: Sequence[int]) -> list[str]:
-        """One text per token; put together they are the text. A character that several tokens spell out stands with the
-        last of them; the others are shown as their bytes: `⟨E2⟩`."""
+        """Returns one text per token; joined, they are the whole text. A character that several tokens make up is shown
+        with the last of them; the others are shown as their bytes: `⟨E2⟩`."""
         texts: list[str] = []
         run: list[int] = []  # tokens since the last whole one
         shown = ""  # whole characters that they have made
@@ -48,7 +48,7 @@ class Pieces:
         return texts
 
     def alone(self, token: int) -> str:
-        """One token out of its context."""
+        """Returns the text of one token without its context."""
         text = self._single(int(token))
         return self._bytes(int(token)) if BROKEN in text else text
 
@@ -59,7 +59,7 @@ class Pieces:
         return self._tokenizer.decode([*self._anchor, *ids]).removeprefix(self._anchor_text)
 
     def _bytes(self, token: int) -> str:
-        """The bytes with which a token begins or goes on with a character but does not end it."""
+        """The bytes of a character that a token begins or continues but does not complete."""
         spelled = self._tokenizer.fast.backend_tokenizer.id_to_token(token) or ""
         fallback = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", spelled)
         if fallback:
@@ -72,7 +72,7 @@ class Pieces:
 
 
 def visible(text: str) -> str:
-    """Text in which what cannot be seen has a sign: line breaks `↵`, tabs `→`, control and direction characters."""
+    """Replaces invisible characters with signs: line breaks `↵`, tabs `→`, control and direction characters."""
     out = []
     for character in text:
         code = ord(character)

@@ -1,4 +1,4 @@
-"""The page of a study: every variant with every seed, and what the differences are worth."""
+"""The HTML page of a study: every variant with every seed, and the significance of the differences."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from quietstar_jax.reports.page import figure, render, table
 from quietstar_jax.reports.svg import Chart, number
 
-ROW = 30  # pixels of a variant
+ROW = 30  # pixels per variant
 
 
 def study_page(results: Mapping[str, Any], where: str) -> str:
-    """The page as HTML, from what `studies.results.collect` gives."""
+    """Returns the page as HTML, from the result of `studies.results.collect`."""
     study, runs, rows = results["study"], results["runs"], results["rows"]
     baseline = study["baseline"]
     variants = [name for name in study["variants"] if any(run["variant"] == name for run in runs)]
@@ -91,7 +91,7 @@ def _differences(
     }
     shown = [0.0, *(x for found in pairs.values() for x in found.values())]
     wide = [own[variant] for variant in others if own[variant]["low"] is not None and own[variant]["pairs"] > 2]
-    shown += [row[end] for row in wide for end in ("low", "high")]  # those of two pairs would hide all else
+    shown += [row[end] for row in wide for end in ("low", "high")]  # intervals of two pairs would hide all else
     chart = _rows_chart(f"{metric}, differences", others, shown, right=140)
     chart.line([(0, 0), (0, len(others))], "reference")
     for place, variant in enumerate(others):
@@ -141,7 +141,7 @@ def _cell(row: Mapping[str, Any] | None) -> str:
 
 
 def _settings(study: Mapping[str, Any], runs: Sequence[Any]) -> str:
-    """What each variant changes, and whose first phases it took over."""
+    """Table of what each variant changes, and of the run whose first phases it reused."""
     lines = []
     for variant, settings in study["variants"].items():
         changed = ", ".join(f"{name} = {value}" for name, value in settings.items()) or "nothing"

@@ -1,4 +1,4 @@
-"""Charts as inline SVG. Colours are classes of the page's style sheet, so they follow its light and dark."""
+"""Charts as inline SVG. Colours are classes of the page's style sheet, so they follow its light and dark modes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Chart:
         self, label: str, x: Range, y: Range, *, width: int = 420, height: int = 260, left: int = 58, right: int = 12,
         top: int = 12, bottom: int = 46,
     ):  # fmt: skip
-        """Args: label: what the chart shows, for those who cannot see it; x, y: values at the ends of the axes."""
+        """Args: label: text alternative of the chart; x, y: values at the ends of the axes."""
         self._label, self.x, self._y = label, _wide(x), _wide(y)
         self._width, self._height = width, height
         self._left, self._right, self._top, self._bottom = left, width - right, top, height - bottom
@@ -24,14 +24,14 @@ class Chart:
         self._marks: list[str] = []
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Values to pixels; what lies outside is drawn at the edge."""
+        """Converts values to pixels; values outside the axes are moved to the edge."""
         return (
             _between(x, self.x, self._left, self._right),
             _between(y, self._y, self._bottom, self._top),
         )
 
     def x_axis(self, title: str, ticks: Sequence[tuple[float, str]] | None = None) -> Chart:
-        """Ticks (value, text) along the bottom; by default at round values."""
+        """Adds ticks (value, text) along the bottom; by default at round values."""
         for value, text in nice_ticks(self.x, self._about) if ticks is None else ticks:
             x, _ = self.at(value, self._y[0])
             self._marks.append(_text(x, self._bottom + 16, text, "tick", "middle"))
@@ -40,7 +40,7 @@ class Chart:
         return self
 
     def y_axis(self, title: str = "") -> Chart:
-        """Grid lines at round values."""
+        """Adds horizontal grid lines at round values."""
         for value, text in nice_ticks(self._y, 5):
             _, y = self.at(0, value)
             kind = "zero" if value == 0 else "grid"
@@ -53,59 +53,59 @@ class Chart:
         return self
 
     def x_grid(self) -> Chart:
-        """Vertical grid lines at round values."""
+        """Adds vertical grid lines at round values."""
         for value, _ in nice_ticks(self.x, self._about):
             x, _ = self.at(value, 0)
             self._marks.append(_line(x, self._top, x, self._bottom, "grid"))
         return self
 
     def y_names(self, names: Sequence[tuple[float, str]]) -> Chart:
-        """Names (value, text) down the left side."""
+        """Adds names (value, text) along the left side."""
         for value, name in names:
             _, y = self.at(0, value)
             self._marks.append(_text(self._left - 10, y + 4, name, "name", "end"))
         return self
 
     def beside(self, y: float, text: str) -> Chart:
-        """Words to the right of the plot."""
+        """Adds text to the right of the plot."""
         self._marks.append(_text(self._right + 10, self.at(0, y)[1] + 4, text, "strong", "start"))
         return self
 
     def bar(self, x0: float, x1: float, y: float, kind: str, tip: str) -> Chart:
-        """A bar from 0 to y between x0 and x1."""
+        """Adds a bar from 0 to y between x0 and x1."""
         (left, top), (right, bottom) = self.at(x0, max(y, 0)), self.at(x1, min(y, 0))
         box = f'x="{left + 1:.1f}" y="{top:.1f}" width="{max(right - left - 2, 1):.1f}" height="{bottom - top:.1f}"'
         self._marks.append(f'<rect class="{kind}" {box} rx="1.5"><title>{escape(tip)}</title></rect>')
         return self
 
     def line(self, points: Sequence[tuple[float, float]], kind: str, tip: str = "") -> Chart:
-        """A line through points, from left to right."""
+        """Adds a line through points."""
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (self.at(*point) for point in points))
         title = f"<title>{escape(tip)}</title>" if tip else ""
         self._marks.append(f'<polyline class="{kind}" points="{path}">{title}</polyline>')
         return self
 
     def dot(self, x: float, y: float, kind: str, tip: str, radius: float = 4) -> Chart:
-        """A round mark."""
+        """Adds a round mark."""
         cx, cy = self.at(x, y)
         place = f'cx="{cx:.1f}" cy="{cy:.1f}" r="{radius}"'
         self._marks.append(f'<circle class="{kind}" {place}><title>{escape(tip)}</title></circle>')
         return self
 
     def text(self, x: float, y: float, text: str, kind: str = "tick", anchor: str = "middle", dy: float = 0) -> Chart:
-        """Words at a place, `dy` pixels below it."""
+        """Adds text `dy` pixels below a point."""
         px, py = self.at(x, y)
         self._marks.append(_text(px, py + dy, text, kind, anchor))
         return self
 
     def svg(self) -> str:
-        """The drawing."""
+        """Returns the drawing as SVG."""
         head = f'<svg viewBox="0 0 {self._width} {self._height}" role="img" aria-label="{escape(self._label)}">'
         return head + "".join(self._marks) + "</svg>"
 
 
 def nice_ticks(span: Range, about: int) -> list[tuple[float, str]]:
-    """Round values within a span, with their texts."""
+    """Returns round values within a span, with their texts."""
     low, high = sorted(_wide(span))
     step = 10 ** math.floor(math.log10((high - low) / about))
     step *= min((1, 2, 5, 10), key=lambda factor: abs((high - low) / (step * factor) - about))
@@ -115,13 +115,13 @@ def nice_ticks(span: Range, about: int) -> list[tuple[float, str]]:
 
 
 def number(value: float, digits: int) -> str:
-    """A number with a true minus sign and none before zero."""
+    """Formats a number with a true minus sign, and zero without one."""
     text = f"{value:,.{digits}f}"
     return text.lstrip("-") if float(text.replace(",", "")) == 0 else text.replace("-", "−")
 
 
 def _wide(span: Range) -> Range:
-    """A span that is not a point."""
+    """Widens a span that is a single point."""
     low, high = span
     return span if high != low else (low - 0.5, high + 0.5)
 

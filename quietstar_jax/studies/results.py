@@ -1,4 +1,4 @@
-"""What a study has come to so far, from its folders; and the file that says it to programs."""
+"""Collects the results of a study from its folders, and writes them for programs and as a table."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ RESULTS, TABLE = "study.json", "table.md"
 
 
 def collect(study: Study, runs: Sequence[PlannedRun]) -> dict[str, Any]:
-    """All finished runs and their comparison, ready for JSON.
+    """Returns all finished runs and their comparison, as JSON values.
 
     Keys: `study` (its fields), `runs` (one entry per finished run: `variant`, `seed`, `workdir`, `config_hash` of the
-    configuration that the figures come from, `begun_from` the run whose first phases it took over or None, `figures`
-    all numbers of its summary), `missing` (`variant`, `seed` of the others) and `rows` (see `table.compare`).
+    configuration that the figures come from, `begun_from` the run whose first phases it reused or None, `figures` all
+    numbers of its summary), `missing` (`variant`, `seed` of the others) and `rows` (see `table.compare`).
     """
     finished, missing = [], []
     results: dict[str, dict[int, dict[str, Any]]] = {variant: {} for variant in study.variants}
@@ -60,10 +60,10 @@ def write_results(root: Path, results: dict[str, Any]) -> str:
 
 
 def read_results(root: Path) -> dict[str, Any]:
-    """What `write_results` wrote.
+    """Reads what `write_results` wrote.
 
     Raises:
-      DataError: there is nothing, or something else.
+      DataError: the file is missing, or does not contain the results of a study.
     """
     try:
         results: dict[str, Any] = json.loads((root / RESULTS).read_text("utf-8"))

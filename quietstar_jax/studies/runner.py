@@ -1,4 +1,4 @@
-"""Runs a study: every run once, resumed where it stopped, begun from the phases that another run has already done."""
+"""Runs a study: every run once; a run resumes where it stopped, or starts from phases that another run has done."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PlannedRun:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What it came to; None until it has finished with this configuration."""
+        """The summary of the run; None until it has finished with this configuration."""
         try:
             summary: dict[str, Any] = json.loads((self.workdir / "summary.json").read_text("utf-8"))
             return summary if summary["config_hash"] == config_hash(self.config) else None
@@ -46,8 +46,8 @@ class PlannedRun:
 
 
 def plan(study: Study, root: Path) -> list[PlannedRun]:
-    """All runs, in order: seed by seed, so that an unfinished study is complete for its first seeds; the baseline
-    first, since most variants can begin from it.
+    """Returns all runs, in order: seed by seed, so that an unfinished study is complete for its first seeds; the
+    baseline first, since most variants can start from it.
 
     Raises:
       ConfigError: a variant cannot be run.
@@ -58,14 +58,14 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
 
 
 def run_study(runs: Sequence[PlannedRun], wanted: Callable[[PlannedRun], bool], say: Say) -> Iterator[PlannedRun]:
-    """Runs what is wanted and not finished, one after another, each in a process of its own.
+    """Executes the runs that are wanted and not finished, one after another, each in its own process.
 
-    A run begins where it stopped. One that has not begun takes over the phases that another run of its seed has done
-    with the same settings: it starts with a copy of that run's checkpoint, and comes to the same as from scratch, bit
-    for bit. A run that fails is reported, and the others still run.
+    A run resumes where it stopped. A new run reuses the phases that another run with its seed has done with the same
+    settings: it starts from a copy of that run's checkpoint, with the same result as from scratch, bit for bit. A run
+    that fails is reported, and the others are still executed.
 
     Yields:
-      every run that was tried, once it has ended.
+      every run that was started, once it has ended.
     """
     for run in filter(wanted, runs):
         run.workdir.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def run_study(runs: Sequence[PlannedRun], wanted: Callable[[PlannedRun], bool], 
                 status_of_run = _run(run.command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,))
             if status_of_run or run.summary is None:
                 status = f"FAILED with status {status_of_run}"
-                if not status_of_run:  # the files of a study, or this program, changed while it ran
+                if not status_of_run:  # the study's files, or this program, changed during the run
                     status = "ended, but its summary.json is not of this configuration: run the study again"
                 say(f"{run.variant}, seed {run.seed} {status}; see {run.workdir / 'log.txt'}")
         yield run
@@ -87,9 +87,9 @@ def run_study(runs: Sequence[PlannedRun], wanted: Callable[[PlannedRun], bool], 
 
 @contextlib.contextmanager
 def _alone(workdir: Path, say: Say) -> Iterator[int]:
-    """Holds the work directory; gives a file descriptor that holds it for as long as any process has it open.
+    """Locks the work directory; yields a file descriptor that keeps the lock as long as any process has it open.
 
-    A study that was killed may have left a training process behind: whoever comes next waits for it.
+    A killed study may have left a training process running: the next study waits for it.
     """
     with locked(
         workdir / "lock", lambda: say(f"{workdir} is in use by another process; waiting until it ends.")
@@ -98,7 +98,7 @@ def _alone(workdir: Path, say: Say) -> Iterator[int]:
 
 
 def _run(command: Sequence[str], **options: Any) -> int:
-    """The status of a training process. Where the study is asked to stop, the process is too, and saves first."""
+    """Runs a training process and returns its status. If the study is stopped, so is the process, which saves first."""
     with subprocess.Popen(command, **options) as process:
         try:
             return process.wait()
@@ -113,7 +113,7 @@ def _saved_steps(workdir: Path) -> list[int]:
 
 
 def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say) -> None:
-    """Copies the checkpoint at the end of the longest shared stretch of phases, where there is one."""
+    """Copies the checkpoint at the end of the longest shared sequence of phases, if there is one."""
     best: tuple[int, PlannedRun, dict[str, Any]] | None = None
     for other in others:
         for step in set(_saved_steps(other.workdir)) & set(_phase_ends(run.config)):
@@ -124,7 +124,7 @@ def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say)
     if best is None:
         return
     step, other, saved = best
-    # Figures that the other run measured stand only where this one would have measured the same.
+    # Figures that the other run measured are kept only if this run would have measured the same.
     measured = [line for line in differences(saved, to_mapping(run.config)) if line.startswith(MEASUREMENT + THINKING)]
     same = not measured and _evaluated_length(saved) == run.config.evaluation_thought_length
     records = [
@@ -138,7 +138,7 @@ def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(other.workdir / "checkpoints" / str(step), partial)
     (run.workdir / "checkpoints").mkdir(exist_ok=True)
-    os.rename(partial, run.workdir / "checkpoints" / str(step))  # last: until now the run has not begun
+    os.rename(partial, run.workdir / "checkpoints" / str(step))  # last: only now has the run begun
     say(f"{run.variant}, seed {run.seed} begins from step {step} of {other.variant}")
 
 
@@ -151,10 +151,10 @@ def _phase_ends(config: Config) -> list[int]:
 
 
 def _saved_config(workdir: Path, step: int) -> dict[str, Any] | None:
-    """The configuration that a checkpoint was written with; None where it cannot be read."""
+    """The configuration that a checkpoint was written with; None if it cannot be read."""
     try:
         record = json.loads((workdir / "checkpoints" / str(step) / "config" / "metadata").read_text("utf-8"))
-        config: dict[str, Any] = record["config"]  # as it was written: what it lacks tells of an earlier version
+        config: dict[str, Any] = record["config"]  # as written: settings that it lacks indicate an earlier version
         from_mapping(Config, config)
     except (OSError, ValueError, KeyError, ConfigError):
         return None
@@ -162,7 +162,7 @@ def _saved_config(workdir: Path, step: int) -> dict[str, Any] | None:
 
 
 def _same_until(saved: Mapping[str, Any], wanted: Config, step: int) -> bool:
-    """Whether the saved run did exactly the phases of the wanted one up to this step, which ends a phase of both."""
+    """Whether the saved run did exactly the phases of the wanted run up to this step, at which a phase of both ends."""
     if step not in _phase_ends(from_mapping(Config, saved)):
         return False
     return not incompatible_changes(saved, to_mapping(wanted), step)

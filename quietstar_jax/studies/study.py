@@ -1,4 +1,4 @@
-"""What a study is: variants of one configuration, each with every seed."""
+"""The definition of a study: variants of one configuration, each with every seed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Study:
     """Variants of a configuration, each run with every seed.
 
     Attributes:
-      base: configuration file that all start from.
+      base: configuration file that all variants change.
       variants: name -> settings that differ, as on the command line: {"phases[1].steps": 0}.
       baseline: the variant that the others are compared with.
-      seeds: at least two, so that there is something to compare; a paired test wants more.
+      seeds: a paired test needs at least two, and preferably more.
       metrics: names in `summary.json`.
     """
 
@@ -37,10 +37,10 @@ class Study:
 
 
 def load_study(path: str) -> Study:
-    """The `get_study()` of a Python file.
+    """Returns the study from `get_study()` of a Python file.
 
     Raises:
-      ConfigError: it is missing, has no such function, or does not fit together.
+      ConfigError: the file is missing or has no such function, or the study is inconsistent.
     """
     study = call_function(path, "get_study")
     if not isinstance(study, Study):
@@ -73,19 +73,19 @@ def _are(values: Any, kind: type) -> bool:
 
 
 def settings(study: Study, variant: str, seed: int, workdir: Path) -> dict[str, Any]:
-    """What one run sets on top of the base."""
+    """Returns the settings of one run on top of the base."""
     own = {"workdir": str(workdir), "seed": seed, "logging.progress_bar": False, "checkpoint.keep_phase_ends": True}
     return own | dict(study.variants[variant])
 
 
 def command(study: Study, variant: str, seed: int, workdir: Path) -> list[str]:
-    """The command line of one run."""
+    """Returns the command line of one run."""
     overrides = [f"--config.{name}={value}" for name, value in settings(study, variant, seed, workdir).items()]
     return [sys.executable, "-m", "quietstar_jax.train", "--config", study.base, *overrides]
 
 
 def configuration(study: Study, variant: str, seed: int, workdir: Path) -> Config:
-    """What that command line trains with.
+    """Returns the configuration that the `command` of a run trains with.
 
     Raises:
       ConfigError: a setting of the variant is unknown or impossible.

@@ -12,12 +12,12 @@ Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # variant -> seed -> su
 
 
 def compare(results: Results, baseline: str, metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """One row per variant and metric.
+    """Returns one row per variant and metric.
 
     Keys: `variant`, `metric`, `runs`, `mean`, `standard_error`; and against the baseline, over the `pairs` of runs with
     the same seed: `difference` (mean), `low` and `high` (its 95 % confidence interval by Student's t), and `p_value` of
-    a paired two-sided t-test. None where there are too few runs; the last three also where all pairs differ by exactly
-    the same, which leaves no scatter to test against (without any difference, p is 1).
+    a paired two-sided t-test. They are None if there are too few runs; the last three also if all pairs differ by the
+    same amount, which leaves no variance to test against (without any difference, p is 1).
     """
     rows = []
     for variant, runs in results.items():
@@ -42,7 +42,7 @@ def compare(results: Results, baseline: str, metrics: Sequence[str]) -> list[dic
 
 
 def paired_test(differences: np.ndarray) -> dict[str, Any]:
-    """The fields of `compare` that speak of pairs, from one difference per pair."""
+    """Returns the fields of `compare` that describe pairs, from one difference per pair."""
     pairs = len(differences)
     found: dict[str, Any] = {"pairs": pairs, "difference": float(differences.mean()) if pairs else None}
     found |= dict.fromkeys(("low", "high", "p_value"))
@@ -58,7 +58,7 @@ def paired_test(differences: np.ndarray) -> dict[str, Any]:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], baseline: str) -> str:
-    """Markdown: variants down, metrics across; `mean ± standard error (p)` against the baseline."""
+    """Formats a Markdown table: variants in rows, metrics in columns; `mean ± standard error (p)` against the baseline."""
     cells = {(row["variant"], row["metric"]): row for row in rows}
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     lines = ["| variant | n | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]

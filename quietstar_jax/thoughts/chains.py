@@ -1,4 +1,4 @@
-"""Thought chains through the decoder: what a token of a thought may see, in parallel and one step at a time.
+"""Runs thought chains through the decoder, all tokens in parallel or one step at a time.
 
 Chain (j, r) is `start, t_1 .. t_T, end, x[j+1] .. x[j+K-1]` at rotary positions j+1, j+2, ... Its token c sees the
 base keys 0 .. j that are real text of the document of token j, and tokens 0 .. c of its own chain; never another chain.
@@ -21,11 +21,11 @@ def chain_pass(
     decoder: Decoder, embeddings: jax.Array, positions: jax.Array, prefix: KeyValues, mask: jax.Array,
     starts: jax.Array | None = None, *, rematerialize: bool = False, prefix_attention: str = "auto",
 ) -> tuple[jax.Array, Layers]:  # fmt: skip
-    """All tokens of all chains of J positions at once.
+    """Runs all tokens of the chains of J positions in parallel.
 
     Args:
       embeddings: [B, R, J, C, D]; positions: [J] or [B, J]; prefix: [layers, B, P, G, H]; mask: [B, P] bool.
-      starts: [B, P] int32, the first token of the document of each; None = each row is one document.
+      starts: [B, P] int32, for each token the first token of its document; None = each row is one document.
       rematerialize, prefix_attention: as in `ModelConfig`.
 
     Returns:
@@ -43,12 +43,12 @@ def chain_pass(
 
 
 def _first(starts: jax.Array | None, positions: jax.Array) -> jax.Array | None:
-    """The first token of the document of each chain, [B, J]."""
+    """Returns the first token of the document of each chain, [B, J]."""
     return None if starts is None else here_and_ahead(starts, positions, 1)[..., 0]
 
 
 def empty_chains(decoder: Decoder, batch: int, count: int, positions: int, length: int, dtype: jnp.dtype) -> KeyValues:
-    """Keys and values [layers, B, G, R, J, length, H] of chains that have not begun."""
+    """Returns zero keys and values [layers, B, G, R, J, length, H], for chains without tokens."""
     a = decoder.architecture
     shape = (a.num_layers, batch, a.num_kv_heads, count, positions, length, a.head_dim)
     return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
@@ -58,7 +58,7 @@ def chain_step(
     decoder: Decoder, embeddings: jax.Array, offset: jax.Array, positions: jax.Array, prefix: KeyValues,
     mask: jax.Array, own: KeyValues, starts: jax.Array | None = None, *, prefix_attention: str = "auto",
 ) -> tuple[jax.Array, KeyValues]:  # fmt: skip
-    """The next token of every chain.
+    """Runs one token of every chain.
 
     Args:
       embeddings: [B, R, J, D]; offset: scalar c of these tokens; positions, prefix, mask, starts, prefix_attention: as

@@ -1,4 +1,12 @@
-"""Positions in chunks: chains of different positions are independent, so only some are in memory at once."""
+"""Maps and sums over chunks of positions, so that only the chains of one chunk are in memory at a time.
+
+Chains of different positions are independent. With 14 positions, chunks of 4 and 2 devices along the position axis,
+`chunk_starts` returns starts [0, 8] and offsets [0, 4]; a device processes the chunk at start + its offset:
+
+    position    0  1  2  3 | 4  5  6  7 | 8  9 10 11 |12 13  .  .     . = PAST_THE_TEXT
+    start       0            0            8            8
+    device      0            1            0            1
+"""
 
 from __future__ import annotations
 
@@ -14,14 +22,14 @@ from quietstar_jax.thoughts.attention.prefix_xla import KEY_BLOCK
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 Tree = TypeVar("Tree")
-PAST_THE_TEXT = 2**30  # a position that no text has
+PAST_THE_TEXT = 2**30  # position that fills incomplete chunks; no text is this long
 
 
 def chunk_starts(count: int, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Where each chunk of `count` positions begins, and how far each device's own chunk lies behind it.
+    """Returns where chunks of `count` positions start, and the offset of each device's chunk from a start.
 
-    Devices along the position axis take neighbouring chunks, so that all have about as much text before their
-    thoughts. The last chunks may reach past the positions.
+    Devices along the position axis process neighbouring chunks, so that their prefixes are about equally long. The
+    last chunks may extend past the positions.
 
     Returns:
       ([chunks per device], [devices along the position axis]) int32.
@@ -31,13 +39,13 @@ def chunk_starts(count: int, chunk: int) -> tuple[jax.Array, jax.Array]:
 
 
 def take_positions(positions: jax.Array, start: jax.Array, chunk: int) -> jax.Array:
-    """A chunk of positions [J] or [B, J]; `PAST_THE_TEXT`, which counts for nothing, where there are no more."""
+    """Returns a chunk of positions [J] or [B, J]; past their end, `PAST_THE_TEXT`, which contributes nothing."""
     index = start + jnp.arange(chunk)
     return jnp.take(positions, index, axis=-1, mode="fill", fill_value=PAST_THE_TEXT)
 
 
 def take_chunk(tree: Tree, start: jax.Array, chunk: int, axis: int) -> Tree:
-    """Entries start .. start + chunk - 1 along the position axis of every array; zeros past the end."""
+    """Returns entries start .. start + chunk - 1 along the position axis of every array; zeros past the end."""
     index = start + jnp.arange(chunk)
     return jax.tree.map(lambda x: jnp.take(x, index, axis=axis, mode="fill", fill_value=0), tree)
 
@@ -45,14 +53,14 @@ def take_chunk(tree: Tree, start: jax.Array, chunk: int, axis: int) -> Tree:
 def map_chunks(
     fn: Callable[..., Tree], operands: Any, positions: jax.Array, chunk: int, inputs: Any, *, axis: int
 ) -> Tree:
-    """`fn(operands, positions of a chunk, inputs of these)` for all chunks of positions [J] or [B, J].
+    """Calls `fn(operands, positions of a chunk, inputs of a chunk)` for all chunks of positions [J] or [B, J].
 
     Args:
-      operands: pytree of all arrays that every chunk needs; `fn` may not close over arrays.
+      operands: pytree of all arrays that every chunk needs; `fn` must not close over arrays.
       inputs: pytree of arrays with the positions along `axis`.
 
     Returns:
-      what `fn` gave, joined along `axis`.
+      The results of `fn`, joined along `axis`.
     """
     count = positions.shape[-1]
 
@@ -65,6 +73,9 @@ def map_chunks(
 
         return jax.lax.map(one, starts)
 
+    # `jax.lax.map` stacks the chunks of a device along a new axis 0, and the results of the devices are concatenated
+    # along the position axis, now axis + 1: [starts, ..., devices * chunk, ...]. Axis 0 moves in front of the position
+    # axis, and the two merge into positions in order; the last chunks are cut to `count`.
     def join(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, axis)
         x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
@@ -78,18 +89,24 @@ def sum_chunks(
     fn: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any, Any]], operands: Any, constants: Any, count: int,
     chunk: int, axes: Any = None,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
-    """Sum over chunks of `fn(operands, constants, start) -> (scalar, aux, carried)`, lean to differentiate.
+    """Sums `fn(operands, constants, start) -> (scalar, aux, carried)` over chunks, with the memory of one chunk.
 
-    Each chunk's gradient is taken right after its value, while its activations are at hand, and only the sum of
-    the gradients is kept: no chunk runs twice and the memory is that of one. Possible because the result is a plain
-    sum. Devices along the position axis add their sums up once, at the end.
+    The custom gradient computes each chunk's gradient right after its value, while the activations of the chunk exist,
+    and saves only the sum of the gradients for the backward pass:
+
+        forward    for each chunk i:  value_i, vjp_i = jax.vjp(fn_i);  gradients += vjp_i(1)
+        backward   gradient of the operands = cotangent of the sum * gradients
+
+    This is exact because the result is a plain sum S = f_1 + f_2 + ...: dS/dx is the sum of the df_i/dx, and the
+    scalar cotangent of S factors out. No chunk runs again in the backward pass. The sums of the devices along the
+    position axis are added once, at the end.
 
     Args:
-      fn: `carried` are some of the operands, by name, as `fn` hands them on (see `layer_scan`), or none.
+      fn: `carried` holds some of the operands, by name, as `fn` returns them unchanged (see `layer_scan`), or nothing.
       operands: floating-point arrays (or pytrees of such) by name, to differentiate; constants: pytree that gets no
         gradient.
-      count: positions in all; chunk: how many of them each call takes, from number `start` on.
-      axes: the tree of operands with the logical axes of each array, by which its gradient is laid out; None = free.
+      count: number of all positions; chunk: number of positions of each call, from number `start` on.
+      axes: the tree of operands with the logical axes of each array, which its gradient gets too; None = no constraint.
 
     Returns:
       (sum of the scalars, sum of the aux; no gradient flows through aux).
@@ -117,10 +134,12 @@ def sum_chunks(
                     scalar, aux, carried = fn(operands, constants, start + offset[0])
                     return (scalar, carried), aux
 
+                # The sum so far is the cotangent of the carried operands. As `fn` returns them unchanged, their new
+                # gradient is this sum plus the gradient of the chunk: it replaces the sum. Others are added below.
                 (scalar, carried), back, aux = jax.vjp(value, operands, has_aux=True)
                 (more,) = back((jnp.ones_like(scalar), {name: gradients[name] for name in carried}))
                 more = lay_out(more)
-                # Accumulated in float32 also where the operands are narrower.
+                # Gradients accumulate in float32 even where the operands are narrower.
                 gradients |= {
                     name: x if name in carried else jax.tree.map(_add_wide, gradients[name], x)
                     for name, x in more.items()
@@ -143,21 +162,21 @@ def sum_chunks(
 
 
 def _on_own_positions(fn: Callable[..., Any], out_axes: Any) -> Callable[..., Any]:
-    """`fn(operands, constants, starts, offset)` on every device along the position axis with its own offset [1]."""
+    """Runs `fn(operands, constants, starts, offset)` on each device along the position axis with its own offset [1]."""
     return manual_shard_map(fn, ("position",), ((), (), (), ("positions",)), out_axes)
 
 
 def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, batch: int, length: int) -> int:
-    """How many positions fit the memory budget of `ThoughtConfig.chunk_megabytes` on each device of the mesh.
+    """Returns how many positions fit the memory budget `ThoughtConfig.chunk_megabytes` on each device of the mesh.
 
-    Counts what the backward pass of one chunk keeps of every layer (`models.decoder.REMAT_POLICY`), what it computes
-    again of one, and the logits of thought and talk tokens.
+    Counts the arrays of one chunk that every layer saves for the backward pass (`models.decoder.REMAT_POLICY`), those
+    that are recomputed for one layer at a time, and the logits of thought and talk tokens.
 
     Args:
       batch: B, sequences of a microbatch on the automatic axes of the mesh; length: L.
 
     Returns:
-      a divisor of the positions that think on a device where one is close, so that no chunk is half empty.
+      A divisor of the number of thinking positions per device if one is close to the limit, so that chunks are full.
     """
     config, keys = settings.config, min(KEY_BLOCK, length)
     batch, thinking = (
@@ -172,9 +191,12 @@ def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSetting
         a.intermediate_size // num_shards("mlp"),
         a.vocab_size // num_shards("vocab"),
     )
+    # Bytes of one chain token in one layer. `results` are saved: query, context, key, value; both outputs of width D;
+    # gate and up; the float32 log-sum-exp per head. `again` is recomputed, with float32 scores over a block of keys.
     width, head_values = settings.dtype.itemsize, 2 * (heads + a.num_kv_heads // num_shards("kv_heads")) * a.head_dim
     results = (2 * a.hidden_size + head_values + 2 * mlp) * width + 4 * heads
     again = (6 * a.hidden_size + 4 * mlp) * width + 12 * heads * keys
+    # Every layer saves its input [D]; with `rematerialize`, only one layer at a time has the rest.
     layers = 1 if settings.rematerialize else a.num_layers
     per_token = a.num_layers * a.hidden_size * width + layers * results + again
     logits = 3 * 4 * vocab * (settings.thought_length + 2 * settings.tokens_ahead)
@@ -184,10 +206,11 @@ def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSetting
 def max_sampled_positions_per_chunk(
     architecture: Architecture, settings: ThoughtSettings, batch: int, length: int
 ) -> int:
-    """The same while thoughts are sampled.
+    """Returns how many positions fit the memory budget while thoughts are sampled.
 
-    Each of T steps gathers all weights anew for every chunk, where the mesh has them in parts. There, as many positions
-    as fit without a gradient to come go at once: a position keeps no more than the keys and values of its chains.
+    Where the mesh shards the weights (`fsdp`), each of T steps gathers all weights again for every chunk. Chunks are
+    then as large as fits without a backward pass: a position stores only the keys and values of its chains. Otherwise
+    the result is that of `max_positions_per_chunk`.
     """
     config, ahead = settings.config, max_positions_per_chunk(architecture, settings, batch, length)
     if config.positions_per_chunk or num_shards("embed") == 1:
@@ -204,7 +227,7 @@ def max_sampled_positions_per_chunk(
 
 
 def _fitting(settings: ThoughtSettings, bytes_per_position: int, thinking: int) -> int:
-    """How many of `thinking` positions fit the budget, or a little fewer, so that chunks are full."""
+    """Returns how many positions fit the budget, or the largest divisor of `thinking` that fits if it is close."""
     fitting = max(1, min(thinking, settings.config.chunk_megabytes * 2**20 // bytes_per_position))
     divisor = max(n for n in range(1, fitting + 1) if thinking % n == 0)
     return divisor if 2 * divisor > fitting else fitting

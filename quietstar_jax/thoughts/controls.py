@@ -1,14 +1,14 @@
-"""What thoughts are worth, by putting something else in their place: one setting, `thought.control`.
+"""Controls: replacements for thoughts that measure what thoughts contribute. One setting, `thought.control`.
 
 | control | tokens between start and end |
 |---|---|
 | `none` | the sampled thought |
-| `pause` | the start token again and again: computation without content |
-| `random` | tokens drawn uniformly from the vocabulary: content without sense |
-| `shuffled` | the sampled thought of an earlier position of the same document: sense in the wrong place |
+| `pause` | the first token of `thought.initial_start_token`, repeated: computation without content |
+| `random` | tokens drawn uniformly from the vocabulary: content without meaning |
+| `shuffled` | the sampled thought of an earlier position of the same document: meaning in the wrong place |
 
-They apply in training and in evaluation alike; all else stays as it is. None of them depends on a later token: a
-thought of a later position would have read the tokens that are predicted.
+Controls apply both in training and in evaluation; everything else is unchanged. No control depends on a later token: a
+thought of a later position would have seen the tokens that are predicted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Uniforms(NamedTuple):
 
     Attributes:
       tokens: [B, R, J, T], one number for each thought token.
-      places: [B, R, J], independent of the others: which earlier position's thought `shuffled` takes.
+      places: [B, R, J], independent of `tokens`: selects the earlier position whose thought `shuffled` uses.
     """
 
     tokens: jax.Array
@@ -37,7 +37,7 @@ class Uniforms(NamedTuple):
 
 
 def draw_uniforms(key: jax.Array, shape: tuple[int, int, int, int]) -> Uniforms:
-    """`Uniforms` for thoughts of the shape [B, R, J, T]."""
+    """Draws `Uniforms` for thoughts of shape [B, R, J, T]."""
     return Uniforms(jax.random.uniform(key, shape), jax.random.uniform(jax.random.fold_in(key, 1), shape[:-1]))
 
 
@@ -45,11 +45,11 @@ def sample_or_control(
     model: QuietStar, text: Text, positions: jax.Array, uniforms: Uniforms, settings: ThoughtSettings,
     positions_per_chunk: int, *, greedy: bool = False,
 ) -> Thoughts:  # fmt: skip
-    """The thoughts at J positions of the text, or what the control puts in their place.
+    """Returns the thoughts at J positions of the text, or their replacement under the control.
 
     Args:
       positions: [J] or [B, J], see `positions.choose`.
-      greedy: the most likely tokens instead of drawn ones.
+      greedy: use the most likely tokens instead of drawn ones.
     """
     control = settings.config.control
     if control == "pause":
@@ -66,15 +66,15 @@ def sample_or_control(
 
 
 def random_tokens(uniforms: jax.Array, vocab_size: int, meta_tokens: tuple[int, ...]) -> jax.Array:
-    """Uniform draws [...] from all tokens but the meta tokens, one for each uniform number."""
+    """Returns uniform draws [...] from all tokens except the meta tokens, one for each uniform number."""
     allowed = jnp.array(sorted(set(range(vocab_size)).difference(meta_tokens)), jnp.int32)
     return allowed[jnp.minimum((uniforms * allowed.size).astype(jnp.int32), allowed.size - 1)]
 
 
 def earlier_places(uniforms: jax.Array, real: jax.Array, starts: jax.Array | None = None) -> jax.Array:
-    """For each of J places in ascending order of position an earlier one of its document, all equally likely.
+    """Returns, for each of J places in ascending order of position, an earlier place of its document, uniformly drawn.
 
-    The first real place of a document, which has none before it, and places that are no text keep their own.
+    The first real place of a document has no earlier one and keeps its own, as do places that are not real text.
 
     Args:
       uniforms: [B, R, J]; real: [B, J] bool, the position is text; starts: [B, J] as in `Text`.
@@ -83,8 +83,8 @@ def earlier_places(uniforms: jax.Array, real: jax.Array, starts: jax.Array | Non
       [B, R, J] int32 place numbers.
     """
     count = real.astype(jnp.int32)
-    before = jnp.cumsum(count, axis=1) - count  # real places before each, [B, J] ...
-    skipped = jnp.zeros_like(before)  # ... and of these, those of other documents
+    before = jnp.cumsum(count, axis=1) - count  # number of real places before each, [B, J] ...
+    skipped = jnp.zeros_like(before)  # ... and of those among them in other documents
     if starts is not None:
         begins = jnp.pad(starts[:, 1:] != starts[:, :-1], ((0, 0), (1, 0)))
         skipped = jax.lax.cummax(jnp.where(begins, before, 0), axis=1)

@@ -1,7 +1,7 @@
-"""What a training step costs, counted from its formulas: a multiplication and its addition are two FLOPs.
+"""FLOPs of a training step, from formulas; a multiplication with its addition counts as two FLOPs.
 
-Counted are the matrix products that the algorithm needs at all positions that think, each once: causal halves
-of attention only, one base pass, no padding of chunks, nothing recomputed. Sliding windows are not taken off.
+The count covers the matrix products that the algorithm needs at all positions that think, each once: only the causal
+half of attention, one base pass, no padding of chunks, no recomputation. Sliding windows are not subtracted.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Flops(NamedTuple):
     Attributes:
       base: forward pass over the text with its LM head; sampling: T steps of every chain with their LM head.
       scoring: chains of the forward scoring pass; scoring_heads: LM and mixing heads on them.
-      backward: gradients of base and scoring, twice their forward where all weights learn.
-      recomputation: matrix products that `model.rematerialize` does a second time; not needed by the algorithm.
+      backward: gradients of base and scoring; twice their forward pass if all weights learn.
+      recomputation: matrix products that `model.rematerialize` computes twice; not needed by the algorithm.
     """
 
     base: float
@@ -34,12 +34,12 @@ class Flops(NamedTuple):
 
     @property
     def necessary(self) -> float:
-        """All but recomputation."""
+        """The sum of all parts except recomputation."""
         return sum(self) - self.recomputation
 
 
 def decoder_flops(a: Architecture, keys: float) -> float:
-    """Forward FLOPs of one token in all layers, that attends to so many keys on average."""
+    """Forward FLOPs of one token in all layers, where it attends to `keys` keys on average."""
     width = a.num_heads * a.head_dim
     projections = 2 * a.hidden_size * (2 * width + 2 * a.num_kv_heads * a.head_dim)
     feed_forward = 6 * a.hidden_size * a.intermediate_size
@@ -47,7 +47,7 @@ def decoder_flops(a: Architecture, keys: float) -> float:
 
 
 def phase_flops(config: Config, phase: Phase) -> float:
-    """Necessary FLOPs of all steps of a phase of a run that starts from `model.architecture`."""
+    """Necessary FLOPs of all steps of a phase, in a run that starts from `model.architecture`."""
     a, length = config.model.architecture, config.data.sequence_length
     settings = ThoughtSettings(
         phase.thought_length, phase.num_thoughts, phase.tokens_ahead, phase.policy_weight, config=config.thought
@@ -61,9 +61,10 @@ def step_flops(
 ) -> Flops:
     """FLOPs of one training step on `batch` sequences of `length` tokens.
 
-    Counted is what these settings compute: no sampling where a control needs none, no scores of thought tokens without
-    REINFORCE, no mixing head where nothing is mixed. Backward are the gradients of weights that learn and the way to
-    them: where the decoder is frozen, through the chains to the embeddings of start and end, if these learn.
+    The count covers only what these settings compute: no sampling where the control needs none, no scores of thought
+    tokens without REINFORCE, no mixing head without mixing. The backward pass includes the gradients of weights that
+    learn and the gradients of activations on the path to them: with a frozen decoder, that path is through the chains
+    to the start and end embeddings, if they learn.
     """
     head = 2.0 * a.hidden_size * a.vocab_size
     prefix = (length + 1) / 2
@@ -80,7 +81,7 @@ def step_flops(
             chains * settings.thought_length * (decoder_flops(a, prefix + (settings.thought_length + 1) / 2) + head)
         )
     scoring = chains * c * decoder_flops(a, prefix + (c + 1) / 2)
-    mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # the half of the text is shared by all thoughts
+    mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # without the half on the text, which all thoughts share
     mixing = chains * settings.tokens_ahead * mixing + thinking * 2.0 * a.hidden_size**2
     mixing = 0.0 if settings.config.mixing == "none" else mixing
     heads = chains * ((settings.thought_length if settings.reinforced else 0) + settings.tokens_ahead) * head + mixing

@@ -1,4 +1,16 @@
-"""The whole objective of one batch: read, think, talk, learn."""
+"""The loss of one batch: the base pass over the text, then thoughts, their scores and REINFORCE.
+
+    params ───┬──> read_text ──┬──> nll ──> base_loss
+              │                ├──> hidden, prefix, nll ──┐
+              │                └──> layer weights ────────┤
+              │                                           v
+              └──> other weights ──────────────────> sum_chunks ──> thought_loss
+                                                          ^
+    think (no gradient) ──> thoughts ─────────────────────┘
+
+`sum_chunks` computes the gradients of `thought_loss` with respect to its inputs in its own forward pass, summed over
+chunks. The backward pass of `read_text` then runs once, however many chunks there are.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +44,7 @@ _READ_AXES = {
 
 
 def nothing(name: str) -> bool:
-    """No parameter is frozen."""
+    """Returns False for every name: no parameter is frozen."""
     return False
 
 
@@ -40,7 +52,7 @@ def language_model_loss(
     model: QuietStar, tokens: jax.Array, mask: jax.Array, counts: Counts, settings: ThoughtSettings,
     starts: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:  # fmt: skip
-    """Plain next-token loss, for phases without thoughts: tokens, mask, starts [B, L] -> mean loss and metrics."""
+    """Next-token loss for phases without thoughts: tokens, mask, starts [B, L] -> (mean loss, metrics)."""
     text = read_text(model.decoder, tokens, mask, starts, dtype=settings.dtype, rematerialize=settings.rematerialize)
     loss = text.nll.sum() / counts.text
     return loss, {"loss": loss, "base_loss": loss}
@@ -51,18 +63,19 @@ def quiet_star_loss(
     positions_per_chunk: int, *, starts: jax.Array | None = None, choose: Choose = every_position,
     frozen: Frozen = nothing,
 ) -> tuple[jax.Array, Metrics]:  # fmt: skip
-    """The published objective: weighted cross-entropies without and with thoughts, and REINFORCE.
+    """Returns the published objective: weighted cross-entropies without and with thoughts, and REINFORCE.
 
     Args:
       tokens: [B, L] int32; mask: [B, L] bool.
-      think: gives the thoughts of the text at some positions; see `sample_thoughts`.
-      counts: of the whole batch, of which these sequences may be a microbatch.
+      think: returns the thoughts at the given positions of the text; see `sample_thoughts`.
+      counts: counts of the whole batch; these sequences may be one microbatch of it.
       starts: [B, L] int32 as in `Text`, where rows have several documents.
-      choose: says which positions think; the objective is then that of these positions.
-      frozen: says by its dotted name which parameter gets no gradient; what only leads to such is not computed.
+      choose: returns the positions that think; the terms with thoughts then cover only these positions.
+      frozen: returns whether the parameter with this dotted name gets no gradient. Gradients that would only reach
+        frozen parameters are not computed.
 
     Returns:
-      (loss, metrics); both add up over the microbatches of a batch.
+      (loss, metrics); the sums over all microbatches are those of the batch.
     """
     params, graphdef = split(model)
     fixed = {name: jax.lax.stop_gradient(value) for name, value in params.items() if frozen(name)}
@@ -74,19 +87,24 @@ def quiet_star_loss(
     )  # fmt: skip
     positions = choose(text)
     thoughts = think(model, text, positions)
+    # From here on the chains use the layer weights that the base pass returned. The values are the same, but the
+    # chains' gradients become cotangents of the base pass, which adds its own to them in place (see `layer_scan`).
     learned |= _layers(text.layers, learned)
+    # The differentiable arrays of the text that the chains use; constants if the whole decoder is frozen.
     read = {"hidden": text.hidden, "prefix": text.prefix, "nll": text.nll}
     text_is_fixed = all(name in fixed for name in params if name.startswith("decoder."))
     operands = learned if text_is_fixed else learned | read
     constants = (fixed | read if text_is_fixed else fixed, tokens, mask, starts, positions, thoughts, counts)
 
     def chunk(operands: Any, constants: Any, start: jax.Array) -> tuple[jax.Array, Metrics, Any]:
+        # Closes over no arrays: `sum_chunks` differentiates and shards the arguments that it passes.
         fixed, tokens, mask, starts, positions, thoughts, counts = constants
         arrays = operands | fixed
         text = Text(tokens, mask, arrays["hidden"], arrays["prefix"], arrays["nll"], starts=starts)
         positions = take_positions(positions, start, positions_per_chunk)
-        thoughts = take_chunk(thoughts, start, positions_per_chunk, axis=2)
+        thoughts = take_chunk(thoughts, start, positions_per_chunk, axis=2)  # positions are axis 2 of [B, R, J, T]
         loss, metrics, layers = _chunk_loss(merge(graphdef, arrays), text, positions, thoughts, counts, settings)
+        # Third result: layer weights as the chains return them, which `sum_chunks` calls `carried`.
         return loss, metrics, _layers(layers, operands)
 
     axes = {name: axes for name, axes in (graphdef.axes_by_name | _READ_AXES).items() if name in operands}
@@ -97,7 +115,7 @@ def quiet_star_loss(
 
 
 def _layers(layers: Any, wanted: Any) -> dict[str, jax.Array]:
-    """The weights of the decoder's layers under their dotted paths, those that are wanted."""
+    """The weights of the decoder's layers by dotted path, restricted to the names in `wanted`."""
     named = {f"decoder.layers.{name}": value[...] for name, value in named_parameters(layers).items()}
     return {name: value for name, value in named.items() if name in wanted}
 
@@ -105,12 +123,17 @@ def _layers(layers: Any, wanted: Any) -> dict[str, jax.Array]:
 def _chunk_loss(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: Thoughts, counts: Counts, settings: ThoughtSettings
 ) -> tuple[jax.Array, Metrics, Layers]:
-    """(what the thoughts of some positions add to the loss, and to the metrics; layers as from `run_layers`)."""
+    """Returns (loss terms of the thoughts at these positions, their metrics, layers as from `run_layers`).
+
+    Every term is a sum over positions divided by a count of the whole batch, so chunks add up to the batch.
+    """
     config, ahead, length = settings.config, settings.tokens_ahead, text.tokens.shape[1]
     scores = score_thoughts(model, text, positions, thoughts.tokens, settings)
     talk = talk_loss(scores.nll, counts)
 
-    rewarded = (positions <= length - 2 - ahead)[..., None, :]  # [1, J] or [B, 1, J]
+    # REINFORCE covers j = 0 .. L - 2 - K, as published; positions past the text have no reward either.
+    rewarded = (positions <= length - 2 - ahead)[..., None, :]  # [1, J] or [B, 1, J], against [B, R, J]
+    # text.nll[j+k] is the cross-entropy of x[j+1+k] without a thought: base_nll [B, J, K], scores.nll [B, R, J, K].
     real = real_ahead(text.mask, positions, ahead, text.starts)
     base_nll = jnp.where(real, here_and_ahead(text.nll, positions, ahead), 0.0)
     reward = jnp.where(rewarded, rewards(base_nll, scores.nll), 0.0)
@@ -119,7 +142,7 @@ def _chunk_loss(
         advantage = advantages(reward, positive_only=config.positive_only)
         policy = policy_loss(advantage, scores.log_probs, counts, reduction=config.policy_reduction)
         loss, trained = loss + settings.policy_weight * policy, {"policy_loss": policy}
-    first = real[:, None, :, 0]
+    first = real[:, None, :, 0]  # [B, 1, J], x[j+1] is real
 
     def mean_where_real(x: jax.Array) -> jax.Array:
         return jnp.where(first, x, 0.0).sum() / (settings.num_thoughts * counts.targets[0])

@@ -1,4 +1,4 @@
-"""The mixing head: how much the prediction after a thought counts (paper section 4.3)."""
+"""The mixing head: the weight of the prediction after a thought (paper section 4.3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quietstar_jax.models.parameters import Initializer, parameter, zeros
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:
-    """Uniform within +-1/sqrt(fan_in), as the published head was initialised."""
+    """Initializer that is uniform within +-1/sqrt(fan_in), as in the published head."""
     bound = fan_in**-0.5
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -20,8 +20,8 @@ def uniform_fan_in(fan_in: int) -> Initializer:
 class MixingHead(nnx.Module):
     """MLP 2D -> D -> D -> 1 on [hidden state of the text, hidden state after the thought].
 
-    The first layer is kept as its two halves, so that the half of the text is computed once for all thoughts.
-    The last layer begins at zero: training begins as if there were no thoughts.
+    The first layer is stored as its two halves, so that the half on the text is computed once for all thoughts.
+    The last layer starts at zero, so that training starts as if there were no thoughts.
     """
 
     def __init__(self, hidden_size: int, rngs: nnx.Rngs):
@@ -35,7 +35,7 @@ class MixingHead(nnx.Module):
 
 
 def mixing_weight(head: MixingHead, base_hidden: jax.Array, thought_hidden: jax.Array) -> jax.Array:
-    """The share w of the thought, unbounded as in the published code.
+    """Returns the weight w of the prediction after the thought, unbounded as in the published code.
 
     Args:
       base_hidden: [B, J, K, D]; thought_hidden: [B, R, J, K, D].
@@ -52,10 +52,10 @@ def mixing_weight(head: MixingHead, base_hidden: jax.Array, thought_hidden: jax.
 def mix_hidden_states(
     decoder: Decoder, base_hidden: jax.Array, thought_hidden: jax.Array, weight: jax.Array
 ) -> jax.Array:
-    """Logits of the mixed hidden state (1 - w) h + w h', the published code's mixing.
+    """Returns the logits of the mixed hidden state (1 - w) h + w h', as the published code mixes.
 
-    The LM head is linear, so they are computed as logits(h) + w logits(h' - h): in bfloat16 a small w would
-    otherwise be rounded away against h, and with it nearly every early reward.
+    The LM head is linear, so the logits are computed as logits(h) + w logits(h' - h): in bfloat16, adding a small w h'
+    to h would round it away, and with it nearly every early reward.
 
     Args:
       base_hidden: [B, J, K, D]; thought_hidden: [B, R, J, K, D]; weight: [B, R, J, K] float32.
@@ -68,8 +68,8 @@ def mix_hidden_states(
 
 
 def mix_log_probabilities(base: jax.Array, after_thought: jax.Array, weight: jax.Array) -> jax.Array:
-    """The paper's mixing, (1 - w) log p + w log p', which is not renormalised.
+    """Returns the paper's mixture, (1 - w) log p + w log p', which is not renormalised.
 
-    The weight must lie within 0 .. 1: the cross-entropy has no lower bound otherwise.
+    The weight must be within 0 .. 1: otherwise the cross-entropy has no lower bound.
     """
     return (1.0 - weight) * base + weight * after_thought

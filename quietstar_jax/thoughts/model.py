@@ -1,4 +1,4 @@
-"""The weights of Quiet-STaR: a decoder, a mixing head, and the embeddings that open and close a thought."""
+"""The weights of Quiet-STaR: a decoder, a mixing head, and the start and end embeddings of a thought."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from quietstar_jax.thoughts.mixing import MixingHead
 
 
 class QuietStar(nnx.Module):
-    """A decoder that thinks.
+    """A decoder with a mixing head and thought embeddings.
 
     `start_embedding` and `end_embedding` [D] are stored divided by `ThoughtConfig.embedding_scale`. Published
-    checkpoints have a second row of each, which nothing reads: `start_spare` and `end_spare` [D] keep it as it came.
+    checkpoints have an unused second row of each: `start_spare` and `end_spare` [D] store it unchanged.
     """
 
     def __init__(self, decoder: Decoder, start: jax.Array, end: jax.Array, rngs: nnx.Rngs):
@@ -34,9 +34,9 @@ class QuietStar(nnx.Module):
 def initialize(
     decoder: Decoder, start_tokens: Sequence[int], end_tokens: Sequence[int], embedding_scale: float, key: jax.Array
 ) -> QuietStar:
-    """A decoder that begins to think as in the paper.
+    """Adds a mixing head and thought embeddings to a decoder, initialised as in the paper.
 
-    The mixing head's last layer is zero; start and end begin as the mean embedding of the given token ids
+    The mixing head's last layer is zero; the start and end embeddings are the mean embeddings of the given token ids
     (those of "---" in the paper).
     """
 
@@ -46,7 +46,7 @@ def initialize(
 
 
 def mean_embedding(embedding: jax.Array, tokens: Sequence[int], embedding_scale: float) -> jax.Array:
-    """What start or end begin as, [D] as stored: the mean of these rows of the embedding [V, D]."""
+    """Returns the initial start or end embedding, [D] as stored: the mean of these rows of the embedding [V, D]."""
     return embedding[jnp.array(tokens)].mean(axis=0) / embedding_scale
 
 
@@ -54,7 +54,7 @@ def init_quiet_star(
     architecture: Architecture, start_tokens: Sequence[int], end_tokens: Sequence[int], embedding_scale: float,
     key: jax.Array,
 ) -> QuietStar:  # fmt: skip
-    """A model with random weights."""
+    """Returns a model with random weights."""
     decoder_key, head_key = jax.random.split(key)
     decoder = Decoder(architecture, nnx.Rngs(decoder_key))
     return initialize(decoder, start_tokens, end_tokens, embedding_scale, head_key)

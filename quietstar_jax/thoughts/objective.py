@@ -1,8 +1,8 @@
 """Learn: cross-entropies and REINFORCE as small pure functions of arrays (paper section 4.4).
 
 Axis letters: B batch, R thoughts per position, J positions, K tokens ahead, T thought tokens. All values are
-float32; losses and rewards are in nats. Sums are divided by counts of the whole batch before they are added up, so
-the loss over chunks of positions or microbatches is a plain sum.
+float32; losses and rewards are in nats. Every sum is divided by a count of the whole batch, so that the loss is a plain
+sum over chunks of positions and microbatches.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from quietstar_jax.thoughts.text import real_ahead
 
 
 class Counts(NamedTuple):
-    """What sums over the whole batch are divided by.
+    """The divisors of sums over the whole batch.
 
     Attributes:
-      text: real tokens that the text without thoughts predicts, at least 1.
-      targets: [K] how many x[j+1+k] are scored (see `real_ahead`), over the positions that think; at least 1.
-      rewarded: positions that REINFORCE averages over, at least 1. Where all positions think these are B (L - 1 - K),
-        padding included, as published; else those that were chosen.
+      text: number of real tokens that are predicted without thoughts, at least 1.
+      targets: [K] number of x[j+1+k] that are scored (see `real_ahead`), over the positions that think; at least 1.
+      rewarded: number of positions that REINFORCE averages over, at least 1: B (L - 1 - K) if all positions think,
+        padding included, as published; otherwise the number of chosen positions.
     """
 
     text: jax.Array
@@ -34,11 +34,11 @@ class Counts(NamedTuple):
 def count_targets(
     mask: jax.Array, tokens_ahead: int, chosen: jax.Array | None = None, starts: jax.Array | None = None
 ) -> Counts:
-    """Counts of a batch with mask [B, L].
+    """Returns the counts of a batch with mask [B, L].
 
     Args:
-      starts: [B, L] int32, the first token of the document of each; None = each row is one document.
-      chosen: [B] how many positions of each sequence think, all K targets of which are real; None = all of them.
+      starts: [B, L] int32, for each token the first token of its document; None = each row is one document.
+      chosen: [B] number of positions of each sequence that think, all with K real targets; None = all positions think.
     """
     chex.assert_rank(mask, 2)
     batch, length = mask.shape
@@ -51,13 +51,13 @@ def count_targets(
 
 
 def talk_loss(nll: jax.Array, counts: Counts) -> jax.Array:
-    """Mean cross-entropy with thoughts, averaged over the K steps ahead; nll [B, R, J, K] is 0 where not real."""
+    """Returns the mean cross-entropy with thoughts over the K tokens ahead; nll [B, R, J, K] is 0 where not real."""
     chex.assert_rank(nll, 4)
     return (nll.sum(axis=(0, 1, 2)) / (nll.shape[1] * counts.targets)).mean()
 
 
 def rewards(base_nll: jax.Array, talk_nll: jax.Array) -> jax.Array:
-    """How much better the K true tokens were predicted with the thought than without.
+    """Returns how much better the K true tokens are predicted with the thought than without it.
 
     Args:
       base_nll: [B, J, K]; talk_nll: [B, R, J, K]; both 0 where not real text.
@@ -70,7 +70,7 @@ def rewards(base_nll: jax.Array, talk_nll: jax.Array) -> jax.Array:
 
 
 def advantages(reward: jax.Array, *, positive_only: bool) -> jax.Array:
-    """Reward [B, R, J] against the mean over the thoughts of the position; with one thought, the reward itself."""
+    """Returns reward [B, R, J] minus its mean over the R thoughts of a position; with R = 1, the reward itself."""
     chex.assert_rank(reward, 3)
     if reward.shape[1] > 1:
         reward = reward - reward.mean(axis=1, keepdims=True)
@@ -78,10 +78,10 @@ def advantages(reward: jax.Array, *, positive_only: bool) -> jax.Array:
 
 
 def policy_loss(advantage: jax.Array, log_probs: jax.Array, counts: Counts, *, reduction: str) -> jax.Array:
-    """REINFORCE: minus the mean of advantage times log-probability of the thought.
+    """Returns the REINFORCE loss: minus the mean of advantage times log-probability of the thought.
 
     Args:
-      advantage: [B, R, J] without gradient, 0 at positions that do not count; log_probs: [B, R, J, T].
+      advantage: [B, R, J] without gradient, 0 at positions without a reward; log_probs: [B, R, J, T].
       reduction: `mean` or `sum` over the tokens of a thought.
     """
     chex.assert_rank([advantage, log_probs], [3, 4])

@@ -1,10 +1,12 @@
-"""Which positions think: all of them, or a fraction of those of each text, at a fraction of the cost.
+"""Chooses the positions that think: all, or a fraction of each text at a fraction of the cost.
 
-| `thought.positions` | which of the positions whose K true tokens are real |
+Except for `all`, the choice is among positions whose K true tokens are real.
+
+| `thought.positions` | positions that think |
 |---|---|
 | `all` | every position of the text, as published |
-| `stride` | every n-th, n = 1 / `position_fraction`, from an offset drawn anew for every sequence and step |
-| `random` | drawn anew for every sequence and step |
+| `stride` | every n-th, n = 1 / `position_fraction`, from a random offset per sequence and step |
+| `random` | a random choice per sequence and step |
 | `entropy` | where the prediction without a thought is least certain: thoughts help at few tokens (paper section 5) |
 """
 
@@ -24,20 +26,20 @@ Choose = Callable[[Text], jax.Array]
 
 
 def every_position(text: Text) -> jax.Array:
-    """Positions [L]."""
+    """Returns positions [L], all of them."""
     return jnp.arange(text.tokens.shape[1])
 
 
 def choose(text: Text, draws: jax.Array, settings: ThoughtSettings) -> jax.Array:
-    """The positions that think.
+    """Returns the positions that think.
 
     Args:
-      text: with its entropy where the choice is by entropy.
-      draws: [B, L] float32 uniform in [0, 1), all randomness there is.
+      text: must have `entropy` if the choice is by entropy.
+      draws: [B, L] float32 uniform in [0, 1), the only randomness.
 
     Returns:
-      [L], or [B, `settings.thinking_positions(L)`] in ascending order; `PAST_THE_TEXT` where a sequence has fewer
-      positions to choose from.
+      [L], or [B, `settings.thinking_positions(L)`] in ascending order, filled with `PAST_THE_TEXT` where a sequence has
+      fewer positions to choose from.
     """
     how, at_most = settings.config.positions, settings.thinking_positions(text.tokens.shape[1])
     if how == "all":
@@ -56,7 +58,7 @@ def choose(text: Text, draws: jax.Array, settings: ThoughtSettings) -> jax.Array
 def count_chosen(
     mask: jax.Array, draws: jax.Array, settings: ThoughtSettings, starts: jax.Array | None = None
 ) -> jax.Array:
-    """How many positions of each sequence `choose` takes, int32 [B]; known before the text is read."""
+    """Returns how many positions of each sequence `choose` returns, int32 [B]; does not depend on the base pass."""
     found = candidates(mask, draws, settings, starts).sum(axis=1)
     if settings.config.positions == "stride":
         return found
@@ -67,8 +69,8 @@ def count_chosen(
 def candidates(
     mask: jax.Array, draws: jax.Array, settings: ThoughtSettings, starts: jax.Array | None = None
 ) -> jax.Array:
-    """Positions j [B, L] among which a choice is made: x[j+1] .. x[j+K] are real text of the same document as x[j],
-    and a reward is given."""
+    """Returns which positions j may be chosen, bool [B, L]: x[j+1] .. x[j+K] are real text of the document of x[j], and
+    j has a reward."""
     length, ahead = mask.shape[1], settings.tokens_ahead
     real = real_ahead(mask, jnp.arange(length), ahead, starts).all(axis=-1)
     real &= jnp.arange(length) <= length - 2 - ahead
@@ -80,7 +82,7 @@ def candidates(
 
 
 def at_positions(values: jax.Array, positions: jax.Array) -> jax.Array:
-    """Values [B, R, L, ...] at positions [L], which are all of them, or [B, J] -> [B, R, J, ...]."""
+    """Values [B, R, L, ...] at all positions [L], or at positions [B, J] -> [B, R, J, ...]."""
     if positions.ndim == 1:
         return values
     index = jnp.minimum(positions, values.shape[2] - 1)[:, None, :]

@@ -1,4 +1,4 @@
-"""Think: sample thoughts at all positions at once, without gradients (paper section 4.2)."""
+"""Think: samples thoughts at all positions in parallel, without gradients (paper section 4.2)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from quietstar_jax.thoughts.text import Text, entropy
 
 
 class Thoughts(NamedTuple):
-    """Sampled thoughts.
+    """Sampled thoughts of J positions.
 
     Attributes:
-      tokens: [B, R, J, T] int32, of J positions.
+      tokens: [B, R, J, T] int32.
       entropy: [B, R, J, T] float32 nats, of the distribution that each token was drawn from.
     """
 
@@ -31,10 +31,10 @@ def sample_thoughts(
     model: QuietStar, text: Text, positions: jax.Array, uniforms: jax.Array | None, settings: ThoughtSettings,
     positions_per_chunk: int,
 ) -> Thoughts:  # fmt: skip
-    """Thoughts at J positions of the text.
+    """Returns thoughts at J positions of the text.
 
-    Randomness is data: with one uniform number per thought token, the thoughts do not depend on how positions are
-    chunked, sequences split into microbatches, or arrays laid out over devices.
+    Randomness is data: with one uniform number per thought token, the thoughts do not depend on the chunks of
+    positions, the microbatches, or the sharding of arrays.
 
     Args:
       positions: [J], or [B, J] where sequences differ.
@@ -75,7 +75,7 @@ def _sample_chunk(
 
 
 def mask_meta_tokens(logits: jax.Array, meta_tokens: tuple[int, ...]) -> jax.Array:
-    """Logits [..., V] under which the start and end tokens are never drawn."""
+    """Masks the start and end tokens in logits [..., V], so that they are never drawn."""
     if not meta_tokens:
         return logits
     forbidden = jnp.zeros(logits.shape[-1], bool).at[jnp.array(meta_tokens)].set(True)
@@ -83,16 +83,16 @@ def mask_meta_tokens(logits: jax.Array, meta_tokens: tuple[int, ...]) -> jax.Arr
 
 
 def draw_tokens(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """One exact draw per distribution by inverting its cumulative distribution in two levels.
+    """Draws one token per distribution, exactly, by inverting its cumulative distribution in two levels.
 
-    A single uniform number per draw replaces one Gumbel number per vocabulary entry, and the two levels (which
-    block of about sqrt(V) ids, which id in it) keep rounding errors of the sums small.
+    One uniform number per draw replaces one Gumbel number per vocabulary entry. The two levels (a block of about
+    sqrt(V) ids, then an id in the block) keep the rounding errors of the sums small.
 
     Args:
       logits: [..., V] float32; uniforms: [...] in [0, 1).
 
     Returns:
-      [...] int32 ids; never one of probability 0.
+      [...] int32 ids; an id of probability 0 is never drawn.
     """
     vocab = logits.shape[-1]
     width = max(1, round(vocab**0.5))
@@ -110,10 +110,10 @@ def draw_tokens(logits: jax.Array, uniforms: jax.Array) -> jax.Array:
 
 
 def _first_above(mass: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first entry of positive mass whose cumulative mass exceeds the target, and the mass before it."""
+    """Returns the first entry of positive mass whose cumulative mass exceeds the target, and the mass before it."""
     cumulative = jnp.cumsum(mass, axis=-1)
     reached = (cumulative > target[..., None]) & (mass > 0)
-    # Rounding can leave the target just beyond the last entry: then the heaviest one stands in.
+    # Rounding can put the target just beyond the last entry; the heaviest entry is then used.
     index = jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), jnp.argmax(mass, axis=-1))
     at = index[..., None]
     below = jnp.take_along_axis(cumulative, at, axis=-1) - jnp.take_along_axis(mass, at, axis=-1)

@@ -1,4 +1,17 @@
-"""Talk: score given thoughts in one parallel pass over their chains."""
+"""Talk: scores given thoughts in one parallel pass over their chains.
+
+The chain of position j with T = 3 thought tokens and K = 2 tokens ahead has C = T + 1 + K tokens:
+
+    chain token c         0      1      2      3      4       5
+    input                 start  t_1    t_2    t_3    end     x[j+1]
+    predicts              t_1    t_2    t_3    -      x[j+1]  x[j+2]
+    thought_hidden        ■      ■      ■                             c < T
+    talk_hidden                                       ■       ■       c > T
+    base_hidden, at                                   x[j]    x[j+1]  text.hidden[j+k], k = 0 .. K - 1
+
+The output at t_T is not used: a thought always has T tokens, and `end` follows.
+Axis letters: B batch, R thoughts per position, J positions, K tokens ahead, T thought tokens, D hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +31,15 @@ from quietstar_jax.thoughts.text import Text, gather_next_tokens, here_and_ahead
 
 
 class Scores(NamedTuple):
-    """What the thoughts of J positions were worth.
+    """Scores of the thoughts at J positions.
 
     Attributes:
-      nll: [B, R, J, K] cross-entropy of x[j+1+k] with the thought; 0 where `real_ahead` is False; exactly that of the
-        text where the mixing weight is exactly 0.
+      nll: [B, R, J, K] cross-entropy of x[j+1+k] with the thought; 0 where `real_ahead` is False; exactly the
+        cross-entropy without the thought where the mixing weight is exactly 0.
       log_probs: [B, R, J, T] log-probability of each thought token at the score temperature.
       weight: [B, R, J, K] mixing weight.
-      correct: [B, R, J, K] bool, x[j+1+k] is the most likely token; False where `real_ahead` is.
-      log_scores: [B, R, J, K, V] of every token at x[j+1+k], as from `talk`.
+      correct: [B, R, J, K] bool, True where x[j+1+k] is the most likely token; False where `real_ahead` is False.
+      log_scores: [B, R, J, K, V] scores of every token at x[j+1+k], as from `talk`.
       layers: the weights of the decoder's layers, as from `run_layers`.
     """
 
@@ -43,9 +56,11 @@ def score_thoughts(
 ) -> Scores:
     """Scores thoughts [B, R, J, T] at positions [J] or [B, J] of the text. All results are float32."""
     thought_hidden, talk_hidden, layers = chain_hidden_states(model, text, positions, thoughts, settings)
+    # log_probs: the logits [B, R, J, T, V] have the same mask as in sampling, but the temperature of scoring.
     logits = mask_meta_tokens(model.decoder.logits(thought_hidden), settings.meta_tokens)
     log_probs = -cross_entropy(logits / settings.config.score_temperature, thoughts)
 
+    # nll: log_scores [B, R, J, K, V] at the targets x[j+1+k], [B, J, K] in the text, the same for all R thoughts.
     ahead = settings.tokens_ahead
     log_scores, weight = talk(model, text, positions, talk_hidden, settings)
     targets = jnp.broadcast_to(gather_next_tokens(text.tokens, positions, ahead, fill=0)[:, None], weight.shape)
@@ -53,8 +68,9 @@ def score_thoughts(
         nll = -pick(log_scores, targets)
     else:
         nll = cross_entropy(log_scores, targets)
-    # A weight of 0 leaves the prediction as it was. Another cross-entropy is rounding, which REINFORCE multiplies by a
-    # million. Only the value is replaced: the mixing head, whose weights begin at 0, learns from the gradient.
+    # With weight 0 the prediction is that of the text, so a different cross-entropy is a rounding error, which
+    # REINFORCE would multiply by policy_weight (1e6 by default). Inside stop_gradient only the value is replaced: the
+    # mixing head, whose last layer starts at 0, still learns from the gradient of the computed nll.
     plain = here_and_ahead(text.nll, positions, ahead)[:, None]
     nll += jax.lax.stop_gradient(jnp.where(weight == 0, plain - nll, 0.0))
     real = real_ahead(text.mask, positions, ahead, text.starts)[:, None]
@@ -68,7 +84,7 @@ def talk(
     """Mixes the predictions with and without thoughts.
 
     Args:
-      talk_hidden: [B, R, J, K, D], from `think`.
+      talk_hidden: [B, R, J, K, D], from `chain_hidden_states`.
 
     Returns:
       ([B, R, J, K, V] float32: logits, or the paper's log-probabilities, which do not sum to one;
@@ -79,7 +95,7 @@ def talk(
 
 
 def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing: str) -> tuple[jax.Array, jax.Array]:
-    """What `talk` returns, from hidden states without thoughts [B, J, K, D] and with them [B, R, J, K, D].
+    """Mixes as `talk` does, given hidden states without thoughts [B, J, K, D] and with thoughts [B, R, J, K, D].
 
     Args:
       mixing: `hidden_states`, `log_probabilities` or `none`; see `ThoughtConfig.mixing`.
@@ -89,6 +105,7 @@ def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing
     weight = mixing_weight(model.mixing_head, base_hidden, talk_hidden)
     if mixing == "log_probabilities":
         weight = jax.nn.sigmoid(weight)
+        # base [B, 1, J, K, V] is computed once and broadcast over the R thoughts.
         base = jax.nn.log_softmax(model.decoder.logits(base_hidden))[:, None]
         after_thought = jax.nn.log_softmax(model.decoder.logits(talk_hidden))
         return mix_log_probabilities(base, after_thought, weight[..., None]), weight
@@ -98,13 +115,13 @@ def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing
 def chain_hidden_states(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings
 ) -> tuple[jax.Array, jax.Array, Layers]:
-    """Runs the chains of given thoughts.
+    """Runs the chains of given thoughts and returns their hidden states; see the drawing at the top of this file.
 
     Args:
       positions: [J] or [B, J]; thoughts: [B, R, J, T] ids.
 
     Returns:
-      (hidden states [B, R, J, T, D] at `start, t_1 .. t_{T-1}`, from which the thought tokens were drawn,
+      (hidden states [B, R, J, T, D] at `start, t_1 .. t_{T-1}`, which predict the thought tokens t_1 .. t_T,
        hidden states [B, R, J, K, D] at `end, x[j+1] .. x[j+K-1]`, which predict x[j+1] .. x[j+K],
        layers as from `run_layers`).
     """
@@ -114,9 +131,10 @@ def chain_hidden_states(
     def meta(embedding: jax.Array) -> jax.Array:
         return jnp.broadcast_to((embedding * scale).astype(dtype), (batch, count, chunk, 1, embedding.size))
 
+    # Teacher forcing: the K - 1 true tokens x[j+1] .. x[j+K-1], [B, J, K - 1] -> [B, R, J, K - 1].
     forced = gather_next_tokens(text.tokens, positions, settings.tokens_ahead - 1, fill=settings.pad_id)
     forced = jnp.broadcast_to(forced[:, None], (batch, count, *forced.shape[1:]))
-    embeddings = jnp.concatenate(
+    embeddings = jnp.concatenate(  # [B, R, J, C, D], C = 1 + T + 1 + (K - 1)
         [
             meta(model.start_embedding[...]),
             model.decoder.embed(thoughts, dtype),

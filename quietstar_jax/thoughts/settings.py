@@ -1,4 +1,4 @@
-"""What the functions of this room need to know of a run; frozen, so that it may be static under `jit`."""
+"""Settings that the functions of `thoughts` need; frozen, so that they can be static arguments of `jit`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class ThoughtSettings:
     """Shape of the thoughts of one phase, and the constants of REINFORCE.
 
     Attributes:
-      thought_length: T, sampled tokens of a thought; start and end are not counted.
+      thought_length: T, sampled tokens per thought, without start and end.
       num_thoughts: R, thoughts per position.
       tokens_ahead: K, true tokens scored after a thought.
       policy_weight: weight of the REINFORCE term in the loss.
-      meta_tokens: ids that no thought may contain.
-      pad_id: id that stands for tokens past the end of the text.
+      meta_tokens: ids that are never sampled in a thought.
+      pad_id: id used for tokens past the end of the text.
       pause_id: id that fills thoughts under the control `pause`.
       compute_dtype: dtype of activations; logits, losses and rewards are float32.
       rematerialize: recompute layers in the backward pass.
@@ -42,7 +42,7 @@ class ThoughtSettings:
 
     @property
     def reinforced(self) -> bool:
-        """Whether REINFORCE trains the thoughts. Pauses are all alike: a difference is rounding."""
+        """Whether REINFORCE trains the thoughts. Pauses are all equal, so their rewards differ only by rounding."""
         return self.policy_weight > 0 and self.config.control != "pause"
 
     @property
@@ -51,7 +51,7 @@ class ThoughtSettings:
         return self.thought_length + 2 + self.tokens_ahead - 1
 
     def thinking_positions(self, length: int) -> int:
-        """How many of a text's L positions think. A choice is made among those whose K tokens ahead all exist."""
+        """Returns how many of a text's L positions think; a choice is among those whose K tokens ahead all exist."""
         if self.config.positions == "all":
             return length
         return max(1, math.ceil(self.config.position_fraction * (length - 1 - self.tokens_ahead)))
@@ -63,14 +63,14 @@ class ThoughtSettings:
 
 
 class Vocabulary(NamedTuple):
-    """What the objective must know of the tokenizer.
+    """The token ids that the objective needs from the tokenizer.
 
     Attributes:
-      pad_id: fills short sequences; meta_tokens: no thought may contain them.
-      start_tokens, end_tokens: whose mean embeddings the thought's start and end begin as; none where the weights that
-        training starts from have learned these two already.
+      pad_id: fills short sequences; meta_tokens: never sampled in a thought.
+      start_tokens, end_tokens: tokens whose mean embeddings initialise the start and end embeddings; empty if training
+        starts from weights that already have learned ones.
       pause_id: fills thoughts under the control `pause`.
-      unused: ids of the model that are no token, see `data.vocabulary.unused_ids`; no thought may contain them either.
+      unused: ids of the model that are not tokens, see `data.vocabulary.unused_ids`; never sampled in a thought either.
     """
 
     pad_id: int

@@ -1,4 +1,4 @@
-"""The text as the decoder reads it once, for sampling, scoring and the loss without thoughts."""
+"""The base pass over the text, run once for sampling, scoring and the loss without thoughts."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from quietstar_jax.models.decoder import Decoder, KeyValues, Layers, base_pass
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.parallel.axes import constrain, merge_microbatches, num_shards, split_microbatches
 
-LOGITS_BYTES = 64 * 2**20  # of float32 logits of the text, at once and per device
+LOGITS_BYTES = 64 * 2**20  # limit for float32 logits of the text in memory, per device
 
 
 class Text(NamedTuple):
-    """One base pass over B sequences of L tokens.
+    """Results of one base pass over B sequences of L tokens.
 
     Attributes:
       tokens: [B, L] int32; mask: [B, L] bool, True where real.
       hidden: [B, L, D] final-norm hidden states.
       prefix: keys and values [layers, B, L, G, H].
-      nll: [B, L] float32, cross-entropy of x[j+1] given x[0..j]; 0 where x[j+1] is not real text, or begins another
+      nll: [B, L] float32, cross-entropy of x[j+1] given x[0..j]; 0 where x[j+1] is not real text, or starts another
         document.
-      entropy: [B, L] float32 nats of the prediction of x[j+1], without gradient; None where nobody asked for it.
+      entropy: [B, L] float32 nats of the prediction of x[j+1], without gradient; None unless requested.
       layers: the weights of the decoder's layers, as from `run_layers`.
-      starts: [B, L] int32, the first token of the document that each is of; None where each row is one document.
+      starts: [B, L] int32, for each token the first token of its document; None where each row is one document.
     """
 
     tokens: jax.Array
@@ -44,8 +44,8 @@ def read_text(
 ) -> Text:  # fmt: skip
     """Runs the base pass and scores every next token without thoughts; arguments as in `Text` and `ModelConfig`.
 
-    Logits of more than `LOGITS_BYTES` never exist at once: rows are then scored in groups that fit, and recomputed in
-    the backward pass.
+    If all logits need more than `LOGITS_BYTES`, rows are scored in groups that fit, and recomputed in the backward
+    pass.
     """
     tokens, mask, starts = jax.tree.map(lambda x: constrain(x, "batch", "keys"), (tokens, mask, starts))
     hidden, prefix, layers = base_pass(decoder, tokens, mask, starts, dtype=dtype, rematerialize=rematerialize)
@@ -71,9 +71,9 @@ def read_text(
 
 
 def entropy(logits: jax.Array) -> jax.Array:
-    """Nats [...] of the distributions with logits [..., V]."""
+    """Returns the entropy, nats [...], of the distributions with logits [..., V]."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    mass = jnp.exp(shifted)  # the same numbers as in `sample.draw_tokens`: computed once
+    mass = jnp.exp(shifted)  # the same expression as in `sample.draw_tokens`, so XLA computes it once
     total = mass.sum(axis=-1)
     return jnp.log(total) - (mass * shifted).sum(axis=-1) / total
 
@@ -84,7 +84,7 @@ def gather_next_tokens(tokens: jax.Array, positions: jax.Array, count: int, *, f
 
 
 def real_ahead(mask: jax.Array, positions: jax.Array, count: int, starts: jax.Array | None = None) -> jax.Array:
-    """ok[j, k]: x[j+1+k] exists, is not padding, and is of the same document as x[j].
+    """Returns whether x[j+1+k] exists, is not padding, and is in the same document as x[j].
 
     Args:
       mask: [B, L]; positions: [J] or [B, J]; starts: [B, L] as in `Text`.
@@ -103,7 +103,7 @@ def here_and_ahead(values: jax.Array, positions: jax.Array, count: int) -> jax.A
 
 
 def _at(values: jax.Array, index: jax.Array, fill: int) -> jax.Array:
-    """values [B, L, ...] at index [J, K], the same in every sequence, or [B, J, K]; `fill` where there is none."""
+    """values [B, L, ...] at index [J, K], the same for every sequence, or [B, J, K]; `fill` past the end."""
     if index.ndim == 2:
         return values.at[:, index].get(mode="fill", fill_value=fill)
     return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=fill))(values, index)

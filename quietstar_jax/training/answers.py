@@ -1,4 +1,4 @@
-"""Does thinking help where an answer needs steps? Measured on held-out questions of the embedded corpus."""
+"""Measures whether thinking helps to answer multi-step questions, on held-out questions of the embedded corpus."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUESTIONS = 400
 
 
 def answer_batches(run: Run, documents: Sequence[Document]) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
-    """Questions with their answer as batches of evaluation size; and [documents] the position before each answer."""
+    """Returns questions with answers as batches of evaluation size, and the position before each answer [documents]."""
     tokenizer, size = run.tokenizer, run.config.evaluation.batch_size
     begin = tokenizer.begins(run.config.data.prepend_bos)
     rows = [tokenizer.encode_text(f"{document.prompt} {document.answer}", begin) for document in documents]
@@ -32,8 +32,11 @@ def answer_batches(run: Run, documents: Sequence[Document]) -> tuple[list[dict[s
 def measure_answers(
     run: Run, scorer: Scorer, params: Any, between: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Accuracy of the answer's most likely token without and with a greedy thought before it, and how many of
-    these thoughts, and of sampled ones, hold the right steps. Rates of 0 .. 1; overall and by kind of question.
+    """Returns answer accuracies without and with thoughts, and the rate of useful thoughts.
+
+    An answer is correct if it is the most likely token; the thought before it is greedy. A thought is useful if it
+    contains the correct steps; this rate is measured for greedy and for sampled thoughts. Rates are within 0 .. 1.
+    Accuracies, and the rate of useful greedy thoughts, are also given by kind of question.
 
     Args:
       between: called before each batch.

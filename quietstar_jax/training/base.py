@@ -1,4 +1,4 @@
-"""What `config.model.checkpoint` names: weights that a run begins from, of a Hugging Face model or of another run."""
+"""The base of a run (`config.model.checkpoint`): initial weights from a Hugging Face model or from another run."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from quietstar_jax.thoughts.model import QuietStar, init_quiet_star, initialize
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.step import initial_thought_embeddings
 
-PUBLISHED_SCALE, PUBLISHED_MIXING = 100.0, "hidden_states"  # of checkpoints whose config.json does not say
+PUBLISHED_SCALE, PUBLISHED_MIXING = 100.0, "hidden_states"  # for checkpoints whose config.json has no such fields
 
 Base = CheckpointFiles | RunCheckpoint
 Shardings = Mapping[str, Sharding]
 
 
 def open_base(model: ModelConfig) -> Base | None:
-    """Reads no weights yet; None where a run begins with random ones.
+    """Opens the base of a run without reading weights; returns None if the run begins with random weights.
 
     Raises:
-      CheckpointError: it is missing, incomplete or broken.
+      CheckpointError: the base is missing, incomplete or damaged.
     """
     if not model.checkpoint:
         return None
@@ -54,12 +54,12 @@ def open_base(model: ModelConfig) -> Base | None:
 
 
 def base_architecture(base: Base) -> Architecture:
-    """Its shape."""
+    """Returns the architecture of a base."""
     return base.architecture if isinstance(base, RunCheckpoint) else architecture_from_hf(base.config, base.folder)
 
 
 def base_record(base: Base | None) -> dict[str, Any]:
-    """What a run keeps of its base, so that it can resume without it."""
+    """Returns what a run records about its base, so that it can resume without the base."""
     if base is None:
         return {"model_commit": "", "generation": {}, "base": {}}
     if isinstance(base, RunCheckpoint):
@@ -77,14 +77,14 @@ def base_record(base: Base | None) -> dict[str, Any]:
 
 
 def base_vocabulary(base: Base | None) -> Mapping[str, Any]:
-    """A config.json, as far as it says which ids are no token."""
+    """Returns a mapping like config.json that may say which ids are not tokens."""
     if base is None:
         return {}
     return {UNUSED: base.vocabulary.unused} if isinstance(base, RunCheckpoint) else base.config
 
 
 def has_thought(base: Base | None) -> bool:
-    """Whether its mixing head and thought embeddings have been trained: a run's by a phase that thinks."""
+    """Whether the mixing head and thought embeddings of a base are trained; for a run, by a phase with thoughts."""
     if base is None:
         return False
     if isinstance(base, CheckpointFiles):
@@ -97,15 +97,18 @@ def has_thought(base: Base | None) -> bool:
 
 
 def can_think(files: CheckpointFiles) -> bool:
-    """Whether a checkpoint is in the layout of the published Quiet-STaR, with a mixing head and thought embeddings."""
+    """Whether a checkpoint has the mixing head and thought embeddings of the published Quiet-STaR checkpoints."""
     return any(entry.name in files.tensors for entry in thought_entries(1))
 
 
 def check_base(base: Base | None, config: Config, tokenizer: Tokenizer, meta: tuple[int | None, int | None]) -> None:
-    """Raises ConfigError where a base has learned to think, or to read, in another way than the run is configured for.
+    """Checks that the tokenizer and the thoughts of a base fit the configuration.
 
     Args:
-      meta: ids of start and end token of a thought, where the tokenizer has them.
+      meta: ids of the start and end tokens of a thought; None for a token that the tokenizer lacks.
+
+    Raises:
+      ConfigError: the base was trained with another tokenizer, or with other thoughts.
     """
     if isinstance(base, RunCheckpoint) and run_tokenizer(base).fingerprint() != tokenizer.fingerprint():
         raise ConfigError(
@@ -118,9 +121,9 @@ def check_base(base: Base | None, config: Config, tokenizer: Tokenizer, meta: tu
 
 def load_base(base: Base, architecture: Architecture, config: Config, vocabulary: Vocabulary, key: jax.Array,
               shardings: Shardings) -> dict[str, jax.Array]:  # fmt: skip
-    """All parameters of a run that begins from a base; what the base lacks to think is initialised.
+    """Returns all parameters of a run that begins from a base; parameters that the base lacks are initialised.
 
-    Every process reads the files and keeps its own parts.
+    Every process reads the files and keeps its own shards.
 
     Raises:
       CheckpointError: a weight is missing or cannot be read.
@@ -154,7 +157,7 @@ def _of_run(
             params: dict[str, jax.Array] = checkpointer.restore(run.parameters.folder, abstract)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise CheckpointError(f"{run.parameters.folder} cannot be read: {error}") from error
-    if vocabulary.start_tokens:  # it has not thought yet
+    if vocabulary.start_tokens:  # the thought embeddings are not trained yet
         return params | initial_thought_embeddings(params, vocabulary, embedding_scale)
     return _rescaled(params, run.config.thought.embedding_scale, embedding_scale)
 
@@ -162,14 +165,14 @@ def _of_run(
 def load_thinking(
     files: CheckpointFiles, architecture: Architecture, embedding_scale: float, *, shardings: Shardings | None = None
 ) -> QuietStar:
-    """A checkpoint of the published layout with all that it learned: nothing is initialised anew.
+    """Returns the model of a checkpoint in the published layout, with all of its weights: nothing is initialised.
 
     Args:
-      embedding_scale: what start and end embedding shall be stored divided by; the file may have another.
+      embedding_scale: start and end embeddings are stored divided by this number; converted from that of the file.
       shardings: as in `load_parameters`.
 
     Raises:
-      CheckpointError: as `load_parameters`.
+      CheckpointError: as in `load_parameters`.
     """
     parameters = load_parameters(files, quietstar_entries(architecture), shardings=shardings)
     theirs = files.config.get("thought_embedding_scale", PUBLISHED_SCALE)
@@ -186,7 +189,7 @@ def _rescaled(params: dict[str, jax.Array], theirs: float, ours: float) -> dict[
 
 
 def check_thoughts(base: Base, config: Config, meta: tuple[int | None, int | None]) -> None:
-    """Raises ConfigError where a base has learned to think in another way than the run is configured for."""
+    """Raises ConfigError if the thoughts of a trained base do not fit the configuration."""
     if isinstance(base, RunCheckpoint):
         source, mixing, ids = str(base.workdir), base.config.thought.mixing, list(base.vocabulary.meta_tokens) or None
     else:

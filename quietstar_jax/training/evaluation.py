@@ -1,4 +1,4 @@
-"""Held-out evaluation: every token scored without thoughts and with greedy ones."""
+"""Held-out evaluation: scores every token without thoughts and with greedy thoughts."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ Scorer = Callable[..., "TokenScores"]  # (params, batch, key = None); see `make_
 
 
 class TokenScores(NamedTuple):
-    """Scores of the next token x[j+1] at every position j; all [B, L] but the thoughts.
+    """Scores of the next token x[j+1] at every position j; all are [B, L] except the thoughts.
 
     Attributes:
-      real: x[j+1] exists, is not padding, and is of the same document as x[j].
-      base_nll, talk_nll: cross-entropy without and with the thought; base_correct, talk_correct: argmax is right.
-      base_entropy: entropy in nats of the prediction without the thought, whatever the true token is.
-      reward: nats by which the thought made the next K tokens more likely.
-      weight: mixing weight of the first token; entropy: mean nats per thought token.
+      real: x[j+1] exists, is not padding, and belongs to the same document as x[j].
+      base_nll, talk_nll: cross-entropy in nats without and with the thought.
+      base_correct, talk_correct: whether the argmax is the true token.
+      base_entropy: entropy in nats of the prediction without the thought; independent of the true token.
+      reward: increase, in nats, of the log-likelihood of the next K tokens due to the thought.
+      weight: mixing weight of the first token.
+      entropy: mean entropy in nats per thought token.
       thoughts: [B, L, T] thought tokens.
     """
 
@@ -52,8 +54,10 @@ class TokenScores(NamedTuple):
 
 
 def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettings:
-    """One thought at every position. No gradient is to come, so a chunk needs room for one layer only, as with
-    rematerialisation."""
+    """Returns settings with one thought at every position.
+
+    Evaluation has no backward pass, so a chunk needs memory for one layer only, as with rematerialisation.
+    """
     length, ahead = config.evaluation_thought_length, config.evaluation.tokens_ahead
     everywhere = dataclasses.replace(config.thought, positions="all", position_fraction=1.0)
     config = dataclasses.replace(config, thought=everywhere)
@@ -61,9 +65,9 @@ def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettin
 
 
 def make_token_scorer(graphdef: GraphDef, architecture: Architecture, settings: ThoughtSettings) -> Scorer:
-    """Compiled `(params, batch, key = None) -> TokenScores`: greedy thoughts, or with a key sampled ones.
+    """Returns a compiled `(params, batch, key = None) -> TokenScores`; thoughts are greedy, or sampled with a key.
 
-    With thought length 0 the talk fields repeat the base.
+    With thought length 0, the talk fields equal the base fields.
     """
 
     def score(params: Mapping[str, jax.Array], batch: Batch, key: jax.Array | None = None) -> TokenScores:
@@ -73,7 +77,7 @@ def make_token_scorer(graphdef: GraphDef, architecture: Architecture, settings: 
         chunk = max_positions_per_chunk(architecture, settings, rows, length)
         sampled = max_sampled_positions_per_chunk(architecture, settings, rows, length)
         ahead = settings.tokens_ahead
-        draws = jax.random.key(0) if key is None else key  # greedy thoughts need none, but some controls do
+        draws = jax.random.key(0) if key is None else key  # greedy thoughts use no randomness, but some controls do
         uniforms = draw_uniforms(draws, (rows, 1, length, settings.thought_length))
         everywhere = jnp.arange(length)
         thoughts = None
@@ -110,7 +114,7 @@ def make_token_scorer(graphdef: GraphDef, architecture: Architecture, settings: 
             return jax.tree.map(lambda x: x[:, None], scores)  # map_chunks joins along axis 2
 
         joined = map_chunks(with_thought_axis, (model, text), everywhere, chunk, thoughts, axis=2)
-        return jax.tree.map(lambda x: constrain(x[:, 0], *(None,) * (x.ndim - 1)), joined)  # whole on every device
+        return jax.tree.map(lambda x: constrain(x[:, 0], *(None,) * (x.ndim - 1)), joined)  # replicated on every device
 
     return jax.jit(score)
 
@@ -119,7 +123,7 @@ def score_batches(
     scorer: Scorer, params: Any, batches: Iterable[Mapping[str, np.ndarray]], key: jax.Array | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> TokenScores:  # fmt: skip
-    """All batches, stacked along the batch axis, as numpy arrays; on every process.
+    """Returns the scores of all batches, concatenated along the batch axis, as numpy arrays on every process.
 
     Args:
       between: called before each batch.
@@ -129,7 +133,7 @@ def score_batches(
         between()
         own_key = None if key is None else jax.random.fold_in(key, i)
         rows = len(batch["tokens"])
-        missing = -rows % ways  # rows without text let the devices share evenly
+        missing = -rows % ways  # pad with empty rows, so that the batch divides evenly over the devices
         full = {name: np.pad(value, ((0, missing), (0, 0))) for name, value in batch.items()}
         scores = jax.device_get(scorer(params, to_device(full), own_key))
         parts.append(jax.tree.map(lambda x, rows=rows: x[:rows], scores))
@@ -137,11 +141,11 @@ def score_batches(
 
 
 def summarize(scores: TokenScores) -> dict[str, Any]:
-    """Means over all real tokens: nats per token, nats, rates.
+    """Returns means over all real tokens: losses in nats per token, rewards in nats, and rates.
 
     `deciles` has one row per tenth of the tokens, from the lowest to the highest entropy of the prediction without
-    thoughts. An order by its loss would select tokens by the outcome that is compared: any change that only makes
-    predictions less certain, such as a higher temperature, would then seem to help the hard tokens.
+    thoughts. Sorting by the loss without thoughts instead would select tokens by the quantity that is compared: any
+    change that only makes predictions less certain, such as a higher temperature, would seem to help the hard tokens.
     """
     real = scores.real
     base, talk = scores.base_nll[real], scores.talk_nll[real]

@@ -1,4 +1,4 @@
-"""The loop: phases, steps, evaluations, checkpoints. Reads the metrics of step n - 1 while step n runs."""
+"""The training loop: phases, steps, evaluations, checkpoints. Reads the metrics of step n - 1 while step n runs."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from quietstar_jax.training.workdir import Workdir, open_workdir
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Trains through all phases, or goes on where the work directory stopped.
+    """Trains through all phases, or resumes the run in the work directory.
 
     Returns:
-      the summary, as also written to `summary.json`.
+      The summary, which is also written to `summary.json`.
 
     Raises:
-      UserError: with what to do about it; nothing is left half-written.
+      UserError: the run cannot start or continue; the message says what to do. No partially written files are left.
     """
     processes.start(config.distributed)
     run = prepare(config, saved_record(place(config.workdir, "config.workdir")))
@@ -59,7 +59,7 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
     check_known(sequences.unknown(), config.data.max_unknown_fraction, run.tokenizer, SETTING, say=first)
     held_out = held_out_batches(run)
     ends = [end for _, _, end in phases_left(config, 0)] if config.checkpoint.keep_phase_ends else []
-    # From the first step until the last checkpoint is written, signals are heard between steps only.
+    # From the first step until the last checkpoint is written, signals are handled only between steps.
     with (
         contextlib.ExitStack() as listening,
         Checkpoints(folder / "checkpoints", config.checkpoint, ends) as checkpoints,
@@ -88,10 +88,10 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
 
 
 def held_out_batches(run: Run) -> list[dict[str, np.ndarray]]:
-    """The validation text in batches of evaluation size, whole on every process; none where there is none.
+    """Returns the validation text in batches of evaluation size, complete on every process; empty without such text.
 
     Raises:
-      DataError: there is validation text, but too little to predict a token of.
+      DataError: there is validation text, but no document has two or more tokens.
     """
     config = run.config
     if not config.data.validation:
@@ -107,7 +107,7 @@ def held_out_batches(run: Run) -> list[dict[str, np.ndarray]]:
 
 
 def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceIterator) -> TrainState:
-    """The state of the newest checkpoint, with the data moved to where it stood; step 0 where there is none."""
+    """Restores the newest checkpoint and the position in the data; returns step 0 if there is no checkpoint."""
     step = checkpoints.newest_whole_step()
     if step is None:
         return first_state(run)
@@ -122,7 +122,7 @@ def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceItera
 
 
 def phases_left(config: Config, step: int) -> Iterator[tuple[Phase, int, int]]:
-    """(phase, its first step, one past its last step) for every phase with steps left to do."""
+    """Yields (phase, its first step, one past its last step) for every phase with remaining steps."""
     start = 0
     for phase in config.phases:
         if step < start + phase.steps:
@@ -131,7 +131,7 @@ def phases_left(config: Config, step: int) -> Iterator[tuple[Phase, int, int]]:
 
 
 class Trainer:
-    """One pass through the phases of a run."""
+    """Runs the phases of a training run."""
 
     def __init__(
         self, run: Run, reader: ProcessBatchShard, sequences: SequenceIterator, held_out: list[Any],
@@ -141,11 +141,11 @@ class Trainer:
         self._checkpoints, self._metrics, self._workdir, self._notice = checkpoints, metrics, workdir, notice
         settings = evaluation_settings(run.config, run.vocabulary)
         self._scorer = make_token_scorer(run.graphdef, run.architecture, settings)
-        self._measured: Any = None  # (step, held-out figures, token scores)
-        self._unread: Callable[[], None] = lambda: None  # reads the metrics of the last step that was started
+        self._measured: Any = None  # (step, held-out metrics, token scores)
+        self._unread: Callable[[], None] = lambda: None  # reads the metrics of the latest step
 
     def run_phases(self, state: TrainState) -> TrainState:
-        """All steps that are left."""
+        """Runs all remaining steps and returns the final state."""
         run = self._run
         if 0 < int(state.step) < run.config.total_steps:
             self._metrics.say(f"going on from step {int(state.step)} of {run.config.total_steps}")
@@ -159,7 +159,7 @@ class Trainer:
                 self._reader.numbers(phase.batch_size),
             )  # fmt: skip
             state = self._run_phase(state, phase, step_fn, start, end)
-        self._save(state)  # the last one, also of a run of no steps
+        self._save(state)  # the final checkpoint, also for a run without steps
         return state
 
     def _run_phase(self, state: TrainState, phase: Phase, step_fn: TrainStep, start: int, end: int) -> TrainState:
@@ -170,7 +170,7 @@ class Trainer:
             state, values = step_fn(state, batch, self._run.key, jnp.int32(start))
             self._read_metrics()
             self._unread = functools.partial(self._log, values, done, phase)
-            # Evaluated before saved: a run that is killed in between does the evaluation again.
+            # Evaluate before saving: a run that is killed in between repeats the evaluation.
             if self._is_evaluated(done, end):
                 self._read_metrics()
                 self._evaluate(state, phase, done)
@@ -180,12 +180,12 @@ class Trainer:
         return state
 
     def _save(self, state: TrainState) -> None:
-        self._read_metrics()  # a state with a value that is not finite is never saved
+        self._read_metrics()  # raises if a value is not finite: such a state is never saved
         self._workdir.check()
         self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
 
     def _leave_if_told(self, state: TrainState) -> None:
-        """Saves and stops where this run was asked to."""
+        """Saves a checkpoint and raises PreemptedError if the run received a signal to stop."""
         if number := self._notice.given():
             self._save(state)
             raise PreemptedError(
@@ -198,8 +198,11 @@ class Trainer:
         return step == phase_end or bool(every and step % every == 0)
 
     def _catch_up(self, state: TrainState) -> None:
-        """Evaluates the state that the run begins with where that was due and has no record: it was told to stop before
-        that, or a study let it begin from weights of another run, which measures in its own way."""
+        """Evaluates the initial state if an evaluation was due at its step but has no record.
+
+        This happens if the run was stopped before that evaluation, or if a study began the run from the weights of
+        another run with a different evaluation.
+        """
         step, start = int(state.step), 0
         for phase in self._run.config.phases:
             due = start < step <= start + phase.steps and self._is_evaluated(step, start + phase.steps)
@@ -248,7 +251,7 @@ class Trainer:
         self._metrics.say(f"{line} ({values['tokens']:,} held-out tokens)")
 
     def _measure(self, state: TrainState) -> dict[str, Any]:
-        """The held-out figures of a state; those of the newest one are remembered."""
+        """Returns the held-out metrics of a state; those of the latest state are cached."""
         step = int(state.step)
         if self._measured is None or self._measured[0] != step:
             between = functools.partial(self._leave_if_told, state)
@@ -260,7 +263,7 @@ class Trainer:
         return self._measured[1]
 
     def final_summary(self, state: TrainState, folder: Path) -> dict[str, Any]:
-        """The held-out figures after the last step, sample thoughts, and where things are."""
+        """Returns the held-out metrics after the last step, sample thoughts, and the paths of the outputs."""
         summary: dict[str, Any] = {"step": int(state.step), "seed": self._run.config.seed}
         if self._held_out:
             summary |= self._measure(state)

@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl`, a progress bar, and TensorBoard or Weights & Biases when asked for."""
+"""Writes metrics to `metrics.jsonl`, a progress bar, and optionally TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from quietstar_jax.io import JsonLinesWriter, is_url, read_json_lines, write_tex
 class MetricsWriter:
     """Writes the metrics of a run; a context manager.
 
-    A resumed run first drops the records of steps that it is going to do again, so that every step has one record.
+    A resumed run first removes the records of steps that it will repeat, so that every step has one record.
 
     Args:
-      silent: write and show nothing, as all processes but one do.
+      silent: write and show nothing; set on all processes but one.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class MetricsWriter:
         silent: bool = False,
     ):  # fmt: skip
         self._silent = silent
-        # First: a missing package stops here.
+        # First, because a missing package raises an error here.
         self._sinks = [] if silent else _sinks(workdir, config, first_step, run_config)
         path = workdir / "metrics.jsonl"
         self._kept = set() if silent else _keep_until(path, first_step)
@@ -50,11 +50,11 @@ class MetricsWriter:
             sink.close()
 
     def has(self, kind: str, step: int) -> bool:
-        """Whether a record was there when the run began."""
+        """Whether a record already existed when this run started or resumed."""
         return (kind, step) in self._kept
 
     def write(self, kind: str, step: int, phase: str, values: Mapping[str, Any]) -> None:
-        """One record `{"kind", "step", "phase", ...}`; `kind` is `train` or `evaluation`."""
+        """Writes one record `{"kind", "step", "phase", ...}`; `kind` is `train` or `evaluation`."""
         if self._file:
             self._file.write({"kind": kind, "step": step, "phase": phase, **values})
         scalars = {name: value for name, value in values.items() if isinstance(value, int | float)}
@@ -71,13 +71,13 @@ class MetricsWriter:
         self._bar.update(step - self._bar.n)
 
     def say(self, line: str) -> None:
-        """A line for people, above the progress bar."""
+        """Prints a line above the progress bar."""
         if not self._silent:
             tqdm.write(line)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in order; none where it does not exist. Lines that hold none are left out."""
+    """Returns the records of a `metrics.jsonl` in order, without malformed lines; empty if the file does not exist."""
     rows = read_json_lines(path)
     return [
         row
@@ -87,12 +87,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_metrics(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """The inverse of `read_metrics`; writes the file whole or not at all."""
+    """Writes records so that `read_metrics` returns them; the file is replaced atomically."""
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _keep_until(path: Path, step: int) -> set[tuple[str, int]]:
-    """Drops records after `step`; returns kind and step of the others."""
+    """Removes records after `step`; returns kind and step of the others."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     if path.exists():
         write_metrics(path, kept)
@@ -143,7 +143,7 @@ class _WeightsAndBiases:
 
 
 def _kept_id(path: Path) -> str:
-    """A name of the run that stays the same when it resumes."""
+    """Returns an id of the run that stays the same when the run resumes."""
     if not path.exists():
         path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
     return path.read_text(encoding="utf-8")

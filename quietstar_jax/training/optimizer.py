@@ -1,4 +1,4 @@
-"""AdamW through optax, with a learning rate that phases and kinds of weights scale."""
+"""AdamW with optax; the learning rate depends on the phase and the kind of parameter."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Params = dict[str, jax.Array]
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, Adam and decoupled weight decay; its updates still want `-learning_rate`.
+    """Returns clipping, Adam and decoupled weight decay; the updates are not yet multiplied by `-learning_rate`.
 
-    The learning rate stays outside because phases have their own, while the moments run through all of them.
+    The learning rate is applied separately because each phase has its own, while the moments persist across phases.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
@@ -24,14 +24,14 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Params, config: OptimizerConfig) -> dict[str, bool]:
-    """Which weights decay."""
+    """Returns which parameters have weight decay, by dotted path."""
     return {name: config.decay_mask == "all" or not ("norm" in name or name.endswith("bias")) for name in params}
 
 
 def learning_rate(phase: Phase, step: jax.Array) -> jax.Array:
-    """The rate of step 0, 1, ... of a phase: linear warm-up from 0, then the phase's decay.
+    """Returns the rate of step 0, 1, ... of a phase: linear warm-up from 0, then the decay of the phase.
 
-    The decay would arrive at its final rate one step after the last: a last step of rate 0 would change nothing.
+    The decay reaches its final rate one step after the last step, because a last step with rate 0 would have no effect.
     """
     rest = max(phase.steps - phase.warmup_steps, 1)
     final = phase.learning_rate * phase.final_rate_fraction
@@ -41,24 +41,24 @@ def learning_rate(phase: Phase, step: jax.Array) -> jax.Array:
         "cosine": optax.cosine_decay_schedule(phase.learning_rate, rest, phase.final_rate_fraction),
     }[phase.decay]
     warmup = optax.linear_schedule(0.0, phase.learning_rate, max(phase.warmup_steps, 1))
-    # The first step counts as 1 of the warm-up: a rate of exactly 0 would waste it.
+    # The first step counts as step 1 of the warm-up, because a step with rate 0 would have no effect.
     shifted = step + 1
     return jnp.where(shifted < phase.warmup_steps, warmup(shifted), after(jnp.maximum(step - phase.warmup_steps, 0)))
 
 
 def rate_scale(name: str, rates: RateScales) -> float:
-    """The factor on the learning rate of the parameter with this dotted path."""
+    """Returns the learning-rate factor of the parameter with this dotted path."""
     if name.startswith("mixing_head."):
         return rates.mixing_head
     if name in ("start_embedding", "end_embedding"):
         return rates.thought_embeddings
     if name in ("start_spare", "end_spare"):
-        return 0.0  # nothing reads them
+        return 0.0  # the model does not use them
     return rates.decoder
 
 
 def apply_updates(params: Params, updates: Params, rate: jax.Array, rates: RateScales) -> Params:
-    """params - rate * scale * updates; weights with scale 0 stay as they are, bit for bit."""
+    """Returns params - rate * scale * updates; parameters with scale 0 are unchanged, bit for bit."""
     return {
         name: value - (rate * scale) * updates[name] if (scale := rate_scale(name, rates)) else value
         for name, value in params.items()

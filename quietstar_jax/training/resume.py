@@ -1,4 +1,4 @@
-"""Whether a configuration may resume what its work directory holds, and from where."""
+"""Checks whether a configuration may resume the run in its work directory."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.io import AnyPath, folder_to_read, place
 from quietstar_jax.settings import differences, to_mapping
 
-# What changes nothing that a run computes; chunks, meshes, rematerialisation and kernels only through rounding.
+# Settings without effect on the results of a run; chunks, mesh, rematerialisation and kernels affect only rounding.
 UNRELATED = ("config.workdir", "config.logging", "config.checkpoint", "config.data.workers", "config.data.data_dir",
              "config.data.cache_dir", "config.data.max_unknown_fraction", "config.thought.chunk_megabytes",
              "config.thought.positions_per_chunk",
              "config.mesh", "config.distributed", "config.model.rematerialize",
              "config.model.prefix_attention")  # fmt: skip
-MEASUREMENT = ("config.evaluation", "config.data.validation")  # touches figures, not the course of training
-FREE = UNRELATED + MEASUREMENT  # may change between the runs that share a work directory
+MEASUREMENT = ("config.evaluation", "config.data.validation")  # affects metrics, not the weights
+FREE = UNRELATED + MEASUREMENT  # may change when a run resumes
 THINKING = tuple(
     f"config.thought.{name}"
     for name in ("sampling_temperature", "mixing", "control", "base_loss_weight", "positions", "position_fraction")
-)  # touches nothing before the first phase that thinks
+)  # no effect before the first phase with thoughts
 REINFORCE = tuple(
     f"config.thought.{name}" for name in ("score_temperature", "positive_only", "policy_reduction")
-)  # touches no weight before the first phase whose thoughts are trained
-# Names of content whose fingerprint is compared instead: the same bytes may be somewhere else.
+)  # no effect on weights before the first phase that trains thoughts
+# Names of content that is compared by fingerprint instead: the same bytes may have moved.
 BASE = ("config.model.checkpoint", "config.model.revision", "model_commit")
 MOVABLE = ("config.data.train", "config.data.tokenizer")
-MOST_LINES, MOST_CHARACTERS = 10, 240  # of a list of differences
+MOST_LINES, MOST_CHARACTERS = 10, 240  # limits of a list of differences
 
 
 def saved_record(workdir: AnyPath) -> dict[str, Any] | None:
-    """`Run.record` of the newest checkpoint whose record can be read; None where there is none."""
+    """Returns `Run.record` of the newest checkpoint whose record can be read, or None."""
     folder = epath.Path(workdir) / "checkpoints"
     for step in reversed(saved_steps(folder)):
         if manifest.has_other_config(folder / str(step)):
@@ -57,16 +57,16 @@ def saved_record(workdir: AnyPath) -> dict[str, Any] | None:
 
 
 def same_base(saved: Mapping[str, Any], config: Config) -> bool:
-    """Whether a configuration names the base as the run did that is resumed."""
+    """Whether a configuration names the same base as the saved run."""
     model = saved["config"]["model"]
     return (model["checkpoint"], model.get("revision", "")) == (config.model.checkpoint, config.model.revision)
 
 
 def tokenizer_source(config: Config) -> tuple[str, str]:
-    """(folder or hub id of a run's tokenizer, its revision).
+    """Returns (folder or hub id of a run's tokenizer, its revision).
 
     Raises:
-      ConfigError: none is named.
+      ConfigError: the configuration names neither a tokenizer nor a model checkpoint.
     """
     model = config.model
     if config.data.tokenizer:
@@ -82,10 +82,12 @@ def tokenizer_source(config: Config) -> tuple[str, str]:
 
 
 def resumed_tokenizer(config: Config, saved: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that a resumed run names, or the copy that it keeps where that one is part of its base or gone.
+    """Returns the tokenizer of a resumed run: the one that its configuration names, or the copy in its work directory.
+
+    The copy is used if the configuration names no tokenizer, or the same one as before and it can no longer be loaded.
 
     Raises:
-      CheckpointError: it is not the one that the run began with.
+      CheckpointError: the tokenizer is not the one that the run began with.
     """
     kept = place(config.workdir, "config.workdir") / "tokenizer"
     name, revision = tokenizer_source(config)
@@ -127,16 +129,17 @@ def _token_changes(before: Tokenizer | None, now: Tokenizer) -> str:
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> None:
-    """Refuses to resume a run that changed in what has already shaped its weights (see `incompatible_changes`).
+    """Checks that the settings that determined the saved weights are unchanged (see `incompatible_changes`).
 
     Args:
-      saved, wanted: `Run.record` of the checkpoint and of now; step: of the checkpoint.
+      saved, wanted: `Run.record` of the checkpoint and of the current run.
+      step: step of the checkpoint.
 
     Raises:
-      CheckpointError: lists every difference.
+      CheckpointError: a setting changed; the message lists the differences.
     """
     changed = incompatible_changes(saved["config"], wanted["config"], step)
-    # With a base these settings are not used; without one they are the architecture.
+    # With a base, these settings are not used; without a base, they define the architecture.
     settings = "config.model.architecture"
     architecture = "architecture" if wanted["config"].get("model", {}).get("checkpoint") else settings
     changed = [line for line in changed if not line.startswith(settings)]
@@ -160,7 +163,7 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: in
 
 
 def check_same_sources(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """For a checkpoint of an early version, which knows its text by name only.
+    """Checks the training text of a checkpoint of an early version, which records only names.
 
     Raises:
       CheckpointError: the names have changed.
@@ -174,14 +177,17 @@ def check_same_sources(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> N
 
 
 def check_position(saved: Mapping[str, Any], data: Mapping[str, Any], step: int, done: int, folder: Path) -> None:
-    """Refuses a checkpoint whose parts say different things of how far the run was.
+    """Checks that the parts of a checkpoint agree on its step.
 
     Args:
-      saved: `Run.record` of the checkpoint; data: the position in the training text that it holds.
-      step: by the checkpoint's name; done: as stored; folder: of the checkpoint.
+      saved: `Run.record` of the checkpoint.
+      data: the position in the training text stored in the checkpoint.
+      step: step in the name of the checkpoint.
+      done: step stored in the checkpoint.
+      folder: folder of the checkpoint.
 
     Raises:
-      CheckpointError: says what does not fit.
+      CheckpointError: the parts disagree; the message says how.
     """
     read, start = 0, 0
     for phase in saved["config"]["phases"]:
@@ -204,17 +210,18 @@ def check_position(saved: Mapping[str, Any], data: Mapping[str, Any], step: int,
 
 
 def bounded(lines: Sequence[str]) -> str:
-    """A list for a message that fits a screen."""
+    """Returns the lines as a list, shortened to fit a screen."""
     shown = [f"  - {line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 4] + ' ...'}" for line in lines]
     more = [f"  - and {len(shown) - MOST_LINES} more"] if len(shown) > MOST_LINES else []
     return "\n".join(shown[:MOST_LINES] + more)
 
 
 def incompatible_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> list[str]:
-    """Lines `setting: saved -> wanted` for all that makes two configurations differ in what they do up to a step.
+    """Returns lines `setting: saved -> wanted` for all differences between two configurations that matter up to a step.
 
-    Settings in `FREE` may change, and so may phases that had not begun, those in `THINKING` where none that thinks had,
-    and those in `REINFORCE` where none that trains thoughts had; the last phase that had begun may get more steps.
+    These may differ: settings in `FREE`; phases that have not begun; settings in `THINKING` if no phase with thoughts
+    has begun; settings in `REINFORCE` if no phase that trains thoughts has begun; and the number of steps of the last
+    phase that has begun, if its learning rate does not depend on that number.
     """
     saved, wanted = _completed(saved), _completed(wanted)
     before, after = _begun(saved["phases"], step), _begun(wanted["phases"], step)
@@ -226,7 +233,7 @@ def incompatible_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], st
 
 
 def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration with the settings of later versions, at the defaults that earlier versions used."""
+    """Adds settings of later versions to a saved configuration, with values that match the earlier versions."""
 
     def complete(known: Any, found: Any) -> Any:
         if isinstance(known, Mapping) and isinstance(found, Mapping):
@@ -235,14 +242,17 @@ def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
 
     phases = [complete(to_mapping(Phase()), phase) for phase in saved["phases"]]
     completed = complete(to_mapping(Config()), saved) | {"phases": phases}
-    # Packed documents saw each other before there was a setting; no other packing depends on it.
+    # Before this setting existed, packed documents attended to each other; no other packing depends on the setting.
     masked = completed["data"]["packing"] == "packed" and saved.get("data", {}).get("document_mask", False)
     return completed | {"data": completed["data"] | {"document_mask": masked}}
 
 
 def _begun(phases: Any, step: int) -> list[dict[str, Any]]:
-    """The phases of which a step is done. Microbatches, which only round, are left out, and so are the steps of the
-    last phase where its rate does not depend on them."""
+    """Returns the phases that have begun.
+
+    Microbatches, which affect only rounding, are masked, and so is the number of steps of the last phase if its
+    learning rate does not depend on that number.
+    """
     begun, start = [], 0
     for phase in phases:
         if start < step:

@@ -1,4 +1,4 @@
-"""From a checked configuration to what the loop works with: tokenizer, weights, shapes. Nothing is compiled here."""
+"""Turns a checked configuration into the inputs of the loop: tokenizer, model structure, vocabulary, weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from quietstar_jax.training.step import initial_state, state_specs
 
 @dataclass(frozen=True)
 class Run:
-    """A run before its first step, or before it resumes."""
+    """The fixed parts of a run, before its first step or before it resumes."""
 
     config: Config
     tokenizer: Tokenizer
@@ -48,13 +48,13 @@ class Run:
     graphdef: GraphDef
     vocabulary: Vocabulary
     key: jax.Array
-    mesh: Mesh  # of all devices; the context of everything that is compiled (`jax.set_mesh`)
-    base: Base | None  # that it starts from; None also where a resumed run does not need it
+    mesh: Mesh  # all devices; the context in which all functions are compiled (`jax.set_mesh`)
+    base: Base | None  # the weights to start from; None also if a resumed run does not need them
     base_record: Mapping[str, Any]
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside its arrays, enough to use it without the original model."""
+        """The data that a checkpoint stores in addition to its arrays, enough to use it without the original model."""
         return {
             "config": to_mapping(self.config),
             "architecture": to_mapping(self.architecture),
@@ -66,13 +66,13 @@ class Run:
 
 
 def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
-    """Loads the tokenizer, finds the model's shape, lays out the devices, and checks that all of it fits.
+    """Loads the tokenizer, determines the architecture, makes the mesh, and checks that they fit together.
 
     Args:
-      saved: `Run.record` as the work directory holds it. Then nothing of the base is needed, unless it is another one.
+      saved: `Run.record` in the work directory. With it, the base is opened only if the configuration names another.
 
     Raises:
-      ConfigError, DataError, CheckpointError: before any weight is read.
+      ConfigError, DataError, CheckpointError: the parts do not fit together; raised before any weight is read.
     """
     base = None if saved and same_base(saved, config) else open_base(config.model)
     record = base_record(base)
@@ -121,17 +121,17 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
 
 
 def abstract_params(architecture: Architecture) -> tuple[dict[str, Any], GraphDef]:
-    """Shapes and dtypes of all parameters, and the graph definition that holds them; allocates nothing."""
+    """Returns shapes and dtypes of all parameters, and the graph definition of the model; allocates nothing."""
     return split(jax.eval_shape(lambda: init_quiet_star(architecture, [0], [0], 1.0, jax.random.key(0))))
 
 
 def abstract_structure(architecture: Architecture) -> GraphDef:
-    """The graph definition of the model of this shape."""
+    """Returns the graph definition of the model with this architecture."""
     return abstract_params(architecture)[1]
 
 
 def abstract_state(config: Config, architecture: Architecture, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and layout of the training state; a checkpoint of any mesh is read to where this says."""
+    """Returns shapes, dtypes and shardings of the training state; a checkpoint of any mesh can be restored into it."""
     params, graphdef = abstract_params(architecture)
     state = jax.eval_shape(lambda params: initial_state(params, config), params)
     return jax.tree.map(
@@ -142,9 +142,9 @@ def abstract_state(config: Config, architecture: Architecture, mesh: Mesh) -> Tr
 
 
 def first_state(run: Run) -> TrainState:
-    """Step 0: the weights of the base, with its thoughts where it can think; or random ones."""
+    """Returns the state at step 0, with the weights of the base (also its thought weights, if any) or random ones."""
     vocabulary, scale = run.vocabulary, run.config.thought.embedding_scale
-    key = jax.random.fold_in(run.key, jnp.iinfo(jnp.int32).max)  # no step folds this number in
+    key = jax.random.fold_in(run.key, jnp.iinfo(jnp.int32).max)  # a number that no step folds in
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(run.config, run.architecture, run.mesh)).params
     base = run.base or open_base(run.config.model)
     if base:
@@ -155,14 +155,14 @@ def first_state(run: Run) -> TrainState:
 
 
 def start_optimizer(run: Run, params: dict[str, jax.Array]) -> TrainState:
-    """Step 0 with these weights, which are given up, and new Adam moments."""
+    """Returns the state at step 0 with these weights, which are donated, and new Adam moments."""
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(run.config, run.architecture, run.mesh))
     start = jax.jit(lambda params: initial_state(params, run.config), out_shardings=layout, donate_argnums=0)
     return start(params)
 
 
 def check_length(config: Config, architecture: Architecture) -> None:
-    """Raises ConfigError where a thought would reach past the positions that the model knows."""
+    """Raises ConfigError if a thought would exceed the maximum number of positions of the model."""
     thinking = [(phase.thought_length, phase.tokens_ahead) for phase in config.phases]
     thinking.append((config.evaluation_thought_length, config.evaluation.tokens_ahead))
     longest = max(length + ahead + 1 if length else 0 for length, ahead in thinking)

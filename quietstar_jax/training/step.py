@@ -1,4 +1,4 @@
-"""One optimizer step as one compiled function: draw, think, talk, learn, update."""
+"""One optimizer step as one compiled function: draw random numbers, think, talk, learn, update."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ from quietstar_jax.training.optimizer import apply_updates, learning_rate, make_
 
 
 class Batch(NamedTuple):
-    """tokens: [B, L] int32; mask: [B, L] bool, True where the text is real.
+    """A batch of token sequences.
 
-    starts: [B, L] int32, the number of the first token of the document that each is of; None where each row is one
-    document, or documents of a row see each other.
+    Attributes:
+      tokens: [B, L] int32.
+      mask: [B, L] bool, True for real tokens, False for padding.
+      starts: [B, L] int32, for each token the index of the first token of its document; None if each row is one
+        document, or if the documents of a row attend to each other.
     """
 
     tokens: jax.Array
@@ -42,10 +45,11 @@ class Batch(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The randomness of one step, uniform in [0, 1): a microbatch or a device takes its rows of it.
+    """The random numbers of one step, uniform in [0, 1). A microbatch or a device uses the rows of its sequences.
 
     Attributes:
-      thoughts: of all L positions; positions: [B, L], for the choice of which think.
+      thoughts: random numbers for thoughts at all L positions.
+      positions: [B, L], for choosing the positions that think.
     """
 
     thoughts: Uniforms
@@ -55,10 +59,10 @@ class Draws(NamedTuple):
 def draw(
     key: jax.Array, shape: tuple[int, ...], settings: ThoughtSettings, row_numbers: np.ndarray | None = None
 ) -> Draws:
-    """The draws of a step over tokens of shape [B, L].
+    """Returns the random numbers of a step for tokens of shape [B, L].
 
     Args:
-      row_numbers: [B] the number in the batch of each row's sequence, whose draws it gets; None = in order.
+      row_numbers: [B], for each row the number of its sequence in the batch, which selects its draws; None = in order.
     """
     batch, length = shape
     thoughts = draw_uniforms(key, (batch, settings.num_thoughts, length, settings.thought_length))
@@ -69,7 +73,7 @@ def draw(
 
 
 def to_device(rows: Mapping[str, np.ndarray]) -> Batch:
-    """A whole batch of the data pipeline, moved to the device or dealt out over the mesh."""
+    """Moves a complete batch of the data pipeline to the device, or shards it over the mesh."""
     return Batch(**jax.tree.map(shard_batch, dict(rows)))
 
 
@@ -77,7 +81,7 @@ TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState
 
 
 def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> ThoughtSettings:
-    """What all thoughts of a run share, and the fields of `ThoughtSettings` in which these differ."""
+    """Returns `ThoughtSettings` from the settings that all thoughts of a run share, and from the fields in `shape`."""
     return ThoughtSettings(
         meta_tokens=(*vocabulary.meta_tokens, *vocabulary.unused),
         pad_id=vocabulary.pad_id,
@@ -90,7 +94,7 @@ def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> Th
 
 
 def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> ThoughtSettings:
-    """The thoughts of one phase."""
+    """Returns the thought settings of one phase."""
     return thought_settings(
         config,
         vocabulary,
@@ -103,7 +107,7 @@ def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> Thou
 
 
 def initial_state(params: dict[str, jax.Array], config: Config) -> TrainState:
-    """Step 0 with these weights."""
+    """Returns the state at step 0 with these weights."""
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer).init(params))
 
 
@@ -111,14 +115,15 @@ def make_train_step(
     config: Config, phase: Phase, graphdef: GraphDef, architecture: Architecture, vocabulary: Vocabulary,
     row_numbers: np.ndarray | None = None,
 ) -> TrainStep:  # fmt: skip
-    """The step of a phase: `(state, batch, key, first step of the phase) -> (state, metrics)`.
+    """Returns the step of a phase: `(state, batch, key, first step of the phase) -> (state, metrics)`.
 
-    Pure; the caller compiles it. The key is that of the whole run: each step folds its number in. Before the first
-    phase that thinks, start and end follow the embeddings they begin as, unless they have been learned before.
+    The step is a pure function, not yet compiled. The key is that of the run: each step folds in its number. Until the
+    first phase with thoughts, the start and end embeddings are recomputed from the token embeddings after each step,
+    unless the run began with trained ones.
 
     Args:
-      row_numbers: [B] which sequence of the batch each row is, so that thoughts do not depend on who reads what; None =
-        in order.
+      row_numbers: [B], for each row the number of its sequence in the batch, so that thoughts do not depend on which
+        process reads which sequence; None = in order.
     """
     until_now = [p.name for p in config.phases].index(phase.name) + 1
     never_thought = bool(vocabulary.start_tokens) and not any(p.thought_length for p in config.phases[:until_now])
@@ -145,7 +150,7 @@ def make_train_step(
         )  # fmt: skip
 
     def own_rows(psum: Any, params: Any, batch: Batch, draws: Draws, counts: Counts) -> tuple[Any, Metrics]:
-        """Gradients and metrics of the sequences of one place on the data axis, added up over all at the end."""
+        """Gradients and metrics of one shard of the data axis, summed over all shards at the end."""
         gradient = jax.grad(loss, has_aux=True)
         gradients, metrics = accumulate(
             lambda piece: gradient(params, *piece, counts), (batch, draws), phase.microbatches
@@ -166,7 +171,7 @@ def make_train_step(
             params |= initial_thought_embeddings(params, vocabulary, config.thought.embedding_scale)
         metrics |= {
             "gradient_norm": optax.tree.norm(gradients),
-            "parameter_norm": optax.tree.norm(params),  # of the new weights: not finite once they have diverged
+            "parameter_norm": optax.tree.norm(params),  # of the new weights: not finite if they have diverged
             "learning_rate": rate,
         }
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -175,7 +180,7 @@ def make_train_step(
 
 
 def state_specs(state: TrainState, graphdef: GraphDef) -> TrainState:
-    """How a training state, or the shapes of one, lies on a mesh: a tree of `PartitionSpec`."""
+    """Returns the sharding of a training state, or of its shapes, as a tree of `PartitionSpec`."""
     return specs_like_parameters(state, graphdef.axes_by_name)
 
 
@@ -183,10 +188,10 @@ def compile_train_step(
     config: Config, phase: Phase, graphdef: GraphDef, architecture: Architecture, vocabulary: Vocabulary,
     state: TrainState, row_numbers: np.ndarray | None = None,
 ) -> Any:  # fmt: skip
-    """`make_train_step` under `jax.jit`, laid out over the mesh of the context; a state given to it is given up.
+    """Returns `make_train_step` under `jax.jit`, sharded over the mesh of the context; the input state is donated.
 
     Args:
-      state: one to come, or its shapes.
+      state: a training state, or its shapes.
     """
     step = make_train_step(config, phase, graphdef, architecture, vocabulary, row_numbers)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_specs(state, graphdef), PartitionSpec()))
@@ -195,7 +200,7 @@ def compile_train_step(
 def initial_thought_embeddings(
     params: Mapping[str, jax.Array], vocabulary: Vocabulary, embedding_scale: float
 ) -> dict[str, jax.Array]:
-    """The start and end embeddings of a model that has not thought yet."""
+    """Returns the initial start and end embeddings: means of the embeddings of their tokens, divided by the scale."""
     embedding = params["decoder.embedding"]
     return {
         "start_embedding": mean_embedding(embedding, vocabulary.start_tokens, embedding_scale),
@@ -204,7 +209,7 @@ def initial_thought_embeddings(
 
 
 def accumulate(fn: Callable[[Any], Any], batch: Any, pieces: int) -> Any:
-    """Sum of `fn` over the batch [B, ...] in `pieces` equal parts, one part in memory at a time."""
+    """Returns the sum of `fn` over `pieces` equal parts of the batch [B, ...], with one part in memory at a time."""
     if pieces == 1:
         return fn(batch)
     parts = jax.tree.map(lambda x: split_microbatches(x, pieces), batch)

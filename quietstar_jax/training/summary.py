@@ -1,4 +1,4 @@
-"""What a run came to, for people and as `summary.json`."""
+"""The summary of a run: as text, and as the content of `summary.json`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ CONTEXT_TOKENS = 24
 def most_helpful_thoughts(
     scores: TokenScores, batches: Sequence[Mapping[str, np.ndarray]], tokenizer: Tokenizer, count: int = 3
 ) -> list[dict[str, Any]]:
-    """The thoughts that made the next token most likely against the prediction without them.
+    """Returns the thoughts that increased the likelihood of the true next token the most, at most one per sequence.
 
-    Each with its context, the thought, the true next token, its probability without and with the thought, and the
-    mixing weight. At most one per sequence.
+    Each is given with its context, the true next token, the token's probability without and with the thought, and the
+    mixing weight.
     """
     if not scores.thoughts.shape[-1]:
         return []
@@ -53,7 +53,7 @@ def most_helpful_thoughts(
 
 
 def config_hash(config: Config) -> str:
-    """Identifies all settings that change what a run computes or measures."""
+    """Returns a hash of all settings that affect the weights or the metrics of a run."""
     settings = to_mapping(config)
     for name in UNRELATED:
         *groups, last = name.split(".")[1:]
@@ -62,7 +62,7 @@ def config_hash(config: Config) -> str:
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-    """The table that ends a run."""
+    """Returns the table printed at the end of a run."""
     counted = f"held-out text, {summary['tokens']:,} tokens" if summary.get("tokens") else "held-out text"
     lines = ["", f"{counted:<34}{'without thoughts':>18}{'with thoughts':>16}"]
 

@@ -1,4 +1,4 @@
-"""The work directory of a run: made, tried, locked, and seen by every process before anything is compiled."""
+"""The work directory of a run: created, locked, and checked to be visible to every process."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ from quietstar_jax.lock import Lock, read
 from quietstar_jax.parallel import processes
 
 LOCK = "run.lock"
-SHARED_SECONDS = 60.0  # in which all processes must see what the first one wrote; file systems remember what was absent
+SHARED_SECONDS = 60.0  # time for all processes to see what the first one wrote; file systems cache missing files
 
 
 class Workdir:
-    """Attributes: path: a `pathlib.Path`, or a path of etils for a URL."""
+    """A locked work directory.
+
+    Attributes:
+      path: a `pathlib.Path`, or an `etils.epath.Path` for a URL.
+    """
 
     def __init__(self, path: Any, lock: Lock | None):
         self.path, self._lock = path, lock
 
     def check(self) -> None:
-        """Before something is written. Does nothing on processes that do not hold the lock.
+        """Checks the lock; call it before writing. Does nothing on processes that do not hold the lock.
 
         Raises:
-          LockedError: another run took over.
+          LockedError: another run has taken the lock.
           GoneError: the folder has disappeared.
         """
         if self._lock:
@@ -41,11 +45,11 @@ class Workdir:
 
 @contextlib.contextmanager
 def open_workdir(config: Config) -> Iterator[Workdir]:
-    """The work directory, locked by the first process of the run.
+    """Creates the work directory if necessary, and locks it from the first process of the run.
 
     Raises:
-      ConfigError: it cannot be written to, or the processes do not share it.
-      LockedError: another run has it.
+      ConfigError: the folder cannot be written to, or the processes do not share it.
+      LockedError: another run holds the lock.
     """
     path = io.place(config.workdir, "config.workdir")
     name = f"config.workdir {path}"
@@ -59,7 +63,7 @@ def open_workdir(config: Config) -> Iterator[Workdir]:
                 lock = stack.enter_context(Lock(path / LOCK, name, _say))
             except UserError:
                 raise
-            except Exception as error:  # of any file system: a file of that name, no rights, a full disk, no bucket
+            except Exception as error:  # from any file system: a file of that name, no permission, full disk, no bucket
                 raise ConfigError(
                     f"{name} cannot be written to: {error}. Choose another folder, or free disk space there."
                 ) from error
@@ -82,12 +86,12 @@ def _say(line: str) -> None:
 
 
 def _sees(path: Any, nonce: str) -> bool:
-    """Whether the lock of the first process appears here in time."""
+    """Whether the lock of the first process becomes visible to this process in time."""
     until = time.monotonic() + SHARED_SECONDS
     while True:
         with contextlib.suppress(Exception):
             if not io.is_url(path):
-                os.listdir(path)  # makes NFS ask its server again
+                os.listdir(path)  # makes NFS refresh its cache
             if read(path / LOCK)[0].get("nonce") == nonce:
                 return True
         if time.monotonic() > until:

@@ -1,4 +1,4 @@
-"""What the builders share: rows from local files or from the hub, and a dataset that is prepared without TensorFlow."""
+"""The base class of the builders: reads rows from local files or the hub, and prepares a dataset without TensorFlow."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from quietstar_jax.errors import DataError
 
 
 class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A dataset of rows, each made into one example with a feature `text` to train on. Examples keep their order."""
+    """A dataset with one example per row, in order; the feature `text` of an example is the text to train on."""
 
     VERSION = tfds.core.Version("1.0.0")
-    HUB: ClassVar[dict[str, str]]  # split -> where the hub has it
+    HUB: ClassVar[dict[str, str]]  # split -> its source on the hub
     EXAMPLE: ClassVar[dict[str, Any]]  # feature -> type
     HOMEPAGE: ClassVar[str]
 
     def __init__(self, *, sources: Mapping[str, str] | None = None, **given: Any):
-        """Takes, beside what every builder takes, where each split is: files as in `data.train`, or `hf:...`."""
+        """Accepts the arguments of every builder, and `sources`: split -> files as in `data.train`, or `hf:...`."""
         self._sources = dict(sources or self.HUB)
         super().__init__(**{"file_format": "array_record", **given})
 
@@ -31,7 +31,7 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
             description=(self.__doc__ or "").strip(),
             features=tfds.features.FeaturesDict(self.EXAMPLE),
             homepage=self.HOMEPAGE,
-            disable_shuffling=True,  # array_record is read in any order
+            disable_shuffling=True,  # array_record supports random access
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -48,5 +48,5 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
                 ) from error
 
     def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The example of a row. Raises KeyError or TypeError where it is not one."""
+        """Returns the example of a row. Raises KeyError or TypeError if the row is malformed."""
         raise NotImplementedError

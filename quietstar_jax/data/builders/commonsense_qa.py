@@ -11,7 +11,7 @@ from quietstar_jax.data.builders.common import RowsBuilder
 
 
 class CommonsenseQa(RowsBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Multiple-choice questions that take common sense (Talmor et al., 2019); held-out answers are empty."""
+    """Multiple-choice questions that require common sense (Talmor et al., 2019); held-out answers are empty."""
 
     HUB: ClassVar = {split: f"hf:tau/commonsense_qa:{split}" for split in ("train", "validation", "test")}
     EXAMPLE: ClassVar = {
@@ -22,7 +22,7 @@ class CommonsenseQa(RowsBuilder, skip_registration=True):  # type: ignore[call-a
     HOMEPAGE = "https://www.tau-nlp.org/commonsenseqa"
 
     def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Takes the authors' rows (everything under `question`) and the hub's (`choices` as two lists)."""
+        """Accepts rows in the authors' format (all under `question`) and in the hub's (`choices` as two lists)."""
         asked = row["question"]
         if isinstance(asked, str):
             question, labels, choices = asked, row["choices"]["label"], row["choices"]["text"]

@@ -1,6 +1,6 @@
-"""Sources cut into parts that are read from start to end, each on its own: what preparation hands to its workers.
+"""Partitions sources into parts for the workers of a preparation; each part is read sequentially and independently.
 
-Nothing is indexed or counted beforehand, so a corpus of any size is cut at once.
+Nothing is indexed or counted in advance, so a corpus of any size is partitioned immediately.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from quietstar_jax.data.sources.tfds import TFDS, TfdsExamples
 from quietstar_jax.data.sources.unpack import is_lines
 from quietstar_jax.errors import DataError
 
-INFLATION = 3  # bytes of text to a compressed byte, roughly
-STREAMED_BYTES = 1 << 28  # taken for the size of a hub dataset's file, which is not known beforehand
-DOCUMENT_BYTES = 1 << 8  # and of a document of the embedded corpus
+INFLATION = 3  # approximate bytes of text per compressed byte
+STREAMED_BYTES = 1 << 28  # assumed size of a hub dataset's file, which is not known in advance
+DOCUMENT_BYTES = 1 << 8  # assumed size of a document of the embedded corpus
 
 
 class Part(Protocol):
@@ -33,22 +33,22 @@ class Part(Protocol):
 
     @property
     def name(self) -> str:
-        """Says which documents they are."""
+        """Identifies the documents."""
         ...
 
     @property
     def size(self) -> int:
-        """Bytes of text, roughly."""
+        """Approximate bytes of text."""
         ...
 
     def documents(self, text: TextOf) -> Iterator[str]:
-        """Reads them, "" for an empty one. Raises DataError for a broken one."""
+        """Yields the documents, "" for an empty one. Raises DataError for a broken one."""
         ...
 
 
 @dataclass(frozen=True)
 class Lines:
-    """The lines of a file of JSON lines that begin within a range of bytes."""
+    """The lines of a JSON lines file that begin within a range of bytes."""
 
     file: File
     start: int
@@ -68,7 +68,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Records:
-    """Records that are read when it is their turn."""
+    """Records that are read on demand."""
 
     name: str
     size: int
@@ -80,19 +80,19 @@ class Records:
 
 @dataclass(frozen=True)
 class Input:
-    """A source before it is cut."""
+    """A source before it is partitioned."""
 
     spec: str
-    pieces: list[Piece]  # what it is read from
-    size: int  # bytes of text, roughly
-    cut: Callable[[int], list[Part]]  # into parts of at most about so many bytes, where that can be done
+    pieces: list[Piece]  # the files and other pieces that it is read from
+    size: int  # approximate bytes of text
+    cut: Callable[[int], list[Part]]  # partitions it into parts of about the given number of bytes, if possible
 
 
 def read_input(spec: str, config: DataConfig) -> Input:
-    """Finds what a source is made of.
+    """Opens a source for partitioning.
 
     Raises:
-      DataError: it is missing, empty or of an unknown kind, or prepared already.
+      DataError: the source is missing, empty, of an unknown kind, or already prepared.
     """
     if is_prepared(spec):
         raise DataError(f"{spec} is prepared already: train on it as it is.")
@@ -121,7 +121,7 @@ def _synthetic(config: DataConfig) -> RandomAccessSource:
 
 
 def _numbered(spec: str, config: DataConfig, start: int, stop: int) -> Iterator[Record]:
-    """Records `start` .. `stop` - 1 of a source that has them by number."""
+    """Returns records `start` .. `stop` - 1 of a source with random access."""
     if spec == SYNTHETIC:
         texts = _synthetic(config)
         return (Record(f"{spec}, document {i}", {config.text_key: texts[i]}) for i in range(start, stop))
@@ -158,7 +158,7 @@ def _cut_files(files: list[File], config: DataConfig, target: int) -> list[Part]
 
 
 def _text_groups(files: list[File], key: str, target: int) -> list[Part]:
-    """Neighbouring text files together, until they have enough bytes."""
+    """Groups consecutive text files into parts of up to `target` bytes."""
     groups: list[list[File]] = [[]]
     for file in files:
         if groups[-1] and sum(item.size for item in groups[-1]) + file.size > target:

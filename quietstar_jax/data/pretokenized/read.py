@@ -1,4 +1,4 @@
-"""Documents tokenized ahead by `python -m quietstar_jax.data.prepare`: the folder, its manifest, reading it."""
+"""Reads folders of documents that `python -m quietstar_jax.data.prepare` tokenized in advance."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _AGAIN = "Remove the folder and prepare it again with `python -m quietstar_jax.d
 
 
 class PreparedDocuments:
-    """Token ids of documents by number: int32 [tokens], without a begin or end token added."""
+    """Token ids of documents by number: int32 [tokens], without added begin or end tokens."""
 
     counts_known = True
 
@@ -38,7 +38,7 @@ class PreparedDocuments:
           cache_dir: see `cached_array`.
 
         Raises:
-          DataError: it is incomplete, damaged, or of another tokenizer.
+          DataError: the folder is incomplete, damaged, or prepared with another tokenizer.
         """
         manifest = read_manifest(folder)
         check_tokenizer(folder, manifest["tokenizer"], tokenizer)
@@ -88,7 +88,7 @@ class PreparedDocuments:
         return counts - len(begin) * begun.astype(np.int32) if begun.any() else counts
 
     def _begun(self, begin: tuple[int, ...]) -> np.ndarray:
-        """Which documents begin with these ids themselves, bool [documents]; read once where that is not kept."""
+        """Returns which documents themselves begin with these ids, bool [documents]; computed once if not stored."""
         if self._known_begin == list(begin):
             return self._array(BEGUN)
         key = hashlib.sha256(f"{self._marks} {begin}".encode()).hexdigest()
@@ -99,7 +99,7 @@ class PreparedDocuments:
         return cached_array(self._cache_dir, f"begun-{key}", read)
 
     def _array(self, name: str) -> np.ndarray:
-        """A file with one number for each document."""
+        """Returns the content of a file with one number per document."""
         path = self._folder / name
         try:
             found: np.ndarray = np.load(path, mmap_mode="r")
@@ -121,10 +121,10 @@ def is_prepared(spec: str) -> bool:
 
 
 def prepared_folder(spec: str) -> Path:
-    """The folder that `prepared:FOLDER`, or a plain path, names.
+    """Returns the folder that `prepared:FOLDER` or a plain path names.
 
     Raises:
-      DataError: it is behind a URL or absent.
+      DataError: the name is a URL, or the folder does not exist.
     """
     name = spec.removeprefix(PREPARED)
     if is_url(name):
@@ -136,10 +136,10 @@ def prepared_folder(spec: str) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete folder, its fields checked.
+    """Returns the manifest of a complete folder after checking its fields.
 
     Raises:
-      DataError: the folder is incomplete or the manifest damaged.
+      DataError: the folder is incomplete, or the manifest is damaged.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -169,7 +169,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a manifest says of the tokenizer, JSON-able."""
+    """Returns the description of a tokenizer in a manifest, JSON-serializable."""
     return {
         "name": tokenizer.name,
         "fingerprint": tokenizer.vocabulary_fingerprint,
@@ -179,11 +179,12 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def check_tokenizer(folder: Path, prepared: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-    """Makes sure that text becomes the same tokens. The run's tokenizer may have more added tokens, as one that has
-    learned to think does.
+    """Checks that the run's tokenizer produces the same tokens as the one that prepared the folder.
+
+    It may have more added tokens, such as the start and end tokens of thoughts.
 
     Raises:
-      DataError: it is another one.
+      DataError: it is another tokenizer.
     """
     mine = describe_tokenizer(tokenizer)
     lacking = sorted(set(prepared["added_tokens"].items()) - set(mine["added_tokens"].items()))

@@ -1,7 +1,7 @@
-"""Text to array_record shards of token ids: planned at once, written by worker processes, resumed where it stopped.
+"""Writes text as array_record shards of token ids: planned first, written by worker processes, and resumable.
 
-A shard depends on the plan alone, is written under a name of its own and renamed when it is complete. So an
-interrupted preparation loses at most the shards that were being written, and ends in the same bytes.
+A shard depends only on the plan, is written under a temporary name, and is renamed when it is complete. So an
+interrupted preparation loses at most the shards that were being written, and the resumed one writes the same bytes.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from quietstar_jax.errors import DataError
 from quietstar_jax.io import TEMPORARY, locked, replacing, write_json
 from quietstar_jax.settings import differences
 
-SHARD_BYTES = 1 << 28  # of text in a shard, where their number is not given
-SAMPLED_PARTS = 16  # looked at before, to see whether the tokenizer knows the text
+SHARD_BYTES = 1 << 28  # bytes of text per shard if the number of shards is not given
+SAMPLED_PARTS = 16  # parts sampled first, to check that the tokenizer knows the text
 BATCH = 256  # documents tokenized in one call
-WRITER = "group_size:1,uncompressed"  # every document by itself; token ids hardly compress
+WRITER = "group_size:1,uncompressed"  # one document per group; token ids hardly compress
 
-RESULTS = ("documents", "tokens", "empty_documents", "begin", "shards")  # what a manifest has beside the plan
+RESULTS = ("documents", "tokens", "empty_documents", "begin", "shards")  # fields of a manifest that a plan lacks
 
 _LOCK = ".lock"
 
@@ -60,7 +60,7 @@ class Shard:
     """A file to be written."""
 
     folder: Path
-    name: str  # without ending
+    name: str  # without suffix
     parts: tuple[Part, ...]
     tokenizer: str
     revision: str
@@ -69,12 +69,12 @@ class Shard:
 
     @property
     def done(self) -> Path:
-        """Says what is in the shard; exists when it is complete."""
+        """File that describes the content of the shard; exists once the shard is complete."""
         return self.folder / f"{self.name}.json"
 
     @property
     def counts(self) -> Path:
-        """Tokens of each document, and whether its text itself begins with the begin token: int32 [2, documents]."""
+        """File with token counts, and whether a document itself begins with the begin token: int32 [2, documents]."""
         return self.folder / f"{self.name}.npy"
 
 
@@ -82,20 +82,20 @@ def prepare(
     sources: Sequence[str], tokenizer: Tokenizer, revision: str, output: Path, config: DataConfig, *, shards: int,
     workers: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Tokenizes sources into a folder that training reads, or goes on where an earlier call stopped.
+    """Tokenizes sources into a folder that training reads, or resumes an earlier call.
 
     Args:
       sources: as in `DataConfig.train`.
-      revision: of the tokenizer, where it is a hub id.
-      config: `text_key`, `data_dir` and `cache_dir` of the sources.
-      shards: files to write, fewer where the sources cannot be cut into so many; 0 = one for each 256 MB of text.
-      workers: processes; 1 = this one, with as many threads as there are cores.
+      revision: revision of the tokenizer if it is a hub id.
+      config: `text_key`, `text_documents`, `data_dir`, `cache_dir` and `max_unknown_fraction` are used.
+      shards: number of files; fewer if the sources cannot be split into so many; 0 = one per 256 MB of text.
+      workers: processes; 1 = this process, with as many threads as there are cores.
 
     Returns:
-      the manifest.
+      The manifest.
 
     Raises:
-      DataError: a source is missing or broken, or the folder holds something else.
+      DataError: a source is missing or broken, the tokenizer does not know the text, or the folder contains other data.
     """
     inputs = [read_input(spec, config) for spec in sources]
     parts = _cut(inputs, shards)
@@ -129,7 +129,7 @@ def prepare(
 
 
 def _check_known(sources: Sequence[str], parts: Sequence[Part], tokenizer: Tokenizer, config: DataConfig) -> None:
-    """Raises DataError where the tokenizer does not know the text: judged by the first documents of some parts."""
+    """Raises DataError if the tokenizer does not know the text, judging by the first documents of some parts."""
     text = TextOf(config.text_key, tokenizer.render_conversation)
     looked_at = [parts[number] for number in sampled(len(parts))][:: max(1, len(parts) // SAMPLED_PARTS)]
     texts = itertools.chain.from_iterable(
@@ -147,7 +147,7 @@ def _cut(inputs: Sequence[Input], shards: int) -> list[Part]:
 
 
 def _assign(parts: Sequence[Part], shards: int) -> list[list[Part]]:
-    """Neighbouring parts to shards of about the same size; no shard is without a part."""
+    """Groups consecutive parts into shards of about the same size; every shard has at least one part."""
     total = sum(part.size for part in parts)
     shards = min(shards or max(1, round(total / SHARD_BYTES)), len(parts))
     groups: dict[int, list[Part]] = {}
@@ -162,7 +162,7 @@ def _assign(parts: Sequence[Part], shards: int) -> list[list[Part]]:
 def _plan(
     inputs: Sequence[Input], parts: Sequence[Part], shards: int, tokenizer: Tokenizer, config: DataConfig
 ) -> dict[str, Any]:
-    """What decides every byte of the outcome, JSON-able."""
+    """Returns everything that determines the bytes of the result, JSON-serializable."""
     names = "\n".join(part.name for part in parts)
     return {
         "format": FORMAT,
@@ -181,7 +181,7 @@ def _plan(
 
 @contextlib.contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """The folder, made if need be, for one preparation at a time; a killed one lets go of it."""
+    """Creates the folder if necessary, and locks it for one preparation; the lock is released if the process dies."""
 
     def busy() -> None:
         raise DataError(f"{output} is being prepared by another process. Wait for it, or stop it.")
@@ -196,7 +196,7 @@ def _locked(output: Path) -> Iterator[None]:
 
 
 def _begin(output: Path, plan: dict[str, Any]) -> None:
-    """Writes the plan, or makes sure that the one that is there is the same."""
+    """Writes the plan, or checks that the existing plan is the same."""
     path = output / PLAN
     if path.is_file():
         try:
@@ -224,7 +224,7 @@ def _require_same(output: Path, found: dict[str, Any], plan: dict[str, Any]) -> 
 
 
 def _write_all(shards: Sequence[Shard], tokenizer: Tokenizer, workers: int) -> Iterator[None]:
-    """Writes shards; yields after each."""
+    """Writes shards, and yields after each."""
     if workers <= 1 or len(shards) <= 1:
         for shard in shards:
             write_shard(shard, tokenizer)
@@ -235,7 +235,7 @@ def _write_all(shards: Sequence[Shard], tokenizer: Tokenizer, workers: int) -> I
     try:
         for future in concurrent.futures.as_completed([pool.submit(_work, shard) for shard in shards]):
             yield future.result()
-    except BaseException:  # a shard takes minutes; those that are not complete are made again
+    except BaseException:  # do not wait for shards in progress: they take minutes, and are written again
         for worker in multiprocessing.active_children():
             worker.kill()
         raise
@@ -244,7 +244,7 @@ def _write_all(shards: Sequence[Shard], tokenizer: Tokenizer, workers: int) -> I
 
 
 def _start_worker() -> None:
-    """Each worker has a core, and ends with the process that started it, even if that was killed."""
+    """Limits a worker to one core, and ends it when its parent process ends, even if the parent is killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
 
@@ -261,7 +261,7 @@ def _work(shard: Shard) -> None:
 
 
 def write_shard(shard: Shard, tokenizer: Tokenizer) -> None:
-    """Tokenizes the documents of a shard. Empty ones and those without a token are left out and counted."""
+    """Tokenizes the documents of a shard. Documents without text or tokens are skipped and counted."""
     final = shard.folder / f"{shard.name}.array_record"
     text = TextOf(shard.text_key, tokenizer.render_conversation)
     counts: list[tuple[int, bool]] = []
@@ -295,7 +295,7 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _finish(output: Path, plan: dict[str, Any], shards: Sequence[Shard], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Token counts of all shards in one file, then the manifest, then no trace of the work."""
+    """Writes the token counts of all shards to one file, then the manifest; then removes temporary files."""
     records = [json.loads(shard.done.read_text("utf-8")) for shard in shards]
     totals = {name: sum(record[name] for record in records) for name in ("documents", "tokens", "empty_documents")}
     if not totals["documents"]:
@@ -310,7 +310,7 @@ def _finish(output: Path, plan: dict[str, Any], shards: Sequence[Shard], tokeniz
 
 
 def _clean(output: Path) -> None:
-    """Removes what only an unfinished preparation needs."""
+    """Removes the files that only an unfinished preparation needs."""
     for pattern in (
         "tokens-*.json",
         "tokens-*.npy",

@@ -1,6 +1,6 @@
-"""Records and documents from anywhere: files here and behind URLs, tensorflow-datasets, the hub, the embedded corpus.
+"""Reads records and documents from local files, URLs, tensorflow-datasets, the hub, and the embedded corpus.
 
-This is the one place that turns bytes into records. Training and language modelling read the text of records by number
+Only this package turns bytes into records. Training and language modelling read the text of records by number
 (`open_source`); questions, prompts and builders read fields of records in order (`read_records`, `read_all`).
 """
 
@@ -24,8 +24,8 @@ from quietstar_jax.data.sources.tfds import TFDS, TfdsExamples
 from quietstar_jax.errors import DataError
 
 SYNTHETIC = "synthetic"
-LOOKED_THROUGH = 1 << 20  # examples of tensorflow-datasets; in larger splits an empty one is found when it is read
-FIELD_BYTES = 1 << 30  # of all records that are read at once
+LOOKED_THROUGH = 1 << 20  # largest tfds split whose empty examples are found in advance; in larger ones, when read
+FIELD_BYTES = 1 << 30  # limit for all records that `read_all` loads into memory
 
 Split = Literal["train", "validation"]
 
@@ -33,16 +33,16 @@ Split = Literal["train", "validation"]
 def open_source(
     spec: str, config: DataConfig, *, split: Split, seed: int, render: Render | None = None
 ) -> RandomAccessSource:
-    """Opens a source of documents. Empty ones have no number.
+    """Opens a source of documents; empty documents are skipped and not numbered.
 
     Args:
-      spec: a file, a folder or a glob of JSON lines or arrays, tables, text or parquet, compressed or not, here or
-        behind a URL; `tfds:NAME[/CONFIG[:VERSION]]:SPLIT` or `tfds:FOLDER:SPLIT` of a prepared dataset;
-        `hf:NAME[/CONFIG]:SPLIT` of the Hugging Face hub; `synthetic`.
-      config: `text_key` names the field with the text, `text_documents` says how text files are cut, `data_dir` where
-        tfds datasets are.
-      split, seed: which documents of the embedded corpus; other sources ignore them.
-      render: makes conversations text; without it they are refused.
+      spec: a file, a folder or a glob of JSON lines or arrays, tables, text or parquet, compressed or not, local or at
+        a URL; `tfds:NAME[/CONFIG[:VERSION]]:SPLIT` or `tfds:FOLDER:SPLIT` for a prepared dataset;
+        `hf:NAME[/CONFIG]:SPLIT` for the Hugging Face hub; `synthetic` for the embedded corpus.
+      config: `text_key` is the field with the text, `text_documents` says how to cut text files into documents, and
+        `data_dir` is the folder of tfds datasets.
+      split, seed: select the documents of the embedded corpus; other sources ignore them.
+      render: converts conversations to text; without it, conversations raise an error.
 
     Raises:
       DataError: the source is missing, broken, of an unknown kind, or all of its documents are empty.
@@ -79,10 +79,10 @@ def _of_files(files: list[File], config: DataConfig) -> Iterator[Numbered[Record
 
 
 def read_records(spec: str, config: DataConfig) -> Iterator[Record]:
-    """The records of a source as in `open_source`, in order and in bounded memory.
+    """Yields the records of a source (see `open_source`), in order and in bounded memory.
 
     Raises:
-      DataError: it is missing or broken; names the line.
+      DataError: the source is missing or broken; the message names the line.
     """
     if spec == SYNTHETIC:
         source = open_source(spec, config, split="validation", seed=0)
@@ -97,13 +97,13 @@ def read_records(spec: str, config: DataConfig) -> Iterator[Record]:
 
 
 def read_all(spec: str, kind: str) -> list[Record]:
-    """All records of a source, their texts decoded and writable as JSON.
+    """Returns all records of a source, with text decoded and all fields JSON-serializable.
 
     Args:
-      kind: what they are, e.g. `prompts`, for messages.
+      kind: what the records are, e.g. `prompts`; for messages.
 
     Raises:
-      DataError: as `read_records`; or there are none, or too many for the memory.
+      DataError: as in `read_records`; or there are no records, or they exceed the memory limit.
     """
     found, size = [], 0
     for record in read_records(spec, DataConfig()):
@@ -127,7 +127,10 @@ def read_all(spec: str, kind: str) -> list[Record]:
 
 
 def content_hash(spec: str, config: DataConfig) -> str:
-    """A hash of what a source holds: of all bytes of a single local file, of samples of others."""
+    """Returns a hash of the content of a source: of all bytes for a single local file, of samples for other files.
+
+    For the hub, of all rows.
+    """
     pieces: list[Piece] = []
     if spec.startswith(TFDS):
         pieces = TfdsExamples(spec, config).pieces()
@@ -148,5 +151,5 @@ def _as_text(value: object) -> object:
 
 
 def is_hub(spec: str) -> bool:
-    """Whether a source is a dataset of the hub, rather than a URL of its files (`hf://`)."""
+    """Whether a source names a dataset of the hub, not the URL of a file on the hub (`hf://`)."""
     return spec.startswith(hub.HUB) and not spec.startswith(hub.HUB + "//")

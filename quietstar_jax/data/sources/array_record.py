@@ -1,4 +1,4 @@
-"""Records of array_record files by number."""
+"""Random access to the records of array_record files."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from quietstar_jax.errors import DataError
 
 
 class ArrayRecords:
-    """The records of stretches of files, one after another; none of them is empty."""
+    """The concatenated records of stretches of files. Empty records are an error."""
 
     def __init__(self, stretches: Sequence[Stretch]):
         self._files = [stretch.file for stretch in stretches]
         for file in self._files:
             if not file.size:
                 raise DataError(f"{file.name} is empty. {COPY}")
-        # The range in brackets saves the package from opening every file to count.
+        # With the range in brackets, the package need not open every file to count its records.
         self._records = ArrayRecordDataSource([f"{s.file.name}[{s.skip}:{s.skip + s.take}]" for s in stretches])
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> bytes:
-        """The data of a record.
+        """Returns the data of a record.
 
         Raises:
           DataError: the file is damaged.
@@ -36,7 +36,7 @@ class ArrayRecords:
             data: bytes = self._records[index]
         except RuntimeError as error:
             raise DataError(f"Record {index} of {self._range()} cannot be read: {error}. {COPY}") from error
-        if not data:  # what the package makes of some files that are cut off
+        if not data:  # returned by the package for some truncated files
             raise DataError(f"Record {index} of {self._range()} cannot be read: a file is cut off. {COPY}")
         return data
 

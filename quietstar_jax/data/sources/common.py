@@ -1,4 +1,4 @@
-"""What all sources share: being one after another, checking text, kept memory, and missing packages."""
+"""Shared by all sources: concatenation, decoding of text, a memory cache, and imports of optional packages."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from quietstar_jax.errors import DataError
 
 RECODE = "Convert it to UTF-8, for example with `iconv -t UTF-8`."
 SET_KEY = "Set data.text_key (--text-key) to the field that holds the text or the conversation."
-KEPT_BYTES = 1 << 31  # decompressed files and parquet row groups kept by one process
+KEPT_BYTES = 1 << 31  # decompressed files and parquet row groups cached by one process
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
 class Piece(Protocol):
-    """A part of a source whose content can be told from another's cheaply: a file, mostly."""
+    """A part of a source whose content can be identified cheaply, usually a file."""
 
     @property
     def name(self) -> str:
-        """As messages call it."""
+        """Name for messages."""
         ...
 
     @property
     def size(self) -> int:
-        """Bytes, 0 where there is no such thing."""
+        """Size in bytes; 0 if it has no size."""
         ...
 
     def identity(self, samples: int) -> bytes:
-        """What differs, in all likelihood, where the content does; at most `samples` places are read."""
+        """Returns bytes that very likely differ if the content differs; reads at most `samples` samples."""
         ...
 
 
 class Numbered(Protocol[T_co]):
-    """Things by number. Thread-safe to read, picklable."""
+    """A sequence with random access. Thread-safe to read, and picklable."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> T_co: ...
 
     def pieces(self) -> list[Piece]:
-        """What it is read from, in order."""
+        """Returns the pieces that it is read from, in order."""
         ...
 
 
@@ -56,12 +56,12 @@ RandomAccessSource = Numbered[str]  # documents by number
 class Record(NamedTuple):
     """One record of a source: a line, a row, an example, a text file."""
 
-    where: str  # as messages call its place
+    where: str  # its location, for messages
     fields: Mapping[str, Any]
 
 
 class Label:
-    """A piece that is no file: its content is as good as what is said of it."""
+    """A piece that is not a file; a description identifies its content."""
 
     size = 0
 
@@ -74,7 +74,7 @@ class Label:
 
 
 class Concatenated(Generic[T]):
-    """One after another, as one."""
+    """The concatenation of several sequences."""
 
     def __init__(self, sources: Sequence[Numbered[T]]):
         self._sources = sources
@@ -93,12 +93,12 @@ class Concatenated(Generic[T]):
 
 
 def concatenated(sources: Sequence[Numbered[T]]) -> Numbered[T]:
-    """One after another; a single one is itself."""
+    """Returns the concatenation of sequences; a single one is returned as it is."""
     return sources[0] if len(sources) == 1 else Concatenated(sources)
 
 
 class Memory:
-    """What was costly to load, until there is no more room: then what was longest unused goes first. Thread-safe."""
+    """A cache of objects that are costly to load; evicts the least recently used ones beyond `room`. Thread-safe."""
 
     def __init__(self, room: int):
         self.room = room  # bytes
@@ -107,7 +107,7 @@ class Memory:
         self._lock = threading.Lock()
 
     def get(self, key: Any, load: Callable[[], tuple[T, int]]) -> T:
-        """What is kept under `key`, or else what `load` returns: a thing and its bytes."""
+        """Returns the cached object for `key`, or else loads it; `load` returns the object and its size in bytes."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -122,11 +122,11 @@ class Memory:
         return thing
 
 
-MEMORY = Memory(KEPT_BYTES)  # of this process
+MEMORY = Memory(KEPT_BYTES)  # shared by all sources in this process
 
 
 def decoded(raw: bytes, where: str, start: int = 0) -> str:
-    """UTF-8 text; `start` is where in the file the bytes begin."""
+    """Decodes UTF-8 text; `start` is the offset of the bytes in the file, for messages."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -134,15 +134,15 @@ def decoded(raw: bytes, where: str, start: int = 0) -> str:
 
 
 def names(found: Iterable[Any]) -> str:
-    """A list for people."""
+    """Returns a list for messages."""
     return ", ".join(map(str, found)) or "nothing"
 
 
 def optional_module(name: str, needed_by: str) -> Any:
-    """Imports a package that not everybody needs.
+    """Imports an optional package.
 
     Raises:
-      DataError: it is not installed; says what to install.
+      DataError: the package is not installed; the message says what to install.
     """
     try:
         return importlib.import_module(name)

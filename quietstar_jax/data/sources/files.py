@@ -1,4 +1,4 @@
-"""Files here or behind a URL (`gs://`, `s3://`, whatever fsspec knows): found, read, and told apart."""
+"""Finds, reads and identifies files, local or at a URL (`gs://`, `s3://`, and all other protocols of fsspec)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = {
     ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "table", ".tsv": "table", ".txt": "text",
     ".md": "text", ".parquet": "parquet",
 }  # fmt: skip
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")  # of all but parquet
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")  # for all kinds except parquet
 READABLE = (
     "Readable are .jsonl, .ndjson and .json (lines, or one array), .csv, .tsv, .txt and .md, each also with .gz, .zst, "
     ".xz or .bz2, and .parquet. The package `datasets` reads more: hf:FOLDER:SPLIT."
@@ -30,16 +30,16 @@ SPLITS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-# Beside the data in a dataset's folder, and no text to train on.
+# Files in a dataset's folder that are not text to train on.
 DESCRIPTIONS = re.compile(
     r"(readme|license|licence|changelog|citation|contributing)(\..*)?"
     r"|(dataset_infos?|dataset_dict|state|metadata|features|croissant|config|manifest)\.json",
     re.IGNORECASE,
 )
-SAMPLE_BYTES = 1 << 12  # read at a time to tell a file from another
+SAMPLE_BYTES = 1 << 12  # size of a sample that identifies a file
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|[a-z]+::")  # two letters at least: `c:` is a drive
-_CHECKSUMS = ("md5Hash", "md5", "ETag", "etag", "crc32c", "sha256", "checksum")  # as file systems name them
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|[a-z]+::")  # at least two letters: `c:` is a drive
+_CHECKSUMS = ("md5Hash", "md5", "ETag", "etag", "crc32c", "sha256", "checksum")  # names in different file systems
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class File:
         return PurePosixPath(bare_name(self.name)).suffix.lower()
 
     def open(self) -> IO[bytes]:
-        """For reading from the start."""
+        """Opens the file for reading from the start."""
         if self.is_local:
             return Path(self.name).open("rb")
         system, path = file_system(self.name)
@@ -66,7 +66,7 @@ class File:
         return stream
 
     def read(self, start: int, end: int) -> bytes:
-        """The bytes `start` .. `end` - 1; fewer where the file has become shorter."""
+        """Returns the bytes `start` .. `end` - 1; fewer if the file has become shorter."""
         if self.is_local:
             with Path(self.name).open("rb") as stream:
                 stream.seek(start)
@@ -76,10 +76,10 @@ class File:
         return found
 
     def identity(self, samples: int) -> bytes:
-        """Size and checksum, where the file system keeps one, or else size and a hash of samples of the content.
+        """Returns size and checksum if a remote file system stores one, otherwise a hash of size and content samples.
 
-        The modification time is left out: a copy elsewhere is the same data. A change of the same length between
-        the samples is not seen.
+        The modification time is not included: a copy is the same data. A change of the same length between the samples
+        is not detected.
         """
         if not self.is_local:
             system, path = file_system(self.name)
@@ -96,24 +96,24 @@ class File:
         return digest.digest()
 
     def stamp(self) -> str:
-        """Changes whenever the file is written anew; to name what was derived from it."""
+        """Returns a string that changes whenever the file is rewritten; used in the names of derived files."""
         if self.is_local:
             return str(Path(self.name).stat().st_mtime_ns)
         return self.identity(2).hex()
 
 
 def is_url(name: str) -> bool:
-    """Whether it is a URL rather than a path."""
+    """Whether the name is a URL, not a path."""
     return _URL.match(name) is not None
 
 
 def bare_name(name: str) -> str:
-    """A path as it is; a URL without what follows `?` or `#`."""
+    """Returns a path unchanged, and a URL without query and fragment."""
     return re.split(r"[?#]", name, maxsplit=1)[0] if re.match(r"https?://", name) else name
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it.
+    """Returns the fsspec file system of a URL, and the path in it.
 
     Raises:
       DataError: the protocol is unknown, or its package is missing.
@@ -133,7 +133,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def kind_of(name: str) -> str | None:
-    """json, table, text or parquet by the file's name; None where it is neither."""
+    """Returns `json`, `table`, `text` or `parquet` according to the file's name; None for other files."""
     path = PurePosixPath(bare_name(name))
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
@@ -143,10 +143,10 @@ def kind_of(name: str) -> str | None:
 
 
 def find_files(spec: str) -> list[File]:
-    """The files that a file, folder, glob or URL of these stands for, sorted: the order must not depend on the system.
+    """Returns the files that a path, folder, glob or URL refers to, sorted, so that the order is reproducible.
 
     Raises:
-      DataError: there is none, one cannot be read or is empty, or a folder holds several kinds of text or splits.
+      DataError: there are no files, one is empty or cannot be read, or a folder has several kinds of text or splits.
     """
     found = _find_remote(spec) if is_url(spec) else _find_local(spec)
     for item in found:
@@ -158,10 +158,10 @@ def find_files(spec: str) -> list[File]:
 
 
 def one_file(name: str) -> File:
-    """The file of a path or URL.
+    """Returns the file at a path or URL.
 
     Raises:
-      DataError: it is absent or cannot be read.
+      DataError: it does not exist or cannot be read.
     """
     if not is_url(name):
         path = Path(name)
@@ -173,7 +173,7 @@ def one_file(name: str) -> File:
     system, path_there = file_system(name)
     try:
         return File(name, int(system.info(path_there)["size"]))
-    except Exception as error:  # every file system has its own
+    except Exception as error:  # every file system has its own errors
         raise DataError(f"{name} cannot be read: {error}. Check the URL, the network, your credentials.") from error
 
 
@@ -209,7 +209,7 @@ def _find_remote(spec: str) -> list[File]:
             raise DataError(f"There is no file or folder {spec!r}. Check the URL, and that you may read it.")
     except DataError:
         raise
-    except Exception as error:  # every file system has its own
+    except Exception as error:  # every file system has its own errors
         raise DataError(f"{spec} cannot be listed: {error}. Check the URL, the network, your credentials.") from error
     unsized = [name for name, entry in listed.items() if entry["type"] == "file" and entry["size"] is None]
     if unsized:
@@ -222,15 +222,15 @@ def _find_remote(spec: str) -> list[File]:
 
 
 def _of_folder(folder: str, inside: Mapping[str, Sequence[str]]) -> list[str]:
-    """The files of a folder that are data: of one kind and one split, sorted.
+    """Returns the data files of a folder, sorted; they must be of one kind and one split.
 
-    A README.txt beside the corpus, or the test split of a dataset, would quietly become training documents.
+    Otherwise, a README.txt in the folder or the test split of a dataset could silently become training documents.
 
     Args:
-      inside: the path within the folder of each file, in parts.
+      inside: file -> components of its path within the folder.
 
     Raises:
-      DataError: there are none, or several kinds or splits; says how to choose.
+      DataError: there are no such files, or several kinds or splits; the message says how to choose.
     """
     found = sorted(
         name
@@ -266,7 +266,7 @@ def _grouped(names: Sequence[str], key: Callable[[str], str]) -> dict[str, list[
 
 
 def _split_of(parts: Sequence[str]) -> str:
-    """The split that a file's name or folder says, `train` where neither says one."""
+    """Returns the split named in a file's name or folder; `train` if there is none."""
     for part in reversed(parts):
         words = [word for word in re.split(r"[^a-z]+", part.lower().partition(".")[0]) if word not in ("", "of")]
         for word in words[:1] + words[-1:]:
@@ -276,7 +276,7 @@ def _split_of(parts: Sequence[str]) -> str:
 
 
 def _starred(names: Sequence[str], inside: Mapping[str, Sequence[str]]) -> str:
-    """A pattern for file names that begin alike."""
-    first, last = inside[names[0]][-1], inside[names[-1]][-1]  # of sorted names
+    """Returns a pattern for file names with a common prefix."""
+    first, last = inside[names[0]][-1], inside[names[-1]][-1]  # the names are sorted
     alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
     return first if len(names) == 1 else f"{first[:alike]}*"

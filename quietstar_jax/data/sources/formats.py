@@ -1,7 +1,7 @@
-"""Records of files by number and in order: JSON lines and what becomes such lines, text, parquet.
+"""Records of files, by number and in order: JSON lines (and files converted to them), text, and parquet.
 
-Every source keeps only an index of its file in memory. The blocks and row groups that were read last are kept as long
-as there is room (`common.MEMORY`).
+Every source keeps only an index of its file in memory. Recently read blocks and row groups are cached
+(`common.MEMORY`).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from quietstar_jax.data.sources.texts import DOCUMENT_BYTES, TOO_LONG, TextOf
 from quietstar_jax.data.sources.unpack import bounded_lines, is_lines, lines_of, open_unpacked, place_word, unpacked
 from quietstar_jax.errors import DataError
 
-BLOCK_BYTES = 1 << 16  # of JSON lines, read and parsed together
-ROWS = 256  # of parquet, made into records together
-GROUP_BYTES = 1 << 31  # the most that a parquet row group's column may take
+BLOCK_BYTES = 1 << 16  # bytes of JSON lines read together
+ROWS = 256  # parquet rows read together
+GROUP_BYTES = 1 << 31  # maximum uncompressed size of a parquet row group
 
 
 def records_of(file: File, config: DataConfig) -> Iterator[Record]:
-    """The records of a file, in order and in bounded memory; blank lines are none.
+    """Yields the records of a file, in order and in bounded memory; skips blank lines.
 
     Raises:
-      DataError: it is broken.
+      DataError: the file is broken.
     """
     if kind_of(file.name) == "parquet":
         yield from ParquetRows(file)
@@ -50,12 +50,12 @@ def records_of(file: File, config: DataConfig) -> Iterator[Record]:
 
 
 def is_text_file(file: File, config: DataConfig) -> bool:
-    """Whether a file is one document as it is."""
+    """Whether a file is one text document that can be read directly."""
     return kind_of(file.name) == "text" and config.text_documents == "file" and file.suffix not in COMPRESSIONS
 
 
 class TextFiles:
-    """Each file is one document, under the name `key`."""
+    """Text files, each of which is one record with the text in the field `key`."""
 
     def __init__(self, files: Sequence[File], key: str):
         self._files = files
@@ -87,9 +87,9 @@ class TextFiles:
 
 
 class JsonLines:
-    """The records of JSON lines, or of a file that becomes such lines in the cache. Blank lines have no number.
+    """The records of a JSON lines file, or of a file that is converted to one in the cache. Blank lines are skipped.
 
-    The index says where every block of lines begins, so that it is small whatever the lines are.
+    The index contains the beginning of every block of lines, so it is small for lines of any length.
     """
 
     def __init__(self, file: File, config: DataConfig):
@@ -115,7 +115,7 @@ class JsonLines:
         return parse_record(raw, f"{self._file.name}, {self._word} {number}", start)
 
     def __iter__(self) -> Iterator[Record]:
-        for block in range(len(self._marks) - 1):  # kept by no one, unlike what is read by number
+        for block in range(len(self._marks) - 1):  # not cached, unlike blocks that are read by number
             for number, start, raw in self._load(block)[0]:
                 yield parse_record(raw, f"{self._file.name}, {self._word} {number}", start)
 
@@ -126,7 +126,7 @@ class JsonLines:
         return self._file if self._is_lines else unpacked(self._file, self._config)
 
     def _load(self, block: int) -> tuple[list[tuple[int, int, bytes]], int]:
-        """Number, first byte and content of each line of a block that is not blank."""
+        """Returns (line number, first byte, content) of the non-blank lines of a block, and their approximate size."""
         (start, _, number), end = self._marks[block].tolist(), int(self._marks[block + 1, 0])
         found = []
         for raw in io.BytesIO(self._plain().read(start, end)):
@@ -138,7 +138,7 @@ class JsonLines:
         return found, end - start + 200 * len(found)
 
     def _find_marks(self) -> np.ndarray:
-        """Of each block, and of the end: first byte, records and lines before it. int64 [blocks + 1, 3]."""
+        """Returns first byte, and records and lines before it, of each block and of the end: int64 [blocks + 1, 3]."""
         marks = [(0, 0, 0)]
         position = records = number = 0
         with open_unpacked(self._plain()) as stream:
@@ -152,16 +152,15 @@ class JsonLines:
 
 
 def lines_between(file: File, start: int, end: int, text: TextOf) -> Iterator[str]:
-    """Documents of the lines of JSON lines that begin at bytes `start` .. `end` - 1, without an index; "" for an empty
-    one.
+    """Yields the documents of the JSON lines that begin at bytes `start` .. `end` - 1, "" for an empty one.
 
-    A line may begin at byte 0 and behind every newline, so neighbouring ranges have every line once.
+    Needs no index. A line begins at byte 0 and after every newline, so adjacent ranges contain every line exactly once.
     """
     with file.open() as stream:
         position = start
         if start:
             stream.seek(start - 1)
-            position += _skip_line(stream) - 1  # the rest of a line begun earlier, or nothing
+            position += _skip_line(stream) - 1  # the rest of a line that begins before `start`, or nothing
             stream.seek(position)
         buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # type: ignore[type-var]
         while position < end and (raw := buffered.readline(DOCUMENT_BYTES + 1)):
@@ -182,7 +181,7 @@ def lines_between(file: File, start: int, end: int, text: TextOf) -> Iterator[st
 
 
 def _skip_line(stream: IO[bytes]) -> int:
-    """Bytes up to the next newline, it included, or to the end."""
+    """Returns the number of bytes up to and including the next newline, or up to the end."""
     skipped = 0
     while chunk := stream.read(BLOCK_BYTES):
         place = chunk.find(b"\n")
@@ -193,7 +192,7 @@ def _skip_line(stream: IO[bytes]) -> int:
 
 
 def _newlines(file: File, end: int) -> int:
-    """Newlines before byte `end`."""
+    """Returns the number of newlines before byte `end`."""
     found, position = 0, 0
     with file.open() as stream:
         while position < end and (chunk := stream.read(min(1 << 24, end - position))):
@@ -203,7 +202,7 @@ def _newlines(file: File, end: int) -> int:
 
 
 def parse_record(raw: bytes, where: str, start: int) -> Record:
-    """The JSON object of one line; `start` is the byte where it begins."""
+    """Parses the JSON object in one line; `start` is the offset of the line in the file."""
     try:
         fields = json.loads(decoded(raw, where, start))
     except (ValueError, RecursionError) as error:
@@ -219,14 +218,14 @@ def parse_record(raw: bytes, where: str, start: int) -> Record:
 
 
 class ParquetRows:
-    """The rows of a parquet file. Row groups are read when one of their rows is.
+    """The rows of a parquet file. A row group is read when one of its rows is read.
 
-    Shuffled reading costs a row group for almost every document once there are more of them than are kept: prepare a
-    large corpus ahead.
+    If the row groups do not fit in the cache, shuffled reading loads a row group for almost every document: prepare a
+    large corpus in advance.
     """
 
     def __init__(self, file: File, key: str | None = None):
-        """Reads the column with the field `key` only, all where it is None."""
+        """Opens the file; reads only the column with the field `key`, or all columns if it is None."""
         self._file = file
         self._columns: list[str] | None = None
         table = open_parquet(file)
@@ -255,7 +254,7 @@ class ParquetRows:
         return self.between(0, len(self._ends))
 
     def between(self, first: int, last: int) -> Iterator[Record]:
-        """The rows of row groups `first` .. `last` - 1, in order and in bounded memory."""
+        """Yields the rows of row groups `first` .. `last` - 1, in order and in bounded memory."""
         number = self._ends[first - 1] if first else 0
         try:
             for batch in open_parquet(self._file).iter_batches(
@@ -268,7 +267,7 @@ class ParquetRows:
             raise _broken_parquet(self._file, error) from error
 
     def groups(self) -> int:
-        """How many row groups there are."""
+        """Returns the number of row groups."""
         return len(self._ends)
 
     def pieces(self) -> list[Piece]:
@@ -298,10 +297,10 @@ class ParquetRows:
 
 
 def open_parquet(file: File) -> Any:
-    """A `pyarrow.parquet.ParquetFile`.
+    """Opens a file as a `pyarrow.parquet.ParquetFile`.
 
     Raises:
-      DataError: it is none.
+      DataError: it is not a parquet file, or pyarrow is not installed.
     """
     optional_module("pyarrow", file.name)
     parquet = optional_module("pyarrow.parquet", file.name)

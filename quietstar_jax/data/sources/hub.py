@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, or of a local folder, through the package `datasets`."""
+"""Reads datasets from the Hugging Face hub or a local folder, with the package `datasets`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from quietstar_jax.data.sources.common import SET_KEY, Label, Piece, Record, nam
 from quietstar_jax.errors import DataError
 
 HUB = "hf:"
-SAMPLES = 16  # rows hashed to tell a dataset from another
+SAMPLES = 16  # rows hashed to identify a dataset
 
 
 class Name(NamedTuple):
-    """What `hf:NAME[@REVISION][/CONFIG]:SPLIT` names."""
+    """The parts of `hf:NAME[@REVISION][/CONFIG]:SPLIT`."""
 
     path: str
     config: str | None
@@ -25,10 +25,10 @@ class Name(NamedTuple):
 
 
 class HubRows:
-    """The rows of a split, downloaded (or found in the cache of `datasets`) and mapped from disk."""
+    """The rows of a split, downloaded (or read from the cache of `datasets`) and memory-mapped."""
 
     def __init__(self, spec: str, key: str):
-        """Reads the column with the field `key` only."""
+        """Loads the split; reads only the column with the field `key`."""
         self._spec = spec
         found = _load(spec, streaming=False)
         column = _column(spec, found.column_names, key)
@@ -54,10 +54,10 @@ class HubRows:
 
 
 def stream_parts(spec: str, key: str) -> int:
-    """How many parts of a split can be streamed apart from each other: its files.
+    """Returns the number of parts of a split that can be streamed independently: its files.
 
     Raises:
-      DataError: it cannot be had, or lacks the column.
+      DataError: the dataset cannot be loaded, or lacks the column.
     """
     found = _load(spec, streaming=True)
     _column(spec, found.column_names or list(next(iter(found), {})), key)
@@ -65,7 +65,7 @@ def stream_parts(spec: str, key: str) -> int:
 
 
 def stream(spec: str, key: str, part: int, parts: int) -> Iterator[Record]:
-    """The rows of one of `parts` parts with the column of a field, fetched as they are read."""
+    """Yields the rows of one of `parts` parts, with only the column of the field `key`; streams the data."""
     found = _load(spec, streaming=True)
     column = _column(spec, found.column_names or list(next(iter(found), {})), key)
     for number, row in enumerate(found.select_columns([column]).shard(num_shards=parts, index=part)):
@@ -73,16 +73,16 @@ def stream(spec: str, key: str, part: int, parts: int) -> Iterator[Record]:
 
 
 def rows(spec: str) -> Iterator[Record]:
-    """The rows of a split, fetched as they are read."""
+    """Yields the rows of a split; streams the data."""
     for number, row in enumerate(_load(spec, streaming=True)):
         yield Record(f"{spec}, row {number}", row)
 
 
 def parse(spec: str) -> Name:
-    """Takes `hf:OWNER/NAME[@REVISION][/CONFIG]:SPLIT` or `hf:FOLDER[/CONFIG]:SPLIT` apart.
+    """Parses `hf:OWNER/NAME[@REVISION][/CONFIG]:SPLIT` or `hf:FOLDER[/CONFIG]:SPLIT`.
 
     Raises:
-      DataError: it has another form.
+      DataError: the spec has another form.
     """
     text = spec.removeprefix(HUB)
     match = re.fullmatch(r"(?P<path>.+):(?P<split>[A-Za-z_]\w*(\[[^\]]*\])?)", text)
@@ -111,7 +111,7 @@ def _load(spec: str, *, streaming: bool) -> Any:
         return datasets.load_dataset(
             name.path, name.config, split=name.split, revision=name.revision, streaming=streaming
         )
-    except Exception as error:  # the package passes on what its file systems and parsers raise
+    except Exception as error:  # the package raises the errors of its file systems and parsers
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise DataError(
             f"{spec} cannot be loaded: {reason}. Check name, configuration and split (`hf:OWNER/NAME/CONFIG:SPLIT`), "
@@ -120,7 +120,7 @@ def _load(spec: str, *, streaming: bool) -> Any:
 
 
 def _saved(datasets: Any, name: Name, streaming: bool) -> Any:
-    """A folder written by `save_to_disk`."""
+    """Loads a split from a folder written by `save_to_disk`."""
     found = datasets.load_from_disk(name.path)
     if isinstance(found, datasets.DatasetDict):
         if name.split not in found:
@@ -130,7 +130,7 @@ def _saved(datasets: Any, name: Name, streaming: bool) -> Any:
 
 
 def _column(spec: str, columns: list[str], key: str) -> str:
-    """The column that a field is in."""
+    """Returns the column that contains a field."""
     column = key if key in columns else key.partition(".")[0]
     if column not in columns:
         raise DataError(f"{spec}: no field {key!r}; it has {names(columns)}. {SET_KEY}")

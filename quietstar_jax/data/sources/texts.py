@@ -1,7 +1,7 @@
-"""From records to documents: the field that holds the text, conversations, and what is left out as empty.
+"""Turns records into documents: selects the text field, renders conversations, and skips empty documents.
 
-A document is empty if it is null, or if no character of it can be seen. Empty documents have no number: training on a
-source, `prepare` and the evaluation count the same documents.
+A document is empty if it is null or has no visible character. Empty documents are not numbered: training, `prepare` and
+evaluation count the same documents.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from quietstar_jax.data.cache import cached_array
 from quietstar_jax.data.sources.common import SET_KEY, Numbered, Piece, Record, decoded, names
 from quietstar_jax.errors import DataError
 
-Render = Callable[[list[dict[str, Any]]], str]  # a conversation as text, by a tokenizer's chat template
+Render = Callable[[list[dict[str, Any]]], str]  # converts a conversation to text with a tokenizer's chat template
 
-DOCUMENT_BYTES = 1 << 26  # the most that one document may have; its tokens take some fifty times as much memory
+DOCUMENT_BYTES = 1 << 26  # maximum size of one document; its tokens need about fifty times as much memory
 TOO_LONG = (
     f"is longer than {DOCUMENT_BYTES >> 20} MiB, the most that one document may have. Cut it into several documents "
     "(of a text file: data.text_documents or --text-documents, paragraph or line)."
 )
-LISTED = 20  # fields that a message names
+LISTED = 20  # maximum number of fields in a message
 
 _UNSEEN = ("Cc", "Cf", "Cn", "Zs", "Zl", "Zp", "Mn", "Mc", "Me")  # Unicode categories
-_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}  # of ShareGPT's layout
-_GROUP = 512  # records between two sums of `Texts`
+_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}  # in ShareGPT's format
+_GROUP = 512  # records between two stored sums of `Texts`
 
 
 @dataclass(frozen=True)
 class TextOf:
-    """The text of a record.
+    """A function that returns the text of a record.
 
     Attributes:
-      key: its field, with dots for nested ones; a name that has dots itself comes first.
-      render: for fields that hold a conversation.
+      key: the field with the text; dots select nested fields, unless a field has this exact name.
+      render: converts fields with a conversation to text; None = conversations raise DataError.
     """
 
     key: str
     render: Render | None = None
 
     def __call__(self, record: Record) -> str:
-        """The text, empty for an empty document.
+        """Returns the text, "" for an empty document.
 
         Raises:
-          DataError: there is none, or no tokenizer can read it.
+          DataError: there is no text, or no tokenizer can read it.
         """
         value = self._value(record)
         if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
@@ -65,14 +65,14 @@ class TextOf:
         if not value.isascii():
             try:
                 value.encode("utf-8")
-            except UnicodeEncodeError as error:  # JSON can spell what no tokenizer takes
+            except UnicodeEncodeError as error:  # JSON can contain surrogates, which no tokenizer accepts
                 raise DataError(
                     f"{record.where}: character {error.start} is half of a surrogate pair. Repair the text."
                 ) from error
         return "" if is_blank(value) else value
 
     def is_empty(self, record: Record) -> bool:
-        """Whether the record is left out; conversations are not rendered for that."""
+        """Whether the record is skipped; does not render conversations."""
         value = self._value(record)
         return not value if isinstance(value, list) and self.render is not None else not self(record)
 
@@ -92,7 +92,7 @@ class TextOf:
             return self.render([_message(message) for message in messages])
         except DataError:
             raise
-        except Exception as error:  # templates are programs: they raise what they like
+        except Exception as error:  # templates are programs and can raise anything
             raise DataError(
                 f"{record.where}: the chat template of the tokenizer cannot render {self.key!r}: {error}. Correct the "
                 "conversation, or use another tokenizer."
@@ -100,7 +100,7 @@ class TextOf:
 
 
 def field_at(fields: Any, place: str) -> Any:
-    """The value at a dotted path; a key that itself has dots comes first. Raises KeyError."""
+    """Returns the value at a dotted path; a key that equals the whole path has precedence. Raises KeyError."""
     if isinstance(fields, Mapping) and place in fields:
         return fields[place]
     head, _, rest = place.partition(".")
@@ -110,22 +110,22 @@ def field_at(fields: Any, place: str) -> Any:
 
 
 def is_blank(text: str) -> bool:
-    """Whether no character of a text can be seen: it is empty, or has spaces, controls and marks only."""
+    """Whether a text has no visible character: it is empty, or has only spaces, control characters and marks."""
     return all(unicodedata.category(character) in _UNSEEN for character in text)
 
 
 class Texts:
-    """Documents by number: the records of a source that are not empty."""
+    """The documents of a source by number, without the empty ones."""
 
     def __init__(self, records: Numbered[Record], text: TextOf, cache_dir: str, look_through: bool = True):
-        """Looks through all records once; which are empty is kept on disk.
+        """Reads all records once to find the empty ones; caches the result on disk.
 
         Args:
-          look_through: False for sources too large for that: an empty record is then replaced by the next one.
+          look_through: False for sources that are too large for this: an empty record is replaced by the next one.
         """
         self._records = records
         self._text = text
-        self._kept: np.ndarray | None = None  # a bit for each record, uint8 [records / 8]; None = all
+        self._kept: np.ndarray | None = None  # one bit per record, uint8 [records / 8]; None = all records
         if look_through:
             known = [text.key, len(records), *((p.name, p.size, _content(p)) for p in records.pieces())]
             key = hashlib.sha256(repr(known).encode("utf-8", "surrogateescape")).hexdigest()
@@ -143,7 +143,7 @@ class Texts:
 
     @property
     def empty(self) -> int:
-        """How many records are left out."""
+        """The number of skipped records."""
         return len(self._records) - len(self)
 
     def __getitem__(self, index: int) -> str:
@@ -175,7 +175,7 @@ def _content(piece: Piece) -> str:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """In the form that templates take: `role` and `content`."""
+    """Returns a message in the format of chat templates: `role` and `content`."""
     if "from" in message and "value" in message:
         role = str(message["from"])
         return {"role": _ROLES.get(role, role), "content": message["value"]}
@@ -183,7 +183,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _paths(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Names of fields, nested ones with dots."""
+    """Yields the names of the first `LISTED` fields, with dots for nested ones."""
 
     def walk(fields: Mapping[str, Any], above: str) -> Iterator[str]:
         for name, value in fields.items():

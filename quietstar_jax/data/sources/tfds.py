@@ -1,4 +1,4 @@
-"""Prepared tensorflow-datasets, stored as array_record or tfrecord, read without TensorFlow."""
+"""Reads prepared tensorflow-datasets in array_record or tfrecord format, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TFDS = "tfds:"
 INFO, FEATURES = "dataset_info.json", "features.json"
 
 _PREPARE = "Prepare it: `tfds build NAME --file_format=array_record --data_dir=DIR`."
-# Versions begin with a digit, splits with a letter; a split may hold a colon itself: `train[:90%]`.
+# Versions begin with a digit, splits with a letter; a split may contain a colon: `train[:90%]`.
 _SPEC = re.compile(r"(?P<name>.+?):(?P<split>[A-Za-z_]\w*(\[[^\]]*\])?(\+\S+)?)")
 
 
 class TfdsExamples:
-    """The examples of a split; texts of bytes are decoded where they are read."""
+    """The examples of a split by number. Text features are bytes, which the caller decodes."""
 
     def __init__(self, spec: str, config: DataConfig):
         self._spec = spec
@@ -71,14 +71,14 @@ class TfdsExamples:
 
 
 def _plain(value: Any) -> Any:
-    """Features as JSON would have them; texts stay bytes."""
+    """Converts numpy values to plain Python values; text stays bytes."""
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def _builder(tfds: Any, spec: str, directory: str) -> Any:
-    """The builder of a prepared dataset; of one behind a URL only what describes it is fetched."""
+    """Returns the builder of a prepared dataset; for a URL, only its description files are downloaded."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             if is_url(directory):
@@ -90,15 +90,15 @@ def _builder(tfds: Any, spec: str, directory: str) -> Any:
             return tfds.builder_from_directory(local)
     except DataError:
         raise
-    except Exception as error:  # JSON, protocol buffers and file systems, each with errors of its own
+    except Exception as error:  # errors of JSON, protocol buffers and file systems
         raise DataError(f"{spec}: {directory} cannot be read as a dataset: {error}. {_PREPARE}") from error
 
 
 def _require_own_features(tfds: Any, spec: str, name: str, path: Path) -> None:
-    """Refuses a feature class from outside tensorflow_datasets, which imports whatever class the file names.
+    """Rejects feature classes of other packages: tensorflow_datasets would import any class that the file names.
 
     Raises:
-      DataError: names the class.
+      DataError: there is such a class; the message names it.
     """
     base = tfds.features.FeatureConnector
     exported = (kind for kind in vars(tfds.features).values() if isinstance(kind, type) and issubclass(kind, base))
@@ -113,7 +113,7 @@ def _require_own_features(tfds: Any, spec: str, name: str, path: Path) -> None:
 
 
 def _feature_classes(value: Any) -> Iterator[object]:
-    """The class names in a features.json, in all spellings that its reader accepts; also in JSON inside of texts."""
+    """Yields the class names in a features.json under all keys that its reader accepts, also in JSON within strings."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             value = json.loads(value)
@@ -142,7 +142,7 @@ def _stretches(spec: str, builder: Any, split: str, directory: str) -> list[Stre
 
 
 def _prepared_directory(spec: str, name: str, data_dir: str) -> str:
-    """The folder with the dataset's info: the one given, or the newest version under `data_dir`."""
+    """Returns the folder with the dataset's info: `name` itself, or the newest version under `data_dir`."""
     if _has_info(name):
         return name if is_url(name) else str(Path(name).expanduser())
     path, _, version = name.partition(":")

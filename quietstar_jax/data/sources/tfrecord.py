@@ -1,8 +1,8 @@
-"""Records of tfrecord files by number, without TensorFlow.
+"""Random access to the records of tfrecord files, without TensorFlow.
 
-A record is its length (8 bytes, little endian), a checksum of the length, the data, and a checksum of the data; the
-checksums are masked CRC-32C. Where records begin is known only by walking the file: that is done once, when a record of
-it is first wanted, and kept on disk.
+A record consists of its length (8 bytes, little endian), a checksum of the length, the data, and a checksum of the
+data; the checksums are masked CRC-32C. The offsets of the records are known only after reading all lengths in the file.
+This is done once, at the first access to a record of the file, and the offsets are cached on disk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COPY = "Copy the file again, or prepare the dataset anew."
 
 
 class Stretch(NamedTuple):
-    """Records `skip` .. `skip + take` - 1 of a file that holds `records`."""
+    """Records `skip` .. `skip + take` - 1 of a file with `records` records."""
 
     file: File
     skip: int
@@ -36,22 +36,22 @@ class Stretch(NamedTuple):
 
 
 class TfRecords:
-    """The records of stretches of files, one after another."""
+    """The concatenated records of stretches of files."""
 
     def __init__(self, stretches: Sequence[Stretch], cache_dir: str):
         self._stretches = stretches
         self._cache_dir = cache_dir
         self._ends = list(itertools.accumulate(stretch.take for stretch in stretches))
-        self._starts: dict[int, np.ndarray] = {}  # of the records of each file, one past the last included
+        self._starts: dict[int, np.ndarray] = {}  # offsets of the records of each file, and of its end
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> bytes:
-        """The data of a record.
+        """Returns the data of a record.
 
         Raises:
-          DataError: the file is cut off, holds another number of records, or a checksum is wrong.
+          DataError: the file is truncated, has another number of records, or a checksum is wrong.
         """
         index = range(len(self))[index]
         number = bisect.bisect_right(self._ends, index)
@@ -84,13 +84,13 @@ class TfRecords:
 
 
 def masked_crc(data: bytes) -> int:
-    """CRC-32C, rotated and offset as tfrecord files have it."""
+    """Returns the CRC-32C, rotated and offset as in tfrecord files."""
     crc: int = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _record_starts(file: File) -> np.ndarray:
-    """Byte offsets of the records of a file, and of its end: int64 [records + 1]."""
+    """Returns the byte offsets of the records of a file, and of its end: int64 [records + 1]."""
     starts, position = [0], 0
     with file.open() as stream:
         while position < file.size:

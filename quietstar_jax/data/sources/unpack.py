@@ -1,7 +1,7 @@
-"""Bytes to lines: whatever a file is packed in or written as, here it becomes lines of one JSON object each.
+"""Converts files of all supported formats, encodings and compressions to JSON lines with one object each.
 
-Files that are JSON lines in UTF-8 already are read where they are. Others are read as a stream, in bounded memory;
-where documents are wanted by number they are written to the cache once, as such lines.
+Files that are already JSON lines in UTF-8 are read directly. Others are read as a stream, in bounded memory; for random
+access, they are written to the cache once as JSON lines.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from quietstar_jax.data.sources.texts import DOCUMENT_BYTES, TOO_LONG
 from quietstar_jax.errors import DataError
 from quietstar_jax.io import replacing
 
-HEAD_BYTES = 1 << 12  # looked at to tell how a file is written
+HEAD_BYTES = 1 << 12  # bytes inspected to detect the format and encoding of a file
 CHUNK = 1 << 16  # characters of a JSON array read at a time
-WINDOW = 1 << 31  # of zstd, the most that its command line writes; and the memory that xz may take
-UNPACKED_BYTES = 1 << 36  # of one file in the cache
-FREE_BYTES = 1 << 30  # left on its disk
-CHECKED_BYTES = 1 << 26  # written between two looks at the disk
+WINDOW = 1 << 31  # limit of the zstd window, the largest that its command line writes; and of the memory of xz
+UNPACKED_BYTES = 1 << 36  # maximum size of one file in the cache
+FREE_BYTES = 1 << 30  # minimum free space on the disk of the cache
+CHECKED_BYTES = 1 << 26  # bytes written between two checks of the free space
 
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _BLANK = re.compile(r"[\s,]*")
@@ -44,7 +44,7 @@ _MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (cod
 
 
 def open_unpacked(file: File) -> IO[bytes]:
-    """The content of a file, decompressed as it is read; several members or frames are one content."""
+    """Opens a file, decompressing it as it is read; several members or frames are concatenated."""
     stream = file.open()
     if file.suffix not in COMPRESSIONS:
         return stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream)  # type: ignore[type-var]
@@ -61,7 +61,10 @@ def open_unpacked(file: File) -> IO[bytes]:
 
 
 class _Members(io.RawIOBase):
-    """Decompressed members, one after another. A file that ends in one is an error, which stream readers miss."""
+    """Decompressed and concatenated members.
+
+    Unlike stream readers, raises EOFError if the file ends within a member.
+    """
 
     def __init__(self, stream: IO[bytes], make: Callable[[], Any]):
         self._stream = stream
@@ -87,7 +90,7 @@ class _Members(io.RawIOBase):
         super().close()
 
     def _unpack(self, make: Callable[[], Any]) -> Iterator[bytes]:
-        piece = 1 << 10  # small: a block of 128 KiB may be packed in four bytes
+        piece = 1 << 10  # small, because four bytes may decompress to a block of 128 KiB
         data = self._stream.read(piece)
         while data:
             member = make()
@@ -100,24 +103,24 @@ class _Members(io.RawIOBase):
 
 
 def is_lines(file: File) -> bool:
-    """Whether a file is JSON lines in UTF-8 as it is, so that it can be read from any line on."""
+    """Whether a file already is JSON lines in UTF-8, so that reading can start at any line."""
     return kind_of(file.name) == "json" and file.suffix not in COMPRESSIONS and _way(file.read(0, HEAD_BYTES)) is None
 
 
 def place_word(file: File) -> str:
-    """What a message calls a record of a file."""
+    """Returns the word for a record of a file in messages."""
     kind = kind_of(file.name)
     if kind == "json":
-        with contextlib.suppress(Exception), open_unpacked(file) as stream:  # what is broken is said where it is read
+        with contextlib.suppress(Exception), open_unpacked(file) as stream:  # reading the file reports the error
             return "element" if _way(stream.peek(HEAD_BYTES)) == "array" else "line"  # type: ignore[attr-defined]
     return {"table": "row", "text": "document"}.get(str(kind), "line")
 
 
 def lines_of(file: File, config: DataConfig) -> Iterator[bytes]:
-    """The lines of a file as JSON lines in UTF-8, blank ones included; line n is line, row or document n of the file.
+    """Yields a file as JSON lines in UTF-8, including blank ones; line n is line, row or document n of the file.
 
     Raises:
-      DataError: it is broken, or one line is too long.
+      DataError: the file is broken, or a line is too long.
     """
     kind = kind_of(file.name)
     try:
@@ -154,10 +157,10 @@ def lines_of(file: File, config: DataConfig) -> Iterator[bytes]:
 
 
 def unpacked(file: File, config: DataConfig) -> File:
-    """The lines of a file as a file in the cache, written there unless it is there.
+    """Returns the file in the cache with the JSON lines of a file; writes it if it does not exist.
 
     Raises:
-      DataError: as `lines_of`; or there is no room.
+      DataError: as in `lines_of`; or the cache cannot be written or has too little space.
     """
     what = (file.name, file.size, file.stamp(), config.text_documents, config.text_key)
     name = hashlib.sha256(repr(what).encode("utf-8", "surrogateescape")).hexdigest()
@@ -192,7 +195,7 @@ def _write(file: File, config: DataConfig, path: Path) -> None:
 
 
 def bounded_lines(stream: IO[bytes], name: str) -> Iterator[bytes]:
-    """Lines of a stream, none of which may be longer than a document."""
+    """Yields the lines of a stream; raises DataError for a line longer than the maximum size of a document."""
     for number in range(1, 1 << 62):
         line = stream.readline(DOCUMENT_BYTES + 1)
         if not line:
@@ -208,8 +211,11 @@ def _raw_lines(file: File, stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def _way(head: bytes) -> str | None:
-    """How JSON is written: None for lines in UTF-8, `array`, `wide` for UTF-16 and -32, `returns` for lines that end
-    in carriage returns alone."""
+    """Returns how JSON is written, according to the first bytes of a file.
+
+    None for lines in UTF-8, `array` for one array, `wide` for UTF-16 and UTF-32, `returns` for lines that end in
+    carriage returns alone.
+    """
     if any(head.startswith(mark) for mark, _ in _MARKS):
         try:
             text = head[: len(head) // 4 * 4].decode("utf-16" if head[:4] not in dict(_MARKS) else "utf-32", "ignore")
@@ -232,7 +238,7 @@ def _text_lines(file: File, text: IO[str]) -> Iterator[str]:
 
 
 def _elements(file: File, text: IO[str]) -> Iterator[Any]:
-    """The elements of a JSON array, one in memory at a time."""
+    """Yields the elements of a JSON array, with one in memory at a time."""
     decoder, buffer, at, number = json.JSONDecoder(), text.read(CHUNK).lstrip("\ufeff \t\r\n"), 1, 1
     while True:
         at = _BLANK.match(buffer, at).end()  # type: ignore[union-attr]
@@ -260,7 +266,7 @@ def _elements(file: File, text: IO[str]) -> Iterator[Any]:
 
 
 def _rows(file: File, text: IO[str]) -> Iterator[dict[str, str]]:
-    """The rows of a table whose first row has the names of its columns."""
+    """Yields the rows of a table; its first row contains the column names."""
     csv.field_size_limit(DOCUMENT_BYTES)
     delimiter = "\t" if ".tsv" in bare_name(file.name).lower() else ","
     reader = csv.reader(_text_lines(file, text), delimiter=delimiter)
@@ -280,7 +286,7 @@ def _rows(file: File, text: IO[str]) -> Iterator[dict[str, str]]:
 
 
 def _documents(file: File, text: IO[str], documents: str) -> Iterator[str]:
-    """A text file cut as `data.text_documents` says."""
+    """Yields the documents of a text file, cut according to `data.text_documents`."""
     if documents == "file":
         whole = text.read(DOCUMENT_BYTES + 1)
         if len(whole) > DOCUMENT_BYTES:

@@ -1,10 +1,22 @@
-"""Attention of thought chains: the text before the thought and the thought itself, in ONE exact softmax.
+"""Attention of thought chains: to the text before the thought and to the thought itself, in ONE exact softmax.
 
-All chains of a position are extra query rows against the same prefix keys, which are never copied. They meet them
-block by block with a running maximum and sum (as in FlashAttention), so that scores over the whole prefix never
-exist at once, and blocks that no chain of the chunk can see are never computed. The backward pass computes the
-scores again from the saved log-sum-exp. The part over the prefix has three forms that give the same: `prefix_xla`
-for any device, and the kernels `prefix_mosaic` and `prefix_triton`; `ModelConfig.prefix_attention` says which.
+The X = M * C query rows of chain (r, j) and key/value head g, with M = 2, C = 3, j = 2 (■ sees, · does not see):
+
+                   prefix keys, shared by all chains     keys of chain (r, j)
+      m  c          0  1  2  3  4  5  .. P-1              0  1  2  .. E-1
+      0  0          ■  ■  ■  ·  ·  ·                      ■  ·  ·
+      0  1          ■  ■  ■  ·  ·  ·                      ■  ■  ·
+      0  2          ■  ■  ■  ·  ·  ·                      ■  ■  ■
+      1  0          ■  ■  ■  ·  ·  ·                      ■  ·  ·
+      ..            `prefix_fwd`, block by block          `_own_sums`
+
+The chains of all positions are query rows against the same prefix keys, which are never copied. The rows visit these
+keys block by block with a running maximum and sum (as in FlashAttention), which are joined with those of the chain.
+Scores over the whole prefix never exist in memory, and blocks that no chain of the chunk sees are not computed. The
+backward pass recomputes the weights as exp(score - log-sum-exp), from the saved log-sum-exp over both parts.
+
+The prefix part has three implementations with the same result: `prefix_xla` for any device, and the kernels
+`prefix_mosaic` and `prefix_triton`; `ModelConfig.prefix_attention` selects one.
 
 Axis letters: B batch, G key/value heads, M query heads of each, R thoughts, J positions, C chain tokens, X = M * C
 query rows of a chain and head, P prefix keys, E chain keys, H head width. Scores and sums are float32.
@@ -28,7 +40,8 @@ from quietstar_jax.thoughts.attention import prefix_xla as prefix_xla
 from quietstar_jax.thoughts.attention.mask import ChainMask, own_visible
 from quietstar_jax.thoughts.attention.prefix_xla import Sums, add_blocks, dot, through_softmax
 
-# Every device attends with its own sequences and heads, and needs nothing of another.
+# Each device computes attention for its own sequences and heads, without communication. Only the gradients of keys and
+# values are summed, over the devices along `group`.
 _OVER = ("data", "fsdp", "tensor", "group")
 _QUERIES = ("batch", "kv_heads", None, None, "query_rows", None)
 _KEYS, _OWN_KEYS = ("batch", "kv_heads", None, None), ("batch", "kv_heads", None, None, None, None)
@@ -38,7 +51,7 @@ def attend_chains(
     queries: jax.Array, prefix_keys: jax.Array, prefix_values: jax.Array, own_keys: jax.Array, own_values: jax.Array,
     seen: ChainMask, prefix_attention: str = "auto",
 ) -> jax.Array:  # fmt: skip
-    """One layer's attention of chains.
+    """Returns the attention output of one layer for all chains.
 
     Args:
       queries: [B, R, J, C, G * M, H]; prefix_keys, prefix_values: [B, P, G, H], of the base pass.
@@ -57,14 +70,14 @@ def attend_cache(
     queries: jax.Array, cache_keys: jax.Array, cache_values: jax.Array, layer: jax.Array, own_keys: jax.Array,
     own_values: jax.Array, seen: ChainMask, key_block: int,
 ) -> jax.Array:  # fmt: skip
-    """`attend_chains` against one layer of a cache that is read in place: only the blocks that are seen are touched.
+    """As `attend_chains`, against one layer of a cache that is read in place: blocks that no chain sees are not read.
 
     Args:
-      cache_keys, cache_values: [layers, B, G, P, H]; layer: scalar, which of them.
-      key_block: prefix keys at once, a divisor of P or more.
+      cache_keys, cache_values: [layers, B, G, P, H]; layer: scalar index of the layer.
+      key_block: prefix keys per block, a divisor of P or at least P.
 
     Returns:
-      as `attend_chains`; there is no gradient.
+      As `attend_chains`; not differentiable.
     """
     rows, seen = _query_rows(queries, cache_keys.shape[2], seen)
     _, batch, groups, length, width = cache_keys.shape
@@ -82,21 +95,22 @@ def attend_cache(
 
 
 def _query_rows(queries: jax.Array, groups: int, seen: ChainMask) -> tuple[jax.Array, ChainMask]:
-    """Queries [B, R, J, C, G * M, H] -> scaled rows [B, G, R, J, X, H], and what each of them sees."""
+    """Queries [B, R, J, C, G * M, H] -> scaled rows [B, G, R, J, X, H], and `seen` with an offset for each row."""
     heads, width = queries.shape[-2:]
+    # Row x = m * C + c: the C offsets repeat M times.
     rows = split_heads(queries * width**-0.5, groups).transpose(0, 4, 1, 2, 5, 3, 6)  # [B, G, R, J, M, C, H]
     return rows.reshape(*rows.shape[:4], -1, width), seen._replace(offsets=jnp.tile(seen.offsets, heads // groups))
 
 
 def _from_query_rows(context: jax.Array, queries: jax.Array) -> jax.Array:
-    """The context of rows [B, G, R, J, X, H] in the shape of the queries."""
+    """The inverse of `_query_rows`: context [B, G, R, J, X, H] -> [B, R, J, C, G * M, H]."""
     batch, count, chunk, tokens, _, width = queries.shape
     context = context.reshape(batch, context.shape[1], count, chunk, -1, tokens, width)
     return context.transpose(0, 2, 3, 5, 1, 4, 6).reshape(queries.shape)
 
 
 def to_chain_layout(x: jax.Array) -> jax.Array:
-    """Keys or values [B, R, J, C, G, H] as they are kept for attention: [B, G, R, J, C, H]."""
+    """Keys or values [B, R, J, C, G, H] -> [B, G, R, J, C, H], the layout for attention."""
     return jnp.moveaxis(x, 4, 1)
 
 
@@ -112,12 +126,15 @@ def _attention(
 def _forward(prefix_attention: str, *arguments: Any) -> tuple[jax.Array, tuple]:
     attend = functools.partial(_attend, prefix_attention)
     context, lse = manual_shard_map(attend, _OVER, _arguments(arguments[-1]), (_QUERIES, _QUERIES))(*arguments)
+    # Saved: the arguments, the context and the log-sum-exp [B, G, R, J, X, 1] of each row; no scores and no weights. A
+    # rematerialisation policy saves the last two by this name, so that the backward pass does not attend again.
     context = checkpoint_name(context, ATTENTION)
     return context, (*arguments, context, checkpoint_name(lse, ATTENTION))
 
 
 def _backward(prefix_attention: str, saved: tuple, gradient: jax.Array) -> tuple:
     differentiate = functools.partial(_gradients, prefix_attention)
+    # saved = (q, keys, values, own_keys, own_values, seen, context, lse); `seen` has no gradient.
     axes, gradients = (*_arguments(saved[5]), *(_QUERIES,) * 3), (_QUERIES, _KEYS, _KEYS, _OWN_KEYS, _OWN_KEYS)
     return *manual_shard_map(differentiate, _OVER, axes, gradients)(*saved, gradient), None
 
@@ -126,7 +143,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _arguments(seen: ChainMask) -> tuple[Any, ...]:
-    """Logical axes of the arguments of `_attention`."""
+    """Logical axes of the array arguments of `_attention`."""
     positions: Any = ("batch", None) if seen.positions.ndim == 2 else ()
     axes: Any = {"mask": ("batch", None), "positions": positions, "offsets": ("query_rows",), "window": ()}
     axes["first"] = None if seen.first is None else ("batch", None)
@@ -136,7 +153,7 @@ def _arguments(seen: ChainMask) -> tuple[Any, ...]:
 def _choose(
     prefix_attention: str, blocks: Callable[..., Any], tpu: Callable[..., Any], gpu: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """One function that is what `ModelConfig.prefix_attention` names on the device that a program is compiled for."""
+    """Returns the implementation that `ModelConfig.prefix_attention` selects; `auto` depends on the compile target."""
     if prefix_attention == "auto":
         return functools.partial(jax.lax.platform_dependent, tpu=tpu, default=blocks)
     return {"blocks": blocks, "triton": gpu}[prefix_attention]
@@ -146,7 +163,7 @@ def _attend(
     prefix_attention: str, _: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array,
     own_values: jax.Array, seen: ChainMask,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(context like q, log-sum-exp [B, G, R, J, X, 1])."""
+    """Returns (context like q, log-sum-exp [B, G, R, J, X, 1])."""
     add = _choose(prefix_attention, prefix_xla.prefix_fwd, prefix_mosaic.prefix_fwd, prefix_triton.prefix_fwd)
     sums = add(q, keys, values, seen, _own_sums(q, own_keys, own_values, seen))
     return _finish(sums, own_values.dtype), sums.peak + jnp.log(sums.total)
@@ -156,7 +173,19 @@ def _gradients(
     prefix_attention: str, psum: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array,
     own_values: jax.Array, seen: ChainMask, context: jax.Array, lse: jax.Array, gradient: jax.Array,
 ) -> tuple:  # fmt: skip
-    """Of q, keys, values, own_keys and own_values."""
+    """Returns the gradients of q, keys, values, own_keys and own_values.
+
+    For a query row q with scores s_i = q . k_i over all keys i, prefix and chain, weights p_i = exp(s_i - lse), context
+    o = sum_i p_i v_i, and the gradient g of o:
+
+        dp_i = g . v_i                  `to_weights`
+        ds_i = p_i (dp_i - mean)        `to_scores`, mean = sum_i p_i dp_i = g . o
+        dq   = sum_i ds_i k_i
+        dk_i = ds_i q,  dv_i = p_i g    summed over the rows that share the key
+
+    The keys of one part need only lse and mean of the row from the other part, so the two parts are differentiated
+    separately and their dq are added.
+    """
     mean = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     scores = _own_scores(q, own_keys, seen)
     to_weights = dot("bgrjxh,bgrjeh->bgrjxe", gradient, own_values)
@@ -167,7 +196,7 @@ def _gradients(
         prefix_attention, prefix_xla.prefix_bwd, prefix_mosaic.prefix_bwd, prefix_triton.prefix_bwd
     )
     from_prefix, *to_prefix = through_prefix(q, keys, values, seen, lse, mean, gradient)
-    # Devices that hold query heads of the same key/value heads.
+    # Devices along `group` have different query heads of the same key/value heads.
     to_keys = psum((*to_prefix, *to_own), "group")
     return tuple(x.astype(q.dtype) for x in (to_q + from_prefix, *to_keys))
 
@@ -178,7 +207,7 @@ def _own_scores(q: jax.Array, own_keys: jax.Array, seen: ChainMask) -> jax.Array
 
 
 def _own_sums(q: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: ChainMask) -> Sums:
-    """The softmax over the chain itself. Its peak is finite: every token sees itself."""
+    """Returns the sums over the chain itself. Their peak is a real score, never MASKED: every token sees itself."""
     scores = _own_scores(q, own_keys, seen)
     peak = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)

@@ -1,7 +1,13 @@
-"""What the kernels of the prefix part share: one axis of query rows, what each of them sees, whole blocks of both.
+"""Code shared by the prefix kernels: query rows on one axis, the range of keys of each row, padding to whole blocks.
 
-All query rows of a key/value head, of whatever thought, position, chain token and query head, are one long axis; each
-knows the first and last key it may see. A block of rows visits only blocks of keys that one of its rows may see.
+All query rows of a key/value head form one axis, N = R * J * X: every thought, position, query head and chain token.
+Each row has the first (low) and last (high) key that it may see. A block of rows visits the blocks of keys from the
+first to the last one that any of its rows may see:
+
+                        key block  0  1  2  3  4
+    row block 0    (j = 0 ..)      ■  ·  ·  ·  ·      first 0, last 0
+    row block 1                    ■  ■  ■  ·  ·      first 0, last 2
+    row block 2    (with window)   ·  ■  ■  ■  ■      first 1, last 4
 
 Axis letters: B batch, G key/value heads, N query rows, P prefix keys, H head width.
 """
@@ -19,7 +25,7 @@ from quietstar_jax.thoughts.attention.prefix_xla import Sums
 
 
 class Range(NamedTuple):
-    """Which keys a row sees: real ones among low .. high.
+    """The keys that a row sees: those of low .. high where mask is True.
 
     Attributes:
       low, high: [B, N] int32, both included; mask: [B, P] bool.
@@ -33,7 +39,11 @@ class Range(NamedTuple):
 def prefix_fwd(
     forward: Callable[..., Sums], q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums
 ) -> Sums:
-    """As `prefix_xla.prefix_fwd`, where `forward(rows [B, G, N, H], keys, values, Range)` sums over the prefix."""
+    """As `prefix_xla.prefix_fwd`, where `forward(rows [B, G, N, H], keys, values, Range)` sums over the prefix.
+
+    The kernel sums over the prefix alone, relative to a peak of its own; its sums and those of the chain are rescaled
+    to the higher peak and added here. A row that sees no prefix key has the peak MASKED, so its `added` is 0.
+    """
     found = forward(_as_rows(q), keys, values, _range(q, seen))
     prefix = Sums(*(x.reshape(mine.shape) for x, mine in zip(found, own, strict=True)))
     higher = jnp.maximum(own.peak, prefix.peak)
@@ -45,20 +55,21 @@ def prefix_bwd(
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]], q: jax.Array, keys: jax.Array, values: jax.Array,
     seen: ChainMask, lse: jax.Array, mean: jax.Array, gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """As `prefix_xla.prefix_bwd`, where `backward(rows, keys, values, Range, lse, mean, gradient)` gives
-    those of rows, keys and values, the last three of its arguments as rows too."""
+    """As `prefix_xla.prefix_bwd`, where `backward(rows, keys, values, Range, lse, mean, gradient)` returns gradients of
+    rows, keys and values; lse, mean and gradient have the row layout too."""
     rows = (_as_rows(x) for x in (lse, mean, gradient))
     to_q, to_keys, to_values = backward(_as_rows(q), keys, values, _range(q, seen), *rows)
     return to_q.reshape(q.shape), to_keys, to_values
 
 
 def bounds(seen: Range, length: int, row_block: int, key_block: int) -> tuple[jax.Array, jax.Array]:
-    """First and last key block that some row of each block of rows sees: two int32 [B, row blocks].
+    """Returns the first and last key block that each block of rows sees: two int32 [B, row blocks].
 
     Args:
-      seen: of whole blocks of rows; length: P, without the keys that fill the last block.
+      seen: padded to whole blocks of rows; length: P without padding.
     """
     batch = seen.low.shape[0]
+    # Rows that see no key (low > high) do not count: a block of only such rows gets first = P // key_block, last = -1.
     low, high = (x.reshape(batch, -1, row_block) for x in (seen.low, seen.high))
     sees = low <= high
     first = jnp.where(sees, low, length).min(axis=-1) // key_block
@@ -69,21 +80,21 @@ def bounds(seen: Range, length: int, row_block: int, key_block: int) -> tuple[ja
 def pad(
     q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, row_block: int, key_block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, Range]:
-    """Whole blocks of rows [B, G, N, H] and of keys and values [B, G, P, H]: added rows see nothing, added keys are not
-    real."""
+    """Pads rows [B, G, N, H] and keys and values [B, G, P, H] to whole blocks: added rows see no key (low > high), and
+    added keys are masked."""
     low, high = pad_axis(seen.low, 1, row_block, fill=1), pad_axis(seen.high, 1, row_block)
     keys, values = pad_axis(keys, 2, key_block), pad_axis(values, 2, key_block)
     return pad_axis(q, 2, row_block), keys, values, Range(low, high, pad_axis(seen.mask, 1, key_block))
 
 
 def pad_axis(x: jax.Array, axis: int, multiple: int, fill: int = 0) -> jax.Array:
-    """x with its axis filled up to the next multiple."""
+    """Pads one axis of x with `fill` to the next multiple."""
     missing = -x.shape[axis] % multiple
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
 
 
 def dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
-    """The product of two matrices over these axes, summed in float32."""
+    """Product of two matrices, contracted over these axes and accumulated in float32."""
     return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -93,7 +104,8 @@ def _as_rows(x: jax.Array) -> jax.Array:
 
 
 def _range(q: jax.Array, seen: ChainMask) -> Range:
-    """Which prefix keys every row of q [B, G, R, J, X, H] sees."""
+    """Returns which prefix keys each row of q [B, G, R, J, X, H] sees."""
+    # Row (r, j, x) has position j + 1 + c and sees keys up to j, above j + 1 + c - window, in its document.
     batch, _, count, chunk, rows, _ = q.shape
     position = jnp.broadcast_to(seen.positions[..., None, :, None], (batch, count, chunk, rows))
     first = 0 if seen.first is None else seen.first[:, None, :, None]

@@ -1,4 +1,4 @@
-"""Which keys a token of a thought chain sees."""
+"""Which keys a token of a thought chain may attend to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 class ChainMask(NamedTuple):
-    """What decides which keys a chain token sees.
+    """The arrays that decide which keys a chain token sees.
 
     Attributes:
       mask: [B, P] bool, True where the text is real.
@@ -27,7 +27,7 @@ class ChainMask(NamedTuple):
 
 
 def prefix_visible(seen: ChainMask, keys: jax.Array) -> jax.Array:
-    """Which of the prefix keys with numbers `keys` [N] a chain token sees: [B, J, C, N] bool."""
+    """Returns which of the prefix keys with numbers `keys` [N] each chain token sees: [B, J, C, N] bool."""
     position = seen.positions[..., None, None]
     query = position + 1 + seen.offsets[:, None]
     visible = (keys <= position) & (query - keys < seen.window)
@@ -37,6 +37,6 @@ def prefix_visible(seen: ChainMask, keys: jax.Array) -> jax.Array:
 
 
 def own_visible(seen: ChainMask, length: int) -> jax.Array:
-    """Which token of its own chain (of `length` tokens) a chain token sees: [C, length] bool."""
+    """Returns which tokens of its own chain (of `length` tokens) each chain token sees: [C, length] bool."""
     distance = seen.offsets[:, None] - jnp.arange(length)[None, :]
     return (distance >= 0) & (distance < seen.window)

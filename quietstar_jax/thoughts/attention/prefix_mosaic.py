@@ -1,8 +1,16 @@
-"""The prefix part of chain attention as Pallas kernels for TPU: scores of a block never leave the chip's fast memory.
+"""The prefix part of chain attention as Pallas kernels for TPU: the scores of a block stay in on-chip memory.
 
-`prefix_fwd` and `prefix_bwd` compute what those of `prefix_xla` do, over the rows and blocks of
-`kernel_common`: blocks of keys that no row of a block sees are not computed. Axis letters as there; scores
-and sums are float32.
+`prefix_fwd` and `prefix_bwd` compute the same as those of `prefix_xla`, over the rows and blocks of `kernel_common`:
+blocks of keys that no row of a block sees are not computed. Axis letters as there; scores and sums are float32.
+
+Each kernel accumulates in scratch memory along the last axis of its grid, which runs in sequence; programs along the
+other axes are independent. Each output block is written once, by the last step:
+
+    kernel                grid (batch, head, ...)     scratch                 last axis
+    forward               row block, step             peak, total, context    key blocks first[row block] + step
+    gradient of q         row block, step             dq                      key blocks first[row block] + step
+    gradient of keys,     key block, row block        dk, dv                  row blocks; computes where
+      values                                                                  first <= key block <= last
 """
 
 from __future__ import annotations
@@ -72,11 +80,11 @@ def backward(
     q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, lse: jax.Array, mean: jax.Array,
     gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Gradients of queries, keys and values, float32, from scores that are computed again.
+    """Returns the gradients of queries, keys and values, float32, from recomputed scores.
 
     Args:
       lse: [B, G, N, 1] log-sum-exp over prefix and chain; mean: [B, G, N, 1] the gradient times the context,
-        summed; gradient: [B, G, N, H] of the context.
+        summed over H; gradient: [B, G, N, H] of the context.
     """
     rows, length = q.shape[2], keys.shape[2]
     unpadded = keys.shape
@@ -129,6 +137,8 @@ def backward(
 def _forward_kernel(
     first, last, q, keys, values, low, high, mask, peak_out, total_out, context_out, peak, total, context
 ):
+    # Blocks, without leading axes of size 1: q, context [rows, H]; keys, values [keys, H]; low, high, peak, total
+    # [rows, 1]; mask [1, keys]. The prefetched scalars first, last are whole, [B, row blocks].
     row_block, step = pl.program_id(2), pl.program_id(3)
 
     @pl.when(step == 0)
@@ -142,6 +152,8 @@ def _forward_kernel(
     @pl.when(block <= last[pl.program_id(0), row_block])
     def _() -> None:
         scores, visible = _scores(q, keys, low, high, mask, block)
+        # Old sums are rescaled to the new peak, as in `prefix_xla.add_blocks`. While a row has seen no key, its peak is
+        # MASKED and exp(scores - higher) is meaningless: the outer `where` sets these weights to 0.
         higher = jnp.maximum(peak[...], jnp.where(visible, scores, MASKED).max(axis=1, keepdims=True))
         weights = jnp.where(visible, jnp.exp(scores - higher), 0.0)
         shrink = jnp.exp(peak[...] - higher)
@@ -199,7 +211,7 @@ def _key_gradient_kernel(
 
 
 def _scores(q: Any, keys: Any, low: Any, high: Any, mask: Any, block: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scores of a block of rows and one of keys, and which of them count: [rows, keys]."""
+    """Returns scores of a block of rows and a block of keys, and which of them are visible: two [rows, keys]."""
     scores = dot(q[0, 0], keys[0, 0], 1, 1)
     number = block * KEY_BLOCK + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     return scores, (number >= low[0]) & (number <= high[0]) & (mask[0] != 0)
@@ -209,7 +221,8 @@ def _through_softmax(
     q: Any, keys: Any, values: Any, low: Any, high: Any, mask: Any, lse: Any, mean: Any, gradient: Any,
     block: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(weights, gradient of scores) of a block in the compute dtype."""
+    """Returns (weights, gradient of scores) of a block in the compute dtype; see `prefix_xla.through_softmax`."""
+    # MASKED inside the exponential avoids overflow at invisible keys; their weight is 0.
     scores, visible = _scores(q, keys, low, high, mask, block)
     weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, MASKED) - lse[0, 0]), 0.0)
     to_weights = dot(gradient[0, 0], values[0, 0], 1, 1)
@@ -226,11 +239,12 @@ def _parallel_but_last(grid: tuple[int, ...]) -> pltpu.CompilerParams:
 
 
 def _spec(kind: str, width: int = 1, *, rows_last: bool = False) -> pl.BlockSpec:
-    """How one program of the grid (batch, head, block of rows, step over blocks of keys) sees an array; with
-    `rows_last` of the grid (batch, head, block of keys, block of rows)."""
+    """Returns the block of an array for one program of the grid (batch, head, block of rows, step over blocks of keys);
+    with `rows_last`, of the grid (batch, head, block of keys, block of rows)."""
 
     def place(b: Any, g: Any, x: Any, y: Any, first: Any, last: Any) -> tuple[Any, Any]:
-        """(block of rows, block of keys); a block of keys that is not needed is not fetched: the last stays."""
+        """Returns (block of rows, block of keys). Steps past the last block of keys repeat its index, so that Pallas
+        fetches nothing for them."""
         if rows_last:
             return y, x
         return x, jnp.clip(first[b, x] + y, 0, jnp.maximum(last[b, x], 0))

@@ -1,10 +1,15 @@
 """The prefix part of chain attention as Pallas kernels for NVIDIA GPUs, compiled by Triton.
 
-`prefix_fwd` and `prefix_bwd` compute what those of `prefix_xla` do, over the rows and blocks of
-`kernel_common`: blocks of keys that no row of a block sees are neither read nor computed. A program sums over
-keys for its own rows, or over rows for its own keys, so that nothing is added atomically and results repeat. Products
-are of the compute dtype, on tensor cores (float32 as XLA's own products: `jax.default_matmul_precision`); scores and
-sums are float32. Axis letters as in `kernel_common`.
+`prefix_fwd` and `prefix_bwd` compute the same as those of `prefix_xla`, over the rows and blocks of `kernel_common`:
+blocks of keys that no row of a block sees are neither read nor computed.
+
+    kernel                         a program has          and loops over
+    forward, gradient of q         one block of rows      the key blocks first .. last of `kernel_common.bounds`
+    gradient of keys and values    one block of keys      the row blocks that see it, listed by `_visitors`
+
+A program sums over keys for its own rows, or over rows for its own keys, so that no sum needs atomic additions and
+results are deterministic. Products are in the compute dtype, on tensor cores (float32 as XLA's own products:
+`jax.default_matmul_precision`); scores and sums are float32. Axis letters as in `kernel_common`.
 """
 
 from __future__ import annotations
@@ -26,24 +31,25 @@ from quietstar_jax.thoughts.attention.prefix_xla import Sums, through_softmax
 
 
 class Blocks(NamedTuple):
-    """rows, keys: of a block, powers of two from 16 on (Triton's products take no less); warps: 32 threads each, of the
-    program that computes one."""
+    """rows, keys: sizes of a block, powers of two, at least 16 (the minimum for Triton's products); warps: number of
+    warps, of 32 threads each, of the program that computes a block."""
 
     rows: int
     keys: int
     warps: int
 
 
-# By the bytes of one head in the compute dtype, which a block has for each of its rows and keys. What a program holds
-# for all its turns and twice what it fetches for one (STAGES) come to 96 KiB of shared memory in each line; weights on
-# their way into a product add at most 32. A100 has 163 KiB for a program, H100 227.
+# Keyed by the bytes of one head in the compute dtype, the size of each row and key of a block. The arrays that a
+# program keeps for its whole loop and twice (STAGES) those that it fetches per iteration add up to 96 KiB of shared
+# memory in each line; weights that become an operand of a product add at most 32 KiB. A program has 163 KiB on A100,
+# 227 KiB on H100.
 #   forward: rows of q, 2 x keys and values of a block        bytes x (rows + 4 keys)
 #   gradient of q: rows of q and of the gradient, the same    bytes x (2 rows + 4 keys)
 #   gradients of keys and values: these, 2 x the rows         bytes x (2 keys + 4 rows)
 FORWARD = {256: Blocks(128, 64, 8), 512: Blocks(64, 32, 8), 1024: Blocks(32, 16, 4)}
 BACKWARD = {256: Blocks(64, 64, 8), 512: Blocks(32, 32, 4), 1024: Blocks(16, 16, 4)}
 STAGES = 2
-LEAST = 16  # numbers along each axis of a product
+LEAST = 16  # minimum size of each axis of a product
 
 
 def prefix_fwd(
@@ -102,11 +108,11 @@ def backward(
     q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, lse: jax.Array, mean: jax.Array,
     gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """Gradients of queries, keys and values, float32, from scores that are computed again.
+    """Returns the gradients of queries, keys and values, float32, from recomputed scores.
 
     Args:
       lse: [B, G, N, 1] log-sum-exp over prefix and chain; mean: [B, G, N, 1] the gradient times the context,
-        summed; gradient: [B, G, N, H] of the context.
+        summed over H; gradient: [B, G, N, H] of the context.
     """
     rows, length, width = q.shape[2], keys.shape[2], q.shape[3]
     blocks = _blocks(BACKWARD, q)
@@ -154,6 +160,8 @@ def backward(
 
 
 def _forward_kernel(first, last, q, low, high, keys, values, mask, peak_out, total_out, context_out, *, blocks: Blocks):
+    # q [rows, H], low and high [rows] are the program's block; keys, values [P, H] and mask [P] are whole, and the loop
+    # loads a block at a time. first, last [1] are the key blocks of this block of rows.
     rows, seen = q[...], (low[...][:, None], high[...][:, None])
 
     def block(i: jax.Array, sums: tuple) -> tuple:
@@ -161,6 +169,8 @@ def _forward_kernel(first, last, q, low, high, keys, values, mask, peak_out, tot
         at = pl.ds(i * blocks.keys, blocks.keys)
         visible = _visible(_numbers(i, blocks.keys)[None, :], *seen, mask[at][None, :])
         scores = dot(rows, keys[at, :], 1, 1)
+        # Old sums are rescaled to the new peak, as in `prefix_xla.add_blocks`. While a row has seen no key, its peak is
+        # MASKED and exp(scores - higher) is meaningless: the outer `where` sets these weights to 0.
         higher = jnp.maximum(peak, jnp.where(visible, scores, MASKED).max(axis=1))
         weights = jnp.where(visible, jnp.exp(scores - higher[:, None]), 0.0)
         shrink = jnp.exp(peak - higher)
@@ -191,7 +201,8 @@ def _query_gradient_kernel(first, last, q, gradient, lse, mean, low, high, keys,
 def _key_gradient_kernel(
     count, order, q, gradient, lse, mean, low, high, keys, values, mask, to_keys, to_values, *, blocks: Blocks
 ):
-    """Scores lie [keys, rows] here, so that what goes into the products that are summed need not be transposed."""
+    """Scores are [keys, rows] here, so that the products that are summed need no transposed operand."""
+    # count [1] row blocks see this block of keys; the loop visits order[0, :count] and skips the others.
     own_keys, own_values = keys[...], values[...]
     numbers, real = _numbers(pl.program_id(0), blocks.keys)[:, None], mask[...][:, None]
 
@@ -213,15 +224,15 @@ def _visible(numbers: jax.Array, low: jax.Array, high: jax.Array, real: jax.Arra
 
 
 def _numbers(block: jax.Array, size: int) -> jax.Array:
-    """Of the keys in a block."""
+    """Returns the numbers of the keys in a block, int32 [size]."""
     return block * size + jax.lax.iota(jnp.int32, size)
 
 
 def _visitors(first: jax.Array, last: jax.Array, key_blocks: int) -> tuple[jax.Array, jax.Array]:
-    """Which blocks of rows see each block of keys, from the bounds [B, row blocks] of what each sees.
+    """Finds the blocks of rows that see each block of keys, from the `kernel_common.bounds` [B, row blocks].
 
     Returns:
-      how many [B, key blocks], and these before the others [B, key blocks, row blocks], int32.
+      (their number [B, key blocks], all row blocks with those that see it first [B, key blocks, row blocks]), int32.
     """
     number = jnp.arange(key_blocks)[:, None]
     sees = (first[:, None] <= number) & (number <= last[:, None])
@@ -241,12 +252,12 @@ def _blocks(sizes: Mapping[int, Blocks], q: jax.Array) -> Blocks:
 
 
 def _pad_heads(*arrays: jax.Array) -> Sequence[jax.Array]:
-    """Arrays [.., H] with zeros up to a width that Triton takes."""
+    """Pads arrays [.., H] with zeros to a width that Triton's products accept."""
     return [pad_axis(x, x.ndim - 1, _full_width(x.shape[-1])) for x in arrays]
 
 
 def _full_width(width: int) -> int:
-    """The next power of two."""
+    """Returns the next power of two, at least `LEAST`."""
     return max(LEAST, 1 << (width - 1).bit_length())
 
 
@@ -254,7 +265,8 @@ def _call(
     kernel: Callable[..., None], name: str, blocks: Blocks, *, grid: tuple[int, int, int],
     in_specs: list[pl.BlockSpec], out_specs: list[pl.BlockSpec], out_shapes: list[tuple[int, ...]], interpret: bool,
 ) -> Callable[..., Any]:  # fmt: skip
-    """The kernel over a grid (block of its own axis, head, sequence); neighbours on it share what else they read."""
+    """Returns the kernel over a grid (block of its own axis, head, sequence). Neighbouring programs on this grid share
+    the other arrays that they read."""
     return pl.pallas_call(
         functools.partial(kernel, blocks=blocks),
         grid=grid,
@@ -268,10 +280,10 @@ def _call(
 
 
 def _triton() -> Any:
-    """JAX's own, which 0.12 calls deprecated: looked for where it is used, so that nothing else depends on it.
+    """Returns JAX's Triton module, deprecated in 0.12. Imported on use, so that nothing else depends on it.
 
     Raises:
-      ConfigError: this JAX has none.
+      ConfigError: this version of JAX does not have it.
     """
     try:
         from jax.experimental.pallas import triton

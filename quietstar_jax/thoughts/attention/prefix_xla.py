@@ -1,6 +1,12 @@
-"""The prefix part of chain attention, a block of keys at a time with a running maximum and sum.
+"""The prefix part of chain attention in plain JAX, one block of keys at a time with a running maximum and sum.
 
-Axis letters as in `thoughts/attention/chain_attention.py`.
+Axis letters as in `thoughts/attention/chain_attention.py`. Blocks of 4 keys with P = 10: the last block starts earlier,
+so that all blocks are equally wide, and masks the keys that the block before it already has.
+
+    key        0  1  2  3  4  5  6  7  8  9
+    block 0    ■  ■  ■  ■
+    block 1                ■  ■  ■  ■
+    block 2                      ·  ·  ■  ■     starts at P - 4
 """
 
 from __future__ import annotations
@@ -14,13 +20,15 @@ import jax.numpy as jnp
 from quietstar_jax.models.attention import MASKED
 from quietstar_jax.thoughts.attention.mask import ChainMask, prefix_visible
 
-KEY_BLOCK = 64  # prefix keys at once
+KEY_BLOCK = 64  # prefix keys per block
 
 Cut = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Sums(NamedTuple):
-    """An unfinished softmax: what is summed so far, relative to the largest score.
+    """Running sums of a softmax over the keys visited so far, relative to the largest score.
+
+    The result over these keys is context / total; its log-sum-exp is peak + log(total).
 
     Attributes:
       peak, total: [..., 1] float32, the largest score and the sum of exp(score - peak).
@@ -33,25 +41,27 @@ class Sums(NamedTuple):
 
 
 def prefix_fwd(q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums) -> Sums:
-    """Sums over chain and prefix: q [B, G, R, J, X, H] scaled; keys, values [B, G, P, H]; own sums of the chain."""
+    """Returns sums over chain and prefix: q [B, G, R, J, X, H] scaled; keys, values [B, G, P, H]; own: the chain's."""
     width = min(KEY_BLOCK, keys.shape[2])
     return add_blocks(q, seen, own, width, lambda start: (_cut(keys, start, width), _cut(values, start, width)))
 
 
 def add_blocks(q: jax.Array, seen: ChainMask, own: Sums, width: int, cut: Cut) -> Sums:
-    """`prefix_fwd`, where keys and values are read by `cut`: from the first of `width` to their [B, G, width, H]."""
+    """As `prefix_fwd`, where `cut(start)` reads `width` keys and values [B, G, width, H] from key `start` on."""
 
     def block(i: jax.Array, sums: Sums) -> Sums:
         start, visible = _block(i, width, seen)
         block_keys, block_values = cut(start)
         scores = jnp.where(visible, dot("bgrjxh,bgph->bgrjxp", q, block_keys), MASKED)
+        # Old sums are relative to the old peak: exp(score - higher) = exp(score - peak) * exp(peak - higher). The peak
+        # starts as that of the chain, a real score, so that masked keys get the weight exp(MASKED - higher) = 0.
         higher = jnp.maximum(sums.peak, scores.max(axis=-1, keepdims=True))
         weights, shrink = jnp.exp(scores - higher), jnp.exp(sums.peak - higher)
         added = dot("bgrjxp,bgph->bgrjxh", weights.astype(block_values.dtype), block_values)
         total = sums.total * shrink + weights.sum(axis=-1, keepdims=True)
         return Sums(higher, total, sums.context * shrink + added)
 
-    if seen.mask.shape[1] == width:  # nothing to loop over
+    if seen.mask.shape[1] == width:  # one block
         return block(jnp.int32(0), own)
     return jax.lax.fori_loop(*_blocks(seen, width), block, own)
 
@@ -60,7 +70,9 @@ def prefix_bwd(
     q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, lse: jax.Array, mean: jax.Array,
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """What the prefix adds to the gradients of queries, keys and values, float32, from scores computed again.
+    """Returns the prefix part of the gradients of queries, keys and values, float32, from recomputed scores.
+
+    Keys and values are shared by all chains: their gradients sum over R, J and X.
 
     Args:
       lse: [B, G, R, J, X, 1] log-sum-exp over prefix and chain; mean: [B, G, R, J, X, 1], the gradient times the
@@ -87,18 +99,23 @@ def prefix_bwd(
 def through_softmax(
     scores: jax.Array, to_weights: jax.Array, lse: jax.Array, mean: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """(weights, gradient of scores) in the compute dtype."""
+    """Returns (weights p, gradient of scores) in the compute dtype, for some of the keys of a softmax.
+
+    The gradient of score i is p_i (to_weights_i - sum_k p_k to_weights_k). The sum over all keys is `mean`, which
+    equals gradient . context, so a block of keys needs nothing from the other blocks.
+    """
     weights = jnp.exp(scores - lse)
     return weights.astype(dtype), (weights * (to_weights - mean)).astype(dtype)
 
 
 def dot(equation: str, *operands: Any) -> jax.Array:
-    """A product that is summed in float32."""
+    """Einsum that accumulates in float32 and returns float32."""
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
 
 
 def _blocks(seen: ChainMask, width: int) -> tuple[jax.Array, jax.Array]:
-    """Numbers of the first block of `width` prefix keys that a chain sees, and of one past the last."""
+    """Returns the numbers of the first block of `width` prefix keys that any chain sees, and of one past the last."""
+    # Token c of chain j has position j + 1 + c and sees keys above j + 1 + c - window.
     first = jnp.maximum(seen.positions.min() + seen.offsets.min() + 2 - seen.window, 0)
     if seen.first is not None:
         first = jnp.maximum(first, seen.first.min())
@@ -107,9 +124,9 @@ def _blocks(seen: ChainMask, width: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _block(i: jax.Array, width: int, seen: ChainMask) -> tuple[jax.Array, jax.Array]:
-    """The first key of block i, and which of its keys a query row sees, [B, 1, 1, J, X, width].
+    """Returns the first key of block i, and which of its keys each query row sees, [B, 1, 1, J, X, width].
 
-    The last block begins earlier where the text is no multiple of the width.
+    The last block starts earlier where P is not a multiple of the width.
     """
     start = jnp.minimum(i * width, seen.mask.shape[1] - width)
     numbers = start + jnp.arange(width)
