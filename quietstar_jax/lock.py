@@ -51,7 +51,7 @@ class Lock:
         self.nonce = uuid.uuid4().hex
         self._path, self._name, self._say, self._url = path, name, say, io.is_url(path)
         self._beats, self._taken_by, self._started = 0, "", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        self._stop = threading.Event()
+        self._stop, self._renewing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._beat_until_stopped, name="lock", daemon=True)
 
     def __enter__(self) -> Lock:
@@ -156,16 +156,20 @@ class Lock:
                 self._renew()
 
     def _renew(self) -> None:
-        """Updates the file (a heartbeat), unless it names another holder."""
+        """Updates the file (a heartbeat), unless it names another holder; one thread at a time."""
+        with self._renewing:
+            self._renew_alone()
+
+    def _renew_alone(self) -> None:
         holder, mark = read(self._path)
         if mark is None:
             if self._url or Path(self._path).parent.is_dir():
                 self._create()  # only the file was removed
             else:
                 raise GoneError(f"{self._name} has disappeared: nothing can be saved. Bring it back and run again.")
-        elif holder.get("nonce") != self.nonce:
+        elif holder.get("nonce", self.nonce) != self.nonce:
             self._taken_by = describe(holder)
-        elif self._url:
+        elif self._url or not holder:  # a file that names nobody is written again
             self._beats += 1
             io.write_text(self._path, self._text())
         else:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,3 +173,33 @@ def test_a_removed_file_comes_back_and_a_removed_folder_ends_the_run(tmp_path: P
         folder.rename(tmp_path / "elsewhere")
         with pytest.raises(GoneError, match="here has disappeared"):
             taken.check()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_file_that_names_nobody_is_not_taken_for_another_holder(path: Path, content: str) -> None:
+    with Lock(path, "config.workdir here", print) as taken:
+        path.write_text(content)  # as while it is being written
+        taken.check()
+        assert json.loads(path.read_text())["nonce"] == taken.nonce
+
+
+def test_signs_of_life_of_two_threads_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of an object store is written again with each sign of life, which here takes a while."""
+    url = tmp_path / "run.lock"
+    monkeypatch.setattr(lock.io, "is_url", lambda path: True)
+
+    def slowly(path: Path, text: str) -> None:
+        Path(path).write_text("")
+        time.sleep(0.01)
+        Path(path).write_text(text)
+
+    monkeypatch.setattr(lock.io, "write_text", slowly)
+    with Lock(url, "config.workdir here", print) as taken:
+        threads = [threading.Thread(target=lambda: [taken.check() for _ in range(10)]) for _ in range(3)]
+        seen = []
+        monkeypatch.setattr(lock, "read", lambda path, read=lock.read: seen.append(read(path)) or seen[-1])
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(holder.get("nonce") == taken.nonce for holder, _ in seen)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jax._src import compiler
 
-MOST = 200  # programs that are kept
+MOST = 64  # programs that are kept
 
 
 def install() -> None:
