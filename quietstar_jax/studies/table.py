@@ -58,7 +58,7 @@ def paired_test(differences: np.ndarray) -> dict[str, Any]:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], baseline: str) -> str:
-    """Formats a Markdown table: variants in rows, metrics in columns; `mean ± standard error (p)` against the baseline."""
+    """Formats a Markdown table: one row per variant, one column per metric, `mean ± standard error (p)` of each."""
     cells = {(row["variant"], row["metric"]): row for row in rows}
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     lines = ["| variant | n | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
