@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec
 Tree = TypeVar("Tree")
 
 MESH_AXES = ("data", "position", "fsdp", "tensor", "group")
-"""From the one that talks least to the one that talks most; the last are neighbours in the network.
-
-`group` is what `config.mesh.tensor` has beyond the key/value heads: it splits the query heads that share one of them.
+"""Ordered from the axis with the least communication to the one with the most; devices along the last axes are network
+neighbours. `group` is the part of `config.mesh.tensor` beyond the key/value heads: it splits the query heads that share
+a key/value head.
 """
 
 _TENSOR = ("tensor", "group")
