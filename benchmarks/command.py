@@ -1,4 +1,4 @@
-"""What all benchmarks share: sizes that are flags, one JSON object on the last line, the rate of the machine."""
+"""Shared by all benchmarks: sizes as flags, one JSON object on the last line, and the FLOP rate of the machine."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def run(
     description: str, presets: Mapping[str, Sizes], measure: Callable[[Sizes, int], dict[str, Any]], *,
     steps: int, steps_help: str,
 ) -> None:  # fmt: skip
-    """A command line: every field of a preset is a flag; measures, then prints.
+    """Runs the command line of a benchmark: every field of a preset is a flag; measures, then prints.
 
     Args:
-      presets: by name, the default first; dataclasses of one kind.
+      presets: by name, the default first; dataclasses of one type.
       measure: (sizes, steps) -> what was measured.
       steps: default of `--steps`.
     """

@@ -1,7 +1,7 @@
-"""Tokens per second of the training data, each way of making it: `python -m benchmarks.data --source 'c4/*.jsonl'`.
+"""Tokens per second of each way to produce training data: `python -m benchmarks.data --source 'c4/*.jsonl'`.
 
-A step of B sequences of L tokens needs B · L tokens, whatever it computes with them. Prints one JSON object on the last
-line with `--json`. Run it with nothing else on the machine.
+A step of B sequences of L tokens needs B · L tokens, whatever it computes with them. With `--json`, prints one JSON
+object on the last line. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PACKINGS = ("random_span", "consecutive_spans", "packed")
 
 
 def rate(config: DataConfig, tokenizer: Tokenizer, batch: int, seconds: float) -> dict[str, float]:
-    """Tokens handed out per second, padding left out, after a first batch that starts whatever has to be started."""
+    """Measures the tokens returned per second, without padding, after a first batch that starts the pipeline."""
     sequences = training_sequences(config, tokenizer, seed=0)
     began = time.perf_counter()
     sequences.next_batch(batch)
@@ -43,9 +43,9 @@ def rate(config: DataConfig, tokenizer: Tokenizer, batch: int, seconds: float) -
 
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Prepares the text, then reads it in every way."""
+    """Prepares the text, then measures every way to read it."""
     tokenizer = load_tokenizer(given.tokenizer)
-    documents.KEPT_TOKENS = 0  # a large corpus is not remembered
+    documents.KEPT_TOKENS = 0  # the tokens of a large corpus are not kept in memory
     plain = DataConfig(
         train=tuple(given.source),
         text_key=given.text_key,
@@ -76,7 +76,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parses flags, measures, prints."""
+    """Parses the flags, measures, and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", nargs="+", required=True, help="text, as in data.train")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id")

@@ -1,6 +1,6 @@
 """Tokens per second, with and without thoughts: `python -m benchmarks.generate --preset paper_cpu --json`.
 
-Prints one JSON object on the last line with `--json`. Run it with nothing else on the machine.
+With `--json`, prints one JSON object on the last line. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from quietstar_jax.thoughts.settings import ThoughtSettings
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A decoder, prompts and what follows them. Every field is a flag."""
+    """Sizes of the decoder, the prompts and the generated texts. Every field is a flag."""
 
     layers: int = 4
     hidden: int = 256
@@ -46,7 +46,7 @@ class Sizes:
     batch: int = 1
     prompt: int = 128  # tokens before the first generated one
     tokens: int = 64  # generated for each prompt
-    room: int = 0  # tokens that the cache has room for; 0 = as much as is needed
+    room: int = 0  # minimum length of the cache in tokens; 0 = as much as is needed
     thought_length: int = 9
     mixing: str = "hidden_states"
     temperature: float = 0.0
@@ -67,7 +67,7 @@ PRESETS = {
 
 
 def make_engine(s: Sizes) -> Engine:
-    """Random weights of these sizes, stored as an opened model stores them."""
+    """Returns an engine with random weights of these sizes, stored as in a loaded model."""
     architecture = Architecture(
         family="mistral", vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.mlp, num_layers=s.layers,
         num_heads=s.heads, num_kv_heads=s.kv_heads, head_dim=s.head_dim, tie_embeddings=s.tied,
@@ -87,7 +87,7 @@ def make_engine(s: Sizes) -> Engine:
 
 
 def measure(s: Sizes, steps: int) -> dict[str, Any]:
-    """Times whole texts, each of `steps` times, after the prompts have been read."""
+    """Times the generation of whole texts, `steps` times, after the prompts have been read."""
     engine = make_engine(s)
     draw = np.random.default_rng(0)
     requests = [
@@ -135,7 +135,7 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
 
 
 def bare_step(engine: Engine, s: Sizes) -> Callable[[State, int], Any]:
-    """The decoder alone, one token of every sequence in a call: no sampling, no ends, nothing fetched."""
+    """The decoder alone, one token of every sequence per call: no sampling, no ends, no transfer to the host."""
     dtype = jnp.dtype(s.dtype)
 
     def step(params: Any, cache: Any, token: jax.Array, positions: jax.Array) -> tuple[Any, jax.Array]:
@@ -157,7 +157,7 @@ def bare_step(engine: Engine, s: Sizes) -> Callable[[State, int], Any]:
 
 
 def median_seconds(timed: Callable[..., Any], prepare: Callable[[], Any], steps: int) -> float:
-    """Of `timed(prepare())`, where the preparation is not timed and the first round is a warm-up."""
+    """Median seconds of `timed(prepare())`; the preparation is not timed, and the first round is a warm-up."""
     seconds = []
     for _ in range(steps + 1):
         prepared = prepare()
@@ -169,7 +169,7 @@ def median_seconds(timed: Callable[..., Any], prepare: Callable[[], Any], steps:
 
 
 def main() -> None:
-    """Parses flags, measures, prints."""
+    """Parses the flags, measures, and prints."""
     run(__doc__, PRESETS, measure, steps=5, steps_help="timed texts after one of warm-up")
 
 

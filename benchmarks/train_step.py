@@ -1,6 +1,6 @@
 """Time, memory and utilisation of the real training step: `python -m benchmarks.train_step --preset paper_cpu --json`.
 
-Prints one JSON object on the last line with `--json`. Run it with nothing else on the machine.
+With `--json`, prints one JSON object on the last line. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from quietstar_jax.training.step import Batch, initial_state, make_train_step, p
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A decoder, a batch and its thoughts. Every field is a flag."""
+    """Sizes of the decoder, the batch and the thoughts. Every field is a flag."""
 
     layers: int = 4
     hidden: int = 256
@@ -92,7 +92,7 @@ def config_of(s: Sizes) -> Config:
 
 
 def measure(s: Sizes, steps: int) -> dict[str, Any]:
-    """Compiles the step of these sizes and runs it."""
+    """Compiles and times the train step of these sizes."""
     config = config_of(s)
     architecture, phase = config.model.architecture, config.phases[0]
     vocabulary = Vocabulary(pad_id=0, meta_tokens=(), start_tokens=(1,), end_tokens=(2,))
@@ -142,7 +142,7 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Parses flags, measures, prints."""
+    """Parses the flags, measures, and prints."""
     run(__doc__, PRESETS, measure, steps=5, steps_help="timed steps after one of warm-up")
 
 

@@ -9,7 +9,7 @@ from quietstar_jax.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Reads C4 as tensorflow-datasets prepared it, in array_record files under `--config.data.data_dir`."""
+    """Reads C4 as prepared by tensorflow-datasets, in array_record files under `--config.data.data_dir`."""
     openwebmath = runpy.run_path(str(Path(__file__).with_name("mistral_7b_openwebmath.py")))
     config = default_config()
     config.workdir = "runs/mistral_7b_c4"

@@ -1,6 +1,7 @@
 """The paper's main run: Mistral-7B continued on OpenWebMath, 100 steps of 8 spans of 256 tokens, (12, 4).
 
-Weights, gradients and Adam moments take 116 GB (16 bytes for each of 7.24 billion): more than one device has today.
+Weights, gradients and Adam moments need 116 GB (16 bytes for each of 7.24 billion parameters), more than most devices
+have.
 """
 
 import ml_collections
@@ -9,7 +10,7 @@ from quietstar_jax.config import default_config, phase
 
 
 def mistral_7b(config: ml_collections.ConfigDict) -> None:
-    """Mistral-7B v0.1; the shape is written out so that it can be planned for without the weights."""
+    """Sets the model to Mistral-7B v0.1; the architecture is written out, for plans without the weights."""
     config.model.checkpoint = "mistralai/Mistral-7B-v0.1"
     config.model.compute_dtype = "bfloat16"
     config.model.rematerialize = True
@@ -28,11 +29,11 @@ def mistral_7b(config: ml_collections.ConfigDict) -> None:
 
 
 def paper_recipe(config: ml_collections.ConfigDict, *, thought_tokens: int, tokens_ahead: int) -> None:
-    """The published hyper-parameters.
+    """Sets the published hyper-parameters.
 
     Args:
-      thought_tokens: the first number of the paper's (12, 4); start, end and one more are counted there, so that
-        three fewer are sampled.
+      thought_tokens: the first number of the paper's (12, 4); it counts start, end and one more token, so three fewer
+        are sampled.
     """
     config.seed = 42
     config.data.sequence_length = 256
@@ -55,7 +56,7 @@ def paper_recipe(config: ml_collections.ConfigDict, *, thought_tokens: int, toke
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Set `--config.data.train` and `--config.data.validation` to where your copy of OpenWebMath lies."""
+    """Set `--config.data.train` and `--config.data.validation` to the files of your copy of OpenWebMath."""
     config = default_config()
     config.workdir = "runs/mistral_7b_openwebmath"
     mistral_7b(config)

@@ -1,4 +1,4 @@
-"""The embedded corpus: pre-train a small decoder, then let it think. No download; minutes on two cores."""
+"""Pre-trains a small decoder on the embedded corpus, then trains it to think. No download; minutes on two cores."""
 
 import ml_collections
 
@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
               decay="cosine", final_rate_fraction=0.03),
         phase(name="open_the_mixing_head", steps=34, policy_weight=0.0, learning_rate=3e-3, fresh_optimizer=True,
               rates={"decoder": 0.0, "mixing_head": 1.0, "thought_embeddings": 0.0}, **thinking),
-        # The embeddings of start and end move a hundred times faster than their rate says.
+        # The start and end embeddings move a hundred times faster than their rate suggests.
         phase(name="thoughts", steps=70, policy_weight=100.0, learning_rate=3e-4, decay="cosine",
               final_rate_fraction=0.1, fresh_optimizer=True,
               rates={"decoder": 1.0, "mixing_head": 1.0, "thought_embeddings": 0.01}, **thinking),

@@ -1,6 +1,6 @@
-"""What the studies on the embedded corpus vary: the quickstart with half the sequences and fewer steps where it thinks.
+"""The base of the studies on the embedded corpus: the quickstart with half the sequences and fewer steps with thoughts.
 
-A study is dozens of runs.
+A study consists of dozens of runs.
 """
 
 import ml_collections
@@ -9,7 +9,7 @@ from configs import quickstart
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """8 instead of 16 sequences in the phases that think, 50 steps of REINFORCE."""
+    """8 instead of 16 sequences in the phases with thoughts, 50 steps of REINFORCE."""
     config = quickstart.get_config()
     config.workdir = "runs/small_quickstart"
     _, opening, thoughts = config.phases

@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.train = ("data/textbooks/*.jsonl",)
     config.data.validation = ("data/textbooks_held_out.jsonl",)
     config.data.sequence_length = 256
-    config.thought.initial_start_token = "."  # the tokenizer, of children's stories, has no "---"
+    config.thought.initial_start_token = "."  # the tokenizer, made for children's stories, has no "---"
     config.thought.initial_end_token = "."
     config.phases = [
         phase(name="thoughts", steps=100, batch_size=8, thought_length=5, num_thoughts=2, tokens_ahead=4,

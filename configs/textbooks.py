@@ -1,6 +1,6 @@
 """Continues the base of `configs/textbooks_base.py` with thoughts, on the same real text.
 
-The base is exported first: `python -m quietstar_jax.export --checkpoint runs/textbooks_base --output
+Export the base first: `python -m quietstar_jax.export --checkpoint runs/textbooks_base --output
 runs/textbooks_base_hf --format base`.
 """
 
@@ -11,7 +11,7 @@ from quietstar_jax.config import phase
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """30 steps in which only the mixing head learns, then 100 with REINFORCE; a quarter of the positions thinks."""
+    """30 steps in which only the mixing head learns, then 100 with REINFORCE; a quarter of the positions think."""
     config = textbooks_base.get_config()
     config.workdir = "runs/textbooks"
     config.model.checkpoint = "runs/textbooks_base_hf"

@@ -1,13 +1,13 @@
-"""Pre-trains a small base on real text: textbooks (OpenStax) and worked problems (GSM8K).
+"""Pre-trains a small base model on real text: textbooks (OpenStax) and worked problems (GSM8K).
 
 It reads paths below the current folder; put your files there, or set the paths (`--config.data.tokenizer`,
 `--config.data.train`, `--config.data.validation`):
 
 - `data/textbooks/*.jsonl` and `data/textbooks_held_out.jsonl`: lines with a `text` (docs/data.md). Those of
   docs/results.md are OpenStax books, the last revisions under CC BY 4.0, converted to text with formulas in LaTeX;
-- `data/textbooks_tokenizer`: a tokenizer with 4,096 ids, trained on this text (`tokenizers` does it in a minute).
+- `data/textbooks_tokenizer`: a tokenizer with 4,096 ids, trained on this text (a minute with `tokenizers`).
 
-GSM8K is read as a tensorflow-datasets dataset, made once from its published files:
+GSM8K is read as a tensorflow-datasets dataset, built once from its published files:
 `python -m quietstar_jax.data.build gsm8k --data-dir ~/tensorflow_datasets --split train=gsm8k/train.jsonl`
 """
 
@@ -17,7 +17,7 @@ from quietstar_jax.config import default_config, phase
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """A Llama of 4.2 M parameters, on 4.1 M of the 9.4 M tokens there are."""
+    """A Llama with 4.2 M parameters, trained on 4.1 M of the 9.4 M available tokens."""
     config = default_config()
     config.workdir = "runs/textbooks_base"
 

@@ -169,7 +169,7 @@ class Lock:
                 raise GoneError(f"{self._name} has disappeared: nothing can be saved. Bring it back and run again.")
         elif holder.get("nonce", self.nonce) != self.nonce:
             self._taken_by = describe(holder)
-        elif self._url or not holder:  # a file that names nobody is written again
+        elif self._url or not holder:  # a file that names no holder is written again
             self._beats += 1
             io.write_text(self._path, self._text())
         else:

@@ -9,12 +9,12 @@ from quietstar_jax.studies.study import Study
 
 
 def both(name: str, value: Any) -> dict[str, Any]:
-    """A setting of both thinking phases."""
+    """Returns one setting for both phases with thoughts."""
     return {f"phases[{i}].{name}": value for i in (1, 2)}
 
 
 def get_study() -> Study:
-    """One setting changed at a time."""
+    """Returns the study; each variant changes one setting."""
     variants = {"baseline": {}}
     variants |= {f"length_{n}": both("thought_length", n) for n in (2, 4, 8, 12)}
     variants["length_0"] = both("thought_length", 0) | {

@@ -1,4 +1,4 @@
-"""What the gains of thoughts are worth: the same run with something else in the thoughts' place.
+"""Controls for the gains from thoughts: the same run with something else in place of the thoughts.
 
 `python -m quietstar_jax.study --study configs/studies/controls.py --workdir runs/controls`
 """
@@ -11,14 +11,14 @@ from quietstar_jax.config import from_config_dict
 from quietstar_jax.studies.study import Study
 from quietstar_jax.thoughts.flops import phase_flops
 
-PLAIN = {  # the thinking phases become plain language modelling; evaluation still thinks
+PLAIN = {  # the phases with thoughts become plain language modelling; evaluation still thinks
     "phases[1].thought_length": 0, "phases[1].rates.decoder": 1.0, "phases[1].learning_rate": 3e-4,
     "phases[2].thought_length": 0, "evaluation.thought_length": 6,
 }  # fmt: skip
 
 
 def plain_steps_of_equal_flops() -> int:
-    """Steps of pre-training that cost what it and thinking cost, less what `PLAIN` does in the place of thinking."""
+    """Pre-training steps that cost as much as all phases together, less the plain phases of `PLAIN`."""
     config = from_config_dict(small_quickstart.get_config())
     pretrain, *thinking = config.phases
     plain = [dataclasses.replace(phase, thought_length=0) for phase in thinking]
@@ -30,7 +30,7 @@ def plain_steps_of_equal_flops() -> int:
 
 
 def get_study() -> Study:
-    """Every control of the box."""
+    """Returns the study: the run with thoughts and every control."""
     return Study(
         base="configs/small_quickstart.py",
         baseline="thoughts",

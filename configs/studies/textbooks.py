@@ -7,11 +7,11 @@ from quietstar_jax.studies.study import Study
 
 
 def get_study() -> Study:
-    """Plain training, thoughts, thoughts that are not trained."""
+    """Returns the study: plain training, thoughts, and thoughts that are not trained."""
     return Study(
         base="configs/textbooks.py",
         baseline="thoughts",
-        seeds=(1, 2),  # not the base's own, whose order of the text it has seen
+        seeds=(1, 2),  # not the base's own: it has seen the text in that order
         variants={
             "thoughts": {},
             "plain_equal_tokens": {

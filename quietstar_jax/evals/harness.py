@@ -107,7 +107,7 @@ class QuietStarLM(TemplateLM):
         return {**self._given.chat_template_args, **({} if thinking is None else {"enable_thinking": thinking})}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Returns token ids. They begin as for the model unless an argument says otherwise, and never twice."""
+        """Returns token ids. Begin tokens are the model's unless an argument says otherwise, and are never repeated."""
         begin = self._begin if add_special_tokens is None else self._begins(add_special_tokens)
         return self.model.tokenizer.encode_text(string, begin)
 

@@ -1,4 +1,4 @@
-"""Shapes of well-known models by hub id, so that they can be planned for without a download."""
+"""Architectures of well-known models by hub id, for plans without a download."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def planned_architecture(model: ModelConfig) -> Architecture:
-    """The shape of the model of a run, without its weights and without a network.
+    """Returns the architecture of a run's model, without its weights and without a network.
 
-    Of a run, what its checkpoint says; of a folder, its config.json; of a hub id, the table above, or what
-    `model.architecture` says; else that.
+    It comes from the checkpoint of a run, from the config.json of a folder, or from the table above for a hub id;
+    otherwise it is `model.architecture`.
 
     Raises:
-      ConfigError: the hub id is not in the table, and no architecture is written out.
-      CheckpointError: the folder has no readable config.json, or one of a family that is not supported.
+      ConfigError: the hub id is not in the table, and `model.architecture` is not set.
+      CheckpointError: a run has no checkpoint, or a folder has no readable config.json of a supported family.
     """
     folder = Path(model.checkpoint).expanduser()
     if model.checkpoint and is_run(folder):

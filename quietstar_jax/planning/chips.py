@@ -1,8 +1,8 @@
 """Published rates of accelerators.
 
 TPUs: the pages v4, v5e, v5p and v6e of https://docs.cloud.google.com/tpu/docs (peak bf16 FLOP/s, HBM capacity and
-bandwidth, inter-chip interconnect; that is given there for all links of a chip together, one way). GPUs: NVIDIA's data
-sheets of the SXM modules (dense bf16 FLOP/s without sparsity, NVLink one way: half of the figure that counts both).
+bandwidth, inter-chip interconnect, which they give for all links of a chip together, one way). GPUs: NVIDIA's data
+sheets of the SXM modules (dense bf16 FLOP/s without sparsity, NVLink one way: half of the bidirectional figure).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Chip:
     Attributes:
       flops: peak bf16 FLOP/s; hbm: bytes of memory, 0 = not stated; hbm_rate: bytes per second from it.
       link_rate: bytes per second that it sends over all its links together.
-      torus: dimensions of the torus that these links span; 1 = every chip reaches every other at the full rate.
+      torus: dimensions of the torus that these links form; 1 = every chip reaches every other at the full rate.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Chip:
 
     @property
     def axis_rate(self) -> float:
-        """Bytes per second that a chip sends along one dimension of the torus, both ways round."""
+        """Bytes per second that a chip sends along one dimension of the torus, in both directions together."""
         return self.link_rate / self.torus
 
 

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text, loops multiplied out."""
+"""Communication between the devices of a compiled program, read from its HLO text; loops count once per iteration."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 
 class Collective(NamedTuple):
-    """A kind of communication, summed over a program.
+    """One kind of collective, summed over a program.
 
     Attributes:
-      times: how often each device takes part in one.
-      sent: bytes that each device sends in all of them, in the way that needs fewest (rings).
-      unknown: how many of them stand in a loop whose number of turns is not known, and count as one turn.
+      times: number of collectives in which each device participates.
+      sent: bytes that each device sends in all of them, with the algorithm that sends the fewest (rings).
+      unknown: how many of them are in a loop with an unknown trip count; such a loop counts as one iteration.
     """
 
     times: int = 0
@@ -38,10 +38,10 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, devices: int) -> dict[str, Collective]:
-    """Communication of a compiled program (`compiled.as_text()`) by kind.
+    """Returns the communication of a compiled program (`compiled.as_text()`) by kind.
 
     Args:
-      devices: of the whole program; the size of groups that the text leaves out.
+      devices: number of devices of the program; the size of groups that the text does not give.
     """
     bodies, entry = _computations(text)
     turns, unknown = _turns(bodies, entry)
@@ -56,7 +56,7 @@ def collectives(text: str, devices: int) -> dict[str, Collective]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Instructions by computation, and the name of the first one to run."""
+    """Instructions by computation, and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -73,7 +73,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _turns(bodies: Mapping[str, list[str]], entry: str) -> tuple[dict[str, int], set[str]]:
-    """How often each computation runs, and those inside loops whose number of turns is not known."""
+    """How often each computation runs, and the computations inside loops with an unknown trip count."""
     turns: dict[str, int] = defaultdict(int)
     unknown: set[str] = set()
 
@@ -98,7 +98,7 @@ def _turns(bodies: Mapping[str, list[str]], entry: str) -> tuple[dict[str, int],
 
 
 def _trips(loop: str, condition: list[str]) -> int | None:
-    """Turns of a loop: as the compiler says, or the one constant that its counter, from 0 on, is held against."""
+    """Trip count of a loop: from the compiler, or the only constant that its counter (from 0) is compared with."""
     known = _KNOWN_TRIPS.search(loop)
     if known:
         return int(known.group(1))
@@ -109,10 +109,10 @@ def _trips(loop: str, condition: list[str]) -> int | None:
 def _instances(
     bodies: Mapping[str, list[str]], turns: Mapping[str, int], devices: int
 ) -> Iterator[tuple[str, float, str]]:
-    """(kind, bytes sent by a device, computation) of every collective.
+    """Yields (kind, bytes sent by a device, computation) of every collective.
 
-    A TPU program writes an asynchronous one down several times, in the computations between which it is under way; its
-    channel tells that these are one.
+    A TPU program lists an asynchronous collective several times, in the computations between which it is in progress;
+    their common channel identifies them as one.
     """
     seen: set[tuple[str, str]] = set()
     for name, lines in bodies.items():
@@ -128,7 +128,7 @@ def _instances(
             if channel:
                 seen.add((match.group(1), channel.group(1)))
             kind = match.group(1)
-            # A TPU program writes a reduce-scatter as the all-reduce inside a fusion of that name.
+            # A TPU program expresses a reduce-scatter as the all-reduce inside a fusion with that name.
             if kind == "all-reduce" and "reduce-scatter" in name:
                 kind = "reduce-scatter"
             size = _result_bytes(line, match)
@@ -139,8 +139,8 @@ def sent_bytes(kind: str, size: float, group: int, *, scattered: bool = False) -
     """Bytes that a device sends for one collective.
 
     Args:
-      size: bytes of its result on a device; of a reduce-scatter those of what is reduced where `scattered`.
-      group: devices that take part.
+      size: bytes of its result on a device; with `scattered`, bytes of the array that a reduce-scatter reduces.
+      group: number of participating devices.
     """
     if group <= 1:
         return 0.0
@@ -156,7 +156,7 @@ def _result_bytes(line: str, match: re.Match) -> float:
     result = line[line.index("=") + 1 : match.start()].strip()
     arrays = [_bytes(*found) for found in _ARRAY.findall(result)]
     if match.group(2) and match.group(1) != "all-reduce":
-        return max(arrays)  # the start of an asynchronous one hands its operands on beside the result
+        return max(arrays)  # the start of an asynchronous one also returns its operands
     return sum(arrays)
 
 
@@ -167,7 +167,7 @@ def _bytes(dtype: str, dimensions: str) -> float:
 
 
 def _group_size(line: str, devices: int) -> int:
-    """Devices that take part in a collective, from the three ways in which HLO writes that down."""
+    """Number of devices that participate in a collective, from any of the three notations of HLO."""
     listed = _LISTED_GROUPS.search(line)
     if listed:
         return listed.group(1).count(",") + 1

@@ -1,4 +1,4 @@
-"""Compiles a program and says what it takes: memory, communication, time by published rates."""
+"""Compiles a program and reports what it needs: memory, communication, and time at published rates."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from quietstar_jax.planning.programs import Program, generate_program, train_pro
 from quietstar_jax.planning.targets import Target
 
 PROGRAMS: dict[str, Callable[[Config, Target, str], Program]] = {"train": train_program, "generate": generate_program}
-# The two ways in which the compiler for TPUs says so, before and after it has laid out what is needed meanwhile.
+# The two out-of-memory messages of the TPU compiler, before and after it has allocated the temporaries.
 _TEMPORARIES = re.compile(r"for HLO temporaries \(([\d.]+)([KMG]?)\) exceeds available HBM \(([\d.]+)([KMG]?)\)")
 _USED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def plan(config: Config, target: Target, program: str = "train", phase: str = "") -> dict[str, Any]:
-    """What the program takes on each device; JSON values only.
+    """Returns what the program needs on each device, as JSON values.
 
-    Where it does not fit, `fits` is False, `out_of_memory` the message of the compiler (of a target that has none for
-    its memory, that the sum is too large), and `suggestions` what to change.
+    If it does not fit, `fits` is False, `out_of_memory` is the compiler's message (or, for a target whose memory the
+    compiler does not check, that the total is too large), and `suggestions` lists what to change.
 
     Raises:
       ConfigError: the configuration does not fit the devices.
@@ -76,7 +76,7 @@ def plan(config: Config, target: Target, program: str = "train", phase: str = ""
 
 
 def _memory(memory: Any) -> dict[str, float]:
-    """Bytes per device by the compiler. What is given up (donated) is counted once."""
+    """Bytes per device according to the compiler. Donated buffers are counted once."""
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
@@ -90,7 +90,7 @@ def _memory(memory: Any) -> dict[str, float]:
 
 
 def _memory_that_is_missing(message: str, arguments: dict[str, float]) -> dict[str, float]:
-    """What an out-of-memory message says in numbers."""
+    """The numbers in an out-of-memory message."""
     used, temporaries = _USED.search(message), _TEMPORARIES.search(message)
     if used:
         return {"total": _bytes(used[1], used[2]), "usable": _bytes(used[3], used[4])}
@@ -109,10 +109,10 @@ def _bytes(number: str, unit: str) -> float:
 
 
 def seconds(program: Program, chip: Chip, devices: int, sent: float) -> dict[str, Any]:
-    """Estimated times of one run of the program, each as if it were all there is to do, at the published rates.
+    """Estimates the times of compute, weights and communication in one run of the program, at the published rates.
 
-    The best case overlaps all three; the other does one after the other. Weights are the only traffic with the memory
-    that is counted, and each byte sent goes along one dimension of the torus.
+    `best` overlaps all three, `summed` runs one after the other. Weights are the only memory traffic that is counted,
+    and each byte is sent along one dimension of the torus.
     """
     compute = (program.flops + program.recomputed) / (devices * chip.flops)
     memory, network = program.weight_reads / chip.hbm_rate, sent / chip.axis_rate
@@ -128,12 +128,12 @@ def seconds(program: Program, chip: Chip, devices: int, sent: float) -> dict[str
 
 
 def mesh_sizes(config: Config, devices: int) -> dict[str, int]:
-    """Sizes of the mesh with the free one filled in."""
+    """Returns the sizes of the mesh, with -1 replaced by its value."""
     return resolve(config.mesh, devices)
 
 
 def suggestions(config: Config, result: dict[str, Any]) -> list[str]:
-    """What may make a program fit, likeliest first."""
+    """Returns changes that may make a program fit, likeliest first."""
     mesh, bytes_per_chip = result["mesh"], result["bytes_per_chip"]
     hbm = bytes_per_chip.get("usable", result["hbm_bytes"])
     state = bytes_per_chip["parameters"] + bytes_per_chip.get("optimizer", 0.0)

@@ -1,4 +1,4 @@
-"""The programs that training and generation run, laid out over a mesh of devices that need not be here."""
+"""The programs of training and generation, sharded over a mesh of devices that need not be attached."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from quietstar_jax.training.evaluation import evaluation_settings
 from quietstar_jax.training.setup import abstract_state, abstract_structure, check_length
 from quietstar_jax.training.step import Batch, compile_train_step, phase_settings
 
-# Which ids these are changes neither memory nor time.
+# The values of these ids affect neither memory nor time.
 VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(1, 2), start_tokens=(1,), end_tokens=(2,))
 
 
@@ -39,10 +39,10 @@ class Program:
 
     Attributes:
       what: one line about the work; sizes: facts about how it is split.
-      lowered: to be compiled.
+      lowered: the lowered program, ready to be compiled.
       bytes_per_device: of its arguments, by kind.
-      flops: of all devices, necessary; recomputed: those done a second time.
-      tokens: of text, that it gets through.
+      flops: necessary FLOPs of all devices; recomputed: FLOPs that are computed a second time.
+      tokens: number of text tokens that it processes.
       weight_reads: bytes of weights that each device reads from its memory, in all passes.
     """
 
@@ -59,8 +59,7 @@ class Program:
 def generate_program(config: Config, target: Target, phase_name: str = "") -> Program:
     """One call of the decoder: a token for each of `evaluation.batch_size` texts, after a thought as in evaluation.
 
-    The cache has room for `data.sequence_length` tokens, as `inference/engine.py` rounds that up, and lies where it
-    puts it.
+    The cache is for `data.sequence_length` tokens, with the length and the sharding that `inference/engine.py` chooses.
     """
     architecture, mesh = plan_mesh(config, target)
     batch, settings = config.evaluation.batch_size, evaluation_settings(config, VOCABULARY)
@@ -97,10 +96,10 @@ def generate_program(config: Config, target: Target, phase_name: str = "") -> Pr
 
 
 def find_phase(config: Config, architecture: Architecture, name: str = "") -> Phase:
-    """The phase of that name; without one, the phase whose steps cost most.
+    """Returns the phase with this name; without a name, the phase whose steps cost most.
 
     Raises:
-      ConfigError: there is none of that name.
+      ConfigError: there is no phase with this name.
     """
     if not name:
         return max(config.phases, key=lambda phase: _flops(config, architecture, phase).necessary)
@@ -111,14 +110,14 @@ def find_phase(config: Config, architecture: Architecture, name: str = "") -> Ph
 
 
 def planned_for(config: Config, target: Target) -> Config:
-    """The configuration that is compiled: where another device stands in for a GPU, it must not bring its kernels."""
+    """Returns the configuration to compile; a program for GPUs must not use the kernels of its substitute device."""
     if not target.name.startswith("gpu"):
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, prefix_attention="blocks"))
 
 
 def plan_mesh(config: Config, target: Target) -> tuple[Architecture, Mesh]:
-    """Shape of the model and mesh of a run on these devices.
+    """Returns the architecture and the mesh of a run on these devices.
 
     Raises:
       ConfigError: as when training starts.
@@ -175,7 +174,7 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
 
 
 def chunk_sizes(config: Config, phase: Phase, architecture: Architecture) -> dict[str, int]:
-    """Positions of a device at once under the mesh of the context, while sampling and while scoring."""
+    """Positions per chunk on a device, for sampling and for scoring, under the mesh of the context."""
     if not phase.thought_length:
         return {}
     settings = phase_settings(config, phase, VOCABULARY)
@@ -187,19 +186,19 @@ def chunk_sizes(config: Config, phase: Phase, architecture: Architecture) -> dic
 
 
 def passes(settings: ThoughtSettings, microbatches: int, chunks: dict[str, int], own: int) -> tuple[int, int]:
-    """How often a step goes through all layers without and with a gradient to come, forward.
+    """Number of forward passes through all layers in a step: (without a gradient, with a gradient).
 
     Args:
-      own: positions of a device.
+      own: number of thinking positions on a device.
     """
     if not settings.thought_length:
         return 0, microbatches
-    sampled = settings.thought_length * math.ceil(own / chunks["max_sampled_positions_per_chunk"])
+    sampled = settings.thought_length * math.ceil(own / chunks["sampled_positions_per_chunk"])
     return microbatches * sampled, microbatches * (1 + math.ceil(own / chunks["positions_per_chunk"]))
 
 
 def bytes_per_device(tree: Any) -> float:
-    """Bytes of the largest part of each array with a sharding that a device holds."""
+    """Bytes of the shards of all arrays on one device; each array needs a sharding."""
     return float(
         sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
     )  # fmt: skip
@@ -208,7 +207,7 @@ def bytes_per_device(tree: Any) -> float:
 def _weight_reads(
     state: TrainState, settings: ThoughtSettings, phase: Phase, mesh: Mesh, chunks: dict[str, int], length: int
 ) -> float:
-    """Every pass reads all weights in the compute dtype, gathered; the update reads and writes the state."""
+    """Bytes: every pass reads all gathered weights in the compute dtype; the update reads and writes the state."""
     own = math.ceil(settings.thinking_positions(length) / mesh.shape["position"])
     without, with_gradient = passes(settings, phase.microbatches, chunks, own)
     each = without + with_gradient * (4 if settings.rematerialize else 3)
@@ -227,5 +226,5 @@ def _abstract(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def with_mesh(config: Config, sizes: dict[str, int]) -> Config:
-    """The configuration with other sizes of the mesh."""
+    """Returns the configuration with other sizes of the mesh."""
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))

@@ -1,4 +1,4 @@
-"""Which mesh and which chunks: tries the promising ones, best first."""
+"""Searches for a mesh and a chunk size: tries the promising ones, best first."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from quietstar_jax.planning.targets import Target
 from quietstar_jax.training.step import phase_settings
 
 SIZES = ("data", "fsdp", "tensor", "position")
-STATE_BYTES = 24  # of a parameter, all in float32: weight, two moments, gradient of a chunk, their sum, and updates
-CHUNKS = (2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)  # of the configured `chunk_megabytes`
-CHUNK_COST = 2  # times `chunk_megabytes` is what a chunk may need, with the gathered weights
+STATE_BYTES = 24  # per parameter, all in float32: weight, two moments, gradient of a chunk, sum of gradients, update
+CHUNKS = (2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)  # multiples of the configured `chunk_megabytes`
+CHUNK_COST = 2  # a chunk, with the gathered weights, may need this many times `chunk_megabytes`
 
 
 class Candidate(NamedTuple):
-    """A mesh to try: a rough guess of what its step sends in seconds, and configurations with ever smaller chunks."""
+    """A mesh to try: estimated seconds of communication per step, and its configurations, largest chunks first."""
 
     guess: float
     configs: tuple[Config, ...]
@@ -34,11 +34,11 @@ class Candidate(NamedTuple):
 def search(
     config: Config, target: Target, phase: str = "", *, tries: int, say: Callable[[str], object] = lambda line: None
 ) -> list[dict[str, Any]]:
-    """Compiles up to `tries` configurations; the plans of those that fit come first, fastest first.
+    """Compiles up to `tries` configurations and returns their plans: those that fit first, fastest first.
 
-    Every shape of the mesh over these devices is looked at. Those whose weights cannot fit are left out, the others
-    tried in the order of a guess of what they send; each with the largest chunks that may fit, and where these do not,
-    with smaller ones.
+    All shapes of the mesh over these devices are considered. Shapes whose weights cannot fit are left out; the others
+    are tried in the order of their estimated communication, each with the largest chunks that may fit, and with smaller
+    ones if these do not.
 
     Raises:
       ConfigError: no mesh shape suits model, batch and devices.
@@ -58,10 +58,10 @@ def search(
 
 
 def candidates(config: Config, target: Target, phase: str = "") -> list[Candidate]:
-    """The meshes that training would accept and whose weights may fit, those that send least first.
+    """Returns the meshes that training would accept and whose weights may fit, least communication first.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: there is no such mesh.
     """
     found = sorted(_meshes(config, target, phase), key=lambda candidate: candidate.guess)
     if not found:
@@ -73,7 +73,7 @@ def candidates(config: Config, target: Target, phase: str = "") -> list[Candidat
 
 
 def ranked(plans: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that fit first; of these the fastest, of the others the smallest."""
+    """Sorts plans: those that fit first, the fastest first; then the others, the smallest first."""
 
     def order(plan: dict[str, Any]) -> tuple[bool, float]:
         if plan["fits"]:
@@ -89,7 +89,7 @@ def _with_chunk(config: Config, share: float) -> Config:
 
 
 def _meshes(config: Config, target: Target, phase_name: str) -> Iterator[Candidate]:
-    """All shapes of the mesh that training would accept and whose weights may fit."""
+    """Yields all shapes of the mesh that training would accept and whose weights may fit."""
     count = len(target.devices)
     slices = len({getattr(device, "slice_index", 0) for device in target.devices})
     divisors = [n for n in range(1, count + 1) if count % n == 0]
@@ -124,10 +124,10 @@ def _parameters(a: Architecture) -> float:
 def _guess(
     config: Config, a: Architecture, phase: Phase, target: Target, chunks: dict[str, int]
 ) -> float:  # fmt: skip
-    """Seconds of communication of a step; where rates are not known, bytes.
+    """Estimated seconds of communication in a step; bytes if the rates are unknown.
 
-    Weights are gathered over fsdp in every pass and their gradients scattered in every one with a gradient, sums over
-    tensor are taken twice a layer each way, and the gradients summed over data and position once.
+    Weights are gathered over fsdp in every pass, and their gradients scattered in every pass with a gradient. Each
+    layer sums over tensor twice forward and twice backward. Gradients are summed over data and position once.
     """
     mesh, settings = config.mesh, phase_settings(config, phase, VOCABULARY)
     length = config.data.sequence_length

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Plans as text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MESSAGE_LINES = 40
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """The table that the command line prints."""
+    """Formats the table that the command line prints."""
     mesh = ", ".join(f"{name} {size}" for name, size in plan["mesh"].items())
     lines = [f"{plan['model']}, {plan['work']}", f"{plan['topology']}: {plan['devices']} x {plan['chip']}; mesh {mesh}"]
     if "positions_per_chunk" in plan:
@@ -45,7 +45,7 @@ def format_plan(plan: dict[str, Any]) -> str:
 
 
 def format_search(plans: Sequence[dict[str, Any]]) -> str:
-    """The plans of a search, best first."""
+    """Formats the plans of a search, one per row."""
     head = ("data", "fsdp", "tensor", "position", "chunk MB", "GiB", "fits", "best s", "summed s", "bound by")
     rows = []
     for plan in plans:

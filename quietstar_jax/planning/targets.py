@@ -1,7 +1,7 @@
-"""What a program is compiled for: `v5e:8x8`, `v5p:2x2x4*2` (two slices), `gpu:h100x8`, `cpu:8`.
+"""Compilation targets: `v5e:8x8`, `v5p:2x2x4*2` (two slices), `gpu:h100x8`, `cpu:8`.
 
-TPUs are compiled for by libtpu itself. For GPUs no compiler runs without one, so the program is compiled for as many
-TPU v5p chips instead: what it is given lies in the same parts, what it needs meanwhile is an estimate.
+libtpu compiles for TPUs without a TPU. The compiler for GPUs needs a GPU, so programs for GPUs are compiled for as many
+TPU v5p chips (or CPU devices) instead: arguments are sharded in the same way, temporaries are an estimate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CPU = re.compile(r"cpu:(\d+)")
 
 @dataclass(frozen=True)
 class Target:
-    """name: as asked for; chip: whose memory and rates count; devices: compiled for; note: what is not exact, or ""."""
+    """A target. name: as given; chip: its memory and rates; devices: to compile for; note: what is not exact, or ""."""
 
     name: str
     chip: Chip
@@ -46,7 +46,7 @@ class Target:
 
 
 def compile_only() -> None:
-    """Makes this process one that compiles for accelerators it does not have; before JAX is used otherwise."""
+    """Lets this process compile for accelerators that it does not have; call it before any other use of JAX."""
     jax.config.update("jax_platforms", "cpu")
 
 
@@ -54,7 +54,7 @@ def find_target(name: str) -> Target:
     """Resolves the name of a topology.
 
     Raises:
-      ConfigError: there is none of that name, or what compiles for it is not installed.
+      ConfigError: the name is unknown, or the compiler for it is not installed.
     """
     tpu, gpu, cpu = (pattern.fullmatch(name) for pattern in (_TPU, _GPU, _CPU))
     if tpu and tpu[1] in TPUS and tpu[2].count("x") == KNOWN[tpu[1]].split()[0].count("x"):
@@ -89,7 +89,7 @@ def _tpu_devices(name: str, generation: str, shape: str, slices: int) -> Sequenc
             "'quietstar_jax[tpu]' (or pip install libtpu). No TPU is needed."
         )
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is touched: another process may have libtpu loaded too
-    # What machine this is does not matter; unanswered, libtpu asks for each of these and complains.
+    # The kind of this machine does not matter; without these values, libtpu queries each of them and complains.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
@@ -107,8 +107,8 @@ def _tpu_devices(name: str, generation: str, shape: str, slices: int) -> Sequenc
 
 
 def _cpu_devices(count: int) -> Sequence[Any]:
-    """That many devices of the CPU, which takes as many as are asked for before it is first used."""
-    with contextlib.suppress(RuntimeError):  # it has been used: then those that it has must do
+    """Returns this many CPU devices; their number can only be set before the CPU is first used."""
+    with contextlib.suppress(RuntimeError):  # already used: its devices must suffice
         jax.config.update("jax_num_cpu_devices", count)
     if not 0 < count <= len(jax.devices("cpu")):
         raise ConfigError(f"This process has {len(jax.devices('cpu'))} CPU devices, and cannot have {count} any more.")

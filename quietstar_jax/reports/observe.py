@@ -36,7 +36,7 @@ class Window:
 
 
 class Observation(NamedTuple):
-    """One window of n tokens. Entry j of an axis n - 1 describes token j + 1, before which the model thought.
+    """One window of n tokens. Entry j of an axis n-1 describes token j + 1, before which the model thought.
 
     There are R thoughts of T tokens, the first greedy, the others sampled.
 
