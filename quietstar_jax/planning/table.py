@@ -25,7 +25,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     lines = [f"{plan['model']}, {plan['work']}", f"{plan['topology']}: {plan['devices']} x {plan['chip']}; mesh {mesh}"]
     if "positions_per_chunk" in plan:
         lines.append(
-            f"at once per chip: {plan['max_sampled_positions_per_chunk']} positions sampled, "
+            f"at once per chip: {plan['sampled_positions_per_chunk']} positions sampled, "
             f"{plan['positions_per_chunk']} scored (chunk_megabytes {plan['chunk_megabytes']})"
         )
     if plan["note"]:
