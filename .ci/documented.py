@@ -140,7 +140,7 @@ def shortened(command: str) -> str:
         command = ".venv/bin/" + command
     if command.startswith("pip "):
         command = ".venv/bin/python -m " + command
-    command = command.replace("--tasks arc_easy", "--tasks local")  # the text's own task is on the hub
+    command = re.sub(r"--tasks \S+", "--tasks local", command)  # the text's own tasks are on the hub
     if "quietstar_jax.aot" in command:
         return command
     for name, settings in SETTINGS.items():
