@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quietstar_jax.models.attention import MASKED, split_heads
-from quietstar_jax.thoughts.attention import prefix_xla as prefix_xla
+from quietstar_jax.thoughts.attention import prefix_xla
 from quietstar_jax.thoughts.attention.chain_attention import attend_chains, to_chain_layout
 from quietstar_jax.thoughts.attention.mask import ChainMask, own_visible, prefix_visible
 

@@ -13,7 +13,7 @@ import pytest
 from quietstar_jax.data.packing import document_starts
 from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts import controls
-from quietstar_jax.thoughts.attention import prefix_xla as prefix_xla
+from quietstar_jax.thoughts.attention import prefix_xla
 from quietstar_jax.thoughts.loss import language_model_loss, quiet_star_loss
 from quietstar_jax.thoughts.objective import count_targets
 from quietstar_jax.thoughts.positions import choose, count_chosen

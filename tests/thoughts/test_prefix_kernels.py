@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.thoughts.attention import prefix_mosaic as prefix_mosaic
-from quietstar_jax.thoughts.attention import prefix_triton as prefix_triton
-from quietstar_jax.thoughts.attention import prefix_xla as prefix_xla
+from quietstar_jax.thoughts.attention import kernel_common, prefix_mosaic, prefix_triton, prefix_xla
 from quietstar_jax.thoughts.attention.kernel_common import Range
 from quietstar_jax.thoughts.attention.mask import ChainMask
 from quietstar_jax.thoughts.attention.prefix_triton import Blocks
@@ -62,10 +60,10 @@ def test_kernels_equal_the_blocks(kernel: Any, name: str, scale: float) -> None:
             np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(y).max())))
 
     sums = prefix_xla.prefix_fwd(q, *text, seen, own)
-    check(kernel.prefix_fwd(q, *text, seen, own, interpret=True), sums)
+    check(kernel_common.prefix_fwd(kernel.forward, q, *text, seen, own, interpret=True), sums)
     saved = (sums.peak + jnp.log(sums.total), normal(5, *shape)[..., :1], normal(6, *shape))
     gradients = prefix_xla.prefix_bwd(q, *text, seen, *saved)
-    check(kernel.prefix_bwd(q, *text, seen, *saved, interpret=True), gradients)
+    check(kernel_common.prefix_bwd(kernel.backward, q, *text, seen, *saved, interpret=True), gradients)
     assert all(np.any(x) for x in gradients)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.models.attention import MASKED
-from quietstar_jax.thoughts.attention import prefix_triton as prefix_triton
+from quietstar_jax.thoughts.attention import kernel_common, prefix_triton
 from quietstar_jax.thoughts.attention.chain_attention import attend_chains
 from quietstar_jax.thoughts.attention.kernel_common import Range
 from quietstar_jax.thoughts.attention.mask import ChainMask, prefix_visible
@@ -67,9 +67,9 @@ def test_values_and_gradients_equal_one_softmax(monkeypatch, width, dtype, toler
     (context, lse), back = jax.vjp(lambda *x: one_softmax(*x, seen, own), *wide)
     wanted = back((gradient.astype(jnp.float32), jnp.zeros_like(lse)))
 
-    sums = prefix_triton.prefix_fwd(*narrow, seen, own, interpret=True)
+    sums = kernel_common.prefix_fwd(prefix_triton.forward, *narrow, seen, own, interpret=True)
     mean = (gradient.astype(jnp.float32) * context).sum(axis=-1, keepdims=True)
-    found = prefix_triton.prefix_bwd(*narrow, seen, lse, mean, gradient, interpret=True)
+    found = kernel_common.prefix_bwd(prefix_triton.backward, *narrow, seen, lse, mean, gradient, interpret=True)
     pairs = {"context": (sums.context / sums.total, context), "lse": (sums.peak + jnp.log(sums.total), lse)}
     pairs |= dict(zip(("q", "keys", "values"), zip(found, wanted, strict=True), strict=True))
     for name, (x, y) in pairs.items():

@@ -34,9 +34,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from quietstar_jax.models.attention import ATTENTION, MASKED, split_heads
 from quietstar_jax.parallel.axes import manual_shard_map
-from quietstar_jax.thoughts.attention import prefix_mosaic as prefix_mosaic
-from quietstar_jax.thoughts.attention import prefix_triton as prefix_triton
-from quietstar_jax.thoughts.attention import prefix_xla as prefix_xla
+from quietstar_jax.thoughts.attention import kernel_common, prefix_mosaic, prefix_triton, prefix_xla
 from quietstar_jax.thoughts.attention.mask import ChainMask, own_visible
 from quietstar_jax.thoughts.attention.prefix_xla import Sums, add_blocks, dot, through_softmax
 
@@ -151,12 +149,18 @@ def _arguments(seen: ChainMask) -> tuple[Any, ...]:
 
 
 def _choose(
-    prefix_attention: str, blocks: Callable[..., Any], tpu: Callable[..., Any], gpu: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Returns the implementation that `ModelConfig.prefix_attention` selects; `auto` depends on the compile target."""
+    prefix_attention: str, blocks: Callable[..., Any], kernels: Callable[..., Any], tpu: Callable[..., Any],
+    gpu: Callable[..., Any],
+) -> Callable[..., Any]:  # fmt: skip
+    """Returns the implementation that `ModelConfig.prefix_attention` selects; `auto` depends on the compile target.
+
+    Args:
+      blocks: in XLA; kernels: the same with a kernel as its first argument, which is `tpu` or `gpu`.
+    """
     if prefix_attention == "auto":
-        return functools.partial(jax.lax.platform_dependent, tpu=tpu, default=blocks)
-    return {"blocks": blocks, "triton": gpu}[prefix_attention]
+        return functools.partial(jax.lax.platform_dependent, tpu=functools.partial(kernels, tpu), default=blocks)
+    implementations: dict[str, Callable[..., Any]] = {"blocks": blocks, "triton": functools.partial(kernels, gpu)}
+    return implementations[prefix_attention]
 
 
 def _attend(
@@ -164,7 +168,9 @@ def _attend(
     own_values: jax.Array, seen: ChainMask,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Returns (context like q, log-sum-exp [B, G, R, J, X, 1])."""
-    add = _choose(prefix_attention, prefix_xla.prefix_fwd, prefix_mosaic.prefix_fwd, prefix_triton.prefix_fwd)
+    add = _choose(
+        prefix_attention, prefix_xla.prefix_fwd, kernel_common.prefix_fwd, prefix_mosaic.forward, prefix_triton.forward
+    )
     sums = add(q, keys, values, seen, _own_sums(q, own_keys, own_values, seen))
     return _finish(sums, own_values.dtype), sums.peak + jnp.log(sums.total)
 
@@ -193,7 +199,11 @@ def _gradients(
     to_own = dot("bgrjxe,bgrjxh->bgrjeh", to_scores, q), dot("bgrjxe,bgrjxh->bgrjeh", weights, gradient)
     to_q = dot("bgrjxe,bgrjeh->bgrjxh", to_scores, own_keys)
     through_prefix = _choose(
-        prefix_attention, prefix_xla.prefix_bwd, prefix_mosaic.prefix_bwd, prefix_triton.prefix_bwd
+        prefix_attention,
+        prefix_xla.prefix_bwd,
+        kernel_common.prefix_bwd,
+        prefix_mosaic.backward,
+        prefix_triton.backward,
     )
     from_prefix, *to_prefix = through_prefix(q, keys, values, seen, lse, mean, gradient)
     # Devices along `group` have different query heads of the same key/value heads.

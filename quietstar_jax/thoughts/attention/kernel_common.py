@@ -37,14 +37,15 @@ class Range(NamedTuple):
 
 
 def prefix_fwd(
-    forward: Callable[..., Sums], q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums
-) -> Sums:
+    forward: Callable[..., Sums], q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums,
+    *, interpret: bool = False,
+) -> Sums:  # fmt: skip
     """As `prefix_xla.prefix_fwd`, where `forward(rows [B, G, N, H], keys, values, Range)` sums over the prefix.
 
     The kernel sums over the prefix alone, relative to a peak of its own; its sums and those of the chain are rescaled
     to the higher peak and added here. A row that sees no prefix key has the peak MASKED, so its `added` is 0.
     """
-    found = forward(_as_rows(q), keys, values, _range(q, seen))
+    found = forward(_as_rows(q), keys, values, _range(q, seen), interpret=interpret)
     prefix = Sums(*(x.reshape(mine.shape) for x, mine in zip(found, own, strict=True)))
     higher = jnp.maximum(own.peak, prefix.peak)
     kept, added = jnp.exp(own.peak - higher), jnp.exp(prefix.peak - higher)
@@ -53,12 +54,12 @@ def prefix_fwd(
 
 def prefix_bwd(
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]], q: jax.Array, keys: jax.Array, values: jax.Array,
-    seen: ChainMask, lse: jax.Array, mean: jax.Array, gradient: jax.Array,
+    seen: ChainMask, lse: jax.Array, mean: jax.Array, gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """As `prefix_xla.prefix_bwd`, where `backward(rows, keys, values, Range, lse, mean, gradient)` returns gradients of
     rows, keys and values; lse, mean and gradient have the row layout too."""
     rows = (_as_rows(x) for x in (lse, mean, gradient))
-    to_q, to_keys, to_values = backward(_as_rows(q), keys, values, _range(q, seen), *rows)
+    to_q, to_keys, to_values = backward(_as_rows(q), keys, values, _range(q, seen), *rows, interpret=interpret)
     return to_q.reshape(q.shape), to_keys, to_values
 
 

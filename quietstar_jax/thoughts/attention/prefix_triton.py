@@ -1,6 +1,6 @@
 """The prefix part of chain attention as Pallas kernels for NVIDIA GPUs, compiled by Triton.
 
-`prefix_fwd` and `prefix_bwd` compute the same as those of `prefix_xla`, over the rows and blocks of `kernel_common`:
+`forward` and `backward` are the kernels of `kernel_common.prefix_fwd` and `prefix_bwd`, over its rows and blocks:
 blocks of keys that no row of a block sees are neither read nor computed.
 
     kernel                         a program has          and loops over
@@ -24,9 +24,7 @@ from jax.experimental import pallas as pl
 
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.models.attention import MASKED
-from quietstar_jax.thoughts.attention import kernel_common as kernel_common
 from quietstar_jax.thoughts.attention.kernel_common import Range, bounds, dot, pad, pad_axis
-from quietstar_jax.thoughts.attention.mask import ChainMask
 from quietstar_jax.thoughts.attention.prefix_xla import Sums, through_softmax
 
 
@@ -52,30 +50,13 @@ STAGES = 2
 LEAST = 16  # minimum size of each axis of a product
 
 
-def prefix_fwd(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums, *, interpret: bool = False
-) -> Sums:
-    """As `prefix_xla.prefix_fwd`; `interpret` runs the kernel on any device.
+def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, interpret: bool = False) -> Sums:
+    """Softmax sums of scaled queries [B, G, N, H] over keys and values [B, G, P, H]; `interpret` runs on any device.
+
+    A row that sees no key has the peak `MASKED` and the total 0.
 
     Raises:
       ConfigError: heads are wider than the kernels' blocks.
-    """
-    return kernel_common.prefix_fwd(functools.partial(forward, interpret=interpret), q, keys, values, seen, own)
-
-
-def prefix_bwd(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, lse: jax.Array, mean: jax.Array,
-    gradient: jax.Array, *, interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """As `prefix_xla.prefix_bwd`."""
-    kernels = functools.partial(backward, interpret=interpret)
-    return kernel_common.prefix_bwd(kernels, q, keys, values, seen, lse, mean, gradient)
-
-
-def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, interpret: bool = False) -> Sums:
-    """Softmax sums of scaled queries [B, G, N, H] over keys and values [B, G, P, H].
-
-    A row that sees no key has the peak `MASKED` and the total 0.
     """
     rows, width, length = q.shape[2], q.shape[3], keys.shape[2]
     blocks = _blocks(FORWARD, q)
