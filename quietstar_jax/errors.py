@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from quietstar_jax.signals import Interrupted, end_now, end_quietly, listening
@@ -23,8 +23,8 @@ OUTSIDE = frozenset(  # system errors that no change to this program would preve
      errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 )  # fmt: skip
 
-# The same errors as text: some libraries raise exceptions of their own for them.
-OUTSIDE_TEXTS = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO))
+# Those of them for which libraries raise exceptions of their own, recognized by the text.
+OUTSIDE_AS_TEXT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class UserError(Exception):
@@ -109,13 +109,27 @@ def _line(error: BaseException) -> str | None:
     if isinstance(error, Interrupted | PreemptedError):
         return str(error)
     outside = isinstance(error, OSError) and error.errno in OUTSIDE
-    if isinstance(error, RuntimeError | ValueError) and type(error).__name__ != "JaxRuntimeError":  # a device's error
-        outside = any(text in reason(error) for text in OUTSIDE_TEXTS)
+    outside |= isinstance(error, RuntimeError | ValueError) and system_error(error, OUTSIDE_AS_TEXT) is not None
     home = isinstance(error, RuntimeError) and "home directory" in reason(error)  # of `~NAME`, from pathlib
     if not isinstance(error, UserError | MemoryError) and not outside and not home:
         return None
     said = f"not enough memory. {reason(error)}" if isinstance(error, MemoryError) else reason(error)
     return f"error: {bounded(said)}"
+
+
+def system_error(error: BaseException, numbers: Sequence[int]) -> str | None:
+    """Returns which error of the system, one of the errno `numbers`, an exception reports; None if it reports none.
+
+    An exception of a library reports one if it has its text, except for JAX's, whose errors are those of a device or of
+    another process.
+    """
+    if isinstance(error, OSError):
+        if error.errno not in numbers:
+            return None
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    if type(error).__name__ == "JaxRuntimeError":
+        return None
+    return next((text for text in map(os.strerror, numbers) if text in reason(error)), None)
 
 
 def reason(error: BaseException) -> str:

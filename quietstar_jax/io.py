@@ -27,7 +27,7 @@ from typing import IO, Any, TypeAlias
 from absl import logging
 from etils import epath
 
-from quietstar_jax.errors import ConfigError
+from quietstar_jax.errors import ConfigError, system_error
 from quietstar_jax.settings import shown
 
 AnyPath: TypeAlias = os.PathLike[str]  # local, or a URL of etils.epath
@@ -327,7 +327,7 @@ def _to_disk(path: Path) -> None:
 # Errors of the disk rather than of the request: full, over quota, read-only, failing, gone, or not permitted.
 DISK = ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EFBIG", "ENOENT", "ENOTDIR", "EACCES", "EPERM", "ESTALE", "ENODEV",
         "ENXIO", "ENOTCONN", "EHOSTDOWN", "ETIMEDOUT", "EEXIST", "ELOOP", "ENAMETOOLONG", "EMFILE")  # fmt: skip
-_DISK = {getattr(errno, name): os.strerror(getattr(errno, name)) for name in DISK}
+_DISK = tuple(getattr(errno, name) for name in DISK)
 
 
 def disk_error(error: BaseException) -> str | None:
@@ -335,15 +335,7 @@ def disk_error(error: BaseException) -> str | None:
 
     None if the error was not caused by a disk.
     """
-    for cause in _causes(error):
-        if isinstance(cause, OSError):
-            if cause.errno in _DISK:
-                return f"{cause.filename}: {cause.strerror}" if cause.filename else str(cause.strerror)
-        elif type(cause).__name__ != "JaxRuntimeError":  # that is from a device or another process
-            for said in _DISK.values():
-                if said in str(cause):
-                    return said
-    return None
+    return next(filter(None, (system_error(cause, _DISK) for cause in _causes(error))), None)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
