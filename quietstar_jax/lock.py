@@ -158,22 +158,19 @@ class Lock:
     def _renew(self) -> None:
         """Updates the file (a heartbeat), unless it names another holder; one thread at a time."""
         with self._renewing:
-            self._renew_alone()
-
-    def _renew_alone(self) -> None:
-        holder, mark = read(self._path)
-        if mark is None:
-            if self._url or Path(self._path).parent.is_dir():
-                self._create()  # only the file was removed
+            holder, mark = read(self._path)
+            if mark is None:
+                if self._url or Path(self._path).parent.is_dir():
+                    self._create()  # only the file was removed
+                else:
+                    raise GoneError(f"{self._name} has disappeared: nothing can be saved. Bring it back and run again.")
+            elif holder.get("nonce", self.nonce) != self.nonce:
+                self._taken_by = describe(holder)
+            elif self._url or not holder:  # a file that names no holder is written again
+                self._beats += 1
+                io.write_text(self._path, self._text())
             else:
-                raise GoneError(f"{self._name} has disappeared: nothing can be saved. Bring it back and run again.")
-        elif holder.get("nonce", self.nonce) != self.nonce:
-            self._taken_by = describe(holder)
-        elif self._url or not holder:  # a file that names no holder is written again
-            self._beats += 1
-            io.write_text(self._path, self._text())
-        else:
-            os.utime(self._path)  # needs no space on the disk
+                os.utime(self._path)  # needs no space on the disk
 
 
 def read(path: io.AnyPath) -> tuple[dict[str, Any], Any]:
