@@ -205,9 +205,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument(
-        "--commands", nargs="+", default=["train", "prepare", "export", "generate", "evaluate", "study"]
-    )
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         torture = Torture(Path(folder), given.seed)

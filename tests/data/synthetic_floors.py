@@ -30,7 +30,7 @@ def floors(config: SyntheticConfig) -> dict[str, float]:
     * `after_ask/computed`, `after_ask/guess/KIND`: the token after `ask`, where a mark may open, in either case;
     * `document/computed`, `document/guess`: mean over all tokens of a document, end-of-text token included.
 
-    That the splits hold different problems is ignored: nobody can know it before having seen them all.
+    The floors ignore that the splits contain different problems: no model can know it before it has seen them all.
     """
     shown = config.steps_fraction + config.chatter_fraction
     useful, stray = _useful_share(config), config.stray_mark_rate
