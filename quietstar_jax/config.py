@@ -17,6 +17,7 @@ import ml_collections
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.settings import from_mapping, one_of, require, to_mapping
+from quietstar_jax.thoughts.advantages import ADVANTAGES
 
 INT64 = {"bits": 64}  # field metadata
 MOST_TOKENS = 2**31 - 1  # per batch
@@ -61,16 +62,49 @@ class ThoughtConfig:
     embedding_scale: float = 100.0  # both embeddings are stored divided by this: Adam moves them that much faster
     sampling_temperature: float = 1.0
     score_temperature: float = 3.0  # of the log-probabilities that REINFORCE raises
+    reward: str = "information_gain"  # of a thought, see docs/objectives.md
+    discount: float = 1.0  # the token k = 0 .. K - 1 after a thought counts discount^k in its reward
+    advantage: str = "mean"  # of a thought over the others of its position, see docs/objectives.md
+    advantage_scale: str = "none"  # none | batch: divide advantages by their standard deviation over the batch
+    advantage_clip: float = 0.0  # bound of the absolute value of an advantage, after the scale; 0 = none
     positive_only: bool = True  # drop negative advantages
-    policy_reduction: str = "mean"  # mean (published code) | sum (paper) over the tokens of a thought
+    policy_reduction: str = "mean"  # over the tokens of a thought: mean (published code) | sum (paper) | sum_over_max,
+    # the sum divided by the longest thought length of the run
+    importance_cap: float = 0.0  # weight each thought token by min(ratio, cap) of its probability in scoring to that in
+    # sampling, which corrects for different temperatures; 0 = off
+    clip_epsilon: float = 0.0  # clip this ratio to 1 +- epsilon in PPO's surrogate; 0 = off
+    entropy_bonus: float = 0.0  # weight of the entropy of thought tokens at temperature 1, in nats, which is maximized
+    entropy_target: float = 0.0  # nats; entropy_bonus changes by entropy_bonus_step per step to hold it; 0 = constant
+    entropy_bonus_step: float = 0.001
+    entropy_bonus_max: float = 1.0  # largest adapted entropy_bonus
+    kl_weight: float = 0.0  # weight of the KL divergence of thought tokens to the initial weights, which are then kept
+    kl_in_reward: float = 0.0  # the reward falls by this for each nat by which the thought is likelier than under the
+    # initial weights (LaTRO)
+    talk_reduction: str = "mean"  # mean (published) over the thoughts of a position | log_mean_exp, their ensemble
     mixing: str = "hidden_states"  # hidden_states (published code) | log_probabilities (paper) | none (thought alone)
     control: str = "none"  # none | pause | random | shuffled: what replaces the thoughts, to measure their effect
     base_loss_weight: float = 0.5  # weight of the loss without thoughts in the total
+    talk_loss_weight: float = -1.0  # weight of the loss with thoughts; -1 = 1 - base_loss_weight
     positions: str = "all"  # all | stride | random | entropy (least certain predictions): which positions think in
     # training; in evaluation every position thinks
     position_fraction: float = 1.0  # fraction of positions that think; the cost falls with it
     positions_per_chunk: int = 0  # positions whose chains are in memory together; 0 = from `chunk_megabytes`
     chunk_megabytes: int = 256  # memory budget for the activations of one chunk, per device
+
+    @property
+    def talk_weight(self) -> float:
+        """Weight of the loss with thoughts."""
+        return 1.0 - self.base_loss_weight if self.talk_loss_weight == -1 else self.talk_loss_weight
+
+    @property
+    def needs_batch_rewards(self) -> bool:
+        """Whether advantages depend on all rewards of the batch, which costs one more forward pass."""
+        return self.advantage_scale == "batch" or bool(ADVANTAGES[self.advantage].traits.get("needs_batch_std"))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the initial weights are kept, as a reference."""
+        return self.kl_weight > 0 or self.kl_in_reward > 0
 
     def problems(self) -> list[str]:
         return [
@@ -130,6 +164,7 @@ class Phase:
     num_thoughts: int = 2  # R, thoughts per position
     tokens_ahead: int = 4  # K, true tokens scored after a thought
     policy_weight: float = 1e6  # weight of the REINFORCE term; 0 = thoughts are not trained
+    distill_weight: float = 0.0  # weight of KL(with thoughts || without), which teaches the prediction without thoughts
     learning_rate: float = 1e-6
     warmup_steps: int = 20
     decay: str = "constant"  # constant | linear | cosine, after the warm-up

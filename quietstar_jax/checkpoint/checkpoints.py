@@ -26,6 +26,7 @@ from quietstar_jax.io import disk_error
 from quietstar_jax.parallel.processes import any_process
 
 ARRAYS, RECORDS = ("params", "opt_state"), ("data", "config", "progress")
+OBJECTIVE = "objective"  # arrays of `TrainState.objective`, if there are any
 LARGE_BYTES = 2**26  # layers of larger stacked arrays are stored separately, so that an export can read a few at a time
 
 

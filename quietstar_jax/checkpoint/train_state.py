@@ -14,8 +14,12 @@ class TrainState(NamedTuple):
       step: scalar int32, number of optimizer steps done, over all phases.
       params: float32 master weights by dotted path.
       opt_state: optimizer state of `make_optimizer`.
+      entropy_bonus: scalar float32, adapted to hold `ThoughtConfig.entropy_target`; None where it is constant.
+      reference: the initial weights; None where no setting compares with them. Constant.
     """
 
     step: jax.Array
     params: dict[str, jax.Array]
     opt_state: Any
+    entropy_bonus: jax.Array | None = None
+    reference: dict[str, jax.Array] | None = None

@@ -15,25 +15,38 @@ chunks. The backward pass of `read_text` then runs once, however many chunks the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from quietstar_jax.models.decoder import KEY_VALUE_AXES, KeyValues, Layers
 from quietstar_jax.models.parameters import merge, named_parameters, split
-from quietstar_jax.thoughts.chunks import sum_chunks, take_chunk, take_positions
+from quietstar_jax.thoughts.chunks import map_chunks, sum_chunks, take_chunk, take_positions
+from quietstar_jax.thoughts.diagnostics import distinct_thoughts, entropy_histogram
 from quietstar_jax.thoughts.model import QuietStar
-from quietstar_jax.thoughts.objective import Counts, advantages, policy_loss, rewards, talk_loss
+from quietstar_jax.thoughts.objective import (
+    Counts,
+    advantages,
+    distillation,
+    kl_terms,
+    policy_loss,
+    policy_terms,
+    ratio_metrics,
+    rewards,
+    talk_loss,
+)
 from quietstar_jax.thoughts.positions import Choose, every_position
 from quietstar_jax.thoughts.sample import Thoughts
-from quietstar_jax.thoughts.score import score_thoughts
+from quietstar_jax.thoughts.score import Scores, score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, here_and_ahead, read_text, real_ahead
 
 Metrics = dict[str, jax.Array]
 Think = Callable[[QuietStar, Text, jax.Array], Thoughts]
 Frozen = Callable[[str], bool]
+
+EQUAL_REWARDS = 1e-6  # rewards that differ by less are equal: the metric `frac_reward_zero_std`
 
 _KEYS_AND_VALUES: Any = (KEY_VALUE_AXES, KEY_VALUE_AXES)
 _READ_AXES = {
@@ -61,7 +74,7 @@ def language_model_loss(
 def quiet_star_loss(
     model: QuietStar, tokens: jax.Array, mask: jax.Array, think: Think, counts: Counts, settings: ThoughtSettings,
     positions_per_chunk: int, *, starts: jax.Array | None = None, choose: Choose = every_position,
-    frozen: Frozen = nothing,
+    frozen: Frozen = nothing, entropy_bonus: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:  # fmt: skip
     """Returns the published objective: weighted cross-entropies without and with thoughts, and REINFORCE.
 
@@ -73,6 +86,7 @@ def quiet_star_loss(
       choose: returns the positions that think; the terms with thoughts then cover only these positions.
       frozen: returns whether the parameter with this dotted name gets no gradient. Gradients that would only reach
         frozen parameters are not computed.
+      entropy_bonus: scalar weight of the entropy bonus; None = `ThoughtConfig.entropy_bonus`.
 
     Returns:
       (loss, metrics); the sums over all microbatches are those of the batch.
@@ -87,6 +101,7 @@ def quiet_star_loss(
     )  # fmt: skip
     positions = choose(text)
     thoughts = think(model, text, positions)
+    bonus = jnp.asarray(settings.config.entropy_bonus if entropy_bonus is None else entropy_bonus, jnp.float32)
     # From here on the chains use the layer weights that the base pass returned. The values are the same, but the
     # chains' gradients become cotangents of the base pass, which adds its own to them in place (see `layer_scan`).
     learned |= _layers(text.layers, learned)
@@ -94,16 +109,16 @@ def quiet_star_loss(
     read = {"hidden": text.hidden, "prefix": text.prefix, "nll": text.nll}
     text_is_fixed = all(name in fixed for name in params if name.startswith("decoder."))
     operands = learned if text_is_fixed else learned | read
-    constants = (fixed | read if text_is_fixed else fixed, tokens, mask, starts, positions, thoughts, counts)
+    constants = (fixed | read if text_is_fixed else fixed, tokens, mask, starts, positions, thoughts, counts, bonus)
 
     def chunk(operands: Any, constants: Any, start: jax.Array) -> tuple[jax.Array, Metrics, Any]:
         # Closes over no arrays: `sum_chunks` differentiates and shards the arguments that it passes.
-        fixed, tokens, mask, starts, positions, thoughts, counts = constants
+        fixed, tokens, mask, starts, positions, thoughts, counts, bonus = constants
         arrays = operands | fixed
         text = Text(tokens, mask, arrays["hidden"], arrays["prefix"], arrays["nll"], starts=starts)
         positions = take_positions(positions, start, positions_per_chunk)
         thoughts = take_chunk(thoughts, start, positions_per_chunk, axis=2)  # positions are axis 2 of [B, R, J, T]
-        loss, metrics, layers = _chunk_loss(merge(graphdef, arrays), text, positions, thoughts, counts, settings)
+        loss, metrics, layers = _chunk_loss(merge(graphdef, arrays), text, positions, thoughts, counts, bonus, settings)
         # Third result: layer weights as the chains return them, which `sum_chunks` calls `carried`.
         return loss, metrics, _layers(layers, operands)
 
@@ -111,6 +126,10 @@ def quiet_star_loss(
     thought_loss, metrics = sum_chunks(chunk, operands, constants, positions.shape[-1], positions_per_chunk, axes)
     base_loss = text.nll.sum() / counts.text
     loss = settings.config.base_loss_weight * base_loss + thought_loss
+    counted = real_ahead(mask, positions, 1, starts)[..., 0]
+    distinct = distinct_thoughts(thoughts.tokens, counted).sum() / (settings.num_thoughts * counts.targets[0])
+    histogram = entropy_histogram(thoughts.entropy.mean(axis=(1, 3)), counted, model.decoder.architecture.vocab_size)
+    metrics |= {"unique_thought_rate": distinct, "entropy_histogram": histogram}
     return loss, {"loss": loss, "base_loss": base_loss, **metrics}
 
 
@@ -120,41 +139,125 @@ def _layers(layers: Any, wanted: Any) -> dict[str, jax.Array]:
     return {name: value for name, value in named.items() if name in wanted}
 
 
+class Rewarded(NamedTuple):
+    """Thoughts of J positions and their rewards.
+
+    Attributes:
+      thoughts: arrays [B, R, J, T].
+      rewards: [B, R, J]; scored: [B, J] bool, the position has a reward and x[j+1] is real.
+    """
+
+    thoughts: Thoughts
+    rewards: jax.Array
+    scored: jax.Array
+
+
+def reward_thoughts(
+    model: QuietStar, tokens: jax.Array, mask: jax.Array, think: Think, settings: ThoughtSettings,
+    positions_per_chunk: int, *, starts: jax.Array | None = None, choose: Choose = every_position,
+) -> Rewarded:  # fmt: skip
+    """Samples and rewards thoughts without gradients, for settings that divide by a figure of the whole batch.
+
+    Costs a forward pass over text and chains. Arguments as in `quiet_star_loss`, which gets the thoughts back.
+    """
+    model = jax.lax.stop_gradient(model)
+    text = read_text(
+        model.decoder, tokens, mask, starts, dtype=settings.dtype, with_entropy=settings.config.positions == "entropy"
+    )
+    positions = choose(text)
+    thoughts = think(model, text, positions)
+
+    def chunk(read: tuple[QuietStar, Text], positions: jax.Array, thoughts: Thoughts) -> jax.Array:
+        model, text = read
+        scores = score_thoughts(model, text, positions, thoughts.tokens, settings)
+        return _rewards(text, positions, thoughts, scores, settings)[0]
+
+    reward = map_chunks(chunk, (model, text), positions, positions_per_chunk, thoughts, axis=2)
+    return Rewarded(thoughts, reward, _scored(text, positions, settings))
+
+
+def _scored(text: Text, positions: jax.Array, settings: ThoughtSettings) -> jax.Array:
+    """Returns which positions have a reward and a real next token, [B, J]."""
+    rewarded = positions <= text.tokens.shape[1] - 2 - settings.tokens_ahead
+    return real_ahead(text.mask, positions, 1, text.starts)[..., 0] & rewarded
+
+
+def _rewards(
+    text: Text, positions: jax.Array, thoughts: Thoughts, scores: Scores, settings: ThoughtSettings
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (rewards [B, R, J], which of the K tokens ahead are real [B, J, K])."""
+    config, ahead = settings.config, settings.tokens_ahead
+    # text.nll[j+k] is the cross-entropy of x[j+1+k] without a thought: base_nll [B, J, K], scores.nll [B, R, J, K].
+    real = real_ahead(text.mask, positions, ahead, text.starts)
+    base_nll = jnp.where(real, here_and_ahead(text.nll, positions, ahead), 0.0)
+    reward = rewards(base_nll, scores.nll, real, name=config.reward, discount=config.discount)
+    if config.kl_in_reward:
+        assert thoughts.reference_log_probs is not None
+        ratio = (scores.log_probs - thoughts.reference_log_probs).sum(axis=-1)
+        reward = jnp.where(real[:, None, :, 0], reward - config.kl_in_reward * jax.lax.stop_gradient(ratio), 0.0)
+    # REINFORCE covers j = 0 .. L - 2 - K, as published; positions past the text have no reward either.
+    rewarded = (positions <= text.tokens.shape[1] - 2 - ahead)[..., None, :]  # [1, J] or [B, 1, J], against [B, R, J]
+    return jnp.where(rewarded, reward, 0.0), real
+
+
 def _chunk_loss(
-    model: QuietStar, text: Text, positions: jax.Array, thoughts: Thoughts, counts: Counts, settings: ThoughtSettings
-) -> tuple[jax.Array, Metrics, Layers]:
+    model: QuietStar, text: Text, positions: jax.Array, thoughts: Thoughts, counts: Counts, entropy_bonus: jax.Array,
+    settings: ThoughtSettings,
+) -> tuple[jax.Array, Metrics, Layers]:  # fmt: skip
     """Returns (loss terms of the thoughts at these positions, their metrics, layers as from `run_layers`).
 
     Every term is a sum over positions divided by a count of the whole batch, so chunks add up to the batch.
     """
-    config, ahead, length = settings.config, settings.tokens_ahead, text.tokens.shape[1]
-    scores = score_thoughts(model, text, positions, thoughts.tokens, settings)
-    talk = talk_loss(scores.nll, counts)
+    config, ahead, count = settings.config, settings.tokens_ahead, settings.num_thoughts
+    with_entropy = settings.reinforced and (config.entropy_bonus > 0 or config.entropy_target > 0)
+    scores = score_thoughts(model, text, positions, thoughts.tokens, settings, with_entropy=with_entropy)
+    reward, real = _rewards(text, positions, thoughts, scores, settings)
+    first, scored = real[:, None, :, 0], _scored(text, positions, settings)[:, None]  # [B, 1, J]
 
-    # REINFORCE covers j = 0 .. L - 2 - K, as published; positions past the text have no reward either.
-    rewarded = (positions <= length - 2 - ahead)[..., None, :]  # [1, J] or [B, 1, J], against [B, R, J]
-    # text.nll[j+k] is the cross-entropy of x[j+1+k] without a thought: base_nll [B, J, K], scores.nll [B, R, J, K].
-    real = real_ahead(text.mask, positions, ahead, text.starts)
-    base_nll = jnp.where(real, here_and_ahead(text.nll, positions, ahead), 0.0)
-    reward = jnp.where(rewarded, rewards(base_nll, scores.nll), 0.0)
-    loss, trained = (1.0 - config.base_loss_weight) * talk, {}
+    def mean_where(where: jax.Array, x: jax.Array, total: jax.Array) -> jax.Array:
+        return jnp.where(where, x, 0.0).sum() / (x.shape[1] * total)
+
+    talk = talk_loss(scores.nll, counts, reduction=config.talk_reduction)
+    loss, metrics = config.talk_weight * talk, {"talk_loss": talk}
     if settings.reinforced:
-        advantage = advantages(reward, positive_only=config.positive_only)
-        policy = policy_loss(advantage, scores.log_probs, counts, reduction=config.policy_reduction)
-        loss, trained = loss + settings.policy_weight * policy, {"policy_loss": policy}
-    first = real[:, None, :, 0]  # [B, 1, J], x[j+1] is real
+        advantage = advantages(
+            reward, name=config.advantage, positive_only=config.positive_only, scale=config.advantage_scale,
+            clip=config.advantage_clip, reward_std=counts.reward_std, advantage_std=counts.advantage_std,
+        )  # fmt: skip
+        limits = {"clip_epsilon": config.clip_epsilon, "importance_cap": config.importance_cap}
+        terms = policy_terms(advantage, scores.log_probs, thoughts.log_probs, **limits)
+        longest = settings.longest_thought or settings.thought_length
+        policy = policy_loss(terms, counts, reduction=config.policy_reduction, longest=longest)
+        loss, metrics = loss + settings.policy_weight * policy, metrics | {"policy_loss": policy}
+        if thoughts.log_probs is not None:
+            metrics |= {
+                name: mean_where(scored, x.mean(axis=-1), counts.scored)
+                for name, x in ratio_metrics(advantage, scores.log_probs, thoughts.log_probs, **limits).items()
+            }
+        if scores.entropy is not None:
+            bonus = mean_where(scored, scores.entropy.mean(axis=-1), counts.scored)
+            loss, metrics = loss - entropy_bonus * bonus, metrics | {"policy_entropy": bonus}
+        if thoughts.reference_log_probs is not None:
+            divergence = kl_terms(scores.log_probs, thoughts.reference_log_probs).mean(axis=-1)
+            kl = mean_where(scored, divergence, counts.scored)
+            loss, metrics = loss + config.kl_weight * kl, metrics | {"kl": kl}
+    if settings.distill_weight:
+        # The text's own logits, computed once more for the chunk, so that the gradient reaches the base pass.
+        base_logits = model.decoder.logits(here_and_ahead(text.hidden, positions, 1)[..., 0, :])
+        divergence = distillation(scores.log_scores[..., 0, :], base_logits)
+        distill = mean_where(first, divergence, counts.targets[0])
+        loss, metrics = loss + settings.distill_weight * distill, metrics | {"distillation_loss": distill}
 
-    def mean_where_real(x: jax.Array) -> jax.Array:
-        return jnp.where(first, x, 0.0).sum() / (settings.num_thoughts * counts.targets[0])
-
-    metrics = {
-        "talk_loss": talk,
-        **trained,
-        "reward": reward.sum() / (settings.num_thoughts * counts.rewarded),
-        "reward_std_within_position": reward.std(axis=1).sum() / counts.rewarded,
-        "mixing_weight": mean_where_real(scores.weight[..., 0]),
-        "thought_entropy": mean_where_real(thoughts.entropy.mean(axis=-1)),
+    spread = reward.std(axis=1, ddof=1, keepdims=True) if count > 1 else jnp.zeros_like(reward)
+    metrics |= {
+        "reward": reward.sum() / (count * counts.rewarded),
+        "reward_std": mean_where(scored, spread[:, :1], counts.scored),
+        "mixing_weight": mean_where(first, scores.weight[..., 0], counts.targets[0]),
+        "entropy": mean_where(first, thoughts.entropy.mean(axis=-1), counts.targets[0]),
     }
+    if count > 1:
+        alike = jnp.ptp(reward, axis=1, keepdims=True) <= EQUAL_REWARDS
+        metrics["frac_reward_zero_std"] = mean_where(scored, alike.astype(jnp.float32), counts.scored)
     for k in range(ahead):
-        metrics[f"talk_loss_{k + 1}"] = scores.nll[..., k].sum() / (settings.num_thoughts * counts.targets[k])
+        metrics[f"talk_loss_{k + 1}"] = scores.nll[..., k].sum() / (count * counts.targets[k])
     return loss, jax.lax.stop_gradient(metrics), scores.layers

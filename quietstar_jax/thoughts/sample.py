@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.thoughts.chains import chain_step, empty_chains
 from quietstar_jax.thoughts.chunks import map_chunks
@@ -21,10 +22,15 @@ class Thoughts(NamedTuple):
     Attributes:
       tokens: [B, R, J, T] int32.
       entropy: [B, R, J, T] float32 nats, of the distribution that each token was drawn from.
+      log_probs: [B, R, J, T] float32, log-probability of each token under that distribution; None if not known.
+      reference_log_probs: [B, R, J, T] float32, log-probability of each token under the reference model at the
+        temperature of scoring; None without a reference.
     """
 
     tokens: jax.Array
     entropy: jax.Array
+    log_probs: jax.Array | None = None
+    reference_log_probs: jax.Array | None = None
 
 
 def sample_thoughts(
@@ -67,7 +73,8 @@ def _sample_chunk(
         logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
         logits = constrain(logits / settings.config.sampling_temperature, "batch", ..., None)  # whole where drawn from
         tokens = jnp.argmax(logits, axis=-1) if draws is None else draw_tokens(logits, draws)
-        return (model.decoder.embed(tokens, settings.dtype), own), Thoughts(tokens, entropy(logits))
+        thought = Thoughts(tokens, entropy(logits), -cross_entropy(logits, tokens))
+        return (model.decoder.embed(tokens, settings.dtype), own), thought
 
     draws = None if uniforms is None else jnp.moveaxis(uniforms, -1, 0)
     _, thoughts = jax.lax.scan(step, (jnp.broadcast_to(start, shape), own), (jnp.arange(length), draws))

@@ -27,7 +27,7 @@ from quietstar_jax.thoughts.mixing import mix_hidden_states, mix_log_probabiliti
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import mask_meta_tokens
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import Text, gather_next_tokens, here_and_ahead, real_ahead
+from quietstar_jax.thoughts.text import Text, entropy, gather_next_tokens, here_and_ahead, real_ahead
 
 
 class Scores(NamedTuple):
@@ -41,6 +41,8 @@ class Scores(NamedTuple):
       correct: [B, R, J, K] bool, True where x[j+1+k] is the most likely token; False where `real_ahead` is False.
       log_scores: [B, R, J, K, V] scores of every token at x[j+1+k], as from `talk`.
       layers: the weights of the decoder's layers, as from `run_layers`.
+      entropy: [B, R, J, T] nats of the distributions that predict the thought tokens, at temperature 1; None unless
+        requested.
     """
 
     nll: jax.Array
@@ -49,11 +51,13 @@ class Scores(NamedTuple):
     correct: jax.Array
     log_scores: jax.Array
     layers: Layers
+    entropy: jax.Array | None = None
 
 
 def score_thoughts(
-    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings
-) -> Scores:
+    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings, *,
+    with_entropy: bool = False,
+) -> Scores:  # fmt: skip
     """Scores thoughts [B, R, J, T] at positions [J] or [B, J] of the text. All results are float32."""
     thought_hidden, talk_hidden, layers = chain_hidden_states(model, text, positions, thoughts, settings)
     # log_probs: the logits [B, R, J, T, V] have the same mask as in sampling, but the temperature of scoring.
@@ -75,7 +79,8 @@ def score_thoughts(
     nll += jax.lax.stop_gradient(jnp.where(weight == 0, plain - nll, 0.0))
     real = real_ahead(text.mask, positions, ahead, text.starts)[:, None]
     correct = (log_scores.argmax(axis=-1) == targets) & real
-    return Scores(jnp.where(real, nll, 0.0), log_probs, weight, correct, log_scores, layers)
+    spread = entropy(logits) if with_entropy else None
+    return Scores(jnp.where(real, nll, 0.0), log_probs, weight, correct, log_scores, layers, spread)
 
 
 def talk(

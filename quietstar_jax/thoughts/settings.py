@@ -20,6 +20,8 @@ class ThoughtSettings:
       num_thoughts: R, thoughts per position.
       tokens_ahead: K, true tokens scored after a thought.
       policy_weight: weight of the REINFORCE term in the loss.
+      distill_weight: weight of the KL divergence from the prediction with thoughts to the one without.
+      longest_thought: largest thought length of the run, for `policy_reduction="sum_over_max"`; 0 = `thought_length`.
       meta_tokens: ids that are never sampled in a thought.
       pad_id: id used for tokens past the end of the text.
       pause_id: id that fills thoughts under the control `pause`.
@@ -32,6 +34,8 @@ class ThoughtSettings:
     num_thoughts: int = 1
     tokens_ahead: int = 1
     policy_weight: float = 0.0
+    distill_weight: float = 0.0
+    longest_thought: int = 0
     meta_tokens: tuple[int, ...] = ()
     pad_id: int = 0
     pause_id: int = 0

@@ -15,14 +15,29 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.models.parameters import GraphDef, merge
-from quietstar_jax.parallel.axes import constrain, constrain_tree, manual_shard_map, split_microbatches
+from quietstar_jax.parallel.axes import (
+    constrain,
+    constrain_tree,
+    manual_shard_map,
+    merge_microbatches,
+    split_microbatches,
+)
 from quietstar_jax.parallel.sharding import shard_batch, specs_like_parameters
 from quietstar_jax.thoughts.chunks import max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import Uniforms, draw_uniforms, sample_or_control
-from quietstar_jax.thoughts.loss import Metrics, language_model_loss, quiet_star_loss
+from quietstar_jax.thoughts.diagnostics import histogram_quantiles
+from quietstar_jax.thoughts.loss import (
+    Metrics,
+    Rewarded,
+    Think,
+    language_model_loss,
+    quiet_star_loss,
+    reward_thoughts,
+)
 from quietstar_jax.thoughts.model import QuietStar, mean_embedding
-from quietstar_jax.thoughts.objective import Counts, count_targets
-from quietstar_jax.thoughts.positions import at_positions, choose, count_chosen
+from quietstar_jax.thoughts.objective import Counts, adapted_entropy_bonus, count_targets, with_batch_std
+from quietstar_jax.thoughts.positions import Choose, at_positions, choose, count_chosen
+from quietstar_jax.thoughts.reference import reference_log_probs
 from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.thoughts.text import Text
@@ -77,6 +92,14 @@ def to_device(rows: Mapping[str, np.ndarray]) -> Batch:
     return Batch(**jax.tree.map(shard_batch, dict(rows)))
 
 
+class Shared(NamedTuple):
+    """What all sequences of a step share; see `quiet_star_loss` and `TrainState`."""
+
+    counts: Counts
+    entropy_bonus: jax.Array | None
+    reference: dict[str, jax.Array] | None
+
+
 TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]
 
 
@@ -102,13 +125,22 @@ def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> Thou
         num_thoughts=phase.num_thoughts,
         tokens_ahead=phase.tokens_ahead,
         policy_weight=phase.policy_weight,
+        distill_weight=phase.distill_weight,
+        longest_thought=max(item.thought_length for item in config.phases),
         rematerialize=config.model.rematerialize,
     )
 
 
 def initial_state(params: dict[str, jax.Array], config: Config) -> TrainState:
-    """Returns the state at step 0 with these weights."""
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer).init(params))
+    """Returns the state at step 0 with these weights, which are also the reference if one is needed."""
+    thought = config.thought
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(config.optimizer).init(params),
+        entropy_bonus=jnp.float32(thought.entropy_bonus) if thought.entropy_target else None,
+        reference=jax.tree.map(jnp.copy, params) if thought.needs_reference else None,
+    )
 
 
 def make_train_step(
@@ -131,50 +163,98 @@ def make_train_step(
     optimizer = make_optimizer(config.optimizer)
     axes = graphdef.axes_by_name
 
-    def loss(params: Any, batch: Batch, draws: Draws, counts: Counts) -> tuple[jax.Array, Metrics]:
-        model = merge(graphdef, params)
-        if not phase.thought_length:
-            return language_model_loss(model, batch.tokens, batch.mask, counts, settings, batch.starts)
-        chunk = max_positions_per_chunk(architecture, settings, *batch.tokens.shape)
-        sampled = max_sampled_positions_per_chunk(architecture, settings, *batch.tokens.shape)
+    some = config.thought.positions != "all"
 
-        def think_there(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:
+    def chunks(batch: Batch) -> tuple[int, int]:
+        shape = batch.tokens.shape
+        return (
+            max_positions_per_chunk(architecture, settings, *shape),
+            max_sampled_positions_per_chunk(architecture, settings, *shape),
+        )
+
+    def choose_there(draws: Draws) -> Choose:
+        return lambda text: choose(text, draws.positions, settings)
+
+    def think_there(batch: Batch, draws: Draws, reference: Any) -> Think:
+        scored, sampled = chunks(batch)
+
+        def think(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:
             uniforms = jax.tree.map(lambda x: at_positions(x, positions), draws.thoughts)
-            return sample_or_control(model, text, positions, uniforms, settings, sampled)
+            thoughts = sample_or_control(model, text, positions, uniforms, settings, sampled)
+            if reference is None or not settings.reinforced:
+                return thoughts
+            model = merge(graphdef, reference)
+            log_probs = reference_log_probs(model, text, positions, thoughts.tokens, settings, scored)
+            return thoughts._replace(reference_log_probs=log_probs)
 
+        return think
+
+    def loss(params: Any, piece: tuple[Batch, Draws, Thoughts | None], shared: Shared) -> tuple[jax.Array, Metrics]:
+        (batch, draws, thoughts), model = piece, merge(graphdef, params)
+        if not phase.thought_length:
+            return language_model_loss(model, batch.tokens, batch.mask, shared.counts, settings, batch.starts)
         return quiet_star_loss(
-            model, batch.tokens, batch.mask, think_there, counts, settings, chunk,
+            model, batch.tokens, batch.mask,
+            think_there(batch, draws, shared.reference) if thoughts is None else lambda *_: thoughts,
+            shared.counts, settings, chunks(batch)[0],
             starts=batch.starts,
-            choose=lambda text: choose(text, draws.positions, settings),
+            choose=choose_there(draws),
             frozen=lambda name: not rate_scale(name, phase.rates),
+            entropy_bonus=shared.entropy_bonus,
         )  # fmt: skip
 
-    def own_rows(psum: Any, params: Any, batch: Batch, draws: Draws, counts: Counts) -> tuple[Any, Metrics]:
+    def own_rows(psum: Any, params: Any, rows: Any, shared: Shared) -> tuple[Any, Metrics]:
         """Gradients and metrics of one shard of the data axis, summed over all shards at the end."""
         gradient = jax.grad(loss, has_aux=True)
-        gradients, metrics = accumulate(
-            lambda piece: gradient(params, *piece, counts), (batch, draws), phase.microbatches
-        )
+        gradients, metrics = accumulate(lambda piece: gradient(params, piece, shared), rows, phase.microbatches)
         return psum((constrain_tree(gradients, axes), metrics), "data")
+
+    def own_rewards(_: Any, params: Any, rows: tuple[Batch, Draws], reference: Any) -> Rewarded:
+        """Thoughts and rewards of one shard of the data axis."""
+        model = merge(graphdef, params)
+
+        def reward(piece: tuple[Batch, Draws]) -> Rewarded:
+            batch, draws = piece
+            return reward_thoughts(
+                model, batch.tokens, batch.mask, think_there(batch, draws, reference), settings, chunks(batch)[0],
+                starts=batch.starts, choose=choose_there(draws),
+            )  # fmt: skip
+
+        return map_microbatches(reward, rows, phase.microbatches)
 
     def step(state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array) -> tuple[TrainState, Metrics]:
         draws = draw(jax.random.fold_in(key, state.step), batch.tokens.shape, settings, row_numbers)
-        some = config.thought.positions != "all"
         chosen = count_chosen(batch.mask, draws.positions, settings, batch.starts) if some else None
         counts = count_targets(batch.mask, phase.tokens_ahead, chosen, batch.starts)
-        over_data = manual_shard_map(own_rows, ("data",), ((), ("rows",), ("rows",), ()), ())
-        gradients, metrics = over_data(state.params, batch, draws, counts)
+        thoughts, bonus = None, state.entropy_bonus
+        if settings.reinforced and config.thought.needs_batch_rewards:
+            rewarded = manual_shard_map(own_rewards, ("data",), ((), ("rows",), ()), ("rows",))(
+                state.params, (batch, draws), state.reference
+            )
+            thoughts = rewarded.thoughts
+            counts = with_batch_std(counts, rewarded.rewards, rewarded.scored, config.thought.advantage)
+        gradients, metrics = manual_shard_map(own_rows, ("data",), ((), ("rows",), ()), ())(
+            state.params, (batch, draws, thoughts), Shared(counts, bonus, state.reference)
+        )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = learning_rate(phase, state.step - phase_start)
         params = apply_updates(state.params, updates, rate, phase.rates)
         if never_thought:
             params |= initial_thought_embeddings(params, vocabulary, config.thought.embedding_scale)
+        if "entropy_histogram" in metrics:
+            metrics |= histogram_quantiles(metrics.pop("entropy_histogram"), architecture.vocab_size)
+        if bonus is not None and "policy_entropy" in metrics:
+            metrics["entropy_bonus"] = bonus
+            bonus = adapted_entropy_bonus(
+                bonus, metrics["policy_entropy"], target=config.thought.entropy_target,
+                step=config.thought.entropy_bonus_step, largest=config.thought.entropy_bonus_max,
+            )  # fmt: skip
         metrics |= {
             "gradient_norm": optax.tree.norm(gradients),
             "parameter_norm": optax.tree.norm(params),  # of the new weights: not finite if they have diverged
             "learning_rate": rate,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, bonus, state.reference), metrics
 
     return step
 
@@ -215,3 +295,11 @@ def accumulate(fn: Callable[[Any], Any], batch: Any, pieces: int) -> Any:
     parts = jax.tree.map(lambda x: split_microbatches(x, pieces), batch)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts)))
     return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None), zeros, parts)[0]
+
+
+def map_microbatches(fn: Callable[[Any], Any], batch: Any, pieces: int) -> Any:
+    """Returns `fn` of `pieces` equal parts of the batch [B, ...], one after the other, joined along the batch axis."""
+    if pieces == 1:
+        return fn(batch)
+    mapped = jax.lax.map(fn, jax.tree.map(lambda x: split_microbatches(x, pieces), batch))
+    return jax.tree.map(merge_microbatches, mapped)

@@ -64,11 +64,12 @@ class Case:
         return jnp.asarray(np.where(mask, tokens, PAD), jnp.int32), jnp.asarray(mask)
 
     def thoughts(self, seed: int = 0) -> Thoughts:
-        """Given thoughts with a given entropy."""
+        """Given thoughts with a given entropy, and log-probabilities in sampling."""
         s, rng = self.thought, np.random.default_rng(seed + 1)
         shape = (self.batch, s.num_thoughts, self.length, s.thought_length)
         tokens = rng.integers(1, 11, shape)
-        return Thoughts(jnp.asarray(tokens, jnp.int32), jnp.asarray(rng.uniform(0, 2, shape), jnp.float32))
+        entropy, log_probs = rng.uniform(0, 2, shape), rng.uniform(-3, -2, shape)
+        return Thoughts(jnp.asarray(tokens, jnp.int32), jnp.float32(entropy), jnp.float32(log_probs))
 
 
 def random_model(architecture: Architecture, embedding_scale: float, seed: int = 0) -> QuietStar:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.config import ThoughtConfig
+from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 Params = Mapping[str, jax.Array]
@@ -117,26 +119,37 @@ def mixing_weight(p: Params, base: jax.Array, thought: jax.Array) -> jax.Array:
 def position(
     a: Architecture, s: ThoughtSettings, p: Params, row: jax.Array, mask: jax.Array, base: jax.Array, j: jax.Array,
     thought: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """(nll [K] of the tokens ahead, log-probability [T] of each thought token, mixing weight [K]); base [L+K, D]."""
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """What the thought does: base [L+K, D] are the hidden states of the text.
+
+    Returns (nll [K] of the tokens ahead, log-probability [T] of each thought token, mixing weight [K], entropy [T] of
+    the distributions of thought tokens, KL divergence from the prediction of x[j+1] with the thought to that without).
+    """
     hidden = chain(a, s, p, row, mask, j, thought)
-    log_probs = [
-        -nll(masked_logits(a, s, p, hidden[i]) / s.config.score_temperature, thought[i])
-        for i in range(s.thought_length)
-    ]
+    thought_logits = [masked_logits(a, s, p, hidden[i]) for i in range(s.thought_length)]
+    log_probs = [-nll(thought_logits[i] / s.config.score_temperature, thought[i]) for i in range(s.thought_length)]
+    spread = [-(jax.nn.softmax(x) * jax.nn.log_softmax(x)).sum() for x in thought_logits]
     talk, weights = [], []
     targets = jnp.concatenate([row, jnp.zeros(s.tokens_ahead, row.dtype)])
     for k in range(s.tokens_ahead):
         h_base, h_thought = base[j + k], hidden[s.thought_length + 1 + k]
         w = mixing_weight(p, h_base, h_thought)
+        if s.config.mixing == "none":
+            w = jnp.ones(())
         target = targets[j + 1 + k]
         if s.config.mixing == "log_probabilities":
             w = 1 / (1 + jnp.exp(-w))
-            talk.append((1 - w) * nll(head(a, p, h_base), target) + w * nll(head(a, p, h_thought), target))
+            parts = jax.nn.log_softmax(head(a, p, h_base)), jax.nn.log_softmax(head(a, p, h_thought))
+            scores = (1 - w) * parts[0] + w * parts[1]
+            talk.append(-scores[target])
         else:
-            talk.append(nll(head(a, p, (1 - w) * h_base + w * h_thought), target))
+            scores = head(a, p, (1 - w) * h_base + w * h_thought)
+            talk.append(nll(scores, target))
+        if k == 0:
+            teacher, student = jax.lax.stop_gradient(jax.nn.log_softmax(scores)), jax.nn.log_softmax(head(a, p, h_base))
+            kl = (jnp.exp(teacher) * (teacher - student)).sum()
         weights.append(w)
-    return jnp.stack(talk), jnp.stack(log_probs), jnp.stack(weights)
+    return jnp.stack(talk), jnp.stack(log_probs), jnp.stack(weights), jnp.stack(spread), kl
 
 
 @partial(jax.jit, static_argnums=0)
@@ -147,63 +160,168 @@ def text(a: Architecture, p: Params, row: jax.Array, mask: jax.Array) -> tuple[j
     return hidden, -log_probs[jnp.arange(row.size), jnp.roll(row, -1)]
 
 
+def reward_of(config: ThoughtConfig, base: jax.Array, talk: jax.Array, real: list[int]) -> jax.Array:
+    """The reward of one thought: base [K], talk [K], and which of the K tokens ahead are real."""
+    if config.reward == "information_gain":
+        return sum((config.discount**k * (base[k] - talk[k]) for k in real), jnp.zeros(()))
+    likely = [jnp.exp(-talk[k]) for k in real]
+    if not real:
+        return jnp.zeros(())
+    return jnp.prod(jnp.stack(likely)) if config.reward == "probability" else sum(likely) / len(likely)
+
+
+def advantage_of(name: str, r: int, s: list[jax.Array], batch_std: jax.Array) -> jax.Array:
+    """The advantage of thought r among rewards s, by its formula."""
+    count, others = len(s), [x for q, x in enumerate(s) if q != r]
+    if count == 1:
+        return jnp.zeros(()) if name == "leave_one_out" else s[r]
+    mean = sum(s) / count
+    equal = jnp.all(jnp.stack(s) == s[0])
+    likelihood = sum(jnp.exp(x) for x in s) / count
+    value = {
+        "mean": lambda: s[r] - mean,
+        "leave_one_out": lambda: s[r] - sum(others) / (count - 1),
+        "group_std": lambda: (s[r] - mean) / (jnp.sqrt(sum((x - mean) ** 2 for x in s) / (count - 1)) + 1e-6),
+        "batch_std": lambda: (s[r] - mean) / (batch_std + 1e-6),
+        "log_mean_exp": lambda: jnp.log(likelihood) - jnp.log(sum(jnp.exp(x) for x in others) / (count - 1)),
+        "posterior": lambda: jnp.exp(s[r]) / (likelihood * count),
+        "posterior_centered": lambda: jnp.exp(s[r]) / (likelihood * count) - 1 / count,
+    }[name]()
+    return jnp.where(equal, 0.0, value)
+
+
 def loss(
-    a: Architecture, s: ThoughtSettings, p: Params, tokens: jax.Array, mask: jax.Array, thoughts: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss and metrics of given thoughts [B, R, L, T], in the words of the paper's code."""
-    batch, length = tokens.shape
-    count, ahead = s.num_thoughts, s.tokens_ahead
+    a: Architecture, s: ThoughtSettings, p: Params, tokens: jax.Array, mask: jax.Array, thoughts: Thoughts,
+    reference: Params | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+    """Loss and metrics of given thoughts, arrays [B, R, L, T], in the words of the paper's code."""
+    c, (batch, length), count, ahead = s.config, tokens.shape, s.num_thoughts, s.tokens_ahead
     ok = np.zeros((batch, length, ahead), bool)
     for b, j, k in np.ndindex(ok.shape):
         ok[b, j, k] = j + 1 + k < length and bool(mask[b, j + 1 + k])
     targets = [max(int(n), 1) for n in ok.sum((0, 1))]
-    rewarded = max(length - 1 - ahead, 1)
+    last = length - 2 - ahead  # position with a reward
+    rewarded, scored = max(last + 1, 1), max(int(ok[:, : max(last + 1, 0), 0].sum()), 1)
 
-    base_sum, policy, reward_sum, spread, weight_sum = (jnp.zeros(()) for _ in range(5))
-    talk_sums = [jnp.zeros(()) for _ in range(ahead)]
+    # First everything of every thought: (base [K], talk [K], log-probabilities [T], entropy [T], weight [K], KL [T]).
+    seen: dict[tuple[int, int, int], Any] = {}
+    base_sum = jnp.zeros(())
     for b in range(batch):
         hidden, base = text(a, p, tokens[b], mask[b])
-        hidden = jnp.concatenate([hidden, jnp.zeros((ahead, hidden.shape[1]))])
+        base_sum += sum((base[j] for j in range(length) if ok[b, j, 0]), jnp.zeros(()))
+        hidden, base = (jnp.concatenate([x, jnp.zeros((ahead, *x.shape[1:]))]) for x in (hidden, base))
+        old = jnp.concatenate([text(a, reference, tokens[b], mask[b])[0], jnp.zeros((ahead, hidden.shape[1]))]) \
+            if reference is not None else None  # fmt: skip
         for j in range(length):
-            base_sum += base[j] if ok[b, j, 0] else 0.0
-            scores = [
-                position(a, s, p, tokens[b], mask[b], hidden, jnp.int32(j), thoughts[b, r, j]) for r in range(count)
-            ]
-            for talk, _, weight in scores:
-                for k in range(ahead):
-                    talk_sums[k] += talk[k] if ok[b, j, k] else 0.0
-                weight_sum += weight[0] if ok[b, j, 0] else 0.0
-            if j > length - 2 - ahead:
-                continue
-            rewards = [
-                jax.lax.stop_gradient(sum(base[j + k] - talk[k] for k in range(ahead) if ok[b, j, k]) + jnp.zeros(()))
-                for talk, _, _ in scores
-            ]
-            mean = sum(rewards) / count
-            spread += jnp.sqrt(sum((x - mean) ** 2 for x in rewards) / count)
-            for reward, (_, log_probs, _) in zip(rewards, scores, strict=True):
-                advantage = reward - mean if count > 1 else reward
-                if s.config.positive_only:
-                    advantage = jnp.maximum(advantage, 0.0)
-                each = log_probs.sum() / (s.thought_length if s.config.policy_reduction == "mean" else 1)
-                policy -= advantage * each / (batch * count * rewarded)
-                reward_sum += reward
+            for r in range(count):
+                given = (tokens[b], mask[b])
+                talk, log_probs, weight, entropy, kl = position(
+                    a, s, p, *given, hidden, jnp.int32(j), thoughts.tokens[b, r, j]
+                )
+                ref = None
+                if reference is not None:
+                    ref = position(a, s, reference, *given, old, jnp.int32(j), thoughts.tokens[b, r, j])[1]
+                seen[b, r, j] = base[j : j + ahead], talk, log_probs, weight, entropy, kl, ref
+
+    def real(b: int, j: int) -> list[int]:
+        return [k for k in range(ahead) if ok[b, j, k]]
+
+    rewards = {}
+    for (b, r, j), (base, talk, log_probs, _, _, _, ref) in seen.items():
+        reward = reward_of(c, base, talk, real(b, j))
+        if c.kl_in_reward and ok[b, j, 0]:
+            reward -= c.kl_in_reward * (log_probs - ref).sum()
+        rewards[b, r, j] = jax.lax.stop_gradient(reward) if j <= last else jnp.zeros(())
+    counted = [key for key in rewards if key[2] <= last and ok[key[0], key[2], 0]]
+
+    def std(values: list[jax.Array]) -> jax.Array:
+        mean = sum(values) / max(len(values), 1)
+        return jnp.sqrt(sum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1))
+
+    batch_std = std([rewards[key] for key in counted])
+    groups = {(b, j): [rewards[b, r, j] for r in range(count)] for b, _, j in rewards}
+    advantage = {(b, r, j): advantage_of(c.advantage, r, groups[b, j], batch_std) for b, r, j in rewards}
+    if c.advantage_scale == "batch":
+        divisor = std([advantage[key] for key in counted]) + 1e-6
+        advantage = {key: value / divisor for key, value in advantage.items()}
+    if c.advantage_clip:
+        advantage = {key: jnp.clip(value, -c.advantage_clip, c.advantage_clip) for key, value in advantage.items()}
+    if c.positive_only:
+        advantage = {key: jnp.maximum(value, 0.0) for key, value in advantage.items()}
+
+    policy, distill, totals = (
+        jnp.zeros(()),
+        jnp.zeros(()),
+        dict.fromkeys(("kl", "policy_entropy", "ratio", "clip"), 0.0),
+    )
+    divide = {"mean": s.thought_length, "sum": 1, "sum_over_max": s.longest_thought or s.thought_length}
+    for (b, r, j), (_, _, log_probs, _, entropy, kl, ref) in seen.items():
+        distill += kl if ok[b, j, 0] else 0.0
+        for i in range(s.thought_length):
+            term, value = log_probs[i], advantage[b, r, j]
+            if thoughts.log_probs is not None:
+                ratio = jnp.exp(log_probs[i] - thoughts.log_probs[b, r, j, i])
+                if c.clip_epsilon:
+                    bounded = jnp.clip(ratio, 1 - c.clip_epsilon, 1 + c.clip_epsilon)
+                    policy -= jnp.minimum(ratio * value, bounded * value) / divide[c.policy_reduction]
+                    term, clipped = 0.0, (bounded * value < ratio * value)
+                elif c.importance_cap:
+                    term *= jax.lax.stop_gradient(jnp.minimum(ratio, c.importance_cap))
+                    clipped = ratio > c.importance_cap
+                if (b, r, j) in counted:
+                    totals["ratio"] += ratio
+                    totals["clip"] += jnp.where(clipped, 1.0, 0.0) if c.clip_epsilon or c.importance_cap else 0.0
+            policy -= value * term / divide[c.policy_reduction]
+            if (b, r, j) in counted:
+                totals["policy_entropy"] += entropy[i]
+                d = ref[i] - log_probs[i] if ref is not None else 0.0
+                totals["kl"] += jnp.exp(d) - d - 1
+    policy /= batch * count * rewarded
+    totals = {name: x / (scored * count * s.thought_length) for name, x in totals.items()}
 
     base_loss = base_sum / targets[0]
-    talk_losses = [talk_sums[k] / (count * targets[k]) for k in range(ahead)]
+    talk_losses = [
+        sum((talk[k] for (b, _, j), (_, talk, *_) in seen.items() if ok[b, j, k]), jnp.zeros(())) / (count * targets[k])
+        for k in range(ahead)
+    ]
     talk_loss = sum(talk_losses) / ahead
-    weight = s.config.base_loss_weight
-    total = weight * base_loss + (1 - weight) * talk_loss + s.policy_weight * policy
-    return total, {
+    if c.talk_reduction == "log_mean_exp":
+        nlls = {(b, r, j): sum(seen[b, r, j][1][k] for k in real(b, j)) for b, r, j in seen if real(b, j)}
+        places = {(b, j) for b, _, j in nlls}
+        talk_loss = -sum(
+            jnp.log(sum(jnp.exp(-nlls[b, r, j]) for r in range(count)) / count) for b, j in sorted(places)
+        ) / sum(targets)
+    total = c.base_loss_weight * base_loss + c.talk_weight * talk_loss + s.policy_weight * policy
+    total += c.kl_weight * totals["kl"] - c.entropy_bonus * totals["policy_entropy"]
+    distill /= count * targets[0]
+    total += s.distill_weight * distill
+    metrics = {
         "loss": total,
         "base_loss": base_loss,
         "talk_loss": talk_loss,
         "policy_loss": policy,
-        "reward": reward_sum / (batch * count * rewarded),
-        "reward_std_within_position": spread / (batch * rewarded),
-        "mixing_weight": weight_sum / (count * targets[0]),
+        "reward": sum(rewards.values()) / (batch * count * rewarded),
+        "reward_std": sum(
+            (std(groups[b, j]) if count > 1 else 0.0 for b, j in {(b, j) for b, _, j in counted}), jnp.zeros(())
+        ) / scored,
+        "mixing_weight": sum((seen[b, r, j][3][0] for b, r, j in seen if ok[b, j, 0]), jnp.zeros(()))
+        / (count * targets[0]),
+        "unique_thought_rate": sum(
+            len({tuple(np.asarray(thoughts.tokens[b, r, j]).tolist()) for b, r, j in seen if b == row and ok[b, j, 0]})
+            for row in range(batch)
+        ) / (count * targets[0]),
         **{f"talk_loss_{k + 1}": x for k, x in enumerate(talk_losses)},
-    }
+    }  # fmt: skip
+    if count > 1:
+        same = [max(groups[b, j]) - min(groups[b, j]) <= 1e-6 for b, j in {(b, j) for b, _, j in counted}]
+        metrics["frac_reward_zero_std"] = sum(jnp.where(x, 1.0, 0.0) for x in same) / scored
+    metrics |= {"distillation_loss": distill} if s.distill_weight else {}
+    metrics |= {"kl": totals["kl"]} if reference is not None else {}
+    metrics |= {"policy_entropy": totals["policy_entropy"]} if c.entropy_bonus else {}
+    if thoughts.log_probs is not None:
+        metrics["importance_ratio"] = totals["ratio"]
+        metrics |= {"clip_ratio": totals["clip"]} if c.clip_epsilon or c.importance_cap else {}
+    return total, metrics
 
 
 def greedy_thought(

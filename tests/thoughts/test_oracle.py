@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from quietstar_jax.models.parameters import merge, split
-from quietstar_jax.thoughts.loss import quiet_star_loss
-from quietstar_jax.thoughts.objective import count_targets
+from quietstar_jax.thoughts.loss import quiet_star_loss, reward_thoughts
+from quietstar_jax.thoughts.model import QuietStar
+from quietstar_jax.thoughts.objective import count_targets, with_batch_std
+from quietstar_jax.thoughts.reference import reference_log_probs
+from quietstar_jax.thoughts.sample import Thoughts
+from quietstar_jax.thoughts.text import Text
 from tests.thoughts import oracle
 from tests.thoughts.cases import Case, random_model, relative_error, worst_errors
 
@@ -37,6 +41,27 @@ CASES = (
     Case("longest_ahead", batch=1, length=6, settings={"tokens_ahead": 4}, positions_per_chunk=4),
     Case("nothing_real_in_one_row", mask=("0000000", "1111100"), config={"positive_only": False}),
     Case("ahead_beyond_every_target", length=5, mask=("11000", "11000"), settings={"tokens_ahead": 3}),
+    # The family of objectives: every reward, advantage, reduction and option at least once, in different company.
+    Case("rlp", config={"advantage": "leave_one_out", "positive_only": False, "mixing": "none", "base_loss_weight": 0.0,
+                        "talk_loss_weight": 0.0, "sampling_temperature": 2.0}, settings={"num_thoughts": 3}),
+    Case("jepo", mask=("1111111", "1111000"), settings={"num_thoughts": 3},
+         config={"advantage": "log_mean_exp", "advantage_scale": "batch", "advantage_clip": 0.7, "positive_only": False,
+                 "policy_reduction": "sum", "talk_reduction": "log_mean_exp", "talk_loss_weight": 0.2}),
+    Case("latro", config={"advantage": "leave_one_out", "positive_only": False, "kl_in_reward": 0.3, "kl_weight": 0.1,
+                          "policy_reduction": "sum"}, mask=("1111111", "0111110"), settings={"num_thoughts": 3}),
+    Case("probability_group_std_clipped", config={"reward": "probability", "advantage": "group_std",
+         "positive_only": False, "clip_epsilon": 0.2, "entropy_bonus": 0.3}, settings={"num_thoughts": 3}),
+    Case("mean_probability_batch_std_corrected", mask=("1111111", "1111000"), settings={"num_thoughts": 3},
+         config={"reward": "mean_probability", "advantage": "batch_std", "positive_only": False, "importance_cap": 1.1,
+                 "kl_weight": 0.5}),
+    Case("discounted_posterior_longer_phase", config={"discount": 0.7, "advantage": "posterior", "entropy_bonus": 0.1,
+         "policy_reduction": "sum_over_max"}, settings={"longest_thought": 5}, positions_per_chunk=4),
+    Case("centered_posterior_distilled", config={"advantage": "posterior_centered", "mixing": "log_probabilities",
+         "positive_only": False, "talk_reduction": "log_mean_exp"}, settings={"distill_weight": 2.0}),
+    Case("everything_with_one_thought", config={"reward": "mean_probability", "advantage": "group_std",
+         "kl_weight": 1.0, "advantage_scale": "batch", "importance_cap": 2.0, "entropy_bonus": 0.2,
+         "talk_reduction": "log_mean_exp"},
+         settings={"num_thoughts": 1, "distill_weight": 0.5}),
 )  # fmt: skip
 
 
@@ -47,13 +72,27 @@ def test_loss_metrics_and_gradients_equal_the_oracle(case: Case) -> None:
     (tokens, mask), thoughts = case.text(), case.thoughts()
     params, graphdef = split(model)
 
+    reference, given = None, thoughts
+    if s.config.needs_reference:
+        reference = split(random_model(a, s.config.embedding_scale, seed=5))[0]
+
+    def think(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:
+        if reference is None:
+            return given
+        old, chunk = merge(graphdef, reference), case.positions_per_chunk
+        log_probs = reference_log_probs(old, text, positions, given.tokens, s, chunk)
+        return given._replace(reference_log_probs=log_probs)
+
     def fast(params: oracle.Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         counts = count_targets(mask, s.tokens_ahead)
         model = merge(graphdef, params)
-        return quiet_star_loss(model, tokens, mask, lambda *_: thoughts, counts, s, case.positions_per_chunk)
+        if s.config.needs_batch_rewards:
+            rewarded = reward_thoughts(model, tokens, mask, think, s, case.positions_per_chunk)
+            counts = with_batch_std(counts, rewarded.rewards, rewarded.scored, s.config.advantage)
+        return quiet_star_loss(model, tokens, mask, think, counts, s, case.positions_per_chunk)
 
     def slow(params: oracle.Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return oracle.loss(a, s, params, tokens, mask, thoughts.tokens)
+        return oracle.loss(a, s, params, tokens, mask, thoughts, reference)
 
     (value, metrics), gradient = jax.jit(jax.value_and_grad(fast, has_aux=True))(params)
     (expected, expected_metrics), expected_gradient = jax.value_and_grad(slow, has_aux=True)(params)
@@ -61,8 +100,14 @@ def test_loss_metrics_and_gradients_equal_the_oracle(case: Case) -> None:
     assert relative_error(value, expected) < 1e-5
     entropy = np.asarray(thoughts.entropy).mean(-1)[:, :, :-1]
     real = np.asarray(mask)[:, None, 1:]
-    expected_metrics["thought_entropy"] = (entropy * real).sum() / (s.num_thoughts * max(real.sum(), 1))
+    expected_metrics["entropy"] = (entropy * real).sum() / (s.num_thoughts * max(real.sum(), 1))
+    histogram = metrics.pop("entropy_histogram")
+    assert float(histogram.sum()) == np.asarray(mask)[:, 1:].sum()
     assert not worst_errors(metrics, expected_metrics, 2e-5)
     assert not worst_errors(gradient, expected_gradient, 1e-4)
     idle = {name for name, g in expected_gradient.items() if not np.any(g)}
-    assert idle == {"start_spare", "end_spare"}, "a term of this case does not matter"
+    unused = {"start_spare", "end_spare"}
+    if s.config.mixing == "none":
+        unused |= {name for name in params if name.startswith("mixing_head.")}
+    unused |= set() if s.config.talk_weight else {"end_embedding"}
+    assert idle == unused, "a term of this case does not matter"

@@ -1,0 +1,55 @@
+"""Figures that show whether thoughts differ: distinct thoughts, and quantiles of the entropy over positions.
+
+All are sums over sequences, so that microbatches and devices add up to the batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+BINS = 256
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+def distinct_thoughts(tokens: jax.Array, counted: jax.Array) -> jax.Array:
+    """Returns the number of distinct thoughts within each sequence, [B] float32.
+
+    Args:
+      tokens: [B, R, J, T] int32; counted: [B, J] bool, the positions whose thoughts are counted.
+    """
+    batch, count, places, length = tokens.shape
+    absent = jnp.broadcast_to(~counted[:, None], (batch, count, places)).reshape(batch, -1).astype(jnp.int32)
+    thoughts = tokens.reshape(batch, count * places, length)
+    # Sorted by (absent, t_1, .., t_T), equal thoughts are neighbours; the first of them is counted.
+    keys = jax.lax.sort((absent, *jnp.moveaxis(thoughts, -1, 0)), dimension=1, num_keys=1 + length)
+    new = jnp.stack([key[:, 1:] != key[:, :-1] for key in keys]).any(axis=0)
+    return (jnp.pad(new, ((0, 0), (1, 0)), constant_values=True) & (keys[0] == 0)).sum(axis=1, dtype=jnp.float32)
+
+
+def entropy_histogram(entropy: jax.Array, counted: jax.Array, vocab_size: int) -> jax.Array:
+    """Returns how many of the counted positions have an entropy in each bin, float32 [BINS].
+
+    Bin i covers log(V) (i / BINS)^2 .. log(V) ((i + 1) / BINS)^2: narrow near 0, where collapsed thoughts are.
+
+    Args:
+      entropy: [B, J] nats; counted: [B, J] bool.
+    """
+    share = jnp.clip(entropy / math.log(vocab_size), 0.0, 1.0)
+    bins = jnp.minimum((jnp.sqrt(share) * BINS).astype(jnp.int32), BINS - 1)
+    return jnp.zeros(BINS, jnp.float32).at[bins].add(counted.astype(jnp.float32))
+
+
+def histogram_quantiles(histogram: jax.Array, vocab_size: int) -> dict[str, jax.Array]:
+    """Returns `entropy_p05`, `entropy_p50`, `entropy_p95` in nats, interpolated within a bin of `entropy_histogram`."""
+    edges = math.log(vocab_size) * (jnp.arange(BINS + 1, dtype=jnp.float32) / BINS) ** 2
+    cumulative = jnp.concatenate([jnp.zeros(1), jnp.cumsum(histogram)])
+    found = {}
+    for quantile in QUANTILES:
+        target = quantile * cumulative[-1]
+        at = jnp.clip(jnp.searchsorted(cumulative, target, side="right") - 1, 0, BINS - 1)
+        inside = (target - cumulative[at]) / jnp.maximum(histogram[at], 1e-9)
+        found[f"entropy_p{round(100 * quantile):02}"] = edges[at] + jnp.clip(inside, 0, 1) * (edges[at + 1] - edges[at])
+    return found

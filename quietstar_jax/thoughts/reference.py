@@ -1,0 +1,39 @@
+"""The reference model of the KL divergence: log-probabilities of given thoughts under frozen weights."""
+
+from __future__ import annotations
+
+import jax
+
+from quietstar_jax.models.linear import cross_entropy
+from quietstar_jax.thoughts.chunks import map_chunks
+from quietstar_jax.thoughts.model import QuietStar
+from quietstar_jax.thoughts.sample import mask_meta_tokens
+from quietstar_jax.thoughts.score import chain_hidden_states
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.text import Text, read_text
+
+
+def reference_log_probs(
+    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings,
+    positions_per_chunk: int,
+) -> jax.Array:  # fmt: skip
+    """Returns the log-probability of each thought token at the temperature of scoring, without gradient.
+
+    Reads the text again: a forward pass over text and chains.
+
+    Args:
+      model: the reference; text: of which only tokens, mask and starts are used; thoughts: [B, R, J, T].
+
+    Returns:
+      [B, R, J, T] float32.
+    """
+    model = jax.lax.stop_gradient(model)
+    text = read_text(model.decoder, text.tokens, text.mask, text.starts, dtype=settings.dtype)
+
+    def chunk(read: tuple[QuietStar, Text], positions: jax.Array, thoughts: jax.Array) -> jax.Array:
+        model, text = read
+        hidden = chain_hidden_states(model, text, positions, thoughts, settings)[0]
+        logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
+        return -cross_entropy(logits / settings.config.score_temperature, thoughts)
+
+    return map_chunks(chunk, (model, text), positions, positions_per_chunk, thoughts, axis=2)
