@@ -19,14 +19,13 @@ from etils import epath
 from quietstar_jax.checkpoint import manifest
 from quietstar_jax.checkpoint.steps import absolute, damage, prune, remove_unfinished, saved_steps, say_once, set_aside
 from quietstar_jax.checkpoint.stored_arrays import UNREADABLE, first_line
-from quietstar_jax.checkpoint.train_state import TrainState
+from quietstar_jax.checkpoint.train_state import OBJECTIVE, TrainState
 from quietstar_jax.config import CheckpointConfig
 from quietstar_jax.errors import CheckpointError, DivergedError, PreemptedError
 from quietstar_jax.io import disk_error
 from quietstar_jax.parallel.processes import any_process
 
 ARRAYS, RECORDS = ("params", "opt_state"), ("data", "config", "progress")
-OBJECTIVE = "objective"  # arrays of `TrainState.objective`, if there are any
 LARGE_BYTES = 2**26  # layers of larger stacked arrays are stored separately, so that an export can read a few at a time
 
 
@@ -65,7 +64,7 @@ class Checkpoints:
             lightweight_initialize=True,  # do not read a damaged step before it is checked
             temporary_path_class=_step_path(directory, lambda: prune(directory, kept)),
         )
-        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in (*ARRAYS, OBJECTIVE)}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in RECORDS}
         with self._disk_errors("The folder of checkpoints cannot be used"):
             self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
@@ -145,12 +144,14 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step:
             return
+        objective = state.objective
         items = ocp.args.Composite(
             params=_layers_apart(state.params),
             opt_state=_layers_apart(state.opt_state),
             data=ocp.args.JsonSave(dict(data)),
             config=ocp.args.JsonSave(dict(record)),
             progress=ocp.args.JsonSave({"step": step}),
+            **({OBJECTIVE: _layers_apart(objective)} if objective else {}),
         )
         with self._disk_errors(f"The checkpoint of step {step}, or the one before it, cannot be written"):
             if "://" not in str(self._directory) and not self._directory.is_dir():
@@ -167,15 +168,18 @@ class Checkpoints:
         Raises:
           CheckpointError: the checkpoint is damaged or of another model.
         """
+        objective = abstract.objective
         found = self._restore(
             step,
             params=ocp.args.StandardRestore(abstract.params),
             opt_state=ocp.args.StandardRestore(abstract.opt_state),
             data=ocp.args.JsonRestore(),
             progress=ocp.args.JsonRestore(),
+            **({OBJECTIVE: ocp.args.StandardRestore(objective)} if objective else {}),
         )
         done = jax.device_put(np.int32(found["progress"]["step"]), abstract.step.sharding)
-        return Restored(TrainState(done, found["params"], found["opt_state"]), found["data"])
+        rest = found[OBJECTIVE] if objective else {}
+        return Restored(TrainState(done, found["params"], found["opt_state"], **rest), found["data"])
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:

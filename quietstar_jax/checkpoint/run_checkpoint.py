@@ -19,6 +19,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint import manifest
 from quietstar_jax.checkpoint.steps import absolute, saved_steps, whole_step
 from quietstar_jax.checkpoint.stored_arrays import UNREADABLE, first_line, open_arrays
+from quietstar_jax.checkpoint.train_state import OBJECTIVE
 from quietstar_jax.config import Config
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
@@ -108,7 +109,7 @@ def open_run(checkpoint: Path, step: int | None = None) -> RunCheckpoint:
     folder = _checkpoints_folder(checkpoint)
     if not folder.is_dir():
         raise CheckpointError(f"{checkpoint} is not a folder. Give a run's workdir, or the checkpoints folder in it.")
-    step = whole_step(folder, step, leave_out=("opt_state",))
+    step = whole_step(folder, step, leave_out=("opt_state", OBJECTIVE))
     record_file = folder / str(step) / "config" / "metadata"
     try:
         record = json.loads(record_file.read_text("utf-8"))

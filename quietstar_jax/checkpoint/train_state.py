@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+OBJECTIVE = "objective"
+
 
 class TrainState(NamedTuple):
     """Everything that changes from step to step.
@@ -23,3 +25,9 @@ class TrainState(NamedTuple):
     opt_state: Any
     entropy_bonus: jax.Array | None = None
     reference: dict[str, jax.Array] | None = None
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """The item `OBJECTIVE` of a checkpoint: the last two fields, without those that are None."""
+        fields = {"entropy_bonus": self.entropy_bonus, "reference": self.reference}
+        return {name: value for name, value in fields.items() if value is not None}

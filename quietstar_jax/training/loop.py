@@ -152,8 +152,8 @@ class Trainer:
         self._catch_up(state)
         for phase, start, end in phases_left(run.config, int(state.step)):
             if phase.fresh_optimizer and int(state.step) == start:
-                step, state = state.step, start_optimizer(run, state.params)
-                state = state._replace(step=step)
+                step, kept = state.step, state.objective
+                state = start_optimizer(run, state.params)._replace(step=step, **kept)
             step_fn = compile_train_step(
                 run.config, phase, run.graphdef, run.architecture, run.vocabulary, state,
                 self._reader.numbers(phase.batch_size),

@@ -1,6 +1,7 @@
 """The training step and the token scorer on many meshes of CPU devices against one device, in one process.
 
-`JAX_NUM_CPU_DEVICES=8 python -m tests.parallel.shapes step 8,1,1,1 2,2,2,1 ...`: data, fsdp, tensor and position.
+`JAX_NUM_CPU_DEVICES=8 python -m tests.parallel.shapes step 8,1,1,1 2,2,2,1 ...`: data, fsdp, tensor and position;
+`step`, `objective` (a step whose terms need figures of the whole batch, and a reference) or `scores`.
 """
 
 from __future__ import annotations
@@ -36,10 +37,18 @@ ARRAYS, STRUCTURE = split(random_model(ARCHITECTURE, 7.0))
 PARAMS = jax.device_get(ARRAYS)  # a step gives up what it is given
 
 
-def config(mesh: MeshConfig, **model: Any) -> Config:
+OBJECTIVE = {
+    "advantage": "batch_std", "advantage_scale": "batch", "advantage_clip": 1.5, "positive_only": False,
+    "kl_weight": 0.3, "kl_in_reward": 0.1, "importance_cap": 1.2, "entropy_target": 3.0, "entropy_bonus": 0.2,
+    "talk_reduction": "log_mean_exp", "positions": "random", "position_fraction": 0.7,
+}  # fmt: skip
+
+
+def config(mesh: MeshConfig, thought: dict[str, Any] | None = None, **model: Any) -> Config:
     return Config(
         model=ModelConfig(architecture=ARCHITECTURE, **model), phases=(PHASE,), mesh=mesh,
-        data=DataConfig(sequence_length=LENGTH), thought=ThoughtConfig(embedding_scale=7.0, positions_per_chunk=2),
+        data=DataConfig(sequence_length=LENGTH),
+        thought=ThoughtConfig(embedding_scale=7.0, positions_per_chunk=2, **thought or {}),
     )  # fmt: skip
 
 
@@ -58,10 +67,15 @@ def step_on(config: Config, devices: list[Any]) -> tuple[dict[str, Any], dict[st
     """(metrics, first Adam moments, which are the gradients) after one step."""
     with jax.set_mesh(mesh := make_mesh(config.mesh, ARCHITECTURE, devices)):
         state = initial_state(PARAMS, config)
+        if state.reference is not None:  # a divergence from equal weights would be 0
+            state = state._replace(reference=jax.device_get(split(random_model(ARCHITECTURE, 7.0, seed=5))[0]))
         state = jax.device_put(state, on_mesh(mesh, state_specs(state, STRUCTURE)))
         step = compile_train_step(config, PHASE, STRUCTURE, ARCHITECTURE, VOCABULARY, state)
         state, metrics = step(state, to_device(rows()), jax.random.key(1), np.int32(0))
-        return jax.device_get(metrics), jax.device_get(state.opt_state[1].mu)
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("entropy_p")}
+        if state.entropy_bonus is not None:
+            metrics["next_entropy_bonus"] = state.entropy_bonus
+        return jax.device_get((metrics, state.opt_state[1].mu))
 
 
 def scores_on(config: Config, devices: list[Any]) -> Any:
@@ -72,17 +86,25 @@ def scores_on(config: Config, devices: list[Any]) -> Any:
         return score_batches(scorer, params, [{name: value[:7] for name, value in rows().items()}], jax.random.key(2))
 
 
+def function(kind: str) -> Any:
+    return scores_on if kind == "scores" else step_on
+
+
+def thought(kind: str) -> dict[str, Any]:
+    return OBJECTIVE if kind == "objective" else {}
+
+
 @functools.cache
 def alone(kind: str, **model: Any) -> Any:
-    return (step_on if kind == "step" else scores_on)(config(MeshConfig(), **model), jax.devices()[:1])
+    return function(kind)(config(MeshConfig(), thought(kind), **model), jax.devices()[:1])
 
 
 def compare(kind: str, shape: str, **model: Any) -> None:
     sizes = dict(zip(("data", "fsdp", "tensor", "position"), map(int, shape.split(",")), strict=True))
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-    spread = config(MeshConfig(**sizes), **model)
-    tolerance = 1e-5 if not model else 2e-2
-    if kind == "step":
+    spread = config(MeshConfig(**sizes), thought(kind), **model)
+    tolerance = 2e-2 if model else 1e-4 if kind == "objective" else 1e-5
+    if kind != "scores":
         (metrics, gradients), (wanted, wanted_gradients) = step_on(spread, devices), alone(kind, **model)
         wrong = worst_errors(metrics, wanted, tolerance) | worst_errors(gradients, wanted_gradients, 10 * tolerance)
     else:

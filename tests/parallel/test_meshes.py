@@ -24,6 +24,10 @@ def test_a_step_on_every_mesh_of_8_devices(part):
     equal("step", *OF_8[part::4])
 
 
+def test_figures_of_the_whole_batch_on_8_devices():
+    equal("objective", "8,1,1,1", "2,2,2,1", "2,1,1,4")
+
+
 def test_a_step_on_2_devices():
     equal("step", "2,1,1,1", "1,2,1,1", "1,1,2,1", "1,1,1,2")
 

@@ -153,7 +153,9 @@ def test_latro_worked_by_hand() -> None:
     own, reference = jnp.array([-6.0, -8.0, -7.0]), jnp.array([-7.0, -7.5, -7.0])
     reward = gain - 0.05 * (own - reference)[None, :, None]
     assert of(reward) == pytest.approx((-1.55, -3.275, -2.4))
-    assert of(advantages(reward, name="leave_one_out", positive_only=False)) == pytest.approx((1.2875, -1.3, 0.0125), abs=1e-6)
+    assert of(advantages(reward, name="leave_one_out", positive_only=False)) == pytest.approx(
+        (1.2875, -1.3, 0.0125), abs=1e-6
+    )
 
 
 def test_clipped_surrogate_and_correction_worked_by_hand() -> None:
