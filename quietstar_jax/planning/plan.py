@@ -11,7 +11,7 @@ import jax
 
 from quietstar_jax.config import Config
 from quietstar_jax.parallel.mesh import resolve
-from quietstar_jax.planning.chips import Chip
+from quietstar_jax.parallel.chips import Chip
 from quietstar_jax.planning.hlo import collectives
 from quietstar_jax.planning.programs import Program, generate_program, train_program
 from quietstar_jax.planning.targets import Target

@@ -19,7 +19,7 @@ import jax
 from jax.experimental import topologies
 
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.planning.chips import CPU, GPUS, NETWORK_RATE, TPUS, Chip
+from quietstar_jax.parallel.chips import CPU, GPUS, NETWORK_RATE, TPUS, Chip
 
 KNOWN = {
     "v4": "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16",

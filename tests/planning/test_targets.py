@@ -11,7 +11,7 @@ from quietstar_jax.config import ModelConfig
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.planning import targets
 from quietstar_jax.planning.architectures import KNOWN, planned_architecture
-from quietstar_jax.planning.chips import GPUS, TPUS
+from quietstar_jax.parallel.chips import GPUS, TPUS
 from quietstar_jax.planning.plan import _memory_that_is_missing, suggestions
 from quietstar_jax.planning.targets import find_target
 from tests.training.tiny import tiny_config

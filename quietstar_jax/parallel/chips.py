@@ -48,3 +48,14 @@ GPUS = {
     "h200": Chip("H200 141 GB", 989e12, 141e9, 4800e9, 450e9),
 }
 CPU = Chip("CPU", 0.0, 0.0, 0.0, 0.0)
+
+_KINDS = {  # a part of `jax.Device.device_kind`, in lower case
+    "v6": TPUS["v6e"], "v5 lite": TPUS["v5e"], "v5e": TPUS["v5e"], "v5": TPUS["v5p"], "v4": TPUS["v4"],
+    "a100": GPUS["a100"], "h100": GPUS["h100"], "h200": GPUS["h200"],
+}  # fmt: skip
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """Returns the chip that a JAX device is, or None if its rates are not in this table."""
+    kind = device_kind.lower()
+    return next((chip for name, chip in _KINDS.items() if name in kind), None)

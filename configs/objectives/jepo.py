@@ -1,0 +1,31 @@
+"""JEPO (arXiv 2503.19618): the thoughts of a position are an ensemble, and each is paid for what it adds to it.
+
+Published: one thought before a whole answer (K = all of it).
+"""
+
+import ml_collections
+
+from configs import quickstart
+
+
+def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Sets the constants of the objective; all other settings stay."""
+    config.thought.update(
+        advantage="log_mean_exp", positive_only=False,  # the gradient of the ensemble's log-likelihood
+        advantage_scale="batch", advantage_clip=1.0,  # A / std(A), within +-1
+        policy_reduction="sum", score_temperature=1.0,  # log-probability of the whole thought
+        talk_reduction="log_mean_exp", talk_loss_weight=0.1,  # the ensemble's own loss, with a small weight
+        base_loss_weight=0.0,
+        mixing="none",  # the prediction after the thought stands alone
+    )  # fmt: skip
+    return config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The quickstart, without the phase that trains the mixing head."""
+    config = objective(quickstart.get_config())
+    config.workdir = "runs/objectives/jepo"
+    pretrain, _, thoughts = config.phases
+    thoughts.update(policy_weight=1.0)
+    config.phases = [pretrain, thoughts]
+    return config

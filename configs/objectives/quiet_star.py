@@ -1,0 +1,26 @@
+"""Quiet-STaR as published (arXiv 2403.09629), on the corpus of the quickstart. The other files change this one.
+
+A gain over the prediction without a thought counts, only gains above the mean of the position's thoughts are reinforced,
+and the mixing head decides how much a thought changes the prediction.
+"""
+
+import ml_collections
+
+from configs import quickstart
+
+
+def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Sets the constants of the objective; all other settings stay."""
+    config.thought.update(
+        reward="information_gain", discount=1.0, advantage="mean", positive_only=True,
+        policy_reduction="mean", score_temperature=3.0, sampling_temperature=1.0,
+        talk_reduction="mean", base_loss_weight=0.5, mixing="hidden_states",
+    )  # fmt: skip
+    return config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The quickstart, whose phases set K = 2 and T = 6 (published: 4 and 9) and a policy weight for their rate."""
+    config = objective(quickstart.get_config())
+    config.workdir = "runs/objectives/quiet_star"
+    return config

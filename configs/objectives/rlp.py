@@ -1,0 +1,31 @@
+"""RLP (arXiv 2510.01265): reinforcement alone, on the information gain about the next token.
+
+Published: thoughts of 512 tokens and more at one position of a document, an EMA of the weights as the baseline, clipping.
+Whatever is the same for all thoughts of a position cancels, so no EMA is kept; at one update per sample, clipping does
+nothing. See docs/objectives.md.
+"""
+
+import ml_collections
+
+from configs import quickstart
+
+
+def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Sets the constants of the objective; all other settings stay."""
+    config.thought.update(
+        advantage="leave_one_out", positive_only=False,  # unbiased, and bad thoughts are made less likely
+        sampling_temperature=0.7, score_temperature=0.7,  # the distribution that samples is the one that learns
+        base_loss_weight=0.0, talk_loss_weight=0.0,  # no cross-entropy: only the policy term
+        mixing="none",  # the prediction after the thought stands alone
+    )  # fmt: skip
+    return config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The quickstart with K = 1, and without the phase that trains the mixing head."""
+    config = objective(quickstart.get_config())
+    config.workdir = "runs/objectives/rlp"
+    pretrain, _, thoughts = config.phases
+    thoughts.update(tokens_ahead=1, policy_weight=1.0)
+    config.phases = [pretrain, thoughts]
+    return config
