@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from quietstar_jax.command_line import CommandParser, integer_from, parse_with_config
+from quietstar_jax.command_line import CommandParser, add_config_flags, add_flags, integer_from, parse_with_config
 from quietstar_jax.config import Config, MeshConfig
 from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.planning.plan import PROGRAMS, plan
@@ -24,7 +24,7 @@ from quietstar_jax.planning.targets import Target, compile_only, find_target
 
 def main(arguments: Sequence[str]) -> int:
     """Compiles the program and prints the plan; returns 1 if it does not fit."""
-    given, config = parse_with_config(_parser(), arguments)
+    given, config = parse_with_config(make_parser(), arguments)
     compile_only()
     target = find_target(given.topology)
     config = planned_for(config, target)
@@ -40,15 +40,21 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if fits else 1
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m quietstar_jax.aot", description=__doc__)
+def make_parser() -> CommandParser:
+    """Returns the parser of this command."""
+    parser = CommandParser(
+        "aot", "Compiles the train step, or the decoder, for devices that need not be attached. Prints whether it\n"
+        "fits in memory, what the devices communicate, and the shortest time of a step. Status 1: it does not fit.",
+        "--config configs/mistral_7b_openwebmath.py --topology v5e:8x8 --config.mesh.fsdp=8",
+    )  # fmt: skip
     add = parser.add_argument
-    add("--topology", required=True, help="v5e:4x4, v5p:2x2x4*2 (two slices), gpu:h100x8, cpu:8 ...")
-    add("--program", choices=list(PROGRAMS), default="train", help="what to compile")
-    add("--phase", default="", help="the phase whose step is compiled; by default the one that costs most")
+    add("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:2x2x4*2 (two slices), gpu:h100x8, cpu:8 ...")
+    add_config_flags(parser)
+    add("--program", choices=list(PROGRAMS), default="train", help="program to compile (default: %(default)s)")
+    add("--phase", default="", metavar="NAME", help="phase whose step is compiled (default: the most expensive one)")
     add("--search", action="store_true", help="try mesh shapes and chunk sizes, and rank those that fit")
-    add("--tries", type=integer_from(1), default=6, help="how many of them to compile (%(default)s)")
-    add("--json", action="store_true", help="one JSON object on the last line instead of a table")
+    add("--tries", type=integer_from(1), default=6, metavar="N", help="how many of them to compile (default: 6)")
+    add_flags(parser, "--json")
     return parser
 
 

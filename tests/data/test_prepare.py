@@ -156,7 +156,7 @@ def test_large_vocabulary(tmp_path: Path) -> None:
 
 def command(source: str, tokenizer: Path, output: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "quietstar_jax.data.prepare", "--source", source, "--tokenizer", str(tokenizer),
+        sys.executable, "-m", "quietstar_jax.data.prepare", "--data", source, "--tokenizer", str(tokenizer),
         "--output", str(output), *more,
     ]  # fmt: skip
 
@@ -262,7 +262,7 @@ def test_broken_documents_and_workers(tmp_path: Path) -> None:
     TOKENIZER.save(tmp_path / "tokenizer")
     path = Path(write(tmp_path / "a.jsonl", documents([4] * 12)))
     path.write_text(path.read_text().replace('"46 47', "46 47"))
-    arguments = ["--source", str(path), "--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "out")]
+    arguments = ["--data", str(path), "--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "out")]
     for more in (["--workers", "1"], ["--workers", "2", "--shards", "4"]):
         with pytest.raises(DataError, match=r"a\.jsonl, line 12: broken JSON"):
             main([*arguments[:-1], f"{arguments[-1]}{more[1]}", *more])

@@ -93,7 +93,7 @@ def test_much_is_refused_unless_asked_for(tmp_path: Path) -> None:
 def test_prepare_refuses_before_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words(unk=True).save(tmp_path / "words")
     arguments = [
-        "--source",
+        "--data",
         corpus(tmp_path / "a.jsonl", 200),
         "--tokenizer",
         str(tmp_path / "words"),
