@@ -53,9 +53,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         cache_dir=str(folder / "cache"),
     )
     start = time.perf_counter()
-    manifest = prepare(
-        given.data, tokenizer, "", folder / "tokens", plain, shards=given.shards, workers=given.prepare
-    )
+    manifest = prepare(given.data, tokenizer, "", folder / "tokens", plain, shards=given.shards, workers=given.prepare)
     elapsed = time.perf_counter() - start
     result: dict[str, Any] = {
         "documents": manifest["documents"],

@@ -70,7 +70,7 @@ def _suited(config: Config, target: Target, phase: str) -> Config:
         guess = next((guess for guess in configs if guess.thought.chunk_megabytes <= most), configs[-1])
         said = [f"--config.mesh.{name}={getattr(guess.mesh, name)}" for name in (*SIZES, "dcn_data", "dcn_fsdp")]
         said.append(f"--config.thought.chunk_megabytes={guess.thought.chunk_megabytes}")
-        print(f"The default mesh does not suit {target.name}. This is for {' '.join(said)}", file=sys.stderr)
+        print(f"The default mesh does not suit {target.name}. The plan is for {' '.join(said)}", file=sys.stderr)
         return guess
     return config
 

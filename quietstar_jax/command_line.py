@@ -71,7 +71,7 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises `ConfigError` with the message; called by `argparse`."""
         message = re.sub("^argument (.*?): is ", r"\1 is ", message).removeprefix("argument ")
-        raise ConfigError(f"{message}. {self.prog} --help lists all flags.")
+        raise ConfigError(f"{message.removesuffix('.')}. {self.prog} --help lists all flags.")
 
     def format_usage(self) -> str:
         """Returns the required arguments; `format_help` lists the others, one to a line."""
@@ -89,8 +89,9 @@ class CommandParser(argparse.ArgumentParser):
     def naming_flags(self) -> Iterator[None]:
         """Names flags in the errors of a user that are raised inside, where the library names arguments or settings.
 
-        The library writes arguments in backticks: `thought_length` becomes --thought-length, `data.text_key` becomes
-        --text-key. What this command has no flag for remains.
+        The library begins a message with the argument, as in "thought_length is 0", and writes other arguments and
+        settings in backticks: `max_length` becomes --max-length, `data.text_key` --text-key. A name remains if this
+        command has no flag for it.
         """
         try:
             yield
@@ -100,7 +101,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def _with_flags(self, message: str) -> str:
         flags = {action.dest: action.option_strings[-1] for action in self._actions if action.option_strings}
-        return re.sub(r"`(?:data\.)?([a-z_]+)`", lambda name: flags.get(name[1], name[0]), message)
+        names = r"`(?:data\.)?([a-z_]+)`|^([a-z_]+)(?= is )"
+        return re.sub(names, lambda found: flags.get(found[1] or found[2], found[0]), message)
 
     def _advice(self, flag: str) -> str:
         known = [name for name in self._option_string_actions if name.startswith("--")]
@@ -131,7 +133,7 @@ def integer(text: str, least: int = -LARGEST_INTEGER, most: int = LARGEST_INTEGE
     if not least <= value <= most:
         bound = "at most 64 bits" if least < 0 else f"{least} or more"
         bound = f"{least} .. {most}" if most < LARGEST_INTEGER else bound
-        raise argparse.ArgumentTypeError(f"is {shown(text)}; it takes a whole number ({bound})")
+        raise argparse.ArgumentTypeError(f"is {shown(text)}; it must be a whole number ({bound})")
     return value
 
 
@@ -142,16 +144,15 @@ def integer_from(least: int, most: int = LARGEST_INTEGER) -> Callable[[str], int
 
 def path(text: str) -> Path:
     """Argument type: a local path; `~` is the home folder."""
-    found = path_or_url(text)
-    if is_url(found):
-        raise argparse.ArgumentTypeError(f"is {shown(text)}; it takes a path on this machine, not a URL")
-    return Path(found)
+    if is_url(text) and not text.startswith("file://"):
+        raise argparse.ArgumentTypeError(f"is {shown(text)}; it must be a path on this machine, not a URL")
+    return Path(path_or_url(text))
 
 
 def path_or_url(text: str) -> Any:
     """Argument type: a local path as in `path`, or a URL of an object store."""
     if not text:
-        raise argparse.ArgumentTypeError("is empty; it takes a path")
+        raise argparse.ArgumentTypeError("is empty; it must be a path")
     try:
         return place(text, "is")
     except ConfigError as error:
@@ -295,7 +296,7 @@ def parse_with_config(parser: CommandParser, arguments: Sequence[str]) -> tuple[
     for word in words:
         if word == "--config" or word.startswith("--config="):
             if file is not None:
-                raise ConfigError("--config is given twice; it takes one file.")
+                raise ConfigError("--config is given twice; one file is allowed.")
             file = word.partition("=")[2] if "=" in word else next(words, "")
         elif word.startswith(("--config.", "--noconfig.")):
             name, equals, value = word.partition(".")[2].partition("=")

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
 def make_parser() -> CommandParser:
     """Returns the parser of this command."""
     parser = CommandParser(
-        "train", "Trains a model as a configuration file says, or resumes the run in its work directory.",
+        "train", "Trains the model of a configuration file, or resumes the run in its work directory.",
         "--config configs/quickstart.py --config.workdir=runs/mine --config.seed=1",
     )  # fmt: skip
     add_config_flags(parser)

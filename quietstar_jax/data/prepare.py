@@ -29,11 +29,11 @@ def main(arguments: list[str]) -> None:
             given.data, tokenizer, given.revision, output, config, shards=given.shards, workers=given.workers
         )
     count = len(manifest["shards"])
-    fewer = f" ({given.shards} were asked for: the sources cannot be cut into more)" if count < given.shards else ""
-    empty = f" ({manifest['empty_documents']:,} empty ones left out)" if manifest["empty_documents"] else ""
+    fewer = f" ({given.shards} were requested: the sources cannot be split into more)" if count < given.shards else ""
+    empty = f" ({manifest['empty_documents']:,} empty ones omitted)" if manifest["empty_documents"] else ""
     print(
         f"{manifest['documents']:,} documents{empty}, {manifest['tokens']:,} tokens in {count} shards{fewer}: "
-        f"{output}. Train on it with --config.data.train=\"('{output}',)\"."
+        f"{output}. To train on them, set --config.data.train=\"('{output}',)\"."
     )
 
 

@@ -79,8 +79,8 @@ def measure_answers(
     if not fitting:
         shortest = min(len(answer.tokens) for answer in written)
         raise DataError(
-            f"All {len(written)} questions are longer than {longest} tokens (the shortest has {shortest}). Raise "
-            "--max-length where the model allows it, or measure a model that knows more positions."
+            f"All {len(written)} questions are longer than {longest} tokens (the shortest has {shortest}). Increase "
+            "`max_length` if the model allows it, or measure a model with more positions."
         )
     tails = [Continuation(answer.tokens, answer.last, answer.allowed) for answer in fitting]
     scores = scorer(tails, done)

@@ -41,7 +41,7 @@ class Windows:
     def __post_init__(self) -> None:
         if not 0 < self.context < self.length:
             raise ConfigError(
-                f"--context is {self.context}; it takes 1 .. {self.length - 1}, less than --window ({self.length})."
+                f"context is {self.context}; it must be 1 .. {self.length - 1}, less than `window` ({self.length})."
             )
 
     def tails(self, tokens: Sequence[int]) -> Iterator[Continuation]:
@@ -94,7 +94,7 @@ def measure_text(
                 moments.add(tail, score)
             done(share)
     if not columns:
-        raise DataError(f"The {texts} texts hold no token to score. Give a file with text.")
+        raise DataError(f"The {texts} texts contain no token to score. Give other text.")
     found = {"texts": texts, "bytes": size, "window": windows.length, "context": windows.context}
     found |= summarize_windows(columns, size, seed)
     return found | (moments.shown(tokenizer) if "with_thoughts" in found else {})

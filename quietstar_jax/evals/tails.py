@@ -174,7 +174,7 @@ class ContinuationScorer:
     def __init__(self, model: LoadedModel, settings: ThoughtSettings, batch_size: int):
         """Args: settings: from `model.settings`, length 0 = no thoughts; batch_size: texts over all devices."""
         if batch_size < 1:
-            raise ConfigError(f"--batch-size is {batch_size}; it takes 1 or more.")
+            raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more.")
         self._mesh = make_mesh(MeshConfig(), model.architecture, jax.local_devices())
         ways = row_ways(self._mesh)
         self.batch_size = -(-batch_size // ways) * ways

@@ -35,7 +35,7 @@ model.generate(**text, max_new_tokens=50)                     # a greedy thought
 model.generate(**text, max_new_tokens=50, thought_length=0)   # the same weights without thoughts
 ```""",
     "base": """\
-The decoder alone, without thoughts: a model of the shape and with the vocabulary of the one that training began from.
+The decoder alone, without thoughts: a model with the architecture and vocabulary of the one before training.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

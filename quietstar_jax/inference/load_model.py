@@ -100,11 +100,11 @@ class LoadedModel:
         """
         length = self.thought_length if thought_length is None else thought_length
         if length < 0:
-            raise ConfigError(f"The length of a thought is {length}; it takes 0 (no thoughts) or more.")
+            raise ConfigError(f"thought_length is {length}; it must be 0 (no thoughts) or more.")
         if length and not self.can_think:
             raise CheckpointError(
-                f"{self.path} cannot think: it has no mixing head that was trained. Turn thoughts off, or give a run "
-                "or an export that has learned to think."
+                f"{self.path} has no trained mixing head, so it has no thoughts. Set `thoughts` to off, or give a run "
+                "or an export that was trained with thoughts."
             )
         model = ModelConfig(compute_dtype=self.dtype, prefix_attention=self.prefix_attention)
         config = Config(model=model, thought=self.thought)
@@ -154,18 +154,18 @@ def load_model(
       UserError: the path is none of these, is broken, or has no step although one is given.
     """
     if dtype not in DTYPES:
-        raise ConfigError(f"The dtype is {dtype!r}; it takes one of {', '.join(DTYPES)}.")
+        raise ConfigError(f"The dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     check_kernels(prefix_attention, jax.devices()[0])
     folder = place(str(path), "The model")
     if is_run(folder):
         if revision:
-            raise CheckpointError(f"{path} is a run and has no revision {revision!r}. Leave the revision out.")
+            raise CheckpointError(f"{path} is a run and has no revision {revision!r}. Omit `revision`.")
         model = _of_run(str(path), open_run(folder, step), dtype, layout)
         return dataclasses.replace(model, prefix_attention=prefix_attention)
     if step is not None or is_url(folder):
         raise CheckpointError(
             f"{path} is not a run with checkpoints, so it has no step{'' if step is None else f' {step}'}. "
-            "Give the workdir of a run, or leave the step out and give a folder or hub id."
+            "Give the work directory of a run, or omit `step` and give a folder or hub id."
         )
     model = _of_files(str(path), open_checkpoint(str(path), revision), revision, dtype, layout)
     return dataclasses.replace(model, prefix_attention=prefix_attention)
@@ -190,7 +190,9 @@ def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) ->
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(folder, abstract)
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}\nChoose another step, or train on.") from error
+        raise CheckpointError(
+            f"{folder} cannot be read: {error}\nChoose another `step`, or continue the training."
+        ) from error
     return LoadedModel(
         params=params,
         graphdef=graphdef,
@@ -276,9 +278,8 @@ class _TextRows:
         others = {*meta, *_ids(files, "config.json: unused_token_ids", files.config.get("unused_token_ids", []))}
         if type(rows) is not int or not 0 < rows <= all_rows or not set(range(rows, all_rows)) <= others:
             raise CheckpointError(
-                f"{files.folder}/config.json: text_vocab_size is {rows!r}; it takes a number up to vocab_size "
-                f"({all_rows}), with nothing but thought_token_ids and unused_token_ids from there on. Export the "
-                "model again."
+                f"{files.folder}/config.json: text_vocab_size is {rows!r}; it must be at most vocab_size ({all_rows}), "
+                "and only thought_token_ids and unused_token_ids may be at or above it. Export the model again."
             )
         self.architecture = dataclasses.replace(theirs, vocab_size=rows)
         self.added = all_rows - rows
@@ -312,7 +313,7 @@ def _thought_config(files: CheckpointFiles, tokenizer: Tokenizer, meta: tuple[in
 def _thought_length(files: CheckpointFiles) -> int:
     length = files.config.get("thought_length", PUBLISHED_LENGTH)
     if type(length) is not int or length < 0:
-        raise CheckpointError(f"{files.folder}/config.json: thought_length is {length!r}; it takes 0 or more.")
+        raise CheckpointError(f"{files.folder}/config.json: thought_length is {length!r}; it must be 0 or more.")
     return length
 
 
@@ -328,5 +329,5 @@ def _meta_tokens(files: CheckpointFiles, tokenizer: Tokenizer) -> tuple[int, ...
 def _ids(files: CheckpointFiles, name: str, given: Any) -> tuple[int, ...]:
     ids = given if isinstance(given, list) else [given]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise CheckpointError(f"{files.folder}/{name} is {given!r}; it takes token ids.")
+        raise CheckpointError(f"{files.folder}/{name} is {given!r}; it must be a list of token ids.")
     return tuple(ids)

@@ -106,7 +106,9 @@ def find_phase(config: Config, architecture: Architecture, name: str = "") -> Ph
     for phase in config.phases:
         if phase.name == name:
             return phase
-    raise ConfigError(f"--phase {name!r} is none of config.phases: {', '.join(phase.name for phase in config.phases)}.")
+    raise ConfigError(
+        f"phase is {name!r}; it must be one of config.phases: {', '.join(phase.name for phase in config.phases)}."
+    )
 
 
 def planned_for(config: Config, target: Target) -> Config:

@@ -163,9 +163,9 @@ def _reading(observed: Observed, pieces: Pieces, sampled: bool) -> str:
     panel = '<aside class="panel" id="panel" aria-live="polite" aria-label="Thoughts before the chosen token">'
     panel += '<p class="soft">A script shows the thoughts here, but this viewer did not run it.</p></aside>'
     return (
-        f"<h2>The text</h2>{about}<p>Point at a token to see what the model thought just before it. A click holds "
-        "the token, Escape lets it go; with the keyboard, Tab enters the text and the arrow keys go from token to "
-        "token. Grey tokens are not predicted: nothing stands before them. ↵ is a line break, · a space, → a tab, "
+        f"<h2>The text</h2>{about}<p>Point at a token to see what the model thought just before it. A click selects "
+        "the token, Escape ends the selection; with the keyboard, Tab enters the text and the arrow keys go from "
+        "token to token. Grey tokens are not predicted: no text precedes them. ↵ is a line break, · a space, → a tab, "
         f"⟨E2⟩ a byte of a character that several tokens make up.</p>{_key()}{modes}"
         f'<div class="reading">{texts}{panel}</div>'
     )
@@ -181,7 +181,7 @@ def _texts(observed: Observed, pieces: Pieces) -> Iterator[str]:
             document = window.document
             yield f'<section class="doc"><h3 title="document {document + 1}">{document + 1}</h3><p class="text">'
         else:
-            yield '<span class="cut" title="from here on, the model reads afresh"> ⋯ </span>'
+            yield '<span class="cut" title="the model starts a new text here"> ⋯ </span>'
         gains = (seen.base_nll - seen.nll[:, 0]).tolist()
         for place, (token, text) in enumerate(zip(window.tokens.tolist(), pieces(window.tokens.tolist()), strict=True)):
             kinds = [shade(gains[place - 1])] if place else ["first"]
@@ -235,7 +235,7 @@ def _examples(observed: Observed, pieces: Pieces, gain: np.ndarray) -> str:
 def _training(metrics: Sequence[Mapping[str, Any]]) -> str:
     head = "<h2>How it was trained</h2>"
     if not metrics:
-        return head + '<p class="soft">There are no training records beside this checkpoint.</p>'
+        return head + '<p class="soft">There are no training records with this checkpoint.</p>'
     return (
         f"{head}<p>Training went through phases. <span class='swatch a'></span>without thoughts<span "
         "class='swatch'></span>with thoughts; pale lines are single measurements, strong ones their running mean. "

@@ -21,10 +21,10 @@ from quietstar_jax.training.metrics import read_metrics
 
 MOST_TOKENS = 20_000  # on one page: about 10 MB with four thoughts of six tokens
 SYNTHETIC_TEXT = (
-    "The text is a made-up corpus of small problems that take several steps: sums, little stories of gain and loss, "
+    "The text is a synthetic corpus of small problems that need several steps: sums, little stories of gain and loss, "
     "chains of units, pointers to follow (only the last digit of a number counts). Some documents write the steps "
-    "out between marks, after “show”; others give the answer at once, after “ask”. That answer is what a thought "
-    "can help with most: it can hold the steps."
+    "out between marks, after “show”; others give the answer directly, after “ask”. That answer is what a thought "
+    "can help with most: it can contain the steps."
 )
 
 
@@ -74,7 +74,9 @@ def report_checkpoint(
     options.check()
     model = load_model(path, step=step, revision=revision, dtype=dtype)
     if not model.can_think:
-        raise CheckpointError(f"{path} has not learned to think, so there is nothing to see. Give a run that has.")
+        raise CheckpointError(
+            f"{path} was not trained with thoughts, so there is nothing to show. Give a run that was."
+        )
     config = DataConfig(
         validation=options.data, text_key=options.text_key, text_documents=options.text_documents,
         data_dir=options.data_dir,
@@ -113,12 +115,10 @@ def _notes(model: LoadedModel, options: TextOptions, length: int, shown: int, av
         f"Text: the first {shown:,} of {available:,} documents of {', '.join(options.data)}, at most "
         f"{options.limit or available:,} documents and {options.page_tokens:,} tokens (--limit, --page-tokens); longer "
         "text is cut there.",
-        f"The model read at most {length:,} tokens at a time; in longer documents ⋯ marks where it began afresh.",
+        f"The model read at most {length:,} tokens at a time; in longer documents ⋯ marks where it started again.",
         f"Thoughts: one greedy and {drawn} before every token, with the weights of {model.path}"
         + ("." if model.step is None else f" at step {model.step:,}."),
     ]
     if model.thought.control != "none":
-        notes.append(
-            f"This is a control run: in place of thoughts stands what thought.control={model.thought.control} says."
-        )
+        notes.append(f"This is a control run: thoughts are replaced as set by thought.control={model.thought.control}.")
     return notes

@@ -92,8 +92,8 @@ def longest_window(model: LoadedModel, settings: ThoughtSettings, wanted: int) -
     room = model.architecture.max_positions - settings.thought_length - settings.tokens_ahead - 1
     if room < 2:
         raise ConfigError(
-            f"Thoughts of {settings.thought_length} tokens leave no room for text: the model knows "
-            f"{model.architecture.max_positions} positions. Shorten the thoughts."
+            f"Thoughts of {settings.thought_length} tokens leave no room for text: the model has "
+            f"{model.architecture.max_positions} positions. Decrease `thought_length`."
         )
     return min(wanted, room)
 

@@ -80,7 +80,7 @@ def run_study(runs: Sequence[PlannedRun], wanted: Callable[[PlannedRun], bool], 
             if status_of_run or run.summary is None:
                 status = f"FAILED with status {status_of_run}"
                 if not status_of_run:  # the study's files, or this program, changed during the run
-                    status = "ended, but its summary.json is not of this configuration: run the study again"
+                    status = "ended, but its summary.json has another configuration: run the study again"
                 say(f"{run.variant}, seed {run.seed} {status}; see {run.workdir / 'log.txt'}")
         yield run
 
@@ -139,7 +139,7 @@ def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say)
     shutil.copytree(other.workdir / "checkpoints" / str(step), partial)
     (run.workdir / "checkpoints").mkdir(exist_ok=True)
     os.rename(partial, run.workdir / "checkpoints" / str(step))  # last: only now has the run begun
-    say(f"{run.variant}, seed {run.seed} begins from step {step} of {other.variant}")
+    say(f"{run.variant}, seed {run.seed} starts from step {step} of {other.variant}")
 
 
 def _phase_ends(config: Config) -> list[int]:

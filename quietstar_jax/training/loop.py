@@ -148,7 +148,7 @@ class Trainer:
         """Runs all remaining steps and returns the final state."""
         run = self._run
         if 0 < int(state.step) < run.config.total_steps:
-            self._metrics.say(f"going on from step {int(state.step)} of {run.config.total_steps}")
+            self._metrics.say(f"resuming from step {int(state.step)} of {run.config.total_steps}")
         self._catch_up(state)
         for phase, start, end in phases_left(run.config, int(state.step)):
             if phase.fresh_optimizer and int(state.step) == start:
@@ -229,7 +229,7 @@ class Trainer:
             raise DivergedError(
                 f"Step {step} (phase {phase.name!r}) gave values that are not finite: {', '.join(broken)}. "
                 f"Training stopped; the last good checkpoint is {'none' if last is None else f'step {last}'}. "
-                "Lower the learning rate or the policy weight, or look at the text of that step."
+                "Lower the learning rate or the policy weight, or check the text of that step."
             )
 
     def _evaluate(self, state: TrainState, phase: Phase, step: int) -> None:

@@ -73,7 +73,7 @@ def tokenizer_source(config: Config) -> tuple[str, str]:
         return config.data.tokenizer, ""
     if not model.checkpoint:
         raise ConfigError(
-            "config.data.tokenizer is empty and there is no model checkpoint to take a tokenizer from. Set it to a "
+            "config.data.tokenizer is empty and there is no model checkpoint with a tokenizer. Set it to a "
             "folder or hub id with a tokenizer, or to `synthetic` for the embedded corpus."
         )
     if (folder := named_run(model.checkpoint)) is None:
@@ -107,8 +107,8 @@ def resumed_tokenizer(config: Config, saved: Mapping[str, Any]) -> Tokenizer:
     if tokenizer.fingerprint() != expected:
         raise CheckpointError(
             f"The tokenizer {name} is not the one that the run in {config.workdir} was trained with"
-            f"{_token_changes(copy, tokenizer)}. Bring the old one back, or set config.data.tokenizer to {kept}, "
-            "the copy that the run keeps; with another tokenizer, choose a new config.workdir."
+            f"{_token_changes(copy, tokenizer)}. Restore the previous one, or set config.data.tokenizer to {kept}, "
+            "the copy in the run; for another tokenizer, choose a new config.workdir."
         )
     return tokenizer
 
@@ -152,13 +152,12 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: in
     if changed:
         workdir = wanted["config"].get("workdir", "the work directory")
         raise CheckpointError(
-            f"{workdir} holds a run at step {step} that was trained with other settings (saved -> now):\n"
+            f"{workdir} contains a run at step {step} that was trained with other settings (saved -> now):\n"
             + bounded(changed)
-            + "\nFinished steps cannot change. There are three ways on:\n"
-            "  - Continue this run: set these back. Phases appended to config.phases may have settings of their own.\n"
-            f"  - Begin a new run with its weights: set config.model.checkpoint to {workdir} and config.workdir to a "
-            "new folder.\n"
-            "  - Begin a new run without them: set config.workdir to a new folder."
+            + "\nFinished steps cannot change. There are three possibilities:\n"
+            "  - Continue this run: restore these settings. Phases appended to config.phases may have settings of "
+            f"their own.\n  - Start a new run with its weights: set config.model.checkpoint to {workdir} and "
+            "config.workdir to a new folder.\n  - Start a new run without them: set config.workdir to a new folder."
         )
 
 
@@ -171,8 +170,8 @@ def check_same_sources(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> N
     names = [list(record["config"]["data"]["train"]) for record in (saved, wanted)]
     if names[0] != names[1]:
         raise CheckpointError(
-            f"config.data.train was {names[0]} and is {names[1]}; this checkpoint does not say what text it was. "
-            "Give the old names."
+            f"config.data.train was {names[0]} and is {names[1]}; this checkpoint has no record of its text, by which "
+            "the sources could be compared. Restore the previous names."
         )
 
 
@@ -195,7 +194,7 @@ def check_position(saved: Mapping[str, Any], data: Mapping[str, Any], step: int,
         start += phase["steps"]
     found = []
     if done != step:
-        found.append(f"it says that {done} steps are done")
+        found.append(f"according to it, {done} steps are done")
     if step > start:
         found.append(f"its configuration has only {start} steps")
     elif data.get("sequences") != read:
@@ -205,7 +204,7 @@ def check_position(saved: Mapping[str, Any], data: Mapping[str, Any], step: int,
     if found:
         raise CheckpointError(
             f"The checkpoint {folder} is damaged: {'; '.join(found)}. Move this folder elsewhere: the run then resumes "
-            "from the checkpoint before it, or begins again where there is none."
+            "from the checkpoint before it, or starts again if there is none."
         )
 
 

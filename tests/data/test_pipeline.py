@@ -111,7 +111,7 @@ def test_begin_of_text(corpus: str, prepend_bos: str, by_itself: bool, begins: b
 
 
 def test_begin_of_text_needs_a_token(corpus: str) -> None:
-    with pytest.raises(ConfigError, match="names no begin-of-text token"):
+    with pytest.raises(ConfigError, match="has no begin-of-text token"):
         training_sequences(config(corpus, prepend_bos="always"), TOKENIZER, seed=0)
 
 
@@ -160,7 +160,7 @@ def test_nothing_but_empty_documents(tmp_path: Path) -> None:
     iterator = sequences(write(tmp_path / "short.jsonl", [[], [2]]), append_eos=False)
     with pytest.raises(DataError, match="None of the 1 documents has 2 tokens or more"):
         iterator.next_batch(1)
-    with pytest.raises(DataError, match="holds no text: all of its 2 documents are empty"):
+    with pytest.raises(DataError, match="contains no text: all of its 2 documents are empty"):
         sequences(write(tmp_path / "empty.jsonl", [[], []]))
 
 
@@ -232,9 +232,9 @@ def test_states_that_do_not_fit(corpus: str) -> None:
     iterator = sequences(corpus, packing="packed")
     state = iterator.get_state()
     for wrong in ({}, {**state, "offset": -1}, {**state, "sequences": "1"}):
-        with pytest.raises(CheckpointError, match=r"takes whole numbers sequences, document, offset\. Resume"):
+        with pytest.raises(CheckpointError, match=r"whole numbers sequences, document, offset"):
             iterator.set_state(wrong)
-    with pytest.raises(CheckpointError, match=r"is of packing 'random_span', the run uses 'packed'\. Set data.packing"):
+    with pytest.raises(CheckpointError, match=r"is of packing 'random_span', the run uses 'packed'\. .*data.packing"):
         iterator.set_state({**state, "packing": "random_span"})
 
 
@@ -356,7 +356,7 @@ def test_missing_sources_are_met_at_the_door(tmp_path: Path) -> None:
 def test_check_vocabulary() -> None:
     check_vocabulary(TOKENIZER, 1000)
     check_vocabulary(TOKENIZER, 1024)
-    with pytest.raises(DataError, match=r"has 1000 tokens, but the model embeds only 999.*at least 1000"):
+    with pytest.raises(DataError, match=r"has 1000 tokens, but the model has only 999 .*at least 1000"):
         check_vocabulary(TOKENIZER, 999)
 
 

@@ -69,7 +69,7 @@ def test_where_only_some_spellings_hold_the_space_it_is_looked_at_too():
 
 
 def test_a_tokenizer_that_does_not_know_the_answer_is_refused():
-    with pytest.raises(DataError, match="cannot write the answer 'B'"):
+    with pytest.raises(DataError, match="cannot represent the answer 'B'"):
         AnswerWriter(load_tokenizer("synthetic"), []).write(CHOICE)
 
 

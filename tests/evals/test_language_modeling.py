@@ -34,7 +34,7 @@ def test_every_token_is_scored_once_after_enough_context(length, window, context
 
 def test_impossible_windows_are_refused():
     for context in (0, 8, 9):
-        with pytest.raises(ConfigError, match="--context"):
+        with pytest.raises(ConfigError, match="context is"):
             Windows(8, context)
 
 

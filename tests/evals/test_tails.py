@@ -113,5 +113,5 @@ def test_the_grid():
 
 def test_no_batch_is_refused(folder):
     model = load_model(folder / "plain")
-    with pytest.raises(ConfigError, match="--batch-size"):
+    with pytest.raises(ConfigError, match="batch_size is 0"):
         ContinuationScorer(model, model.settings(0), batch_size=0)

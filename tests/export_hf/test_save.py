@@ -298,7 +298,7 @@ def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hf_save, "write_file", full)
-    with pytest.raises(CheckpointError, match=r"No space left.*Free some space"):
+    with pytest.raises(CheckpointError, match=r"No space left.*Free some"):
         export(run, tmp_path / "elsewhere/out", ExportOptions())
     assert not list((tmp_path / "elsewhere").iterdir())
 
@@ -371,7 +371,7 @@ def tiny_save(output: Path, parameters: Any = None, tokens: tuple[str, str] = (S
 
 def test_values_that_do_not_fit_the_dtype_are_named(tmp_path):
     architecture = TINY.__class__(**{**vars(TINY), "vocab_size": 120})
-    with pytest.raises(CheckpointError, match=r"embed_tokens.* beyond float16: take bfloat16"):
+    with pytest.raises(CheckpointError, match=r"embed_tokens.* float16: .*bfloat16"):
         tiny_save(tmp_path / "out", Constant(architecture, 7e4), dtype="float16")
     with pytest.raises(CheckpointError, match=r"embed_tokens.* not finite"):
         tiny_save(tmp_path / "out", Constant(architecture, np.nan))
@@ -379,11 +379,11 @@ def test_values_that_do_not_fit_the_dtype_are_named(tmp_path):
 
 
 def test_settings_that_make_no_sense_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"largest size.*5 GiBs"):
+    with pytest.raises(ConfigError, match=r"max_shard_size is '5 GiBs'"):
         tiny_save(tmp_path / "out", max_shard_size="5 GiBs")
-    with pytest.raises(ConfigError, match="'int8'; it takes one of float32"):
+    with pytest.raises(ConfigError, match="'int8'; it must be one of float32"):
         ExportOptions(dtype="int8")
-    with pytest.raises(ConfigError, match="'gguf'; it takes one of quietstar"):
+    with pytest.raises(ConfigError, match="'gguf'; it must be one of quietstar"):
         ExportOptions(format="gguf")
     with pytest.raises(ConfigError, match="two different texts"):
         tiny_save(tmp_path / "out", tokens=(START, START))
@@ -414,7 +414,7 @@ def test_checkpoints_that_cannot_be_exported(run, tmp_path):
 
     assert "is not a folder" in refusal(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "holds no checkpoint" in refusal(tmp_path / "empty")
+    assert "contains no checkpoint" in refusal(tmp_path / "empty")
     assert not list((tmp_path / "empty").iterdir()), "reading must not write"
     (run / "tokenizer").rename(run / "hidden")
     assert "tokenizer" in refusal(run)

@@ -40,7 +40,7 @@ def test_every_array_of_the_state_has_a_layout():
     specs = state_specs(state, graphdef)
     assert specs.opt_state[1].mu == specs.params == specs.opt_state[1].nu
     assert specs.params["decoder.layers.query"] == PartitionSpec(None, "fsdp", ("tensor", "group"), None)
-    with pytest.raises(ValueError, match="No rule says how"):
+    with pytest.raises(ValueError, match="No rule for"):
         specs_like_parameters({"unknown": jnp.ones(3)}, graphdef.axes_by_name)
 
 

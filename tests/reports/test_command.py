@@ -46,7 +46,7 @@ def test_a_page_of_a_run(run: Path, tmp_path: Path) -> None:
     assert f"{run}, step 4" in html
     assert html.count('<section class="doc">') == 3
     assert "Phase “thoughts”, up to step 4" in html
-    assert "made-up corpus" in html
+    assert "synthetic corpus" in html
     entry = data_of(page)["tokens"][0]
     assert [len(thought[3]) for thought in entry["k"]] == [2, 2, 2, 2]  # as long as trained, greedy and three sampled
 
@@ -74,13 +74,13 @@ def test_an_export_thinks_as_the_run_does(run: Path, tmp_path: Path) -> None:
         main(["--checkpoint", str(checkpoint), *text, "--output", str(page)])
     of_run, of_export = map(data_of, pages)
     assert of_run["tokens"] == of_export["tokens"]
-    assert "no training records beside this checkpoint" in pages[1].read_text()
+    assert "no training records" in pages[1].read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--data synthetic --thought-length 0", "--thought-length is 0; .*1 or more"),
+        ("--data synthetic --thought-length 0", "--thought-length is .0.; .*1 or more"),
         (f"--data synthetic --page-tokens {MOST_TOKENS + 1}", "--page-tokens is 20001; .* 20000"),
         ("--data synthetic --samples 17", "--samples is 17; .* 16"),
         ("", "--checkpoint needs --data"),
@@ -96,5 +96,5 @@ def test_impossible_wishes(arguments: str, message: str, run: Path, tmp_path: Pa
 def test_a_model_that_never_thought(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "plain", data__validation=())
     train(dataclasses.replace(config, phases=(dataclasses.replace(config.phases[0], steps=0),)))
-    with pytest.raises(CheckpointError, match="has not learned to think"):
+    with pytest.raises(CheckpointError, match="was not trained with thoughts"):
         main(["--checkpoint", str(tmp_path / "plain"), "--data", "synthetic", "--output", str(tmp_path / "page.html")])

@@ -89,10 +89,10 @@ def test_a_single_run_is_shown_too(tmp_path: Path) -> None:
 
 
 def test_no_study(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not hold the results of a study"):
+    with pytest.raises(DataError, match="does not contain the results of a study"):
         report_study(tmp_path)
     (tmp_path / RESULTS).write_text('{"rows": []}')
-    with pytest.raises(DataError, match="does not hold the results of a study"):
+    with pytest.raises(DataError, match="does not contain the results of a study"):
         report_study(tmp_path)
 
 

@@ -219,7 +219,7 @@ def test_a_base_run_is_used_with_its_own_tokenizer_and_mixing(root):
     with pytest.raises(CheckpointError, match="revision"):
         go(dataclasses.replace(config, model=dataclasses.replace(config.model, revision="main")))
     (root / "empty/checkpoints").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         go(settings(root, **second | {"checkpoint": root / "empty"}))
     thinks, _ = start_run(root / "thinks", root / "hf")
     learned = dataclasses.replace(open_run(root / "thinks"), vocabulary=thinks.vocabulary._replace(start_tokens=()))
