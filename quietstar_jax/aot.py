@@ -24,18 +24,22 @@ from quietstar_jax.planning.targets import Target, compile_only, find_target
 
 def main(arguments: Sequence[str]) -> int:
     """Compiles the program and prints the plan; returns 1 if it does not fit."""
-    given, config = parse_with_config(make_parser(), arguments)
+    parser = make_parser()
+    given, config = parse_with_config(parser, arguments)
     compile_only()
-    target = find_target(given.topology)
-    config = planned_for(config, target)
     result: dict[str, Any]
-    if given.search:
-        plans = search(config, target, given.phase, tries=given.tries, say=lambda line: print(line, file=sys.stderr))
-        fits, text = plans[0]["fits"], format_search(plans) + "\n\n" + format_plan(plans[0])
-        result = {"plans": plans}
-    else:
-        result = plan(_suited(config, target, given.phase), target, given.program, given.phase)
-        fits, text = result["fits"], format_plan(result)
+    with parser.naming_flags():
+        target = find_target(given.topology)
+        config = planned_for(config, target)
+        if given.search:
+            plans = search(
+                config, target, given.phase, tries=given.tries, say=lambda line: print(line, file=sys.stderr)
+            )
+            fits, text = plans[0]["fits"], format_search(plans) + "\n\n" + format_plan(plans[0])
+            result = {"plans": plans}
+        else:
+            result = plan(_suited(config, target, given.phase), target, given.program, given.phase)
+            fits, text = result["fits"], format_plan(result)
     print(json.dumps(result) if given.json else text)
     return 0 if fits else 1
 

@@ -25,7 +25,7 @@ def test_an_unknown_topology_lists_the_known_ones(monkeypatch, name, compiler):
     """The name is checked before libtpu is needed, so that the message is the same on every machine."""
     if compiler == "absent":
         monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"(?s)is unknown.*v5e: .*16x16.*v5p: .*gpu: .*h100x8.*cpu"):
+    with pytest.raises(ConfigError, match=r"(?s)topology is .*v5e: .*16x16.*v5p: .*gpu: .*h100x8.*cpu"):
         find_target(name)
 
 
