@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shlex
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -54,6 +55,21 @@ def test_help_fits_a_screen_and_its_example_works(command, capsys, monkeypatch):
     assert example[:3] == ["python", "-m", command.__name__]
     read = parse_with_config if command in (train, aot) else CommandParser.parse_args
     read(command.make_parser(), example[3:])
+
+
+def test_documented_commands_are_accepted():
+    commands = {command.__name__: command for command in COMMANDS}
+    found = Counter()
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = re.sub(r"\\\n\s*", "", document.read_text())
+        for name, arguments in re.findall(r"^(?:\S*/)?python -m (quietstar_jax[.\w]+) (.+)$", text, re.M):
+            if name not in commands:
+                continue
+            words = [word for word in shlex.split(arguments, comments=True) if word not in ("...", "&")]
+            words = [word for word in words if not word.startswith("--config.")]
+            commands[name].make_parser().parse_args(words)
+            found[name] += 1
+    assert len(found) > 6, found
 
 
 def test_a_flag_of_several_commands_means_the_same_in_all():

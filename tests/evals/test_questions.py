@@ -170,7 +170,7 @@ def test_tasks_and_fields_that_are_not_there_are_refused():
             with_fields(own, wrong, "auto")
     with pytest.raises(ConfigError, match="`field` is"):
         with_fields(TASKS["numeric"], ["choices=options"], "auto")
-    with pytest.raises(ConfigError, match="`answer_key`"):
+    with pytest.raises(ConfigError, match="answer_key is"):
         with_fields(own, [], "letters")
     with pytest.raises(ConfigError, match="question sets"):
         with_fields(TASKS["language_modeling"], ["question=a"], "auto")

@@ -183,7 +183,7 @@ def test_bfloat16(generator):
         (dict(stop="w3"), "stop is 'w3'"),
         (dict(stop=[""]), r"stop is \[''\]"),
         (dict(seed=-1), "seed is -1"),
-        (dict(seed=[1, 2]), "one for each prompt"),
+        (dict(seed=[1, 2]), "for each prompt"),
     ],
 )
 def test_settings_that_cannot_be(generator, options, message):
