@@ -109,8 +109,8 @@ def test_another_flag_is_suggested(command, arguments, advice):
 def test_errors_of_the_library_name_flags():
     parser = generate.make_parser()
     with pytest.raises(ConfigError) as error, parser.naming_flags():
-        raise ConfigError("`max_tokens` is 0. Not `synthetic`, `data.seed`, `data.workers`, seed")
-    assert str(error.value) == "--max-tokens is 0. Not `synthetic`, --seed, `data.workers`, seed"
+        raise ConfigError("max_tokens is 0; not `max_length`, `synthetic`, `data.seed`, `data.workers`, seed")
+    assert str(error.value) == "--max-tokens is 0; not --max-length, `synthetic`, --seed, `data.workers`, seed"
 
 
 def config_of(*arguments: str) -> Config:
