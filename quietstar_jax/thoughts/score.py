@@ -38,7 +38,6 @@ class Scores(NamedTuple):
         cross-entropy without the thought where the mixing weight is exactly 0.
       log_probs: [B, R, J, T] log-probability of each thought token at the score temperature.
       weight: [B, R, J, K] mixing weight.
-      correct: [B, R, J, K] bool, True where x[j+1+k] is the most likely token; False where `real_ahead` is False.
       log_scores: [B, R, J, K, V] scores of every token at x[j+1+k], as from `talk`.
       layers: the weights of the decoder's layers, as from `run_layers`.
     """
@@ -46,15 +45,19 @@ class Scores(NamedTuple):
     nll: jax.Array
     log_probs: jax.Array
     weight: jax.Array
-    correct: jax.Array
     log_scores: jax.Array
     layers: Layers
 
 
 def score_thoughts(
-    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings
-) -> Scores:
-    """Scores thoughts [B, R, J, T] at positions [J] or [B, J] of the text. All results are float32."""
+    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings,
+    base_nll: jax.Array | None = None,
+) -> Scores:  # fmt: skip
+    """Scores thoughts [B, R, J, T] at positions [J] or [B, J] of the text. All results are float32.
+
+    Args:
+      base_nll: [B, J, K] cross-entropy of x[j+1+k] without thoughts; None = that of the text.
+    """
     thought_hidden, talk_hidden, layers = chain_hidden_states(model, text, positions, thoughts, settings)
     # log_probs: the logits [B, R, J, T, V] have the same mask as in sampling, but the temperature of scoring.
     logits = mask_meta_tokens(model.decoder.logits(thought_hidden), settings.meta_tokens)
@@ -71,11 +74,11 @@ def score_thoughts(
     # With weight 0 the prediction is that of the text, so a different cross-entropy is a rounding error, which
     # REINFORCE would multiply by policy_weight (1e6 by default). Inside stop_gradient only the value is replaced: the
     # mixing head, whose last layer starts at 0, still learns from the gradient of the computed nll.
-    plain = here_and_ahead(text.nll, positions, ahead)[:, None]
-    nll += jax.lax.stop_gradient(jnp.where(weight == 0, plain - nll, 0.0))
+    if base_nll is None:
+        base_nll = here_and_ahead(text.nll, positions, ahead)
+    nll += jax.lax.stop_gradient(jnp.where(weight == 0, base_nll[:, None] - nll, 0.0))
     real = real_ahead(text.mask, positions, ahead, text.starts)[:, None]
-    correct = (log_scores.argmax(axis=-1) == targets) & real
-    return Scores(jnp.where(real, nll, 0.0), log_probs, weight, correct, log_scores, layers)
+    return Scores(jnp.where(real, nll, 0.0), log_probs, weight, log_scores, layers)
 
 
 def talk(
