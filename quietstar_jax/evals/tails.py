@@ -57,33 +57,6 @@ def grid_count(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def make_tail_scorer(
-    graphdef: GraphDef, settings: ThoughtSettings, forbidden: tuple[int, ...]
-) -> Callable[..., TokenScores]:
-    """Compiled `(params, tokens [B, L], mask [B, L], candidates [B, A] or None, count=P) -> TokenScores`, J = P.
-
-    Args:
-      forbidden: ids that are never generated.
-    """
-
-    @functools.partial(jax.jit, static_argnames="count")
-    def score(
-        params: Mapping[str, jax.Array], tokens: jax.Array, mask: jax.Array, candidates: jax.Array | None, *, count: int
-    ) -> TokenScores:
-        length = tokens.shape[1]
-        positions = length - 1 - count + jnp.arange(count)  # those that predict the scored tokens
-        # Controls draw by the index of a token in its own text: draws do not depend on the batch or the padding.
-        number = jnp.maximum(jnp.arange(length) - jnp.argmax(mask, axis=1)[:, None], 0)
-        drawn = draw_uniforms(jax.random.key(0), (1, 1, length, settings.thought_length))
-        uniforms = jax.tree.map(lambda x: x[0, 0][number][:, None], drawn)
-        return score_tokens(
-            merge(graphdef, params), tokens, mask, None, positions, uniforms, settings, forbidden=forbidden,
-            candidates=candidates,
-        )  # fmt: skip
-
-    return score
-
-
 class ContinuationScorer:
     """Scores the tails of texts with a model, on all local devices.
 
@@ -98,7 +71,8 @@ class ContinuationScorer:
         ways = row_ways(self._mesh)
         self.batch_size = -(-batch_size // ways) * ways
         self._params = jax.device_put(model.params, NamedSharding(self._mesh, PartitionSpec()))
-        self._score = make_tail_scorer(model.graphdef, settings, model.forbidden_ids)
+        score = functools.partial(_score_tails, model.graphdef, settings, model.forbidden_ids)
+        self._score = jax.jit(score, static_argnames="count")
         self._pad_id = model.vocabulary.pad_id
         self.longest = longest_text(model.architecture, settings.thought_length)
 
@@ -121,10 +95,8 @@ class ContinuationScorer:
             for row, number in enumerate(rows):
                 last, known = tails[number].last, len(tails[number].candidates)
                 own = jax.tree.map(lambda x: x[row, -last:], scores)  # noqa: B023
-                if own.base.candidates is not None:
-                    base, talk = (x._replace(candidates=x.candidates[:, :known]) for x in (own.base, own.talk))
-                    own = own._replace(base=base, talk=talk)
-                found[number] = own
+                base, talk = (x._replace(candidates=x.candidates[:, :known]) for x in (own.base, own.talk))
+                found[number] = own._replace(base=base, talk=talk)
             done(len(rows))
         return found
 
@@ -151,16 +123,32 @@ class ContinuationScorer:
         """Starts to score a batch; returns arrays on the devices without waiting for them."""
         tokens = np.full((self.batch_size, length), self._pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
-        candidates = np.zeros((self.batch_size, width), np.int32) if width else None
+        candidates = np.zeros((self.batch_size, width), np.int32)
         for row, tail in enumerate(tails):
             tokens[row, length - len(tail.tokens) :] = tail.tokens
             mask[row, length - len(tail.tokens) :] = True
-            if candidates is not None:
-                candidates[row, : len(tail.candidates)] = tail.candidates
+            candidates[row, : len(tail.candidates)] = tail.candidates
         with jax.set_mesh(self._mesh):
-            return self._score(self._params, *jax.tree.map(shard_batch, (tokens, mask, candidates)), count=count)
+            return self._score(self._params, *map(shard_batch, (tokens, mask, candidates)), count=count)
 
 
 def longest_text(architecture: Architecture, thought_length: int) -> int:
     """Tokens of the longest text that can be scored; a thought needs its own positions after the text."""
     return architecture.max_positions + 1 if not thought_length else architecture.max_positions - thought_length - 2
+
+
+def _score_tails(
+    graphdef: GraphDef, settings: ThoughtSettings, forbidden: tuple[int, ...], params: Mapping[str, jax.Array],
+    tokens: jax.Array, mask: jax.Array, candidates: jax.Array, *, count: int,
+) -> TokenScores:  # fmt: skip
+    """Scores the last P = `count` tokens of texts [B, L], with candidates [B, A]."""
+    length = tokens.shape[1]
+    positions = length - 1 - count + jnp.arange(count)  # those that predict the scored tokens
+    # Controls draw by the index of a token in its own text, so that draws do not depend on the batch or the padding.
+    number = jnp.maximum(jnp.arange(length) - jnp.argmax(mask, axis=1)[:, None], 0)
+    drawn = draw_uniforms(jax.random.key(0), (1, 1, length, settings.thought_length))
+    uniforms = jax.tree.map(lambda x: x[0, 0][number][:, None], drawn)
+    model = merge(graphdef, params)
+    return score_tokens(
+        model, tokens, mask, None, positions, uniforms, settings, forbidden=forbidden, candidates=candidates
+    )

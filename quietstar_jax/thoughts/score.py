@@ -38,7 +38,7 @@ class Scores(NamedTuple):
         cross-entropy without the thought where the mixing weight is exactly 0.
       log_probs: [B, R, J, T] log-probability of each thought token at the score temperature.
       weight: [B, R, J, K] mixing weight.
-      log_scores: [B, R, J, K, V] scores of every token at x[j+1+k], as from `talk`.
+      log_scores: [B, R, J, K, V] scores of every token at x[j+1+k], as from `mix`.
       layers: the weights of the decoder's layers, as from `run_layers`.
     """
 
@@ -65,7 +65,8 @@ def score_thoughts(
 
     # nll: log_scores [B, R, J, K, V] at the targets x[j+1+k], [B, J, K] in the text, the same for all R thoughts.
     ahead = settings.tokens_ahead
-    log_scores, weight = talk(model, text, positions, talk_hidden, settings)
+    base_hidden = here_and_ahead(text.hidden, positions, ahead)
+    log_scores, weight = mix(model, base_hidden, talk_hidden, settings.config.mixing)
     targets = jnp.broadcast_to(gather_next_tokens(text.tokens, positions, ahead, fill=0)[:, None], weight.shape)
     if settings.config.mixing == "log_probabilities":
         nll = -pick(log_scores, targets)
@@ -81,27 +82,16 @@ def score_thoughts(
     return Scores(jnp.where(real, nll, 0.0), log_probs, weight, log_scores, layers)
 
 
-def talk(
-    model: QuietStar, text: Text, positions: jax.Array, talk_hidden: jax.Array, settings: ThoughtSettings
-) -> tuple[jax.Array, jax.Array]:
-    """Mixes the predictions with and without thoughts.
+def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing: str) -> tuple[jax.Array, jax.Array]:
+    """Mixes the predictions without and with thoughts.
 
     Args:
-      talk_hidden: [B, R, J, K, D], from `chain_hidden_states`.
+      base_hidden: [B, J, K, D] hidden states of the text; talk_hidden: [B, R, J, K, D], from `chain_hidden_states`.
+      mixing: `hidden_states`, `log_probabilities` or `none`; see `ThoughtConfig.mixing`.
 
     Returns:
       ([B, R, J, K, V] float32: logits, or the paper's log-probabilities, which do not sum to one;
        mixing weights [B, R, J, K]).
-    """
-    base_hidden = here_and_ahead(text.hidden, positions, settings.tokens_ahead)
-    return mix(model, base_hidden, talk_hidden, settings.config.mixing)
-
-
-def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing: str) -> tuple[jax.Array, jax.Array]:
-    """Mixes as `talk` does, given hidden states without thoughts [B, J, K, D] and with thoughts [B, R, J, K, D].
-
-    Args:
-      mixing: `hidden_states`, `log_probabilities` or `none`; see `ThoughtConfig.mixing`.
     """
     if mixing == "none":
         return model.decoder.logits(talk_hidden), jnp.ones(talk_hidden.shape[:-1], jnp.float32)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.thoughts.chunks import map_chunks, max_positions_per_chunk, max_sampled_positions_per_chunk
@@ -108,6 +107,10 @@ def score_tokens(
       greedy: how many of the R thoughts are greedy; these come first, the others are sampled.
       wanted: optional results, see `score_given_thoughts`.
     """
+    # Chunks are for R thoughts at any position. There is no backward pass, so a chunk needs memory for one layer only.
+    config = dataclasses.replace(settings.config, positions="all")
+    number = uniforms.tokens.shape[1]
+    settings = dataclasses.replace(settings, num_thoughts=number, rematerialize=True, config=config)
     text = read_text(model.decoder, tokens, mask, starts, dtype=settings.dtype)
     thoughts = think(model, text, positions, uniforms, settings, greedy) if settings.thought_length else None
     return score_given_thoughts(model, text, positions, thoughts, settings, **wanted)
@@ -117,20 +120,22 @@ def think(
     model: QuietStar, text: Text, positions: jax.Array, uniforms: Uniforms, settings: ThoughtSettings, greedy: int
 ) -> Thoughts:
     """Returns R thoughts at J positions, or their replacement under the control; arguments as in `score_tokens`."""
-    count, length = uniforms.tokens.shape[1:3]
+    rows, length = text.tokens.shape
     shuffled = settings.config.control == "shuffled"  # needs the thoughts of all earlier positions
     chosen = jnp.arange(length) if shuffled else positions
     uniforms = jax.tree.map(lambda x: jnp.take(x, chosen, axis=2), uniforms)
-    chunk = min(max_sampled_positions_per_chunk(*_sizes(model, text, settings, count)), chosen.size)
+    chunk = max_sampled_positions_per_chunk(model.decoder.architecture, settings, rows, length)
+    chunk = min(chunk, chosen.size)
 
-    def several(first: int, last: int, greedy: bool) -> Thoughts:
+    def some(first: int, last: int, greedy: bool) -> Thoughts:
         own = jax.tree.map(lambda x: x[:, first:last], uniforms)
-        number = dataclasses.replace(settings, num_thoughts=last - first)
-        return sample_or_control(model, text, chosen, own, number, chunk, greedy=greedy)
+        several = dataclasses.replace(settings, num_thoughts=last - first)
+        return sample_or_control(model, text, chosen, own, several, chunk, greedy=greedy)
 
-    parts = [several(*part) for part in ((0, greedy, True), (greedy, count, False)) if part[0] < part[1]]
-    thoughts: Thoughts = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
-    return jax.tree.map(lambda x: jnp.take(x, positions, axis=2), thoughts) if shuffled else thoughts
+    parts = ((0, greedy, True), (greedy, settings.num_thoughts, False))
+    thoughts = [some(*part) for part in parts if part[0] < part[1]]
+    joined: Thoughts = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *thoughts)
+    return jax.tree.map(lambda x: jnp.take(x, positions, axis=2), joined) if shuffled else joined
 
 
 def score_given_thoughts(
@@ -141,6 +146,7 @@ def score_given_thoughts(
 
     Args:
       thoughts: [B, R, J, T], sampled or from elsewhere; None = no thoughts.
+      settings: with R thoughts per position.
       forbidden: ids that are never `Prediction.best`.
       candidates: [B, A] ids whose log-probabilities are returned at every position.
       likeliest: N, how many of the likeliest tokens are returned; 0 = none.
@@ -186,21 +192,11 @@ def score_given_thoughts(
         reward = (base_nll[:, None] - scores.nll).sum(axis=-1)
         return TokenScores(*without, talk, reward, weight, thoughts.entropy.mean(axis=-1), thoughts.tokens)
 
-    count = 1 if thoughts is None else thoughts.tokens.shape[1]
-    chunk = min(max_positions_per_chunk(*_sizes(model, text, settings, count)), positions.size)
+    chunk = max_positions_per_chunk(model.decoder.architecture, settings, *text.tokens.shape)
+    chunk = min(chunk, positions.size)
     scores = map_chunks(of_chunk, (model, text, candidates), positions, chunk, thoughts, axis=2)
     scores = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), scores)
     return TokenScores(*jax.tree.map(lambda x: x[:, 0], scores[:3]), *scores[3:])
-
-
-def _sizes(
-    model: QuietStar, text: Text, settings: ThoughtSettings, count: int
-) -> tuple[Architecture, ThoughtSettings, int, int]:
-    """Returns what determines the size of chunks. There is no backward pass, so a chunk needs memory for one layer."""
-    config = dataclasses.replace(settings.config, positions="all")
-    settings = dataclasses.replace(settings, num_thoughts=count, rematerialize=True, config=config)
-    rows, length = text.tokens.shape
-    return model.decoder.architecture, settings, rows, length
 
 
 def summarize(scores: TokenScores) -> dict[str, Any]:
