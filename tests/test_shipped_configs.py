@@ -39,7 +39,7 @@ def test_config_fits_together(path):
         return Batch(jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows, length), bool))
 
     for phase in config.phases:
-        step = make_train_step(config, phase, graphdef, architecture, vocabulary)
+        step = make_train_step(config, phase, graphdef, vocabulary)
         after, metrics = jax.eval_shape(
             step, state, batch(phase.batch_size), jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
         )

@@ -120,17 +120,15 @@ def think(
     model: QuietStar, text: Text, positions: jax.Array, uniforms: Uniforms, settings: ThoughtSettings, greedy: int
 ) -> Thoughts:
     """Returns R thoughts at J positions, or their replacement under the control; arguments as in `score_tokens`."""
-    rows, length = text.tokens.shape
     shuffled = settings.config.control == "shuffled"  # needs the thoughts of all earlier positions
-    chosen = jnp.arange(length) if shuffled else positions
+    chosen = jnp.arange(text.tokens.shape[1]) if shuffled else positions
     uniforms = jax.tree.map(lambda x: jnp.take(x, chosen, axis=2), uniforms)
-    chunk = max_sampled_positions_per_chunk(model.decoder.architecture, settings, rows, length)
-    chunk = min(chunk, chosen.size)
+    largest = max_sampled_positions_per_chunk(model.decoder.architecture, settings, *text.tokens.shape)
 
     def some(first: int, last: int, greedy: bool) -> Thoughts:
         own = jax.tree.map(lambda x: x[:, first:last], uniforms)
         several = dataclasses.replace(settings, num_thoughts=last - first)
-        return sample_or_control(model, text, chosen, own, several, chunk, greedy=greedy)
+        return sample_or_control(model, text, chosen, own, several, min(largest, chosen.size), greedy=greedy)
 
     parts = ((0, greedy, True), (greedy, settings.num_thoughts, False))
     thoughts = [some(*part) for part in parts if part[0] < part[1]]
@@ -192,9 +190,9 @@ def score_given_thoughts(
         reward = (base_nll[:, None] - scores.nll).sum(axis=-1)
         return TokenScores(*without, talk, reward, weight, thoughts.entropy.mean(axis=-1), thoughts.tokens)
 
-    chunk = max_positions_per_chunk(model.decoder.architecture, settings, *text.tokens.shape)
-    chunk = min(chunk, positions.size)
-    scores = map_chunks(of_chunk, (model, text, candidates), positions, chunk, thoughts, axis=2)
+    largest = max_positions_per_chunk(model.decoder.architecture, settings, *text.tokens.shape)
+    chunk, operands = min(largest, positions.size), (model, text, candidates)
+    scores = map_chunks(of_chunk, operands, positions, chunk, thoughts, axis=2)
     scores = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), scores)
     return TokenScores(*jax.tree.map(lambda x: x[:, 0], scores[:3]), *scores[3:])
 

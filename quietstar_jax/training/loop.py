@@ -154,10 +154,8 @@ class Trainer:
             if phase.fresh_optimizer and int(state.step) == start:
                 step, state = state.step, start_optimizer(run, state.params)
                 state = state._replace(step=step)
-            step_fn = compile_train_step(
-                run.config, phase, run.graphdef, run.architecture, run.vocabulary, state,
-                self._reader.numbers(phase.batch_size),
-            )  # fmt: skip
+            numbers = self._reader.numbers(phase.batch_size)
+            step_fn = compile_train_step(run.config, phase, run.graphdef, run.vocabulary, state, numbers)
             state = self._run_phase(state, phase, step_fn, start, end)
         self._save(state)  # the final checkpoint, also for a run without steps
         return state

@@ -60,7 +60,7 @@ def step_on(config: Config, devices: list[Any]) -> tuple[dict[str, Any], dict[st
     with jax.set_mesh(mesh := make_mesh(config.mesh, ARCHITECTURE, devices)):
         state = initial_state(PARAMS, config)
         state = jax.device_put(state, on_mesh(mesh, state_specs(state, STRUCTURE)))
-        step = compile_train_step(config, PHASE, STRUCTURE, ARCHITECTURE, VOCABULARY, state)
+        step = compile_train_step(config, PHASE, STRUCTURE, VOCABULARY, state)
         state, metrics = step(state, to_device(rows()), jax.random.key(1), np.int32(0))
         return jax.device_get(metrics), jax.device_get(state.opt_state[1].mu)
 
