@@ -166,13 +166,13 @@ class QuietStarLM(TemplateLM):
             for shared in _slices(self._group(requests), BATCHES_AT_ONCE * self.batch_size):
                 scores = self._scorer([tail for tail, _ in shared])
                 for (tail, numbers), score in zip(shared, scores, strict=True):
-                    view = score.without if score.with_thoughts is None else score.with_thoughts
-                    before = -float(view.nll[:-1].sum(dtype=np.float64))
-                    written = bool((view.best[:-1] == np.array(tail.tokens[-tail.last : -1])).all())
+                    talk = score.talk  # equal to `score.base` if the model does not think
+                    before = -float(talk.nll[:-1].sum(dtype=np.float64))
+                    written = bool(talk.correct[:-1].all())
                     for number in numbers:
                         last = requests[number][2][-1]
-                        log_prob = before + float(view.candidates[-1, tail.candidates.index(last)])
-                        found[number] = log_prob, written and int(view.best[-1]) == last
+                        log_prob = before + float(talk.candidates[-1, tail.candidates.index(last)])
+                        found[number] = log_prob, written and int(talk.best[-1]) == last
                         if requests[number][0] is not None:
                             self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
                     bar.update(len(numbers))

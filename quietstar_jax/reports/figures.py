@@ -10,7 +10,7 @@ import numpy as np
 
 from quietstar_jax.reports.page import figure, table
 from quietstar_jax.reports.svg import Chart, Range, number
-from quietstar_jax.training.evaluation import DECILES
+from quietstar_jax.thoughts.token_scores import DECILES
 
 STILL = 0.02  # nats: smaller changes count as none
 BINS = 25

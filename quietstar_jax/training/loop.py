@@ -25,8 +25,9 @@ from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.preemption import PreemptionNotice
 from quietstar_jax.parallel.sharding import ProcessBatchShard, find_process_shard
 from quietstar_jax.signals import NAMES
+from quietstar_jax.thoughts.token_scores import summarize
 from quietstar_jax.training.answers import measure_answers
-from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, summarize
+from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches
 from quietstar_jax.training.metrics import MetricsWriter
 from quietstar_jax.training.resume import check_position, check_same_run, check_same_sources, saved_record
 from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare, start_optimizer
@@ -139,8 +140,7 @@ class Trainer:
     ):  # fmt: skip
         self._run, self._reader, self._sequences, self._held_out = run, reader, sequences, held_out
         self._checkpoints, self._metrics, self._workdir, self._notice = checkpoints, metrics, workdir, notice
-        settings = evaluation_settings(run.config, run.vocabulary)
-        self._scorer = make_token_scorer(run.graphdef, run.architecture, settings)
+        self._scorer = make_token_scorer(run.graphdef, evaluation_settings(run.config, run.vocabulary))
         self._measured: Any = None  # (step, held-out metrics, token scores)
         self._unread: Callable[[], None] = lambda: None  # reads the metrics of the latest step
 
@@ -154,10 +154,8 @@ class Trainer:
             if phase.fresh_optimizer and int(state.step) == start:
                 step, state = state.step, start_optimizer(run, state.params)
                 state = state._replace(step=step)
-            step_fn = compile_train_step(
-                run.config, phase, run.graphdef, run.architecture, run.vocabulary, state,
-                self._reader.numbers(phase.batch_size),
-            )  # fmt: skip
+            numbers = self._reader.numbers(phase.batch_size)
+            step_fn = compile_train_step(run.config, phase, run.graphdef, run.vocabulary, state, numbers)
             state = self._run_phase(state, phase, step_fn, start, end)
         self._save(state)  # the final checkpoint, also for a run without steps
         return state

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.models.parameters import GraphDef, merge
@@ -112,9 +111,8 @@ def initial_state(params: dict[str, jax.Array], config: Config) -> TrainState:
 
 
 def make_train_step(
-    config: Config, phase: Phase, graphdef: GraphDef, architecture: Architecture, vocabulary: Vocabulary,
-    row_numbers: np.ndarray | None = None,
-) -> TrainStep:  # fmt: skip
+    config: Config, phase: Phase, graphdef: GraphDef, vocabulary: Vocabulary, row_numbers: np.ndarray | None = None
+) -> TrainStep:
     """Returns the step of a phase: `(state, batch, key, first step of the phase) -> (state, metrics)`.
 
     The step is a pure function, not yet compiled. The key is that of the run: each step folds in its number. Until the
@@ -135,8 +133,8 @@ def make_train_step(
         model = merge(graphdef, params)
         if not phase.thought_length:
             return language_model_loss(model, batch.tokens, batch.mask, counts, settings, batch.starts)
-        chunk = max_positions_per_chunk(architecture, settings, *batch.tokens.shape)
-        sampled = max_sampled_positions_per_chunk(architecture, settings, *batch.tokens.shape)
+        sizes = (model.decoder.architecture, settings, *batch.tokens.shape)
+        chunk, sampled = max_positions_per_chunk(*sizes), max_sampled_positions_per_chunk(*sizes)
 
         def think_there(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:
             uniforms = jax.tree.map(lambda x: at_positions(x, positions), draws.thoughts)
@@ -185,15 +183,15 @@ def state_specs(state: TrainState, graphdef: GraphDef) -> TrainState:
 
 
 def compile_train_step(
-    config: Config, phase: Phase, graphdef: GraphDef, architecture: Architecture, vocabulary: Vocabulary,
-    state: TrainState, row_numbers: np.ndarray | None = None,
+    config: Config, phase: Phase, graphdef: GraphDef, vocabulary: Vocabulary, state: TrainState,
+    row_numbers: np.ndarray | None = None,
 ) -> Any:  # fmt: skip
     """Returns `make_train_step` under `jax.jit`, sharded over the mesh of the context; the input state is donated.
 
     Args:
       state: a training state, or its shapes.
     """
-    step = make_train_step(config, phase, graphdef, architecture, vocabulary, row_numbers)
+    step = make_train_step(config, phase, graphdef, vocabulary, row_numbers)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_specs(state, graphdef), PartitionSpec()))
 
 

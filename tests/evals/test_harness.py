@@ -95,8 +95,8 @@ def test_thoughts_change_the_scores_and_are_those_of_the_evaluation(folder):
     for (context, continuation), (log_prob, _), (other, _) in zip(pairs, ours, without, strict=True):
         tokens = thinking.tok_encode(context + continuation)
         (score,) = thinking._scorer([Continuation(tokens, len(continuation))])
-        assert log_prob == pytest.approx(-float(score.with_thoughts.nll.sum()), abs=1e-3)
-        assert other == pytest.approx(-float(score.without.nll.sum()), abs=1e-3)
+        assert log_prob == pytest.approx(-float(score.talk.nll.sum()), abs=1e-3)
+        assert other == pytest.approx(-float(score.base.nll.sum()), abs=1e-3)
         assert abs(log_prob - other) > 1e-2
 
 
