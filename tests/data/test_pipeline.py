@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quietstar_jax.config import DataConfig
+from quietstar_jax.config import PACKINGS, DataConfig
 from quietstar_jax.data import documents as documents_module
 from quietstar_jax.data import pipeline
 from quietstar_jax.data.pipeline import (
@@ -53,7 +53,7 @@ def corpus(tmp_path: Path) -> str:
     return write(tmp_path / "train.jsonl", documents(LENGTHS))
 
 
-PACKINGS = pytest.mark.parametrize("packing", ["random_span", "consecutive_spans", "packed"])
+EACH_PACKING = pytest.mark.parametrize("packing", PACKINGS)
 
 
 def test_random_spans(corpus: str) -> None:
@@ -139,7 +139,7 @@ def test_packed_is_the_stream_of_documents(corpus: str) -> None:
     assert first != second
 
 
-@PACKINGS
+@EACH_PACKING
 def test_documents_without_tokens_do_no_harm(tmp_path: Path, packing: str) -> None:
     """They have no number; what has nothing to predict is no span."""
     source = write(tmp_path / "gaps.jsonl", [[], [2, 3, 4], [], [], [5], [6, 7]])
@@ -164,7 +164,7 @@ def test_nothing_but_empty_documents(tmp_path: Path) -> None:
         sequences(write(tmp_path / "empty.jsonl", [[], []]))
 
 
-@PACKINGS
+@EACH_PACKING
 def test_seed_decides(corpus: str, packing: str) -> None:
     first = take(corpus, 30, packing=packing)
     same(first, take(corpus, 30, packing=packing))
@@ -172,7 +172,7 @@ def test_seed_decides(corpus: str, packing: str) -> None:
     take(corpus, 1, seed=2**40, packing=packing)
 
 
-@PACKINGS
+@EACH_PACKING
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_share_one_order(corpus: str, packing: str, count: int) -> None:
     parts = [take(corpus, 11, packing=packing, process=(index, count)) for index in range(count)]
@@ -181,7 +181,7 @@ def test_processes_share_one_order(corpus: str, packing: str, count: int) -> Non
     same(interleaved(parts), take(corpus, 11 * count, packing=packing))
 
 
-@PACKINGS
+@EACH_PACKING
 @settings(deadline=None, max_examples=10)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(lambda lengths: max(lengths) > 1),
@@ -214,7 +214,7 @@ def test_resume_anywhere_on_any_number_of_processes(
     same(interleaved(parts), {key: value[old * sum(before) :] for key, value in whole.items()})
 
 
-@PACKINGS
+@EACH_PACKING
 def test_state_is_of_what_was_handed_out(corpus: str, packing: str) -> None:
     iterator = sequences(corpus, packing=packing)
     states, batches = [], []
@@ -238,7 +238,7 @@ def test_states_that_do_not_fit(corpus: str) -> None:
         iterator.set_state({**state, "packing": "random_span"})
 
 
-@PACKINGS
+@EACH_PACKING
 def test_memory_of_documents_changes_nothing(corpus: str, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = take(corpus, 40, packing=packing)
     for room in (0, 12):
@@ -264,7 +264,7 @@ def test_a_span_from_within_a_document_begins_without_the_token(corpus: str, pac
 
 
 @pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("packing", ["random_span", "consecutive_spans", "packed"])
+@EACH_PACKING
 def test_documents_that_begin_with_the_token_themselves(tmp_path: Path, packing: str, kept: bool) -> None:
     """The same sequences read directly and prepared, with the token that a text spells out once, or as it is."""
     tokenizer = words_with_bos(by_itself=True)
@@ -446,7 +446,7 @@ def expected_rows(texts: Sequence[Sequence[int]], packing: str) -> list[list[int
     return [stream[i : i + LENGTH] for i in range(0, len(stream), LENGTH) if len(stream) - i >= 2]
 
 
-@PACKINGS
+@EACH_PACKING
 @settings(deadline=None, max_examples=30)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8),
