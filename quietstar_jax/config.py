@@ -9,9 +9,10 @@ The type of a field says which values it accepts; the comment on a field says wh
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import ml_collections
 
@@ -137,6 +138,14 @@ class Phase:
             self.batch_size % self.microbatches == 0,
             "microbatches", self.microbatches, f"a divisor of batch_size ({self.batch_size})",
         )  # fmt: skip
+
+
+class PhaseSpan(NamedTuple):
+    """A phase and its part of a run."""
+
+    phase: Phase
+    start: int  # number of steps done when the phase begins
+    end: int  # number of steps done when the phase ends
 
 
 @dataclass(frozen=True)
@@ -312,6 +321,11 @@ class Config:
                 least = f"at least {path}.tokens_ahead + 2 = {ahead + 2}"
                 found += require(length >= ahead + 2, "data.sequence_length", length, least)
         return found
+
+    def phase_spans(self) -> list[PhaseSpan]:
+        """Returns the phases in order, each with the number of steps done when it begins and ends."""
+        ends = [0, *itertools.accumulate(phase.steps for phase in self.phases)]
+        return list(map(PhaseSpan, self.phases, ends, ends[1:]))
 
     @property
     def total_steps(self) -> int:

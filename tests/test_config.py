@@ -66,6 +66,12 @@ def test_a_problem_in_a_phase_leaves_its_other_settings():
     assert str(error.value).count("\n") == 1  # phases[0].steps: a plain phase has no conflict with the length
 
 
+def test_phase_spans_count_steps():
+    phases = tuple(Phase(name=str(steps), steps=steps) for steps in (3, 0, 2))
+    spans = Config(phases=phases).phase_spans()
+    assert [(span.phase, *span[1:]) for span in spans] == [(phases[0], 0, 3), (phases[1], 3, 3), (phases[2], 3, 5)]
+
+
 def test_phase_helper_refuses_unknown_fields():
     with pytest.raises(ConfigError, match="lenght"):
         phase(lenght=3)

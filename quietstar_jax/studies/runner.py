@@ -116,7 +116,7 @@ def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say)
     """Copies the checkpoint at the end of the longest shared sequence of phases, if there is one."""
     best: tuple[int, PlannedRun, dict[str, Any]] | None = None
     for other in others:
-        for step in set(_saved_steps(other.workdir)) & set(_phase_ends(run.config)):
+        for step in _phase_ends(run.config).intersection(_saved_steps(other.workdir)):
             found = _saved_config(other.workdir, step)
             better = found and (best is None or step > best[0]) and _same_until(found, run.config, step)
             if better and not damage(absolute(other.workdir / "checkpoints"), step):
@@ -142,12 +142,8 @@ def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say)
     say(f"{run.variant}, seed {run.seed} begins from step {step} of {other.variant}")
 
 
-def _phase_ends(config: Config) -> list[int]:
-    ends, step = [], 0
-    for phase in config.phases:
-        step += phase.steps
-        ends.append(step)
-    return ends
+def _phase_ends(config: Config) -> set[int]:
+    return {span.end for span in config.phase_spans()}
 
 
 def _saved_config(workdir: Path, step: int) -> dict[str, Any] | None:
