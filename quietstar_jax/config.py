@@ -4,15 +4,17 @@ A file in `configs/` builds an `ml_collections.ConfigDict` with `default_config(
 command line may override any setting (`--config.data.sequence_length=512`). `from_config_dict` then converts it to a
 `Config`; one error lists every unknown key, wrong type and impossible value.
 
-The type of a field says which values it accepts; the comment on a field says what it means.
+The type of a field says which values it accepts and whether a resumed run may change it
+(`OnResume`); the comment on a field says what it means.
 """
 
 from __future__ import annotations
 
+import enum
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import ml_collections
 
@@ -37,6 +39,29 @@ from quietstar_jax.settings import (
 MOST_TOKENS = 2**31 - 1  # per batch
 MOST_THOUGHT_TOKENS = 2**34  # per batch
 
+T = TypeVar("T")
+
+
+class OnResume(enum.Enum):
+    """When a resumed run may change a setting; without a mark, never."""
+
+    UNRELATED = "yes"  # no effect on the results of a run, or only on rounding
+    MEASURED = "yes; evaluations differ"  # affects metrics, not the weights
+    THINKING = "until the first phase with thoughts begins"  # no effect before
+    REINFORCE = "until the first phase that trains thoughts begins"  # no effect on weights before
+    SAME_TEXT = "to a source of the same content"  # compared by fingerprint: the same bytes may have moved
+    SAME_WEIGHTS = "to a source of the same weights"  # as above
+    NOT_BEGUN = "until the phase begins"
+    OPEN_END = "until the next phase begins, if `decay` is constant"  # no effect on the learning rate before
+
+
+Unrelated = Annotated[T, OnResume.UNRELATED]
+Measured = Annotated[T, OnResume.MEASURED]
+Thinking = Annotated[T, OnResume.THINKING]
+Reinforce = Annotated[T, OnResume.REINFORCE]
+SameText = Annotated[T, OnResume.SAME_TEXT]
+SameWeights = Annotated[T, OnResume.SAME_WEIGHTS]
+
 ComputeDtype = Literal["float32", "bfloat16"]
 PrefixAttention = Literal["auto", "blocks", "triton"]
 Mixing = Literal["hidden_states", "log_probabilities", "none"]
@@ -52,13 +77,13 @@ Ways = Annotated[int, Check(lambda value: value > 0 or value == -1, "above 0, or
 class ModelConfig:
     """Where the decoder comes from and how it computes."""
 
-    checkpoint: str = ""  # Hugging Face folder or hub id (safetensors), or work directory of a run;
+    checkpoint: SameWeights[str] = ""  # Hugging Face folder or hub id (safetensors), or work directory of a run;
     # empty = random weights of `architecture`
-    revision: str = ""  # branch, tag or commit of a hub id
+    revision: SameWeights[str] = ""  # branch, tag or commit of a hub id
     architecture: Architecture = field(default_factory=Architecture)  # used only without `checkpoint`
     compute_dtype: ComputeDtype = "float32"  # master weights, logits, losses and rewards are always float32
-    rematerialize: bool = False  # recompute layers in the backward pass, for the text and for the chains
-    prefix_attention: PrefixAttention = "auto"  # how thoughts attend to the text before them: `auto` is a
+    rematerialize: Unrelated[bool] = False  # recompute layers in the backward pass, for the text and for the chains
+    prefix_attention: Unrelated[PrefixAttention] = "auto"  # how thoughts attend to the text before them: `auto` is a
     # Pallas kernel on TPUs and XLA elsewhere, `blocks` is XLA, `triton` is a Pallas kernel for NVIDIA's A100, H100 and
     # other GPUs with 163 KiB of shared memory per program
 
@@ -73,21 +98,21 @@ class ThoughtConfig:
     initial_end_token: str = "---"  # text whose mean embedding initializes the end embedding
     embedding_scale: Positive[float] = 100.0  # both embeddings are stored divided by this: Adam moves them that much
     # faster
-    sampling_temperature: Positive[float] = 1.0  # of the tokens of thoughts in training
-    score_temperature: Positive[float] = 3.0  # of the log-probabilities that REINFORCE raises
-    positive_only: bool = True  # drop negative advantages
-    policy_reduction: Literal["mean", "sum"] = "mean"  # over the tokens of a thought: `mean` as in the
+    sampling_temperature: Thinking[Positive[float]] = 1.0  # of the tokens of thoughts in training
+    score_temperature: Reinforce[Positive[float]] = 3.0  # of the log-probabilities that REINFORCE raises
+    positive_only: Reinforce[bool] = True  # drop negative advantages
+    policy_reduction: Reinforce[Literal["mean", "sum"]] = "mean"  # over the tokens of a thought: `mean` as in the
     # published code, `sum` as in the paper
-    mixing: Mixing = "hidden_states"  # of predictions with and without thought: `hidden_states` as in the
+    mixing: Thinking[Mixing] = "hidden_states"  # of predictions with and without thought: `hidden_states` as in the
     # published code, `log_probabilities` as in the paper (weight through a sigmoid), `none` = the thought alone
-    control: Control = "none"  # what replaces the thoughts, to measure their effect
-    base_loss_weight: Fraction = 0.5  # weight of the loss without thoughts in the total
-    positions: Literal["all", "stride", "random", "entropy"] = "all"  # which positions think in training:
+    control: Thinking[Control] = "none"  # what replaces the thoughts, to measure their effect
+    base_loss_weight: Thinking[Fraction] = 0.5  # weight of the loss without thoughts in the total
+    positions: Thinking[Literal["all", "stride", "random", "entropy"]] = "all"  # which positions think in training:
     # every n-th (`stride`), random ones, or those with the least certain predictions (`entropy`); in evaluation all do
-    position_fraction: Portion = 1.0  # fraction of positions that think; the cost falls with it
-    positions_per_chunk: NonNegative[int] = 0  # positions whose chains are in memory together; 0 = derived
+    position_fraction: Thinking[Portion] = 1.0  # fraction of positions that think; the cost falls with it
+    positions_per_chunk: Unrelated[NonNegative[int]] = 0  # positions whose chains are in memory together; 0 = derived
     # from `chunk_megabytes`
-    chunk_megabytes: Positive[int] = 256  # memory budget for the activations of one chunk, per device
+    chunk_megabytes: Unrelated[Positive[int]] = 256  # memory budget for the activations of one chunk, per device
 
     def conflicts(self) -> list[str]:
         fraction = self.position_fraction
@@ -118,9 +143,9 @@ class Phase:
     """One phase of training, with constant settings. Phases run in order; a curriculum is a list of phases."""
 
     name: NonEmpty[str] = "thoughts"  # in logs and metrics; every phase has another
-    steps: NonNegative[int] = 100  # optimizer steps
+    steps: Annotated[NonNegative[int], OnResume.OPEN_END] = 100  # optimizer steps
     batch_size: Positive[int] = 8  # sequences per optimizer step, over all devices
-    microbatches: Positive[int] = 1  # the batch is split into this many parts, whose
+    microbatches: Unrelated[Positive[int]] = 1  # the batch is split into this many parts, whose
     # gradients are accumulated
     thought_length: NonNegative[int] = 9  # T, sampled tokens of a thought; 0 = plain language modelling
     num_thoughts: Positive[int] = 2  # R, thoughts per position
@@ -179,15 +204,15 @@ class SyntheticConfig:
 class DataConfig:
     """Input text: sources, tokenizer, and how documents become sequences of L tokens."""
 
-    train: NonEmpty[tuple[str, ...]] = ("synthetic",)  # files, folders, globs, URLs, `prepared:FOLDER`,
+    train: SameText[NonEmpty[tuple[str, ...]]] = ("synthetic",)  # files, folders, globs, URLs, `prepared:FOLDER`,
     # `tfds:NAME[/CONFIG]:SPLIT`, `hf:NAME[/CONFIG]:SPLIT`, or `synthetic`
     weights: tuple[Positive[float], ...] = ()  # share of the sequences from each train source; () = one corpus
-    validation: tuple[str, ...] = ("synthetic",)  # sources of held-out text, as in `train`
-    data_dir: str = ""  # where tensorflow-datasets stores prepared data; empty = its default
-    cache_dir: str = ""  # for indices and token counts of sources; empty = ~/.cache/quietstar_jax
+    validation: Measured[tuple[str, ...]] = ("synthetic",)  # sources of held-out text, as in `train`
+    data_dir: Unrelated[str] = ""  # where tensorflow-datasets stores prepared data; empty = its default
+    cache_dir: Unrelated[str] = ""  # for indices and token counts of sources; empty = ~/.cache/quietstar_jax
     text_key: str = "text"  # field of a JSON line, a parquet row or a tfds example
     text_documents: TextDocuments = "file"  # what is one document of a text file; paragraphs end at a blank line
-    tokenizer: str = ""  # folder or hub id; empty = that of the model's checkpoint; `synthetic` = the
+    tokenizer: SameText[str] = ""  # folder or hub id; empty = that of the model's checkpoint; `synthetic` = the
     # embedded one
     sequence_length: Annotated[int, at_least(3)] = 256  # L
     packing: Packing = "random_span"  # `random_span` = a span of each document, padded, as in the paper;
@@ -197,9 +222,9 @@ class DataConfig:
     # begin-of-text token; `auto` = if the tokenizer itself does, `document_start` = as auto, but spans from within a
     # document begin without it
     append_eos: bool = True  # end every document with the end-of-text token
-    max_unknown_fraction: Fraction = 0.2  # refuse training text with a larger fraction that the tokenizer
+    max_unknown_fraction: Unrelated[Fraction] = 0.2  # refuse training text with a larger fraction that the tokenizer
     # does not know
-    workers: Annotated[int, between(0, 1024)] = 0  # processes that tokenize ahead; 0 = in this process
+    workers: Unrelated[Annotated[int, between(0, 1024)]] = 0  # processes that tokenize ahead; 0 = in this process
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def conflicts(self) -> list[str]:
@@ -288,18 +313,18 @@ class Config:
     """All settings of a run."""
 
     seed: NonNegative[Int64] = 0  # of the weights, the order of the text and the samples
-    workdir: NonEmpty[str] = "runs/default"  # checkpoints, metrics and summary; a run with the same workdir
+    workdir: Unrelated[NonEmpty[str]] = "runs/default"  # checkpoints, metrics and summary; a run with the same workdir
     # resumes
     model: ModelConfig = field(default_factory=ModelConfig)
     thought: ThoughtConfig = field(default_factory=ThoughtConfig)
-    phases: NonEmpty[tuple[Phase, ...]] = (Phase(),)
+    phases: Annotated[NonEmpty[tuple[Phase, ...]], OnResume.NOT_BEGUN] = (Phase(),)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: Measured[EvaluationConfig] = field(default_factory=EvaluationConfig)
+    mesh: Unrelated[MeshConfig] = field(default_factory=MeshConfig)
+    distributed: Unrelated[DistributedConfig] = field(default_factory=DistributedConfig)
+    checkpoint: Unrelated[CheckpointConfig] = field(default_factory=CheckpointConfig)
+    logging: Unrelated[LoggingConfig] = field(default_factory=LoggingConfig)
 
     def conflicts(self) -> list[str]:
         length, names = self.data.sequence_length, [phase.name for phase in self.phases]

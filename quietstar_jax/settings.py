@@ -74,6 +74,18 @@ def unmarked(kind: Any) -> tuple[Any, tuple[Any, ...]]:
     return (kind.__origin__, kind.__metadata__) if typing.get_origin(kind) is Annotated else (kind, ())
 
 
+def marked(cls: type, mark: Any, root: str = "") -> tuple[str, ...]:
+    """Returns the paths of all settings and groups of settings that have this mark, each after the root."""
+    found: list[str] = []
+    for name, hint in type_hints(cls).items():
+        kind, marks = unmarked(hint)
+        if mark in marks:
+            found.append(root + name)
+        elif dataclasses.is_dataclass(kind):
+            found += marked(typing.cast(type, kind), mark, f"{root}{name}.")
+    return tuple(found)
+
+
 def described(kind: Any) -> str:
     """Says which values a type accepts."""
     kind, marks = unmarked(kind)
