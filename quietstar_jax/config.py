@@ -4,8 +4,8 @@ A file in `configs/` builds an `ml_collections.ConfigDict` with `default_config(
 command line may override any setting (`--config.data.sequence_length=512`). `from_config_dict` then converts it to a
 `Config`; one error lists every unknown key, wrong type and impossible value.
 
-The type of a field says which values it accepts and whether a resumed run may change it
-(`OnResume`); the comment on a field says what it means.
+The type of a field says which values it accepts and when a resumed run may change it (`OnResume`); the comment on a
+field says what it means. `make docs` writes all of this to docs/configuration.md.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def _parser() -> CommandParser:
     add("--step", type=integer_from(0), help="of a run's checkpoint; the newest unless told otherwise")
     add("--revision", default="", help="of a hub id")
     add("--dtype", default="float32", help="of the computation: float32, bfloat16")
-    add("--prefix-attention", default="auto", help=f"of thoughts: {', '.join(PREFIX_ATTENTION)} (see the README)")
+    add("--prefix-attention", default="auto", help=f"{', '.join(PREFIX_ATTENTION)}: see docs/configuration.md")
     add("--thought-length", type=integer, default=0, help="sampled tokens of a thought; 0 = as trained")
     add(
         "--batch-size",

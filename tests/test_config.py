@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 
 from quietstar_jax.config import Config, Phase, default_config, from_config_dict, phase, to_config_dict
@@ -70,6 +73,12 @@ def test_phase_spans_count_steps():
     phases = tuple(Phase(name=str(steps), steps=steps) for steps in (3, 0, 2))
     spans = Config(phases=phases).phase_spans()
     assert [(span.phase, *span[1:]) for span in spans] == [(phases[0], 0, 3), (phases[1], 3, 3), (phases[2], 3, 5)]
+
+
+def test_configuration_page_is_fresh():
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    document = runpy.run_path(str(docs / "configuration.py"))["document"]
+    assert (docs / "configuration.md").read_text("utf-8") == document(), "run `make docs`"
 
 
 def test_phase_helper_refuses_unknown_fields():
