@@ -123,6 +123,7 @@ def test_settings_mean_what_is_typed():
         "--config.phases[1].learning_rate=1e-3", "--config.phases[1].rates.decoder", "0", "--config.workdir=a=b",
         "--noconfig.logging.progress_bar", "--config.logging.tensorboard", "--config.phases[0].steps=1_0",
         "--config.data.train[1]=x y", "--config.phases[2].fresh_optimizer=TRUE",
+        "--config.model.rematerialize", "--config.data.packing", "packed", "--config.data.weights=(2, 1)",
     )  # fmt: skip
     assert (config.seed, config.workdir) == (0, "a=b")
     assert (config.data.train, config.data.validation) == (("a", "x y"), ("c",))
@@ -130,6 +131,8 @@ def test_settings_mean_what_is_typed():
     assert (config.logging.progress_bar, config.logging.tensorboard) == (False, True)
     assert config.phases[0].steps == 10
     assert config.phases[2].fresh_optimizer is True
+    assert (config.model.rematerialize, config.data.packing) == (True, "packed")
+    assert config.data.weights == (2.0, 1.0)
     phases = config_of("--config.phases=[{'name': 'a', 'steps': 3}, {'steps': 4}]").phases
     assert [(phase.name, phase.steps) for phase in phases] == [("a", 3), ("thoughts", 4)]
 
@@ -175,8 +178,8 @@ def test_a_file_that_fails_is_named_with_the_line(tmp_path):
         ({"data": {"workers": 10**6}}, "config.data.workers"),
         ({"phases": [{"batch_size": 10**12}]}, "config.phases[0].batch_size"),
         ({"phases": [{"batch_size": 2**28}]}, "config.phases[0].batch_size"),
-        ({"phases": [{"num_thoughts": 2**30}]}, "config.phases[0].num_thoughts"),
-        ({"phases": [{"steps": 2**31 - 1, "name": "a"}, {"steps": 1}]}, "config.phases is"),
+        ({"phases": [{"num_thoughts": 2**30}]}, "config.phases[0] has thoughts of"),
+        ({"phases": [{"steps": 2**31 - 1, "name": "a"}, {"steps": 1}]}, "config.phases has 2147483648 steps"),
         ({"evaluation": {"batch_size": 2**30}}, "config.evaluation.batch_size"),
         ({"model": {"architecture": {"vocab_size": 2**31 - 1, "hidden_size": 2**20}}}, "architecture.hidden_size"),
         ({"thought": {"positions": "stride", "position_fraction": 5e-324}}, "config.thought.position_fraction"),

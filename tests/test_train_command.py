@@ -18,10 +18,10 @@ def run(tmp_path: Path, *arguments: str) -> Ended:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.phases[0].steps=-1"], "config.phases[0].steps is -1; it takes 0 or more"),
+        (["--config.phases[0].steps=-1"], "config.phases[0].steps is -1; it must be at least 0"),
         (
             ["--config.seed=18446744073709551616"],
-            "config.seed is 18446744073709551616; it takes an integer of at most 64 bits",
+            "config.seed is 18446744073709551616; it must be an integer of at most 64 bits",
         ),
         (["--config.data.sequence_length=250"], "the model has 256"),
         (["--config.data.train=('missing.jsonl',)"], "missing.jsonl"),

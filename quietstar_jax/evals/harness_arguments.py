@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from quietstar_jax.config import ComputeDtype
 from quietstar_jax.errors import ConfigError
 
 BATCH_SIZE = 16
@@ -55,7 +56,7 @@ class Arguments:
     thought_length: int | None = None
     step: int | None = None
     revision: str = ""
-    dtype: str = "float32"
+    dtype: ComputeDtype = "float32"
     batch_size: int = BATCH_SIZE
     max_batch_size: int | None = None
     max_length: int | None = None

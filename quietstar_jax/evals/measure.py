@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from quietstar_jax.config import DataConfig
+from quietstar_jax.config import ComputeDtype, DataConfig, PrefixAttention, TextDocuments
 from quietstar_jax.data.sources import content_hash, open_source
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.evals.answers import AnswerWriter
@@ -47,8 +47,8 @@ class Options:
     thoughts: str = "auto"
     step: int | None = None
     revision: str = ""
-    dtype: str = "float32"
-    prefix_attention: str = "auto"
+    dtype: ComputeDtype = "float32"
+    prefix_attention: PrefixAttention = "auto"
     thought_length: int = 0
     batch_size: int = 16
     limit: int = 0
@@ -57,7 +57,7 @@ class Options:
     fields: tuple[str, ...] = ()
     answer_key: str = "auto"
     text_key: str = "text"
-    text_documents: str = "file"
+    text_documents: TextDocuments = "file"
     window: int = 0
     context: int = 0
     top: int = 10

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from quietstar_jax.config import ComputeDtype
 from quietstar_jax.errors import ConfigError, DataError, UserError
 from quietstar_jax.inference.batch import Batch, Generation, GenerationConfig, Token
 from quietstar_jax.inference.decode import DecodeConfig
@@ -45,7 +46,7 @@ class Generator:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, step: int | None = None, revision: str = "", dtype: str = "float32",
+        cls, path: str | Path, *, step: int | None = None, revision: str = "", dtype: ComputeDtype = "float32",
         batch_size: int = 8, max_length: int | None = None,
     ) -> Generator:  # fmt: skip
         """Opens a run, an exported or published Quiet-STaR, or a plain Hugging Face model; see `load_model`.

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, is_run, open_run, run_tokenizer
-from quietstar_jax.config import Config, ModelConfig, ThoughtConfig
+from quietstar_jax.config import ComputeDtype, Config, ModelConfig, PrefixAttention, ThoughtConfig
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.data.vocabulary import UNUSED, unused_ids
 from quietstar_jax.errors import CheckpointError, ConfigError
@@ -30,13 +30,12 @@ from quietstar_jax.io import is_url, place
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import GraphDef
 from quietstar_jax.parallel.mesh import check_kernels
-from quietstar_jax.settings import from_mapping, to_mapping
+from quietstar_jax.settings import from_mapping, one_of, to_mapping
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.training.base import PUBLISHED_MIXING, PUBLISHED_SCALE, can_think
 from quietstar_jax.training.setup import abstract_params
 from quietstar_jax.training.step import thought_settings
 
-DTYPES = ("float32", "bfloat16")
 PUBLISHED_LENGTH = 9  # T of checkpoints whose config.json has none: the paper's main setting
 Layout = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
 
@@ -63,7 +62,7 @@ class LoadedModel:
     params: dict[str, jax.Array]
     graphdef: GraphDef
     architecture: Architecture
-    dtype: str
+    dtype: ComputeDtype
     tokenizer: Tokenizer
     vocabulary: Vocabulary
     thought: ThoughtConfig
@@ -75,7 +74,7 @@ class LoadedModel:
     path: str
     step: int | None
     commit: str
-    prefix_attention: str = "auto"
+    prefix_attention: PrefixAttention = "auto"
 
     @property
     def forbidden_ids(self) -> tuple[int, ...]:
@@ -136,8 +135,8 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, *, step: int | None = None, revision: str = "", dtype: str = "float32",
-    prefix_attention: str = "auto", layout: Layout | None = None,
+    path: str | Path, *, step: int | None = None, revision: str = "", dtype: ComputeDtype = "float32",
+    prefix_attention: PrefixAttention = "auto", layout: Layout | None = None,
 ) -> LoadedModel:  # fmt: skip
     """Opens a model; does not change its files.
 
@@ -153,8 +152,8 @@ def load_model(
     Raises:
       UserError: the path is none of these, is broken, or has no step although one is given.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"The dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    if problems := one_of("dtype", dtype, ComputeDtype):
+        raise ConfigError(f"{problems[0]}.")
     check_kernels(prefix_attention, jax.devices()[0])
     folder = place(str(path), "The model")
     if is_run(folder):
@@ -180,7 +179,7 @@ def stored_dtype(name: str, dtype: str) -> str:
     return "float32" if exact else dtype
 
 
-def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) -> LoadedModel:
+def _of_run(path: str, run: RunCheckpoint, dtype: ComputeDtype, layout: Layout | None) -> LoadedModel:
     thinking = [phase for phase in run.config.phases if phase.thought_length]
     tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)
     eos, suppressed = stops_and_suppressed(run.generation, tokenizer.eos_id, run.workdir)
@@ -214,7 +213,9 @@ def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) ->
     )
 
 
-def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layout: Layout | None) -> LoadedModel:
+def _of_files(
+    path: str, files: CheckpointFiles, revision: str, dtype: ComputeDtype, layout: Layout | None
+) -> LoadedModel:
     tokenizer = load_tokenizer(path, revision)
     thinks, meta = can_think(files), _meta_tokens(files, tokenizer)
     source = _TextRows(files, meta)
@@ -257,7 +258,7 @@ def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layo
 
 
 def _abstract(
-    architecture: Architecture, dtype: str, layout: Layout | None
+    architecture: Architecture, dtype: ComputeDtype, layout: Layout | None
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], GraphDef]:
     """Shapes, dtypes and shardings of the parameters, and the graphdef."""
     shapes, graphdef = abstract_params(architecture)

@@ -11,9 +11,9 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from quietstar_jax.architecture import Architecture, RopeScaling
+from quietstar_jax.architecture import Architecture, FamilyName, RopeKind, RopeScaling
 from quietstar_jax.errors import ConfigError, short
 from quietstar_jax.settings import differences, from_mapping, to_mapping
 
@@ -36,10 +36,10 @@ class Family(NamedTuple):
     window_by_layer: bool = False  # `use_sliding_window`, `layer_types` or `max_window_layers`
     fused: bool = False  # one tensor for queries, keys and values, one for gate and up
     partial_rotary: bool = False  # `partial_rotary_factor`
-    rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    rope_kinds: tuple[str, ...] = get_args(RopeKind)
 
 
-FAMILIES = {
+FAMILIES: dict[FamilyName, Family] = {
     "llama": Family("LlamaForCausalLM", max_positions=2048, optional_bias=True, optional_mlp_bias=True),
     "mistral": Family(
         "MistralForCausalLM", (32_000, 4096, 14_336), num_kv_heads=8, max_positions=131_072, window_everywhere=True

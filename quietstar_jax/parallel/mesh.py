@@ -12,9 +12,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import PREFIX_ATTENTION, Config, MeshConfig
+from quietstar_jax.config import Config, MeshConfig, PrefixAttention
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.parallel.axes import MESH_AXES
+from quietstar_jax.settings import one_of
 
 SIZES = ("data", "position", "fsdp", "tensor")  # of `MeshConfig`
 
@@ -110,8 +111,8 @@ def check_batches(config: Config, mesh: Mesh) -> None:
 
 def check_kernels(prefix_attention: str, device: Any) -> None:
     """Raises ConfigError if `prefix_attention` is not an allowed value, or not available on this kind of device."""
-    if prefix_attention not in PREFIX_ATTENTION:
-        raise ConfigError(f"prefix_attention is {prefix_attention!r}; it must be one of {', '.join(PREFIX_ATTENTION)}.")
+    if problems := one_of("prefix_attention", prefix_attention, PrefixAttention):
+        raise ConfigError(f"{problems[0]}.")
     if prefix_attention == "triton" and (
         device.platform != "gpu" or "rocm" in getattr(device.client, "platform_version", "")
     ):

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from quietstar_jax.config import DataConfig
+from quietstar_jax.config import DataConfig, TextDocuments
 from quietstar_jax.data.documents import joined, open_documents
 from quietstar_jax.data.pipeline import VALIDATION_SEED
 from quietstar_jax.data.sources import SYNTHETIC
@@ -41,7 +41,7 @@ class TextOptions:
     samples: int = 3
     seed: int = 0
     text_key: str = "text"
-    text_documents: str = "file"
+    text_documents: TextDocuments = "file"
     data_dir: str = ""
 
     def check(self) -> None:

@@ -89,11 +89,8 @@ def has_thought(base: Base | None) -> bool:
         return False
     if isinstance(base, CheckpointFiles):
         return can_think(base)
-    start, thought = 0, not base.vocabulary.start_tokens
-    for phase in base.config.phases:
-        thought |= bool(phase.thought_length) and start < base.step
-        start += phase.steps
-    return thought
+    begun = [phase for phase, start, _ in base.config.phase_spans() if start < base.step]
+    return not base.vocabulary.start_tokens or any(phase.thought_length for phase in begun)
 
 
 def can_think(files: CheckpointFiles) -> bool:

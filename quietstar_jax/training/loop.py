@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
     )
     check_known(sequences.unknown(), config.data.max_unknown_fraction, run.tokenizer, SETTING, say=first)
     held_out = held_out_batches(run)
-    ends = [end for _, _, end in phases_left(config, 0)] if config.checkpoint.keep_phase_ends else []
+    ends = [span.end for span in config.phase_spans()] if config.checkpoint.keep_phase_ends else []
     # From the first step until the last checkpoint is written, signals are handled only between steps.
     with (
         contextlib.ExitStack() as listening,
@@ -122,15 +122,6 @@ def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceItera
     return restored.state
 
 
-def phases_left(config: Config, step: int) -> Iterator[tuple[Phase, int, int]]:
-    """Yields (phase, its first step, one past its last step) for every phase with remaining steps."""
-    start = 0
-    for phase in config.phases:
-        if step < start + phase.steps:
-            yield phase, start, start + phase.steps
-        start += phase.steps
-
-
 class Trainer:
     """Runs the phases of a training run."""
 
@@ -150,7 +141,9 @@ class Trainer:
         if 0 < int(state.step) < run.config.total_steps:
             self._metrics.say(f"resuming from step {int(state.step)} of {run.config.total_steps}")
         self._catch_up(state)
-        for phase, start, end in phases_left(run.config, int(state.step)):
+        for phase, start, end in run.config.phase_spans():
+            if int(state.step) >= end:
+                continue
             if phase.fresh_optimizer and int(state.step) == start:
                 step, state = state.step, start_optimizer(run, state.params)
                 state = state._replace(step=step)
@@ -201,12 +194,11 @@ class Trainer:
         This happens if the run was stopped before that evaluation, or if a study began the run from the weights of
         another run with a different evaluation.
         """
-        step, start = int(state.step), 0
-        for phase in self._run.config.phases:
-            due = start < step <= start + phase.steps and self._is_evaluated(step, start + phase.steps)
+        step = int(state.step)
+        for phase, start, end in self._run.config.phase_spans():
+            due = start < step <= end and self._is_evaluated(step, end)
             if processes.broadcast_from_primary(due and not self._metrics.has("evaluation", step)):
                 self._evaluate(state, phase, step)
-            start += phase.steps
 
     def _read_metrics(self) -> None:
         unread, self._unread = self._unread, lambda: None

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from quietstar_jax.config import Config
+from quietstar_jax.config import Config, OnResume
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.settings import to_mapping
 from quietstar_jax.thoughts.token_scores import TokenScores
-from quietstar_jax.training.resume import UNRELATED
+from quietstar_jax.training.resume import MARKED
 
 CONTEXT_TOKENS = 24
 
@@ -55,7 +55,7 @@ def most_helpful_thoughts(
 def config_hash(config: Config) -> str:
     """Returns a hash of all settings that affect the weights or the metrics of a run."""
     settings = to_mapping(config)
-    for name in UNRELATED:
+    for name in MARKED[OnResume.UNRELATED]:
         *groups, last = name.split(".")[1:]
         functools.reduce(operator.getitem, groups, settings).pop(last)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

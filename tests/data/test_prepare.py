@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from quietstar_jax.config import DataConfig
+from quietstar_jax.config import PACKINGS, DataConfig
 from quietstar_jax.data.documents import open_documents
 from quietstar_jax.data.packing import Position
 from quietstar_jax.data.pipeline import training_sequences, validation_batches
@@ -107,7 +107,7 @@ def test_embedded_corpus(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "out", tokenizer) == [found[i].tolist() for i in range(7)]
 
 
-@pytest.mark.parametrize("packing", ["random_span", "consecutive_spans", "packed"])
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_training_is_the_same_as_on_the_text(corpus: str, tmp_path: Path, packing: str) -> None:
     folder = str(prepared(tmp_path / "out", corpus, shards=3))
     expected = take(corpus, 60, packing=packing)
@@ -132,7 +132,7 @@ def validate(source: str, packing: str) -> list[Any]:
 
 def test_text_beside_prepared_documents(corpus: str, tmp_path: Path) -> None:
     folder = str(prepared(tmp_path / "out", corpus))
-    for packing in ("random_span", "consecutive_spans", "packed"):
+    for packing in PACKINGS:
         both = take("", 40, train=(folder, corpus), packing=packing)
         same(both, take("", 40, train=(corpus, corpus), packing=packing))
 

@@ -67,8 +67,8 @@ def test_sizes_that_are_not_the_devices_are_named(sizes):
 def test_settings_of_the_mesh_are_checked():
     for changes, message in (
         ({"data": -1, "fsdp": -1}, "-1 in only one place"),
-        ({"data": 0}, "a number of devices, or -1"),
-        ({"dcn_data": 0}, "at least 1"),
+        ({"data": 0}, r"mesh\.data is 0"),
+        ({"dcn_data": 0}, r"mesh\.dcn_data is 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             from_mapping(Config, {"mesh": changes})
