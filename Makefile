@@ -13,7 +13,7 @@ FAULTS ?= 100
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart test torture lint types install clean
+.PHONY: quickstart test torture lint types docs install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m quietstar_jax.train --config configs/quickstart.py --config.workdir=$(RUN) --config.seed=$(SEED)
@@ -30,7 +30,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.installed-test
-	$(BIN)/mypy quietstar_jax
+	$(BIN)/mypy quietstar_jax docs/configuration.py
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/configuration.py > docs/configuration.md
 
 install: $(VENV)/.installed
 

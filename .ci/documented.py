@@ -59,8 +59,8 @@ metric_list: [{metric: acc}]
 # What is added to a command that holds the text on the left; later flags take the place of earlier ones.
 MORE = {
     "quietstar_jax.study --study": "--study short_study.py",
-    "--study runs/controls --output": "",
-    "quietstar_jax.report --checkpoint": "--documents 2 --max-tokens 200",
+    "--workdir runs/controls --output": "",
+    "quietstar_jax.report --checkpoint": "--limit 2 --page-tokens 200",
     "--tasks local": "--include_path tasks --limit 2",
     "--task gsm8k_cot": "--limit 2 --samples 2 --max-tokens 8 --batch-size 4 --records records.jsonl",
     "quietstar_jax.evaluate": "--limit 4 --batch-size 4",

@@ -1,4 +1,4 @@
-"""Tokens per second of each way to produce training data: `python -m benchmarks.data --source 'c4/*.jsonl'`.
+"""Tokens per second of each way to produce training data: `python -m benchmarks.data --data 'c4/*.jsonl'`.
 
 A step of B sequences of L tokens needs B · L tokens, whatever it computes with them. With `--json`, prints one JSON
 object on the last line. Run it on an otherwise idle machine.
@@ -15,13 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quietstar_jax.config import DataConfig
+from quietstar_jax.config import PACKINGS, DataConfig
 from quietstar_jax.data import documents
 from quietstar_jax.data.pipeline import training_sequences
 from quietstar_jax.data.pretokenized.write import prepare
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
-
-PACKINGS = ("random_span", "consecutive_spans", "packed")
 
 
 def rate(config: DataConfig, tokenizer: Tokenizer, batch: int, seconds: float) -> dict[str, float]:
@@ -47,15 +45,13 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(given.tokenizer)
     documents.KEPT_TOKENS = 0  # the tokens of a large corpus are not kept in memory
     plain = DataConfig(
-        train=tuple(given.source),
+        train=tuple(given.data),
         text_key=given.text_key,
         sequence_length=given.length,
         cache_dir=str(folder / "cache"),
     )
     start = time.perf_counter()
-    manifest = prepare(
-        given.source, tokenizer, "", folder / "tokens", plain, shards=given.shards, workers=given.prepare
-    )
+    manifest = prepare(given.data, tokenizer, "", folder / "tokens", plain, shards=given.shards, workers=given.prepare)
     elapsed = time.perf_counter() - start
     result: dict[str, Any] = {
         "documents": manifest["documents"],
@@ -78,7 +74,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Parses the flags, measures, and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", nargs="+", required=True, help="text, as in data.train")
+    parser.add_argument("--data", nargs="+", required=True, help="text, as in data.train")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id")
     parser.add_argument("--text-key", default="text")
     parser.add_argument("--length", type=int, default=256, help="L, tokens of a sequence")

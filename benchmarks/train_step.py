@@ -107,7 +107,7 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
     batch = Batch(jnp.asarray(tokens), jnp.ones(tokens.shape, bool))
     arguments = (batch, jax.random.key(1), jnp.int32(0))
 
-    step = jax.jit(make_train_step(config, phase, graphdef, architecture, vocabulary), donate_argnums=0)
+    step = jax.jit(make_train_step(config, phase, graphdef, vocabulary), donate_argnums=0)
     start = time.perf_counter()
     compiled = step.lower(state, *arguments).compile()
     compile_seconds = time.perf_counter() - start

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from quietstar_jax.command_line import CommandParser, integer_from, parse_with_config
+from quietstar_jax.command_line import CommandParser, add_config_flags, add_flags, integer_from, parse_with_config
 from quietstar_jax.config import Config, MeshConfig
 from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.planning.plan import PROGRAMS, plan
@@ -24,31 +24,41 @@ from quietstar_jax.planning.targets import Target, compile_only, find_target
 
 def main(arguments: Sequence[str]) -> int:
     """Compiles the program and prints the plan; returns 1 if it does not fit."""
-    given, config = parse_with_config(_parser(), arguments)
+    parser = make_parser()
+    given, config = parse_with_config(parser, arguments)
     compile_only()
-    target = find_target(given.topology)
-    config = planned_for(config, target)
     result: dict[str, Any]
-    if given.search:
-        plans = search(config, target, given.phase, tries=given.tries, say=lambda line: print(line, file=sys.stderr))
-        fits, text = plans[0]["fits"], format_search(plans) + "\n\n" + format_plan(plans[0])
-        result = {"plans": plans}
-    else:
-        result = plan(_suited(config, target, given.phase), target, given.program, given.phase)
-        fits, text = result["fits"], format_plan(result)
+    with parser.naming_flags():
+        target = find_target(given.topology)
+        config = planned_for(config, target)
+        if given.search:
+            plans = search(
+                config, target, given.phase, tries=given.tries, say=lambda line: print(line, file=sys.stderr)
+            )
+            fits, text = plans[0]["fits"], format_search(plans) + "\n\n" + format_plan(plans[0])
+            result = {"plans": plans}
+        else:
+            result = plan(_suited(config, target, given.phase), target, given.program, given.phase)
+            fits, text = result["fits"], format_plan(result)
     print(json.dumps(result) if given.json else text)
     return 0 if fits else 1
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m quietstar_jax.aot", description=__doc__)
+def make_parser() -> CommandParser:
+    """Returns the parser of this command."""
+    parser = CommandParser(
+        "aot", "Compiles the train step, or the decoder, for devices that need not be attached. Prints whether it\n"
+        "fits in memory, what the devices communicate, and the shortest time of a step. Status 1: it does not fit.",
+        "--config configs/mistral_7b_openwebmath.py --topology v5e:8x8 --config.mesh.fsdp=8",
+    )  # fmt: skip
     add = parser.add_argument
-    add("--topology", required=True, help="v5e:4x4, v5p:2x2x4*2 (two slices), gpu:h100x8, cpu:8 ...")
-    add("--program", choices=list(PROGRAMS), default="train", help="what to compile")
-    add("--phase", default="", help="the phase whose step is compiled; by default the one that costs most")
+    add("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:2x2x4*2 (two slices), gpu:h100x8, cpu:8 ...")
+    add_config_flags(parser)
+    add("--program", choices=list(PROGRAMS), default="train", help="program to compile (default: %(default)s)")
+    add("--phase", default="", metavar="NAME", help="phase whose step is compiled (default: the most expensive one)")
     add("--search", action="store_true", help="try mesh shapes and chunk sizes, and rank those that fit")
-    add("--tries", type=integer_from(1), default=6, help="how many of them to compile (%(default)s)")
-    add("--json", action="store_true", help="one JSON object on the last line instead of a table")
+    add("--tries", type=integer_from(1), default=6, metavar="N", help="how many of them to compile (default: 6)")
+    add_flags(parser, "--json")
     return parser
 
 
@@ -64,7 +74,7 @@ def _suited(config: Config, target: Target, phase: str) -> Config:
         guess = next((guess for guess in configs if guess.thought.chunk_megabytes <= most), configs[-1])
         said = [f"--config.mesh.{name}={getattr(guess.mesh, name)}" for name in (*SIZES, "dcn_data", "dcn_fsdp")]
         said.append(f"--config.thought.chunk_megabytes={guess.thought.chunk_megabytes}")
-        print(f"The default mesh does not suit {target.name}. This is for {' '.join(said)}", file=sys.stderr)
+        print(f"The default mesh does not suit {target.name}. The plan is for {' '.join(said)}", file=sys.stderr)
         return guess
     return config
 

@@ -3,32 +3,58 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import difflib
 import functools
+import itertools
 import os
 import re
+import shutil
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from quietstar_jax.config import Config
+from quietstar_jax.config import TEXT_DOCUMENTS, Config
 from quietstar_jax.config_file import read_config
-from quietstar_jax.errors import ConfigError
+from quietstar_jax.errors import ConfigError, UserError
 from quietstar_jax.io import is_url, place
 from quietstar_jax.settings import LARGEST_INTEGER, shown, text_problem
 
 MOST_AT_ONCE = 2**16  # texts in a batch
+BATCH_SIZE = 16
+SCREEN = 120  # columns of a help page; the terminal may have fewer
+FLAG = re.compile(r"--[a-z][a-z-]*")
+# Flags of earlier versions. A new name is suggested by a command that has it.
+RENAMED = {
+    "--source": "--data",
+    "--input": "--data",
+    "--documents": "--limit",
+    "--max-tokens": "--page-tokens",
+    "--study": "--workdir",
+}
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An `argparse` parser that raises `ConfigError` for invalid arguments and keeps line breaks in descriptions."""
+    """The parser of one command: raises `ConfigError` for invalid arguments; its help fits one screen.
 
-    def __init__(self, **options: Any):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    Args:
+      command: name of the module in this package.
+      does: what the command does, in one or two sentences.
+      example: arguments that work.
+      more: text for the end of the help.
+    """
+
+    def __init__(self, command: str, does: str, example: str, more: str = ""):
+        prog = f"python -m quietstar_jax.{command}"
+        super().__init__(
+            prog=prog, description=does, epilog="\n\n".join(filter(None, [f"example:\n  {prog} {example}", more])),
+            formatter_class=_Help, allow_abbrev=False,
+        )  # fmt: skip
 
     def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
-        """Parses the arguments as `argparse` does.
+        """Parses the arguments as `argparse` does, without abbreviated flags.
 
         Raises:
           ConfigError: an argument is unknown, missing, or has an impossible value.
@@ -36,12 +62,66 @@ class CommandParser(argparse.ArgumentParser):
         for argument in arguments:
             if problem := text_problem(argument):
                 raise ConfigError(f"The argument {shown(argument)} {problem}.")
+        for argument in itertools.takewhile("--".__ne__, arguments):
+            flag = argument.partition("=")[0]
+            if FLAG.fullmatch(flag) and " " not in argument and flag not in self._option_string_actions:
+                raise ConfigError(f"{shown(flag)[1:-1]} is not a flag of {self.prog}. {self._advice(flag)}")
         return super().parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
         """Raises `ConfigError` with the message; called by `argparse`."""
         message = re.sub("^argument (.*?): is ", r"\1 is ", message).removeprefix("argument ")
-        raise ConfigError(f"{message}. {self.prog} --help lists all options.")
+        raise ConfigError(f"{message.removesuffix('.')}. {self.prog} --help lists all flags.")
+
+    def format_usage(self) -> str:
+        """Returns the required arguments; `format_help` lists the others, one to a line."""
+        needed = [self._written(action) for action in self._actions if action.required or action.dest == "config"]
+        choices = [group for group in self._mutually_exclusive_groups if group.required]
+        needed += [f"({' | '.join(map(self._written, group._group_actions))})" for group in choices]
+        return f"usage: {' '.join([self.prog, *needed])} [flags]\n"
+
+    def format_help(self) -> str:
+        """Returns the text of `--help`."""
+        self.usage = self.format_usage().removeprefix("usage: ").rstrip().replace("%", "%%")
+        return super().format_help()
+
+    @contextlib.contextmanager
+    def naming_flags(self) -> Iterator[None]:
+        """Names flags in the errors of a user that are raised inside, where the library names arguments or settings.
+
+        The library begins a message with the argument, as in "thought_length is 0", and writes other arguments and
+        settings in backticks: `max_length` becomes --max-length, `data.text_key` --text-key. A name remains if this
+        command has no flag for it.
+        """
+        try:
+            yield
+        except UserError as error:
+            error.args = (self._with_flags(str(error)), *error.args[1:])
+            raise
+
+    def _with_flags(self, message: str) -> str:
+        flags = {action.dest: action.option_strings[-1] for action in self._actions if action.option_strings}
+        names = r"`(?:data\.)?([a-z_]+)`|^([a-z_]+)(?= is )"
+        return re.sub(names, lambda found: flags.get(found[1] or found[2], found[0]), message)
+
+    def _advice(self, flag: str) -> str:
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        if RENAMED.get(flag) in known:
+            return f"It is now {RENAMED[flag]}."
+        near = difflib.get_close_matches(flag, known, n=1)
+        return f"Did you mean {near[0]}?" if near else f"{self.prog} --help lists all flags."
+
+    def _written(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return str(action.metavar or action.dest)
+        return f"{action.option_strings[-1]} {action.metavar}"
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps line breaks, and has room for a flag and its help in one line of a wide terminal."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, SCREEN))
 
 
 def integer(text: str, least: int = -LARGEST_INTEGER, most: int = LARGEST_INTEGER) -> int:
@@ -53,7 +133,7 @@ def integer(text: str, least: int = -LARGEST_INTEGER, most: int = LARGEST_INTEGE
     if not least <= value <= most:
         bound = "at most 64 bits" if least < 0 else f"{least} or more"
         bound = f"{least} .. {most}" if most < LARGEST_INTEGER else bound
-        raise argparse.ArgumentTypeError(f"is {shown(text)}; it takes a whole number ({bound})")
+        raise argparse.ArgumentTypeError(f"is {shown(text)}; it must be a whole number ({bound})")
     return value
 
 
@@ -64,31 +144,139 @@ def integer_from(least: int, most: int = LARGEST_INTEGER) -> Callable[[str], int
 
 def path(text: str) -> Path:
     """Argument type: a local path; `~` is the home folder."""
-    found = path_or_url(text)
-    if is_url(found):
-        raise argparse.ArgumentTypeError(f"is {shown(text)}; it takes a path on this machine, not a URL")
-    return Path(found)
+    if is_url(text) and not text.startswith("file://"):
+        raise argparse.ArgumentTypeError(f"is {shown(text)}; it must be a path on this machine, not a URL")
+    return Path(path_or_url(text))
 
 
 def path_or_url(text: str) -> Any:
     """Argument type: a local path as in `path`, or a URL of an object store."""
     if not text:
-        raise argparse.ArgumentTypeError("is empty; it takes a path")
+        raise argparse.ArgumentTypeError("is empty; it must be a path")
     try:
         return place(text, "is")
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def output_file(text: str) -> Path:
-    """Argument type: a local file that can be written; checked before any work is done."""
-    file = path(text)
+def model_path(text: str) -> str:
+    """Argument type: a path or URL as in `path_or_url`, or a hub id; returned as it is."""
+    path_or_url(text)
+    return text
+
+
+def check_writable(file: Path, flag: str) -> None:
+    """Checks a path before any work is done.
+
+    Raises:
+      ConfigError: no file can be written there; the message names the flag.
+    """
     folder = file.absolute().parent
     if not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"is {shown(text)}: the folder {folder} is missing. Make it first")
+        raise ConfigError(f"{flag} is {shown(str(file))}: the folder {folder} is missing. Create it first.")
     if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"is {shown(text)}, which cannot be written. Choose another file")
-    return file
+        raise ConfigError(f"{flag} is {shown(str(file))}, which cannot be written. Choose another file.")
+
+
+# Every flag that several commands have: it means the same in all of them.
+SHARED: dict[str, dict[str, Any]] = {
+    "--checkpoint": dict(
+        type=model_path,
+        metavar="PATH",
+        help="work directory of a run, Hugging Face folder, or hub id (export: only a run)",
+    ),
+    "--step": dict(type=integer_from(0), metavar="N", help="step of the run's checkpoint (default: the newest)"),
+    "--revision": dict(default="", metavar="NAME", help="branch, tag or commit of a hub id (default: main)"),
+    "--dtype": dict(
+        default="float32",
+        metavar="DTYPE",
+        help="dtype of weights and computation: float32, bfloat16; export also: float16 (default: %(default)s)",
+    ),
+    "--data": dict(
+        metavar="SOURCE",
+        help="file, folder, glob, URL, hf:NAME:SPLIT or tfds:NAME:SPLIT, as in data.train (docs/data.md)",
+    ),
+    "--text-key": dict(default="text", metavar="FIELD", help="field that contains the text (default: %(default)s)"),
+    "--text-documents": dict(
+        default="file",
+        choices=TEXT_DOCUMENTS,
+        metavar="KIND",
+        help=f"one document of a text file: {', '.join(TEXT_DOCUMENTS)} (default: %(default)s)",
+    ),
+    "--data-dir": dict(type=path_or_url, metavar="FOLDER", help="folder of tensorflow-datasets, as data.data_dir"),
+    "--limit": dict(
+        type=integer_from(0),
+        metavar="N",
+        help="number of questions, texts or documents, from the first; 0 = all (default: %(default)s)",
+    ),
+    "--output": dict(type=path, metavar="PATH", help="path of the result: a file, or a folder (export, data.prepare)"),
+    "--workdir": dict(type=path, metavar="FOLDER", help="work directory of a study: its runs and its table"),
+    "--thoughts": dict(
+        default="auto",
+        metavar="MODE",
+        help="on, off, auto (on if the model can think); evaluate also: both, its auto (default: %(default)s)",
+    ),
+    "--thought-length": dict(type=integer_from(1), metavar="N", help="tokens of a thought (default: as in training)"),
+    "--max-tokens": dict(type=integer_from(1), metavar="N", help="most tokens to generate (default: %(default)s)"),
+    "--max-length": dict(
+        type=integer_from(1),
+        metavar="N",
+        help="most tokens of a text, prompt and completion together (default: what the model allows)",
+    ),
+    "--temperature": dict(
+        type=float,
+        metavar="X",
+        help="sampling temperature of the text; 0 = the most likely token (default: %(default)s)",
+    ),
+    "--samples": dict(
+        type=integer_from(0),
+        metavar="N",
+        help="random samples, of the steps (evaluate) or of each thought (report) (default: %(default)s)",
+    ),
+    "--seed": dict(type=integer_from(0), default=0, metavar="N", help="seed of all random numbers (default: 0)"),
+    "--batch-size": dict(
+        type=integer_from(1, MOST_AT_ONCE),
+        metavar="N",
+        help=f"texts that are computed together, over all devices (default: {BATCH_SIZE}; generate --prompt: 1)",
+    ),
+    "--json": dict(action="store_true", help="print one JSON object on the last line instead of a table"),
+    "--quiet": dict(action="store_true", help="no progress bar"),
+}
+
+
+def add_flags(parser: Any, *names: str, **own: Any) -> None:
+    """Adds flags of `SHARED` to a parser or a group of it; `own`: what differs, such as `required` or `default`."""
+    for name in names:
+        parser.add_argument(name, **{**SHARED[name], **own})
+
+
+def add_checkpoint_flags(parser: Any, choice: Any = None, *, hub: bool = True) -> None:
+    """Adds the flags that name a model and how it is loaded.
+
+    Args:
+      choice: a group of flags that exclude one another, for `--checkpoint`; None = it is required.
+      hub: whether the model may be one of the Hugging Face hub, which has revisions.
+    """
+    add_flags(choice or parser, "--checkpoint", required=choice is None)
+    add_flags(parser, "--step", *(["--revision"] if hub else []), "--dtype")
+
+
+class _ListSettings(argparse.Action):
+    """Prints all settings with their defaults, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print("--config.NAME=VALUE changes a setting. All names, with their defaults:")
+        print("\n".join(f"  {name}={value!r}" for name, value in _defaults(Config(), "")))
+        parser.exit()
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `parse_with_config` reads."""
+    parser.add_argument("--config", metavar="FILE", help="Python file with a function get_config() (required)")
+    parser.add_argument("--config.NAME", metavar="VALUE", dest="setting", help="change a setting of this file")
+    parser.add_argument(
+        "--help-settings", action=_ListSettings, nargs=0, help="list all settings (also in docs/configuration.md)"
+    )
 
 
 def parse_with_config(parser: CommandParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
@@ -97,20 +285,18 @@ def parse_with_config(parser: CommandParser, arguments: Sequence[str]) -> tuple[
     Settings are `--config.NAME=VALUE` or `--config.NAME VALUE`; a boolean setting may also be written `--config.NAME`
     or `--noconfig.NAME`.
 
+    Args:
+      parser: has the flags of `add_config_flags`.
+
     Raises:
       ConfigError: an argument or a setting cannot be used.
     """
-    parser.add_argument("--config", metavar="FILE", help="Python file with a function get_config()")
-    parser.add_argument_group(
-        "settings", "--config.NAME=VALUE changes a setting of the file. All names, with their defaults:\n"
-        + "\n".join(f"  {name}={value!r}" for name, value in _defaults(Config(), "")),
-    )  # fmt: skip
     file, settings, rest = None, [], []
     words = iter(arguments)
     for word in words:
         if word == "--config" or word.startswith("--config="):
             if file is not None:
-                raise ConfigError("--config is given twice; it takes one file.")
+                raise ConfigError("--config is given twice; one file is allowed.")
             file = word.partition("=")[2] if "=" in word else next(words, "")
         elif word.startswith(("--config.", "--noconfig.")):
             name, equals, value = word.partition(".")[2].partition("=")

@@ -62,7 +62,7 @@ def short(value: object, spell: Callable[[object], str] = repr) -> str:
     try:
         text = spell(value)
     except ValueError:  # an integer of thousands of digits
-        text = "a number of very many digits"
+        text = "a number with very many digits"
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from quietstar_jax.command_line import MOST_AT_ONCE, CommandParser, integer, integer_from, path
+from quietstar_jax.command_line import BATCH_SIZE, CommandParser, add_checkpoint_flags, add_flags
 from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.inference.batch import Generation, GenerationConfig, Token
 from quietstar_jax.inference.batch_files import generate_file
@@ -14,33 +14,38 @@ from quietstar_jax.inference.terminal import print_tokens
 
 __all__ = ["Generation", "Generator", "Token"]
 
-FILE_BATCH = 8
+THOUGHTS = {"auto": None, "on": True, "off": False}
 
 
 def main(arguments: list[str]) -> None:
     """Generates to the terminal, or from file to file."""
-    given = _parser().parse_args(arguments)
-    if (given.input is None) != (given.output is None):
-        raise ConfigError("--input and --output go together: a file of prompts, and the file that texts go to.")
-    if (given.input is None) == (not given.prompt):
-        raise ConfigError("Give --prompt, or --input and --output.")
-    generator = Generator.open(
-        given.checkpoint, step=given.step, revision=given.revision, dtype=given.dtype,
-        batch_size=given.batch_size or (1 if given.prompt else FILE_BATCH), max_length=given.max_length,
-    )  # fmt: skip
-    job = generator.job(
-        1 if given.prompt else TOKENS_PER_CALL, given.max_tokens,
-        {"auto": None, "off": False}.get(given.thoughts, True), given.thought_length, given.temperature, given.top_p,
-        given.thought_temperature, [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in given.stop],
-    )  # fmt: skip
-    show = given.thoughts == "show"
-    if given.input is not None:
+    parser = make_parser()
+    given = parser.parse_args(arguments)
+    if (given.data is None) != (given.output is None):
+        raise ConfigError("--data and --output must be given together: the prompts, and the file for their texts.")
+    if (given.data is None) == (not given.prompt):
+        raise ConfigError("Give --prompt, or --data and --output.")
+    if given.thoughts not in THOUGHTS:
+        hint = " To print thoughts, add --show-thoughts." if given.thoughts == "show" else ""
+        raise ConfigError(f"--thoughts is {given.thoughts!r}; allowed: {', '.join(THOUGHTS)}.{hint}")
+    with parser.naming_flags():
+        generator = Generator.open(
+            given.checkpoint, step=given.step, revision=given.revision, dtype=given.dtype,
+            batch_size=given.batch_size or (1 if given.prompt else BATCH_SIZE), max_length=given.max_length,
+        )  # fmt: skip
+        job = generator.job(
+            1 if given.prompt else TOKENS_PER_CALL, given.max_tokens, THOUGHTS[given.thoughts], given.thought_length,
+            given.temperature, given.top_p, given.thought_temperature,
+            [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in given.stop],
+        )  # fmt: skip
+        if given.data is None:
+            _to_terminal(generator, given.prompt, job, given.seed, given.show_thoughts)
+            return
         rows = generate_file(
-            generator, given.input, given.output, job, seed=given.seed, show_thoughts=show, quiet=given.quiet
-        )
-        print(f"{rows} texts are in {given.output}.")
-        return
-    _to_terminal(generator, given.prompt, job, given.seed, show)
+            generator, given.data, given.output, job, seed=given.seed, show_thoughts=given.show_thoughts,
+            quiet=given.quiet,
+        )  # fmt: skip
+    print(f"{rows} texts are in {given.output}.")
 
 
 def _to_terminal(generator: Generator, prompts: list[str], job: GenerationConfig, seed: int, show: bool) -> None:
@@ -55,27 +60,44 @@ def _to_terminal(generator: Generator, prompts: list[str], job: GenerationConfig
             print()
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m quietstar_jax.generate", description=__doc__)
+def make_parser() -> CommandParser:
+    """Returns the parser of this command."""
+    parser = CommandParser(
+        "generate", "Continues prompts: to the terminal, or from file to file (JSON lines with a completion each).",
+        "--checkpoint runs/mine --prompt '2 + 2 =' --show-thoughts",
+    )  # fmt: skip
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run's workdir, a Hugging Face folder or hub id")
-    add("--prompt", action="append", default=[], help="text to go on from; - reads it from standard input")
-    add("--input", help='any source as in data.train, whose records have a "prompt"')
-    add("--output", type=path, help="JSON lines to be made, each with a completion")
-    add("--thoughts", choices=("auto", "on", "off", "show"), default="auto", help="auto = on where the model can")
-    add("--thought-length", type=integer, help="sampled tokens of a thought; as trained unless told otherwise")
-    add("--max-tokens", type=integer, default=128, help="generated at most")
-    add("--temperature", type=float, default=0.0, help="0 = always the likeliest token")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens with this probability together")
-    add("--thought-temperature", type=float, default=0.0, help="of the tokens of thoughts")
-    add("--seed", type=integer, default=0, help="of sampling")
-    add("--stop", action="append", default=[], help=r"text that ends the output, with \n for a line break; repeatable")
-    add("--batch-size", type=integer_from(1, MOST_AT_ONCE), help=f"prompts at once; 1, or {FILE_BATCH} from a file")
-    add("--max-length", type=integer, help="room for prompt and text in tokens; as needed unless told otherwise")
-    add("--dtype", default="float32", help="of the computation: float32, bfloat16")
-    add("--step", type=integer_from(0), help="of a run's checkpoint; the newest unless told otherwise")
-    add("--revision", default="", help="of a hub id")
-    add("--quiet", action="store_true", help="no progress bar")
+    add_checkpoint_flags(parser)
+    add(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text to continue; - = read it from standard input",
+    )
+    add_flags(parser, "--data", "--output", "--thoughts")
+    add(
+        "--show-thoughts",
+        action="store_true",
+        help="print or write the thought before each token, with its mixing weight",
+    )
+    add_flags(parser, "--thought-length")
+    add_flags(parser, "--max-tokens", default=128)
+    add_flags(parser, "--max-length")
+    add_flags(parser, "--temperature", default=0.0)
+    add(
+        "--top-p", type=float, default=1.0, metavar="X",
+        help="sample from the most likely tokens whose probabilities sum to this (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--thought-temperature", type=float, default=0.0, metavar="X",
+        help="sampling temperature of the thoughts (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help=r"text that ends the output, with \n for a line break; may be repeated",
+    )  # fmt: skip
+    add_flags(parser, "--seed", "--batch-size", "--quiet")
     return parser
 
 

@@ -55,7 +55,7 @@ def place(text: str, name: str) -> Any:
     scheme = found[1] if found else ""
     if scheme in STORES:
         if not re.match(rf"{scheme}://[^/]+", text):
-            raise ConfigError(f"{name} {shown(text)} names no bucket. Write {scheme}://BUCKET/FOLDER.")
+            raise ConfigError(f"{name} {shown(text)} has no bucket. Write {scheme}://BUCKET/FOLDER.")
         packages = ("tensorflow", STORES[scheme])  # etils reads with either
         if not any(importlib.util.find_spec(package) for package in packages):
             raise ConfigError(f"{name} {shown(text)} needs the package {STORES[scheme]}: pip install {STORES[scheme]}.")
@@ -63,17 +63,19 @@ def place(text: str, name: str) -> Any:
     address = urllib.parse.urlsplit(text) if scheme == "file" else None
     if scheme and (address is None or address.netloc not in ("", "localhost")):
         raise ConfigError(
-            f"{name} {shown(text)}: {scheme}: is no scheme that can be used. Give a folder, file:///FOLDER, "
+            f"{name} {shown(text)}: {scheme}: is not a supported scheme. Give a folder, file:///FOLDER, "
             f"{' or '.join(f'{store}://BUCKET/FOLDER' for store in STORES)}."
         )
     try:
         path = Path(urllib.parse.unquote(address.path) if address else text).expanduser()
         if "\0" in str(path):
-            raise ValueError("it holds a NUL byte")
+            raise ValueError("it contains a NUL byte")
     except (RuntimeError, ValueError) as error:  # RuntimeError: no such user
         raise ConfigError(f"{name} {shown(text)} cannot be a path: {error}.") from error
     if path.absolute().parts[1:2] in (("gs",), ("s3",), ("az",), ("hf",)):  # etils takes it for a URL
-        raise ConfigError(f"{name} {shown(text)}: checkpoints cannot be in this folder of the root. Choose another.")
+        raise ConfigError(
+            f"{name} {shown(text)}: this top-level folder is mistaken for a URL of an object store. Choose another."
+        )
     return path
 
 
@@ -159,7 +161,7 @@ def read_json_lines(path: AnyPath) -> list[dict[str, Any]]:
         elif row is not None and number <= len(lines):
             broken.append(number)
     if broken:
-        logging.warning("%s: no JSON object in line %s: left out.", path, ", ".join(map(str, broken)))
+        logging.warning("%s: line %s is not a JSON object and is ignored.", path, ", ".join(map(str, broken)))
     return rows
 
 
@@ -249,11 +251,11 @@ def lock_file(file: IO[bytes], path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ConfigError(f"Another process is writing {path}. Wait for it, or choose another file.") from error
+        raise ConfigError(f"Another process is writing {path}. Wait until it ends, or choose another file.") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be locked ({error}). Choose a file on another file system.") from error
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-        raise ConfigError(f"Another process was writing {path} and has finished. Look at what it made.")
+        raise ConfigError(f"Another process was writing {path} and has finished. Check this file.")
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ def main() -> None:
         cli_evaluate()
     except ConnectionError as error:
         raise DataError(
-            f"The harness cannot reach what a task needs: {error}. Without a network, use tasks whose data are in the "
-            "cache of `datasets`, or files (--include_path)."
+            f"The harness cannot download the data of a task: {error}. Without a network, use tasks whose data are in "
+            "the cache of `datasets`, or in files (--include_path)."
         ) from error
 
 

@@ -81,8 +81,8 @@ class Lock:
             pass  # of the disk or the network: the next write fails as well, and reports why
         if self._taken_by:
             raise LockedError(
-                f"{self._name} was taken over by {self._taken_by}: this run gave no sign of life for "
-                f"{STALE_SECONDS:.0f} s. It stops here and writes nothing more; the other one continues."
+                f"{self._name} was taken over by {self._taken_by}: this run did not renew its lock for "
+                f"{STALE_SECONDS:.0f} s. It stops and writes nothing more; the other one continues."
             )
 
     def _acquire(self) -> None:
@@ -97,18 +97,18 @@ class Lock:
             if mark is None:  # released in between
                 continue
             if is_gone(holder):
-                self._say(f"{self._name}: {describe(holder)} is gone; this run takes over.")
+                self._say(f"{self._name}: {describe(holder)} has ended; this run takes over.")
             elif watched is None:
                 watched, until = mark, time.monotonic() + STALE_SECONDS
                 self._say(
-                    f"{self._name} is in use by {describe(holder)}. Waiting at most {STALE_SECONDS:.0f} s for a "
-                    "sign of life; without one, this run takes over."
+                    f"{self._name} is in use by {describe(holder)}. Waiting at most {STALE_SECONDS:.0f} s for it to "
+                    "renew its lock; otherwise this run takes over."
                 )
                 continue
             elif mark != watched:
                 error = LockedError(
-                    f"{self._name} is in use by {describe(holder)}, which is alive. Wait until it ends, stop it, or "
-                    "choose another workdir: two runs in one would destroy each other's checkpoints."
+                    f"{self._name} is in use by {describe(holder)}, which is running. Wait until it ends, stop it, or "
+                    "choose another workdir: two runs in one workdir overwrite each other's checkpoints."
                 )
                 error.status = LockedError.status if holder.get("machine") == io.machine() else EXIT_RETRY
                 raise error
@@ -116,7 +116,7 @@ class Lock:
                 time.sleep(0.2 if not self._url else 2)
                 continue
             else:
-                self._say(f"{self._name}: no sign of life of {describe(holder)}; this run takes over.")
+                self._say(f"{self._name}: {describe(holder)} did not renew its lock; this run takes over.")
             if read(self._path)[1] == mark and self._write():
                 return
             watched = None
@@ -163,7 +163,10 @@ class Lock:
                 if self._url or Path(self._path).parent.is_dir():
                     self._create()  # only the file was removed
                 else:
-                    raise GoneError(f"{self._name} has disappeared: nothing can be saved. Bring it back and run again.")
+                    raise GoneError(
+                        f"{self._name} has disappeared: nothing can be saved. Restore it, then run the same command "
+                        "again."
+                    )
             elif holder.get("nonce", self.nonce) != self.nonce:
                 self._taken_by = describe(holder)
             elif self._url or not holder:  # a file that names no holder is written again

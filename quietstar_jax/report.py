@@ -1,11 +1,12 @@
-"""Command line: `python -m quietstar_jax.report --checkpoint DIR --data FILE --output page.html`, or `--study DIR`."""
+"""Command line: `python -m quietstar_jax.report --checkpoint DIR --data FILE --output page.html`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from typing import Any
 
-from quietstar_jax.command_line import CommandParser, integer, integer_from, path
-from quietstar_jax.config import TEXT_DOCUMENTS
+from quietstar_jax.command_line import CommandParser, add_checkpoint_flags, add_flags, integer_from, path
 from quietstar_jax.errors import ConfigError, run_command
 from quietstar_jax.reports.drawings import write_drawings
 from quietstar_jax.reports.make import MOST_TOKENS, TextOptions, report_checkpoint, report_study
@@ -14,43 +15,60 @@ from quietstar_jax.reports.page import write_page
 
 def main(arguments: list[str]) -> None:
     """Writes one page, then prints where it is."""
-    parser = CommandParser(prog="python -m quietstar_jax.report", description="One page to look at.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", help="a run's workdir, a Hugging Face folder or hub id")
-    what.add_argument("--study", type=path, help="the workdir of python -m quietstar_jax.study")
-    parser.add_argument("--output", type=path, required=True, help="the page to be written")
-    parser.add_argument("--figures", type=path, help="a folder for the charts of the page, as SVG files")
-    text = parser.add_argument_group("with --checkpoint")
-    text.add_argument("--data", nargs="+", default=[], help="any sources as in data.train")
-    text.add_argument("--step", type=integer_from(0), help="of the checkpoint; the newest unless told otherwise")
-    text.add_argument("--documents", type=integer, default=20, help="how many, from the first (%(default)s)")
-    text.add_argument("--max-tokens", type=integer, default=4000, help=f"of all, up to {MOST_TOKENS} (%(default)s)")
-    text.add_argument(
-        "--sequence-length", type=integer, default=256, help="tokens the model reads at a time (%(default)s)"
-    )
-    text.add_argument("--thought-length", type=integer, help="tokens of a thought; as trained unless told otherwise")
-    text.add_argument(
-        "--tokens-ahead", type=integer, help="tokens that a reward is computed over; default: as in training"
-    )
-    text.add_argument("--samples", type=integer, default=3, help="thoughts drawn beside the greedy one (%(default)s)")
-    text.add_argument("--seed", type=integer, default=0, help="of these draws (%(default)s)")
-    text.add_argument("--text-key", default="text", help="field of a line or row that holds the text (%(default)s)")
-    text.add_argument("--text-documents", choices=TEXT_DOCUMENTS, default="file", help="of a text file (%(default)s)")
-    text.add_argument("--data-dir", default="", help="where tensorflow-datasets keeps what it prepared")
+    parser = make_parser()
     given = parser.parse_args(arguments)
-    if given.study:
-        html = report_study(given.study)
-    elif not given.data:
-        raise ConfigError("--checkpoint wants --data: the text to look at, for example --data my_text.jsonl.")
-    else:
-        names = ("documents", "max_tokens", "sequence_length", "thought_length", "tokens_ahead", "samples", "seed",
-                 "text_key", "text_documents", "data_dir")  # fmt: skip
-        options = TextOptions(data=tuple(given.data), **{name: getattr(given, name) for name in names})
-        html = report_checkpoint(given.checkpoint, options, given.step)
+    with parser.naming_flags():
+        html = report_study(given.workdir) if given.workdir else _of_checkpoint(given)
     write_page(given.output, html)
     for figure in write_drawings(given.figures, html) if given.figures else ():
         print(figure)
     print(f"{given.output} ({len(html.encode()) / 2**20:.1f} MB)")
+
+
+def _of_checkpoint(given: argparse.Namespace) -> str:
+    if not given.data:
+        raise ConfigError("--checkpoint needs --data: the text of the page, for example --data my_text.jsonl.")
+    names = ("limit", "page_tokens", "sequence_length", "thought_length", "tokens_ahead", "samples", "seed",
+             "text_key", "text_documents")  # fmt: skip
+    options = TextOptions(
+        data=tuple(given.data), data_dir=str(given.data_dir or ""), **{name: getattr(given, name) for name in names}
+    )
+    return report_checkpoint(given.checkpoint, options, given.step, revision=given.revision, dtype=given.dtype)
+
+
+def make_parser() -> CommandParser:
+    """Returns the parser of this command."""
+    parser = CommandParser(
+        "report", "Writes one HTML page: of a checkpoint and its thoughts in a text, or of a study.",
+        "--checkpoint runs/mine --data my_text.jsonl --output page.html",
+    )  # fmt: skip
+    subject = parser.add_mutually_exclusive_group(required=True)
+    add_flags(subject, "--workdir")
+    add_flags(parser, "--output", required=True)
+    parser.add_argument(
+        "--figures", type=path, metavar="FOLDER", help="folder for the charts of the page, as SVG files"
+    )
+    text = parser.add_argument_group("with --checkpoint")
+    add_checkpoint_flags(text, subject)
+    add_flags(text, "--data", nargs="+", action="extend", default=[])
+    add_flags(text, "--text-key", "--text-documents", "--data-dir")
+    add_flags(text, "--limit", default=TextOptions.limit)
+    number: dict[str, Any] = {"type": integer_from(1), "metavar": "N"}
+    text.add_argument(
+        "--page-tokens", **number, default=TextOptions.page_tokens,
+        help=f"most tokens on the page, up to {MOST_TOKENS} (default: %(default)s)",
+    )  # fmt: skip
+    text.add_argument(
+        "--sequence-length", **number, default=TextOptions.sequence_length,
+        help="tokens that the model reads together (default: %(default)s)",
+    )  # fmt: skip
+    add_flags(text, "--thought-length")
+    text.add_argument(
+        "--tokens-ahead", **number, help="tokens over which a reward is computed (default: as in training)"
+    )
+    add_flags(text, "--samples", default=TextOptions.samples)
+    add_flags(text, "--seed")
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """Converts nested mappings to frozen dataclasses and back; one error reports all problems.
 
-Such a dataclass may define `problems() -> list[str]`, built with `require` and `one_of`. Its integers have at most 32
-bits, as in JAX, unless the metadata of their field sets other `bits`.
+The type of a field says which values it accepts: `Literal` lists choices, and `Annotated` adds marks such as a `Check`.
+Integers have at most 32 bits, as in JAX, except `Int64`. Conditions on several fields of a dataclass are checked by its
+method `conflicts() -> list[str]`, built with `require`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from quietstar_jax.errors import ConfigError
 
@@ -19,16 +21,80 @@ T = TypeVar("T")
 
 LARGEST_INTEGER = 2**63 - 1
 LONGEST_SHOWN = 200  # characters of a value in a message
+WIDE = "64 bits"  # mark of an integer
 
 
-def require(holds: bool, name: str, value: Any, takes: str) -> list[str]:
-    """Returns a problem with field `name` unless the condition holds."""
-    return [] if holds else [f"{name} is {shown(value)}; it takes {takes}"]
+class Check(NamedTuple):
+    """A condition on the value of a field."""
+
+    holds: Callable[[Any], bool]
+    text: str  # completes the sentence "it must be ..."
 
 
-def one_of(name: str, value: str, choices: Sequence[str]) -> list[str]:
-    """Returns a problem with field `name` unless its value is among `choices`."""
-    return require(value in choices, name, value, "one of " + ", ".join(choices))
+def between(least: float, most: float) -> Check:
+    """Returns the check that a number is within these bounds, both included."""
+    return Check(lambda value: least <= value <= most, f"within {least} .. {most}")
+
+
+def at_least(least: float) -> Check:
+    """Returns the check that a number is not below this bound."""
+    return Check(lambda value: value >= least, f"at least {least}")
+
+
+Positive = Annotated[T, Check(lambda value: value > 0, "above 0")]
+NonNegative = Annotated[T, at_least(0)]
+NonEmpty = Annotated[T, Check(bool, "non-empty")]
+Fraction = Annotated[float, between(0, 1)]
+Portion = Annotated[float, Check(lambda value: 0 < value <= 1, "above 0 and at most 1")]
+Int64 = Annotated[int, WIDE]
+WORDS = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}
+
+
+def require(holds: bool, name: str, value: Any, must_be: str) -> list[str]:
+    """Returns a problem with field `name` if the condition does not hold."""
+    return [] if holds else [f"{name} is {shown(value)}; it must be {must_be}"]
+
+
+def one_of(name: str, value: Any, choices: Any) -> list[str]:
+    """Returns a problem with field `name` if its value is not among the choices of a `Literal`."""
+    names = typing.get_args(choices)
+    near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return require(isinstance(value, str) and value in names, name, value, described(choices) + hint)
+
+
+@functools.cache
+def type_hints(cls: type) -> dict[str, Any]:
+    """Returns the types of the fields of a dataclass, with their marks."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def unmarked(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Splits `Annotated[kind, *marks]` into (kind, marks)."""
+    return (kind.__origin__, kind.__metadata__) if typing.get_origin(kind) is Annotated else (kind, ())
+
+
+def marked(cls: type, mark: Any, root: str = "") -> tuple[str, ...]:
+    """Returns the paths of all settings and groups of settings that have this mark, each after the root."""
+    found: list[str] = []
+    for name, hint in type_hints(cls).items():
+        kind, marks = unmarked(hint)
+        if mark in marks:
+            found.append(root + name)
+        elif dataclasses.is_dataclass(kind):
+            found += marked(typing.cast(type, kind), mark, f"{root}{name}.")
+    return tuple(found)
+
+
+def described(kind: Any) -> str:
+    """Says which values a type accepts."""
+    kind, marks = unmarked(kind)
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        kind = f"a list, each item {described(typing.get_args(kind)[0])}"
+    checks = [mark.text for mark in marks if isinstance(mark, Check)]
+    return ", ".join([WORDS.get(kind, kind), *checks])
 
 
 def shown(value: Any) -> str:
@@ -37,11 +103,9 @@ def shown(value: Any) -> str:
         text = repr(value)
     except Exception:  # an integer with more digits than Python writes, an object of a configuration file
         return f"a value of type {type(value).__name__}"
-    return (
-        text
-        if len(text) <= LONGEST_SHOWN
-        else f"{text[: LONGEST_SHOWN - 50]} ... {text[-20:]} ({len(text):,} characters)"
-    )
+    if len(text) > LONGEST_SHOWN:
+        return f"{text[: LONGEST_SHOWN - 50]} ... {text[-20:]} ({len(text):,} characters)"
+    return text
 
 
 def unknown(path: str, key: Any, names: Sequence[str]) -> str:
@@ -107,45 +171,56 @@ def _build(cls: type, mapping: Any, path: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(mapping) and isinstance(mapping, cls):
         mapping = to_mapping(mapping)
     if not isinstance(mapping, Mapping) and not hasattr(mapping, "items"):
-        problems.append(f"{path} is {shown(mapping)}; it takes a group of settings ({path}.NAME)")
+        problems += require(False, path, mapping, f"a group of settings ({path}.NAME)")
         return None
     given = dict(mapping.items())
-    hints = typing.get_type_hints(cls)
-    bits = {f.name: f.metadata.get("bits", 32) for f in dataclasses.fields(cls)}
-    names = list(bits)
-    for key in given:
-        if key not in names:
-            problems.append(unknown(path, key, names))
-    values = {}
-    for name in names:
-        before = len(problems)
-        value = _convert(hints[name], given[name], f"{path}.{name}", problems, bits[name]) if name in given else None
-        if name in given and len(problems) == before:
-            values[name] = value
-    built = cls(**values)  # defaults replace invalid values, so that the rest is checked too
-    if hasattr(built, "problems"):
-        problems.extend(f"{path}.{line}" for line in built.problems())
+    hints = type_hints(cls)
+    problems += [unknown(path, key, list(hints)) for key in given if key not in hints]
+    values = {
+        name: _convert(hint, given[name], f"{path}.{name}", problems) for name, hint in hints.items() if name in given
+    }
+    # Defaults replace values that cannot be used, so that the others are checked too.
+    built = cls(**{name: value for name, value in values.items() if value is not None})
+    if hasattr(built, "conflicts"):
+        problems.extend(f"{path}.{line}" for line in built.conflicts())
     return built
 
 
-def _convert(kind: Any, value: Any, path: str, problems: list[str], bits: int) -> Any:
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _build(kind, value, path, problems)
+def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """Returns the value as the type that the hint describes; None, with a problem added, if that is impossible."""
+    kind, marks = unmarked(hint)
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, path, problems)
     if typing.get_origin(kind) is tuple:
-        item_kind = typing.get_args(kind)[0]
         if isinstance(value, str) or not isinstance(value, Sequence):
-            problems.append(f"{path} is {shown(value)}; it takes a list, written as ('first', 'second')")
+            problems += require(False, path, value, "a list, written as ('first', 'second')")
             return None
-        return tuple(_convert(item_kind, item, f"{path}[{i}]", problems, bits) for i, item in enumerate(value))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 1e300 else math.inf
+        item_kind = typing.get_args(kind)[0]
+        value = tuple(_convert(item_kind, item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+        if None in value:
+            return None
+        found = []
+    elif typing.get_origin(kind) is Literal:
+        found = one_of(path, value, kind)
+    else:
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value) if abs(value) < 1e300 else math.inf
+        found = _scalar_problems(hint, value, path)
+    for mark in marks:
+        if isinstance(mark, Check) and not found:
+            found = require(mark.holds(value), path, value, mark.text)
+    problems += found
+    return None if found else value
+
+
+def _scalar_problems(hint: Any, value: Any, path: str) -> list[str]:
+    kind, marks = unmarked(hint)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        problems.append(f"{path} is {shown(value)} ({type(value).__name__}); it takes {kind.__name__}")
-        return None
-    if kind is float and not math.isfinite(value):
-        problems.append(f"{path} is {shown(value)}; it takes a finite number")
-    if kind is int and abs(value) >= 2 ** (bits - 1):
-        problems.append(f"{path} is {shown(value)}; it takes an integer of at most {bits} bits")
-    if kind is str and (problem := text_problem(value)):
-        problems.append(f"{path} is {shown(value)}, which {problem}")
-    return value
+        return [f"{path} is {shown(value)} ({type(value).__name__}); it must be {described(hint)}"]
+    if kind is float:
+        return require(math.isfinite(value), path, value, "a finite number")
+    if kind is int:
+        bits = 64 if WIDE in marks else 32
+        return require(abs(value) < 2 ** (bits - 1), path, value, f"an integer of at most {bits} bits")
+    problem = text_problem(value) if kind is str else None
+    return [f"{path} is {shown(value)}, which {problem}"] if problem else []

@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NAMES: dict[int, str] = {
     signal.SIGINT: "Ctrl-C",
     signal.SIGTERM: "SIGTERM",
-    signal.SIGHUP: "SIGHUP: the terminal is gone",
+    signal.SIGHUP: "SIGHUP: the terminal was closed",
 }
 SAME_PRESS = 0.5  # seconds; a launcher may forward the Ctrl-C that the terminal has already sent
 _listening = False

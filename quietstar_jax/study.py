@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from quietstar_jax.command_line import CommandParser, integer_from, path
+from quietstar_jax.command_line import CommandParser, add_flags, integer_from
 from quietstar_jax.errors import UserError, run_command
 from quietstar_jax.studies.results import collect, write_results
 from quietstar_jax.studies.runner import plan, run_study
@@ -15,7 +15,7 @@ from quietstar_jax.studies.study import load_study
 
 def main(arguments: Sequence[str]) -> int:
     """Executes the missing runs, updates `study.json` and `table.md` after each, and prints the table."""
-    given = _parser().parse_args(arguments)
+    given = make_parser().parse_args(arguments)
     study = load_study(given.study)
     seeds = given.seeds or study.seeds
     variants = given.variants or list(study.variants)
@@ -33,13 +33,17 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all(run.summary is not None for run in wanted) else 1
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m quietstar_jax.study", description=__doc__)
+def make_parser() -> CommandParser:
+    """Returns the parser of this command."""
+    parser = CommandParser(
+        "study", "Trains every variant of a study with every seed, and compares them. The same command resumes.",
+        "--study configs/studies/controls.py --workdir runs/controls --seeds 0,1",
+    )  # fmt: skip
     add = parser.add_argument
     add("--study", required=True, metavar="FILE", help="Python file with a function get_study()")
-    add("--workdir", type=path, required=True, help="folder of its runs and its table")
-    add("--seeds", type=_seeds, help="run only these, as in 0,1; seeds that the study does not have are added to it")
-    add("--variants", type=lambda text: text.split(","), help="run only these variants, as in plain,pause")
+    add_flags(parser, "--workdir", required=True)
+    add("--seeds", type=_seeds, metavar="N,N", help="run only these seeds; seeds that the study lacks are added to it")
+    add("--variants", type=lambda text: text.split(","), metavar="NAME,NAME", help="run only these variants")
     return parser
 
 

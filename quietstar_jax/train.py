@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from quietstar_jax.command_line import CommandParser, parse_with_config
+from quietstar_jax.command_line import CommandParser, add_config_flags, parse_with_config
 from quietstar_jax.errors import run_command
 from quietstar_jax.parallel.processes import is_primary, stop_together
 from quietstar_jax.training.loop import train
@@ -16,14 +16,23 @@ from quietstar_jax.training.summary import format_summary
 
 def main(arguments: Sequence[str]) -> None:
     """Trains, then prints the summary."""
-    parser = CommandParser(prog="python -m quietstar_jax.train", description=__doc__)
-    _, config = parse_with_config(parser, arguments)
+    _, config = parse_with_config(make_parser(), arguments)
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)  # orbax reports every file that it writes
     with stop_together():
         summary = train(config)
     if is_primary():
         print(format_summary(summary))
+
+
+def make_parser() -> CommandParser:
+    """Returns the parser of this command."""
+    parser = CommandParser(
+        "train", "Trains the model of a configuration file, or resumes the run in its work directory.",
+        "--config configs/quickstart.py --config.workdir=runs/mine --config.seed=1",
+    )  # fmt: skip
+    add_config_flags(parser)
+    return parser
 
 
 if __name__ == "__main__":

@@ -111,13 +111,13 @@ class Commands:
             evaluate.main: ["--checkpoint", "x", "--task", "numeric", "--data", data, "--limit=3", "--step", "4",
                             "--temperature", "0.5", "--output", str(folder / "result.json"), "--field", "question=question",
                             "--max-length=5", "--records", new, "--batch-size", "3", "--thoughts=on", "--seed", "1"],
-            generate.main: ["--checkpoint", "x", "--input", data, "--output", new, "--max-tokens=5", "--top-p", "0.4",
+            generate.main: ["--checkpoint", "x", "--data", data, "--output", new, "--max-tokens=5", "--top-p", "0.4",
                             "--batch-size=3", "--step", "4", "--stop", "x", "--thoughts", "on", "--seed=1"],
             export.main: ["--checkpoint", "x", "--output", new, "--format", "base", "--dtype=bfloat16", "--step", "3",
                           "--max-shard-size", "1GB"],
-            report.main: ["--checkpoint", "x", "--data", data, "--output", str(folder / "page.html"), "--documents=3",
+            report.main: ["--checkpoint", "x", "--data", data, "--output", str(folder / "page.html"), "--limit=3",
                           "--samples", "2", "--thought-length", "4", "--step", "3"],
-            prepare.main: ["--source", data, "--tokenizer", "synthetic", "--output", new, "--shards", "2", "--workers=1"],
+            prepare.main: ["--data", data, "--tokenizer", "synthetic", "--output", new, "--shards", "2", "--workers=1"],
             build.main: ["gsm8k", "--data-dir", new, "--split", f"train={data}"],
         }  # fmt: skip
 

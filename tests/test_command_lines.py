@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
-from collections import Counter
+import re
+import shlex
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 
-from quietstar_jax import aot, study, train
-from quietstar_jax.command_line import CommandParser, parse_with_config
+from quietstar_jax import aot, evaluate, export, generate, report, study, train
+from quietstar_jax.command_line import SHARED, CommandParser, parse_with_config
 from quietstar_jax.config import Config, from_config_dict
 from quietstar_jax.config_file import read_config
+from quietstar_jax.data import build, prepare
 from quietstar_jax.errors import MOST_CHARACTERS, MOST_LINES, ConfigError, bounded, run_command
 from tests import command_lines
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = (train, study, aot, evaluate, generate, report, export, prepare, build)
 
 
 @pytest.mark.filterwarnings("ignore:coroutine")  # of a file whose get_config is one
@@ -29,17 +33,88 @@ def test_mutated_command_lines_end_in_work_help_or_one_message(tmp_path):
     assert counts["refused"] > 1000
 
 
-def test_help_ends_with_status_0_and_names_every_setting(capsys):
-    for main in (train.main, aot.main, study.main):
-        with pytest.raises(SystemExit) as ended:
-            main(["--help"])
-        assert ended.value.code == 0
-        said = capsys.readouterr().out
-        assert main is study.main or "data.synthetic.documents=1000000" in said
+@pytest.mark.parametrize("main", [train.main, aot.main])
+def test_all_settings_are_listed(main, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help-settings"])
+    assert ended.value.code == 0
+    assert "data.synthetic.documents=1000000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_help_fits_a_screen_and_its_example_works(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 120
+    example = shlex.split(lines[lines.index("example:") + 1])
+    assert example[:3] == ["python", "-m", command.__name__]
+    read = parse_with_config if command in (train, aot) else CommandParser.parse_args
+    read(command.make_parser(), example[3:])
+
+
+def test_documented_commands_are_accepted():
+    commands = {command.__name__: command for command in COMMANDS}
+    found = Counter()
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = re.sub(r"\\\n\s*", "", document.read_text())
+        for name, arguments in re.findall(r"^(?:\S*/)?python -m (quietstar_jax[.\w]+) (.+)$", text, re.M):
+            if name not in commands:
+                continue
+            words = [word for word in shlex.split(arguments, comments=True) if word not in ("...", "&")]
+            words = [word for word in words if not word.startswith("--config.")]
+            commands[name].make_parser().parse_args(words)
+            found[name] += 1
+    assert len(found) > 6, found
+
+
+def test_a_flag_of_several_commands_means_the_same_in_all():
+    found = defaultdict(dict)
+    for command in COMMANDS:
+        for action in command.make_parser()._actions:
+            for flag in action.option_strings:
+                kind = "one or more" if flag == "--data" else type(action).__name__  # the only flag that may differ
+                default = action.default if flag in ("--seed", "--dtype", "--revision", "--thoughts") else ""
+                found[flag][command.__name__] = repr((kind, action.type, action.metavar, action.help, default))
+    for flag, meanings in found.items():
+        assert len(set(meanings.values())) == 1, (flag, meanings)
+    several = {flag for flag, meanings in found.items() if len(meanings) > 1}
+    assert several == {*SHARED, "-h", "--help", "--config", "--config.NAME", "--help-settings"}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "advice"),
+    [
+        (prepare, "--source x --tokenizer y --output z", "--data"),
+        (generate, "--checkpoint x --input=y --output z", "--data"),
+        (generate, "--checkpoint x --prompt y --thoughts show", "--show-thoughts"),
+        (report, "--checkpoint x --data y --documents 3 --output z", "--limit"),
+        (report, "--checkpoint x --data y --max-tokens 3 --output z", "--page-tokens"),
+        (report, "--study x --output z", "--workdir"),
+        (evaluate, "--chekpoint x", "Did you mean --checkpoint"),
+        (evaluate, "--thought-len 3", "Did you mean --thought-length"),  # flags are not abbreviated
+        (train, "--confg x", "Did you mean --config"),
+    ],
+)
+def test_another_flag_is_suggested(command, arguments, advice):
+    with pytest.raises(ConfigError) as error:
+        command.main(arguments.split())
+    assert advice in str(error.value)
+
+
+def test_errors_of_the_library_name_flags():
+    parser = generate.make_parser()
+    with pytest.raises(ConfigError) as error, parser.naming_flags():
+        raise ConfigError("max_tokens is 0; not `max_length`, `synthetic`, `data.seed`, `data.workers`, seed")
+    assert str(error.value) == "--max-tokens is 0; not --max-length, `synthetic`, --seed, `data.workers`, seed"
 
 
 def config_of(*arguments: str) -> Config:
-    return parse_with_config(CommandParser(), ["--config", str(ROOT / "configs/quickstart.py"), *arguments])[1]
+    return parse_with_config(train.make_parser(), ["--config", str(ROOT / "configs/quickstart.py"), *arguments])[1]
 
 
 def test_settings_mean_what_is_typed():
@@ -48,6 +123,7 @@ def test_settings_mean_what_is_typed():
         "--config.phases[1].learning_rate=1e-3", "--config.phases[1].rates.decoder", "0", "--config.workdir=a=b",
         "--noconfig.logging.progress_bar", "--config.logging.tensorboard", "--config.phases[0].steps=1_0",
         "--config.data.train[1]=x y", "--config.phases[2].fresh_optimizer=TRUE",
+        "--config.model.rematerialize", "--config.data.packing", "packed", "--config.data.weights=(2, 1)",
     )  # fmt: skip
     assert (config.seed, config.workdir) == (0, "a=b")
     assert (config.data.train, config.data.validation) == (("a", "x y"), ("c",))
@@ -55,6 +131,8 @@ def test_settings_mean_what_is_typed():
     assert (config.logging.progress_bar, config.logging.tensorboard) == (False, True)
     assert config.phases[0].steps == 10
     assert config.phases[2].fresh_optimizer is True
+    assert (config.model.rematerialize, config.data.packing) == (True, "packed")
+    assert config.data.weights == (2.0, 1.0)
     phases = config_of("--config.phases=[{'name': 'a', 'steps': 3}, {'steps': 4}]").phases
     assert [(phase.name, phase.steps) for phase in phases] == [("a", 3), ("thoughts", 4)]
 
@@ -100,8 +178,8 @@ def test_a_file_that_fails_is_named_with_the_line(tmp_path):
         ({"data": {"workers": 10**6}}, "config.data.workers"),
         ({"phases": [{"batch_size": 10**12}]}, "config.phases[0].batch_size"),
         ({"phases": [{"batch_size": 2**28}]}, "config.phases[0].batch_size"),
-        ({"phases": [{"num_thoughts": 2**30}]}, "config.phases[0].num_thoughts"),
-        ({"phases": [{"steps": 2**31 - 1, "name": "a"}, {"steps": 1}]}, "config.phases is"),
+        ({"phases": [{"num_thoughts": 2**30}]}, "config.phases[0] has thoughts of"),
+        ({"phases": [{"steps": 2**31 - 1, "name": "a"}, {"steps": 1}]}, "config.phases has 2147483648 steps"),
         ({"evaluation": {"batch_size": 2**30}}, "config.evaluation.batch_size"),
         ({"model": {"architecture": {"vocab_size": 2**31 - 1, "hidden_size": 2**20}}}, "architecture.hidden_size"),
         ({"thought": {"positions": "stride", "position_fraction": 5e-324}}, "config.thought.position_fraction"),

@@ -39,16 +39,19 @@ def test_config_fits_together(path):
         return Batch(jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows, length), bool))
 
     for phase in config.phases:
-        step = make_train_step(config, phase, graphdef, architecture, vocabulary)
+        step = make_train_step(config, phase, graphdef, vocabulary)
         after, metrics = jax.eval_shape(
             step, state, batch(phase.batch_size), jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
         )
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
         assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
 
-    scorer = make_token_scorer(graphdef, architecture, evaluation_settings(config, vocabulary))
+    scorer = make_token_scorer(graphdef, evaluation_settings(config, vocabulary))
     scores = jax.eval_shape(scorer, params, batch(config.evaluation.batch_size))
-    assert scores.thoughts.shape == (config.evaluation.batch_size, length, config.evaluation_thought_length)
+    assert scores.base.nll.shape == (config.evaluation.batch_size, length)
+    assert scores.thinks == (config.evaluation_thought_length > 0)
+    if scores.thinks:
+        assert scores.thoughts.shape == (config.evaluation.batch_size, 1, length, config.evaluation_thought_length)
 
 
 @pytest.mark.parametrize("name", ["mistral_7b_openwebmath", "mistral_7b_c4"])

@@ -18,12 +18,12 @@ def run(tmp_path: Path, *arguments: str) -> Ended:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.phases[0].steps=-1"], "config.phases[0].steps is -1; it takes 0 or more"),
+        (["--config.phases[0].steps=-1"], "config.phases[0].steps is -1; it must be at least 0"),
         (
             ["--config.seed=18446744073709551616"],
-            "config.seed is 18446744073709551616; it takes an integer of at most 64 bits",
+            "config.seed is 18446744073709551616; it must be an integer of at most 64 bits",
         ),
-        (["--config.data.sequence_length=250"], "the model knows 256"),
+        (["--config.data.sequence_length=250"], "the model has 256"),
         (["--config.data.train=('missing.jsonl',)"], "missing.jsonl"),
         (["--config.data.tokenizer=/no/such/folder"], "/no/such/folder"),
         (["--config.model.architecture.vocab_size=50"], "50"),
@@ -48,7 +48,7 @@ def test_a_missing_configuration_is_one_clear_error(tmp_path):
     assert "no/such/config.py" in ended.stderr
 
 
-@pytest.mark.parametrize(("content", "message"), [("\n", "holds no text"), ("ann\n", "no document of two tokens")])
+@pytest.mark.parametrize(("content", "message"), [("\n", "contains no text"), ("ann\n", "no document of two tokens")])
 def test_validation_text_without_a_token_to_predict_is_named(tmp_path, content, message):
     text = tmp_path / "empty.txt"
     text.write_text(content)

@@ -56,10 +56,10 @@ class Torture:
         self.run = folder / "reference"
         self.commands: dict[str, Callable[[Path], tuple[object, ...]]] = {
             "train": lambda out: ("train", "--config", self.config, f"--config.workdir={out}"),
-            "prepare": lambda out: ("data.prepare", "--source", folder / "text.jsonl", "--tokenizer", "synthetic",
+            "prepare": lambda out: ("data.prepare", "--data", folder / "text.jsonl", "--tokenizer", "synthetic",
                                     "--output", out, "--shards", 3, "--workers", 1),
             "export": lambda out: ("export", "--checkpoint", self.run, "--output", out, "--format", "quietstar"),
-            "generate": lambda out: ("generate", "--checkpoint", self.run, "--input", folder / "prompts.jsonl",
+            "generate": lambda out: ("generate", "--checkpoint", self.run, "--data", folder / "prompts.jsonl",
                                      "--output", out, "--max-tokens", 4, "--batch-size", 2, "--quiet"),
             "evaluate": lambda out: ("evaluate", "--checkpoint", self.run, "--task", "numeric_cot", "--data",
                                      folder / "questions.jsonl", "--samples", 2, "--max-tokens", 3, "--records",

@@ -1,7 +1,7 @@
 """Quiet-STaR as published (arXiv 2403.09629), on the corpus of the quickstart. The other files change this one.
 
-A gain over the prediction without a thought counts, only gains above the mean of the position's thoughts are reinforced,
-and the mixing head decides how much a thought changes the prediction.
+The reward is the gain over the prediction without a thought, only gains above the mean of the position's thoughts are
+reinforced, and the mixing head decides how much a thought changes the prediction.
 """
 
 import ml_collections

@@ -1,8 +1,8 @@
 """RLP (arXiv 2510.01265): reinforcement alone, on the information gain about the next token.
 
-Published: thoughts of 512 tokens and more at one position of a document, an EMA of the weights as the baseline, clipping.
-Whatever is the same for all thoughts of a position cancels, so no EMA is kept; at one update per sample, clipping does
-nothing. See docs/objectives.md.
+Published: thoughts of 512 tokens and more at one position of a document, an EMA of the weights as the baseline, and
+clipping. Whatever is the same for all thoughts of a position cancels, so no EMA is kept; at one update per sample,
+clipping does nothing. See docs/objectives.md.
 """
 
 import ml_collections

@@ -109,7 +109,7 @@ class Checkpoints:
         else:
             if broken:
                 raise CheckpointError(
-                    "No checkpoint is whole:\n"
+                    "All checkpoints are damaged:\n"
                     + "\n".join(f"  - {self._directory / str(step)}/{said}" for step, said in broken.items())
                     + f"\nRestore the files, or remove {self._directory} to start from the beginning."
                 )
@@ -128,7 +128,7 @@ class Checkpoints:
                 lines.append(line)
         any_process(False)  # all processes wait for the first
         self._manager.reload()
-        lines.append(f"Training resumes from step {whole}, the newest whole one.")
+        lines.append(f"Training resumes from step {whole}, the newest undamaged one.")
         if jax.process_index() == 0 or any("another process" not in found for found in broken.values()):
             say_once("\n".join(lines))
 
@@ -206,8 +206,8 @@ class Checkpoints:
             steps = saved_steps(self._directory) if self._directory.exists() else []
             then = f"it resumes from step {steps[-1]}" if steps else "it starts from the beginning"
             raise CheckpointError(
-                f"{what}: {reason}.\nMend that (free space, mount the disk, or give permission); then run the same "
-                f"command again: {then}."
+                f"{what}: {reason}.\nFix this (free some space, mount the disk, or change permissions), then run the "
+                f"same command again: {then}."
             ) from error
 
 

@@ -88,7 +88,7 @@ def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), pa
         with ThreadPoolExecutor(THREADS) as pool:
             found = [line for line in pool.map(lambda file: _compare(folder, *file), read[part::parts]) if line]
         if not found and CONFIG in content["files"] and _config_hash(folder) != content["config"]:
-            return f"{CONFIG}: it is another configuration than the manifest's"
+            return f"{CONFIG}: it differs from the configuration in the manifest"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{PROGRESS}: {error}"
     except OSError as error:

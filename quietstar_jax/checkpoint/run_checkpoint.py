@@ -108,7 +108,9 @@ def open_run(checkpoint: Path, step: int | None = None) -> RunCheckpoint:
     """
     folder = _checkpoints_folder(checkpoint)
     if not folder.is_dir():
-        raise CheckpointError(f"{checkpoint} is not a folder. Give a run's workdir, or the checkpoints folder in it.")
+        raise CheckpointError(
+            f"{checkpoint} is not a folder. Give a run's work directory, or the checkpoints folder in it."
+        )
     step = whole_step(folder, step, leave_out=("opt_state", OBJECTIVE))
     record_file = folder / str(step) / "config" / "metadata"
     try:
@@ -137,8 +139,8 @@ def named_run(checkpoint: str) -> Path | None:
     """
     if "://" in checkpoint:
         raise ConfigError(
-            f"config.model.checkpoint {checkpoint} is a URL; it takes a local folder or a hub id. Copy the folder to a "
-            "local disk first."
+            f"config.model.checkpoint {checkpoint} is a URL; it must be a local folder or a hub id. Copy the folder to "
+            "a local disk first."
         )
     folder = Path(checkpoint).expanduser()
     return folder if is_run(folder) else None
@@ -163,7 +165,7 @@ def run_tokenizer(run: RunCheckpoint) -> Tokenizer:
             return load_tokenizer(str(local))
     except (DataError, OSError) as error:
         raise CheckpointError(
-            f"The run keeps its tokenizer in {folder}, and that cannot be used: {error} Copy the run as a whole."
+            f"The tokenizer of the run in {folder} cannot be used: {error} Copy the complete run."
         ) from error
 
 

@@ -49,11 +49,11 @@ def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), pa
     except OSError as error:
         raise CheckpointError(
             f"The checkpoint of step {step} in {folder} cannot be read now: {error.strerror or error}: "
-            f"{error.filename or path}. Mend that, then run the same command again."
+            f"{error.filename or path}. Fix this, then run the same command again."
         ) from error
     say_once(
-        f"{path} has no manifest: an earlier version wrote it, or the manifest was lost. It is used without a check of "
-        "its bytes."
+        f"{path} has no manifest: an earlier version wrote it, or the manifest was lost. It is used, but its bytes are "
+        "not checked."
     )
     return ""
 
@@ -71,7 +71,7 @@ def whole_step(folder: epath.Path, step: int | None = None, leave_out: Collectio
     """
     steps = saved_steps(folder)
     if not steps:
-        raise CheckpointError(f"{folder} holds no checkpoint. Give the workdir of a run that has saved one.")
+        raise CheckpointError(f"{folder} contains no checkpoint. Give the work directory of a run that has saved one.")
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
     step = steps[-1] if step is None else step
@@ -81,7 +81,9 @@ def whole_step(folder: epath.Path, step: int | None = None, leave_out: Collectio
         )
         whole = next(others, None)
         advice = (
-            "No other step is whole." if whole is None else f"Step {whole} is the newest whole one: --step {whole}."
+            "All other steps are damaged too."
+            if whole is None
+            else f"Step {whole} is the newest undamaged one: give `step` {whole}."
         )
         raise CheckpointError(f"The checkpoint of step {step} is damaged: {folder / str(step)}/{found}. {advice}")
     return step
@@ -116,7 +118,7 @@ def prune(folder: epath.Path, kept: Callable[[Sequence[int]], Collection[int]]) 
         except OSError as error:
             renamed = path.with_name(path.name.removesuffix(REMOVED) + REMOVED)
             path = renamed if renamed.exists() else path
-            say_once(f"{path} cannot be removed: {error.strerror or error}. Remove it yourself; training continues.")
+            say_once(f"{path} cannot be removed: {error.strerror or error}. Remove it by hand; training continues.")
 
 
 def remove_unfinished(folder: epath.Path) -> None:

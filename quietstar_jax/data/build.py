@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from quietstar_jax.command_line import CommandParser, path
+from quietstar_jax.command_line import CommandParser, add_flags
 from quietstar_jax.data.builders.commonsense_qa import CommonsenseQa
 from quietstar_jax.data.builders.gsm8k import Gsm8k
 from quietstar_jax.data.builders.open_web_math import OpenWebMath
@@ -15,24 +15,34 @@ BUILDERS = {"gsm8k": Gsm8k, "commonsense_qa": CommonsenseQa, "open_web_math": Op
 
 def main(arguments: list[str]) -> None:
     """Builds a dataset in array_record format, then prints how to read it."""
-    parser = CommandParser(prog="python -m quietstar_jax.data.build", description=__doc__)
-    parser.add_argument("dataset", choices=BUILDERS)
-    parser.add_argument("--data-dir", type=path, required=True, help="as data.data_dir of the run that reads it")
-    parser.add_argument(
-        "--split", action="append", default=[], metavar="NAME=FILES", help="file, folder, glob, URL or hf:NAME:SPLIT, "
-        "of JSON lines or parquet; unless given, all splits come from the Hugging Face hub",
-    )  # fmt: skip
+    parser = make_parser()
     given = parser.parse_args(arguments)
+    data_dir = str(given.data_dir)
     pairs = [text.partition("=") for text in given.split]
     for text, (name, _, files) in zip(given.split, pairs, strict=True):
         if not name.isidentifier() or not files:
             raise DataError(f"--split {text} is not NAME=FILES. An example: --split train=gsm8k/train.jsonl")
-    builder = BUILDERS[given.dataset](
-        sources={name: files for name, _, files in pairs}, data_dir=str(given.data_dir.expanduser())
-    )
-    builder.download_and_prepare()
+    builder = BUILDERS[given.dataset](sources={name: files for name, _, files in pairs}, data_dir=data_dir)
+    with parser.naming_flags():
+        builder.download_and_prepare()
     for name, split in builder.info.splits.items():
-        print(f"{split.num_examples:,} examples: data.data_dir={given.data_dir}, source tfds:{given.dataset}:{name}")
+        print(f"{split.num_examples:,} examples: data.data_dir={data_dir}, source tfds:{given.dataset}:{name}")
+
+
+def make_parser() -> CommandParser:
+    """Returns the parser of this command."""
+    parser = CommandParser(
+        "data.build", "Builds a dataset of tensorflow-datasets in array_record format, to be read as tfds:NAME:SPLIT.",
+        "gsm8k --data-dir ~/tensorflow_datasets --split train=gsm8k/train.jsonl",
+    )  # fmt: skip
+    parser.add_argument("dataset", choices=BUILDERS, metavar="DATASET", help=", ".join(BUILDERS))
+    add_flags(parser, "--data-dir", required=True)
+    parser.add_argument(
+        "--split", action="append", default=[], metavar="NAME=FILES",
+        help="file, folder, glob, URL or hf:NAME:SPLIT, of JSON lines or parquet; may be repeated "
+        "(default: all splits, from the Hugging Face hub)",
+    )  # fmt: skip
+    return parser
 
 
 if __name__ == "__main__":

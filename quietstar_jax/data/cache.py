@@ -30,7 +30,11 @@ def cached_array(directory: str, name: str, make: Callable[[], np.ndarray]) -> n
     try:
         write_array(path, made)
     except OSError as error:
-        logging.warning("%s cannot be written (%s): this is made again in every run. Set data.cache_dir.", path, error)
+        logging.warning(
+            "%s cannot be written (%s): this is computed again in every run. Set data.cache_dir to another folder.",
+            path,
+            error,
+        )
     return made
 
 

@@ -238,5 +238,5 @@ def require_some(documents: Framed, least: int) -> None:
     """
     if not any(len(documents[index]) >= least for index in range(len(documents))):
         raise DataError(
-            f"None of the {len(documents)} documents has {least} tokens or more. Check data.text_key and the files."
+            f"None of the {len(documents)} documents has {least} tokens or more. Check `data.text_key` and the files."
         )

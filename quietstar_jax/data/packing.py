@@ -97,7 +97,7 @@ class ConsecutiveSpans:
         if not len(self):
             raise DataError(
                 f"None of the {len(documents)} documents has {2 - len(bos)} tokens or more. "
-                "Check data.text_key and the files."
+                "Check `data.text_key` and the files."
             )
 
     def __len__(self) -> int:
@@ -180,7 +180,7 @@ class PackedSequences:
         """Raises DataError if no document has a token."""
         if not int(self._counts.sum(dtype=np.int64)) + self._documents.added:
             raise DataError(
-                f"None of the {len(self._documents)} documents has 1 tokens or more. Check data.text_key and the files."
+                f"None of the {len(self._documents)} documents has a token. Check `data.text_key` and the files."
             )
 
     def _find(self, index: int) -> tuple[int, int]:

@@ -116,13 +116,13 @@ class SequenceIterator:
         values = {name: state.get(name) for name in names}
         if not all(isinstance(value, int) and value >= 0 for value in values.values()):
             raise CheckpointError(
-                f"The saved data position {state!r} cannot be used: it takes whole numbers {', '.join(names)}. "
+                f"The saved data position {state!r} cannot be used: it must have the whole numbers {', '.join(names)}. "
                 "Resume from an older checkpoint, or start in a new workdir."
             )
         if state.get("packing") != self._name:
             raise CheckpointError(
                 f"The saved data position is of packing {state.get('packing')!r}, the run uses {self._name!r}. "
-                "Set data.packing back, or start in a new workdir."
+                "Restore data.packing, or start in a new workdir."
             )
         self._check_sources(state.get("sources"))
         self.close()
@@ -139,7 +139,7 @@ class SequenceIterator:
             raise CheckpointError(
                 "The training data has changed since the checkpoint was written (saved -> now):\n"
                 + "\n".join(f"  - {line}" for line in found)
-                + "\nThe saved position means nothing in it. Bring the data back, or start in a new workdir."
+                + "\nThe saved position is invalid for the changed data. Restore the data, or start in a new workdir."
             )
 
     def close(self) -> None:
@@ -241,8 +241,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
-            f"The tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, but the model embeds only "
-            f"{vocab_size}. Use the tokenizer that came with the model (leave data.tokenizer empty), or, for fresh "
+            f"The tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, but the model has only {vocab_size} "
+            "embeddings. Use the tokenizer that came with the model (leave data.tokenizer empty), or, for fresh "
             f"weights, set model.architecture.vocab_size to at least {tokenizer.vocab_size}."
         )
 

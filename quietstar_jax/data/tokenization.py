@@ -53,7 +53,11 @@ class Tokenizer:
         self.fast.backend_tokenizer.no_padding()
         eos = self.fast.eos_token
         if eos is None or self.token_id(eos) is None:
-            found = "names no end-of-text token" if eos is None else f"names {eos!r} as its end of text but lacks it"
+            found = (
+                "has no end-of-text token"
+                if eos is None
+                else f"names {eos!r} as its end of text, but does not contain it"
+            )
             raise DataError(
                 f"The tokenizer {self.name!r} {found}. Documents are ended and padded with it: set `eos_token` in its "
                 "tokenizer_config.json to a token of the vocabulary."
@@ -82,8 +86,8 @@ class Tokenizer:
         """
         if not self.fast.chat_template:
             raise DataError(
-                f"The tokenizer {self.name!r} has no chat template, so it cannot make a conversation text. Use the "
-                "tokenizer of a chat model, put a chat_template.jinja into its folder, or name a field of plain text."
+                f"The tokenizer {self.name!r} has no chat template, so it cannot render a conversation. Use the "
+                "tokenizer of a chat model, add a chat_template.jinja to its folder, or name a field with plain text."
             )
         return cast(str, self.fast.apply_chat_template(messages, tokenize=False))
 
@@ -108,7 +112,7 @@ class Tokenizer:
         if beyond:
             logging.warning(
                 "The tokenizer %r has %d tokens (%s%s) for which the model has no embedding: a text that contains one "
-                "is refused.", self.name, len(beyond), beyond[0][1], ", ..." if len(beyond) > 1 else "",
+                "is an error.", self.name, len(beyond), beyond[0][1], ", ..." if len(beyond) > 1 else "",
             )  # fmt: skip
         return dataclasses.replace(self, rows=rows)
 
@@ -235,7 +239,7 @@ class Tokenizer:
             return self.begin_ids
         if not self.usual_begin:
             raise ConfigError(
-                f"config.data.prepend_bos is 'always', but the tokenizer {self.name!r} names no begin-of-text token. "
+                f"config.data.prepend_bos is 'always', but the tokenizer {self.name!r} has no begin-of-text token. "
                 "Set `bos_token` in its tokenizer_config.json, or set prepend_bos to 'auto'."
             )
         return self.usual_begin
@@ -329,14 +333,14 @@ def load_tokenizer(name: str, revision: str = "") -> Tokenizer:
       DataError: there is no tokenizer, it cannot be read, or it has no end-of-text token.
     """
     if not name:
-        raise DataError("No tokenizer is named. Set data.tokenizer to a folder, a hub id, or `synthetic`.")
+        raise DataError("The tokenizer is missing. Set `data.tokenizer` to a folder, a hub id, or `synthetic`.")
     if name == SYNTHETIC:
         from quietstar_jax.data.synthetic import build_tokenizer
 
         return Tokenizer(name, build_tokenizer())
     folder = Path(name).expanduser()
     if folder.is_file():
-        raise DataError(f"The tokenizer {name!r} is a file. Give the folder that holds it: {str(folder.parent)!r}.")
+        raise DataError(f"The tokenizer {name!r} is a file. Give its folder: {str(folder.parent)!r}.")
     if not folder.is_dir():
         if name.startswith(("/", ".", "~")) or name.count("/") > 1:
             raise DataError(f"There is no tokenizer folder {name!r}. Check the path, or give a hub id (`owner/name`).")
@@ -361,8 +365,8 @@ def _read_folder(folder: Path) -> PreTrainedTokenizerFast:
             return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # the Rust code raises bare Exceptions
             raise DataError(
-                f"{folder / _FILE} (or a file beside it) cannot be read as a tokenizer: {error}. "
-                "Copy it again from where it came, or save it anew with transformers."
+                f"{folder / _FILE} (or another file of its folder) cannot be read as a tokenizer: {error}. Copy it "
+                "again from its source, or save it again with transformers."
             ) from error
     there = ", ".join(sorted(item.name for item in folder.iterdir())) or "nothing"
     advice = f"{folder} has no {_FILE} (it has: {there})"
@@ -372,7 +376,7 @@ def _read_folder(folder: Path) -> PreTrainedTokenizerFast:
         converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the conversion of an old format can raise anything
         raise DataError(
-            f"{advice}, and transformers cannot convert what is there: {error}. Save it once with "
+            f"{advice}, and transformers cannot convert these files: {error}. Save it once with "
             "`AutoTokenizer.from_pretrained(...).save_pretrained(...)` on a machine that has `sentencepiece`."
         ) from error
     if not isinstance(converted, PreTrainedTokenizerFast):

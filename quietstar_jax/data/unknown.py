@@ -87,11 +87,11 @@ def check_known(
 def _check(spec: str, found: Unknown, most: float, tokenizer: Tokenizer, setting: str, say: bool) -> None:
     """Checks one source; raises DataError if its unknown fraction is too large."""
     examples = f" (such as {', '.join(f'{one[:20]!r}' for one in found.examples)})" if found.examples else ""
-    share = f"The tokenizer {tokenizer.name!r} does not know {found.fraction:.1%} of {spec}{examples}"
+    share = f"The tokenizer {tokenizer.name!r} has no tokens for {found.fraction:.1%} of {spec}{examples}"
     if found.fraction > most:
         raise DataError(
-            f"{share}: it was made for other text, and a model cannot learn what it does not see. Set the tokenizer to "
-            f"one for this text, or {setting} to at least {found.fraction:.2g} to train in spite of this."
+            f"{share}: it was trained on other text, and a model cannot learn unknown text. Use a tokenizer for this "
+            f"text, or set {setting} to at least {found.fraction:.2g} to train with this one."
         )
     if say and found.tokens:
         warning = "warning: " if found.fraction > WARNED else ""

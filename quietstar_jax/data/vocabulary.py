@@ -22,6 +22,6 @@ def unused_ids(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any]) -> tu
     """
     named = config.get(UNUSED, [])
     if not isinstance(named, list | tuple) or not all(type(i) is int for i in named):
-        raise CheckpointError(f"config.json: {UNUSED} is {named!r}; it takes a list of token ids.")
+        raise CheckpointError(f"config.json: {UNUSED} is {named!r}; it must be a list of token ids.")
     known = set(tokenizer.fast.get_vocab().values()).difference(named)
     return tuple(i for i in range(rows) if i not in known)

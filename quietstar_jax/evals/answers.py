@@ -55,8 +55,8 @@ class AnswerWriter:
         answer = tokens[-count:] if count else []
         if not count or self._tokenizer.unk_id in answer:
             raise DataError(
-                f"Question {question.line}: the tokenizer {self._tokenizer.name} cannot write the answer "
-                f"{question.answer!r} behind {ANSWER!r}. It does not fit this question set."
+                f"Question {question.line}: the tokenizer {self._tokenizer.name} cannot represent the answer "
+                f"{question.answer!r} after {ANSWER!r}. Use a model whose tokenizer can."
             )
         content = self.label_tokens(question.labels) if question.labels else self.digit_tokens
         if not set(answer) & set(content):
@@ -101,8 +101,8 @@ class AnswerWriter:
             own = [spelling[-1:] for spelling in spelled]
             if len(set(own)) != len(own) or () in own or (self._tokenizer.unk_id,) in own:
                 raise DataError(
-                    f"The tokenizer {self._tokenizer.name} does not tell the labels {', '.join(labels)} apart by one "
-                    "token each. Give the choices without labels, then they are A, B, C ..."
+                    f"The tokenizer {self._tokenizer.name} does not separate the labels {', '.join(labels)} by one "
+                    "token each. Remove the labels from the choices: they are then A, B, C ..."
                 )
             before = {spelling[:-1] for spelling in spelled}
             spaces = sorted({token for tokens in before for token in tokens}) if len(before) > 1 else []

@@ -11,7 +11,8 @@ from quietstar_jax.errors import DataError
 from quietstar_jax.evals.answers import AnswerWriter, WrittenAnswer
 from quietstar_jax.evals.questions import Question
 from quietstar_jax.evals.statistics import compare_paired, confidence_interval
-from quietstar_jax.evals.tails import Continuation, ContinuationScorer, View
+from quietstar_jax.evals.tails import Continuation, ContinuationScorer
+from quietstar_jax.thoughts.token_scores import Prediction
 
 METRICS = {
     "official_probability": "official metric (probability)",
@@ -28,7 +29,7 @@ class AnswerScores(NamedTuple):
     exact_match: float
 
 
-def score_answer(written: WrittenAnswer, view: View) -> AnswerScores:
+def score_answer(written: WrittenAnswer, prediction: Prediction) -> AnswerScores:
     """Computes the three scores of one question.
 
     `official_probability` is that of the published code: the product over the answer's tokens, line end included, of
@@ -38,12 +39,12 @@ def score_answer(written: WrittenAnswer, view: View) -> AnswerScores:
     this answer and ends it.
 
     Args:
-      view: of the answer's tokens, with the allowed ones as candidates.
+      prediction: [P] of the answer's tokens, with the allowed ones as candidates.
     """
     answer = np.array(written.tokens[-written.last :])
     allowed = np.array(written.allowed)
     looked_at = np.flatnonzero(np.isin(answer, allowed))
-    log_probs = view.candidates[looked_at].astype(np.float64)
+    log_probs = prediction.candidates[looked_at].astype(np.float64)
     right = np.array([int(np.flatnonzero(allowed == token)[0]) for token in answer[looked_at]])
     rows = np.arange(len(right))
     log_share = log_probs[rows, right] - np.logaddexp.reduce(log_probs, axis=1)
@@ -53,7 +54,7 @@ def score_answer(written: WrittenAnswer, view: View) -> AnswerScores:
         correct = (choices.argmax(axis=1) == right)[choosing].all()
     else:
         correct = (log_probs.argmax(axis=1) == right).all()
-    return AnswerScores(float(np.exp(log_share.sum())), float(correct), float((view.best == answer).all()))
+    return AnswerScores(float(np.exp(log_share.sum())), float(correct), float(prediction.correct.all()))
 
 
 def measure_answers(
@@ -79,21 +80,18 @@ def measure_answers(
     if not fitting:
         shortest = min(len(answer.tokens) for answer in written)
         raise DataError(
-            f"All {len(written)} questions are longer than {longest} tokens (the shortest has {shortest}). Raise "
-            "--max-length where the model allows it, or measure a model that knows more positions."
+            f"All {len(written)} questions are longer than {longest} tokens (the shortest has {shortest}). Increase "
+            "`max_length` if the model allows it, or measure a model with more positions."
         )
     tails = [Continuation(answer.tokens, answer.last, answer.allowed) for answer in fitting]
     scores = scorer(tails, done)
-    views = {
-        "without_thoughts": [score.without for score in scores],
-        "with_thoughts": [score.with_thoughts for score in scores if score.with_thoughts is not None],
+    predictions = {"without_thoughts": [score.base for score in scores]}
+    if scores[0].thinks:
+        predictions["with_thoughts"] = [score.talk for score in scores]
+    values = {
+        mode: AnswerScores(*np.array(list(map(score_answer, fitting, found))).T)._asdict()
+        for mode, found in predictions.items()
     }
-    values = {}
-    for mode, found in views.items():
-        if not found:
-            continue
-        columns = AnswerScores(*np.array(list(map(score_answer, fitting, found))).T)
-        values[mode] = columns._asdict()
     return {
         "questions": len(fitting),
         "too_long": len(written) - len(fitting),

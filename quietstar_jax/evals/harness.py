@@ -59,7 +59,7 @@ class QuietStarLM(TemplateLM):
         longest = self._scorer.longest - 1
         self.max_length = given.max_length or longest
         if self.max_length > longest:
-            raise ConfigError(f"max_length is {self.max_length}; this model takes at most {longest}.")
+            raise ConfigError(f"max_length is {self.max_length}; this model allows at most {longest} tokens.")
         self.tokenizer = self.model.tokenizer.fast
         self._begin = self._begins(given.add_bos_token)
 
@@ -122,7 +122,7 @@ class QuietStarLM(TemplateLM):
         begin = self.model.tokenizer.usual_begin if add_bos_token else ()
         if add_bos_token and not begin:
             raise ConfigError(
-                f"add_bos_token is True, but the tokenizer of {self._given.checkpoint} names no such token."
+                f"add_bos_token is True, but the tokenizer of {self._given.checkpoint} has no begin-of-text token."
             )
         return begin
 
@@ -130,7 +130,8 @@ class QuietStarLM(TemplateLM):
         """Rejects a tokenizer that differs from the model's own."""
         if load_tokenizer(name).vocabulary_fingerprint != self.model.tokenizer.vocabulary_fingerprint:
             raise ConfigError(
-                f"tokenizer={name!r} gives other ids than the tokenizer of {self._given.checkpoint}. Leave it out."
+                f"tokenizer={name!r} produces other ids than the tokenizer of {self._given.checkpoint}. Omit this "
+                "argument."
             )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -165,13 +166,13 @@ class QuietStarLM(TemplateLM):
             for shared in _slices(self._group(requests), BATCHES_AT_ONCE * self.batch_size):
                 scores = self._scorer([tail for tail, _ in shared])
                 for (tail, numbers), score in zip(shared, scores, strict=True):
-                    view = score.without if score.with_thoughts is None else score.with_thoughts
-                    before = -float(view.nll[:-1].sum(dtype=np.float64))
-                    written = bool((view.best[:-1] == np.array(tail.tokens[-tail.last : -1])).all())
+                    talk = score.talk  # equal to `score.base` if the model does not think
+                    before = -float(talk.nll[:-1].sum(dtype=np.float64))
+                    written = bool(talk.correct[:-1].all())
                     for number in numbers:
                         last = requests[number][2][-1]
-                        log_prob = before + float(view.candidates[-1, tail.candidates.index(last)])
-                        found[number] = log_prob, written and int(view.best[-1]) == last
+                        log_prob = before + float(talk.candidates[-1, tail.candidates.index(last)])
+                        found[number] = log_prob, written and int(talk.best[-1]) == last
                         if requests[number][0] is not None:
                             self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
                     bar.update(len(numbers))
@@ -223,14 +224,14 @@ class QuietStarLM(TemplateLM):
         unknown = [name for name in given if name not in SAMPLING and given[name] not in (None, NEUTRAL.get(name))]
         if unknown:
             raise ConfigError(
-                f"The generation settings {', '.join(unknown)} are not known here; {', '.join(sorted(SAMPLING))}, "
-                "until and max_gen_toks are."
+                f"The generation settings {', '.join(unknown)} are not supported; {', '.join(sorted(SAMPLING))}, until "
+                "and max_gen_toks are."
             )
         room = self.max_length - max_tokens
         if room < 1:
             raise ConfigError(
-                f"max_gen_toks is {max_tokens}, but this model takes {self.max_length} tokens with the context. Set "
-                "--gen_kwargs max_gen_toks=N to fewer."
+                f"max_gen_toks is {max_tokens}, but this model allows {self.max_length} tokens with the context. Give "
+                "a smaller --gen_kwargs max_gen_toks=N."
             )
         generations = self._generator.generate(
             [context[-room:] for context in contexts],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from quietstar_jax.config import ComputeDtype
 from quietstar_jax.errors import ConfigError
 
 BATCH_SIZE = 16
@@ -55,7 +56,7 @@ class Arguments:
     thought_length: int | None = None
     step: int | None = None
     revision: str = ""
-    dtype: str = "float32"
+    dtype: ComputeDtype = "float32"
     batch_size: int = BATCH_SIZE
     max_batch_size: int | None = None
     max_length: int | None = None
@@ -80,7 +81,9 @@ def read_arguments(given: Mapping[str, Any]) -> Arguments:
         known = SYNONYMS.get(name, name)
         if name in ONLY:
             if value not in ONLY[name]:
-                raise ConfigError(f"{name}={value!r} is not supported: results would differ from those asked for.")
+                raise ConfigError(
+                    f"{name}={value!r} is not supported: the results would differ from the requested ones."
+                )
         elif known in Arguments.__dataclass_fields__:
             if value is None:
                 continue
@@ -90,7 +93,7 @@ def read_arguments(given: Mapping[str, Any]) -> Arguments:
         elif name not in HARMLESS:
             raise ConfigError(f"{name}={value!r} is unknown. {_advice(name)}")
     if not str(found.get("checkpoint") or ""):
-        raise ConfigError("No model is named. Give --model_args pretrained=FOLDER (a run, an export, or a hub id).")
+        raise ConfigError("The model is missing. Give --model_args checkpoint=FOLDER (a run, an export, or a hub id).")
     checked = {name: _CHECKS[name](name, value) for name, value in found.items()}
     if str(found.get("batch_size")).startswith("auto"):
         checked["batch_size"] = min(BATCH_SIZE, checked.get("max_batch_size", BATCH_SIZE))
@@ -109,7 +112,7 @@ def _text(name: str, value: Any) -> str:
 
 def _count(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not str(value).isdecimal() or int(value) < least:
-        raise ConfigError(f"{name} is {value!r}; it takes a whole number of {least} or more.")
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more.")
     return int(value)
 
 
@@ -119,7 +122,7 @@ def _from_zero(name: str, value: Any) -> int:
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; it takes True or False.")
+        raise ConfigError(f"{name} is {value!r}; it must be True or False.")
     return value
 
 
@@ -131,7 +134,7 @@ def _thoughts(name: str, value: Any) -> str:
     """`thoughts=true` on the harness's command line arrives as a bool."""
     text = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
     if text not in ("auto", "on", "off"):
-        raise ConfigError(f"thoughts is {value!r}; it takes on, off or auto.")
+        raise ConfigError(f"thoughts is {value!r}; it must be on, off or auto.")
     return str(text)
 
 
@@ -149,7 +152,7 @@ def _token(name: str, value: Any) -> str | int:
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} is {value!r}; it takes a mapping of names to values.")
+        raise ConfigError(f"{name} is {value!r}; it must be a mapping of names to values.")
     return dict(value)
 
 

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from quietstar_jax.data.sources import RandomAccessSource
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.evals.statistics import compare_paired, confidence_interval
-from quietstar_jax.evals.tails import Continuation, ContinuationScorer, TailScores
-from quietstar_jax.training.evaluation import TokenScores, summarize
+from quietstar_jax.evals.tails import Continuation, ContinuationScorer
+from quietstar_jax.thoughts.token_scores import TokenScores, summarize
 
 BATCHES_AT_ONCE = 4  # of windows, per update of the progress bar
 SHOWN_CONTEXT = 24  # tokens shown before a token
@@ -41,7 +42,7 @@ class Windows:
     def __post_init__(self) -> None:
         if not 0 < self.context < self.length:
             raise ConfigError(
-                f"--context is {self.context}; it takes 1 .. {self.length - 1}, less than --window ({self.length})."
+                f"context is {self.context}; it must be 1 .. {self.length - 1}, less than `window` ({self.length})."
             )
 
     def tails(self, tokens: Sequence[int]) -> Iterator[Continuation]:
@@ -78,7 +79,7 @@ def measure_text(
     Returns:
       `texts`, `tokens`, `bytes`; under `without_thoughts` and `with_thoughts` `nats_per_token` with its interval,
       `bits_per_byte`, and `accuracy` of the likeliest token; `comparison` over windows; `deciles` (see
-      `training.evaluation.summarize`); `helped` and `harmed`.
+      `token_scores.summarize`); `helped` and `harmed`.
 
     Raises:
       DataError: there is nothing to score.
@@ -89,12 +90,12 @@ def measure_text(
     windowed = _windowed(source, texts, tokenizer, begin, windows)
     while group := list(itertools.islice(windowed, BATCHES_AT_ONCE * scorer.batch_size)):
         for (tail, share), score in zip(group, scorer([tail for tail, _ in group]), strict=True):
-            columns.append(_column(tail, score))
-            if score.with_thoughts is not None:
+            columns.append(score)
+            if score.thinks:
                 moments.add(tail, score)
             done(share)
     if not columns:
-        raise DataError(f"The {texts} texts hold no token to score. Give a file with text.")
+        raise DataError(f"The {texts} texts contain no token to score. Give other text.")
     found = {"texts": texts, "bytes": size, "window": windows.length, "context": windows.context}
     found |= summarize_windows(columns, size, seed)
     return found | (moments.shown(tokenizer) if "with_thoughts" in found else {})
@@ -106,12 +107,12 @@ def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> d
     Args:
       columns: the scored tokens of each window, [tokens]; size: bytes of all texts.
     """
-    summary = summarize(TokenScores(*(np.concatenate(part) for part in zip(*columns, strict=True))))
-    thinks = columns[0].thoughts.shape[-1] > 0
-    counts = np.array([column.base_nll.size for column in columns])
-    nll = {"without_thoughts": np.array([column.base_nll.sum(dtype=np.float64) for column in columns])}
+    summary = summarize(jax.tree.map(lambda *x: np.concatenate(x), *columns))
+    thinks = columns[0].thinks
+    counts = np.array([column.base.nll.size for column in columns])
+    nll = {"without_thoughts": np.array([column.base.nll.sum(dtype=np.float64) for column in columns])}
     if thinks:
-        nll["with_thoughts"] = np.array([column.talk_nll.sum(dtype=np.float64) for column in columns])
+        nll["with_thoughts"] = np.array([column.talk.nll.sum(dtype=np.float64) for column in columns])
     found: dict[str, Any] = {"tokens": int(counts.sum())}
     for mode, per_window in nll.items():
         found[mode] = {
@@ -147,24 +148,6 @@ def _windowed(
             yield tail, tail.last * per_token
 
 
-def _column(tail: Continuation, score: TailScores) -> TokenScores:
-    """The scored tokens of one window, in the form that `training.evaluation.summarize` accepts."""
-    without, after = score.without, score.with_thoughts or score.without
-    truth = np.asarray(tail.tokens[-tail.last :])
-    return TokenScores(
-        real=np.ones(tail.last, bool),
-        base_nll=without.nll,
-        base_entropy=score.base_entropy,
-        talk_nll=after.nll,
-        base_correct=without.best == truth,
-        talk_correct=after.best == truth,
-        reward=without.nll - after.nll,
-        weight=score.weight,
-        entropy=score.entropy,
-        thoughts=score.thoughts,
-    )
-
-
 def _ratio_interval(nll: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float] | None:
     """Interval of total negative log-likelihood / total tokens, over windows (linearised around their mean length)."""
     mean = nll.sum() / counts.sum()
@@ -181,10 +164,9 @@ class _Extremes:
         self._harmed: list[Moment] = []
         self._order = itertools.count()  # breaks ties, earlier tokens first
 
-    def add(self, tail: Continuation, score: TailScores) -> None:
+    def add(self, tail: Continuation, score: TokenScores) -> None:
         """Adds the most helped and most harmed tokens of one window."""
-        assert score.with_thoughts is not None
-        gain = score.without.nll - score.with_thoughts.nll
+        gain = score.base.nll - score.talk.nll
         order = np.argsort(gain, kind="stable")
         for heap, sign, places in ((self._helped, 1, order[::-1]), (self._harmed, -1, order)):
             for place in places[: self._top]:
@@ -193,7 +175,7 @@ class _Extremes:
                 moment = Moment(
                     sign * float(gain[place]), -next(self._order), tail, len(tail.tokens) - tail.last + int(place),
                     tuple(score.thoughts[place].tolist()),
-                    (float(score.without.nll[place]), float(score.with_thoughts.nll[place])),
+                    (float(score.base.nll[place]), float(score.talk.nll[place])),
                     float(score.weight[place]),
                 )  # fmt: skip
                 if len(heap) < self._top:

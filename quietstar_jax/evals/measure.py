@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from quietstar_jax.config import DataConfig
+from quietstar_jax.config import ComputeDtype, DataConfig, PrefixAttention, TextDocuments
 from quietstar_jax.data.sources import content_hash, open_source
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.evals.answers import AnswerWriter
@@ -47,8 +47,8 @@ class Options:
     thoughts: str = "auto"
     step: int | None = None
     revision: str = ""
-    dtype: str = "float32"
-    prefix_attention: str = "auto"
+    dtype: ComputeDtype = "float32"
+    prefix_attention: PrefixAttention = "auto"
     thought_length: int = 0
     batch_size: int = 16
     limit: int = 0
@@ -57,7 +57,7 @@ class Options:
     fields: tuple[str, ...] = ()
     answer_key: str = "auto"
     text_key: str = "text"
-    text_documents: str = "file"
+    text_documents: TextDocuments = "file"
     window: int = 0
     context: int = 0
     top: int = 10
@@ -71,14 +71,13 @@ class Options:
         """Raises ConfigError for impossible values, before anything is loaded."""
         find_task(self.task)
         if self.thoughts not in MODES:
-            raise ConfigError(f"--thoughts is {self.thoughts!r}; it takes one of {', '.join(MODES)}.")
+            raise ConfigError(f"thoughts is {self.thoughts!r}; it must be one of {', '.join(MODES)}.")
         positive = ("batch_size", "samples", "max_tokens")
         for name in (*positive, "thought_length", "limit", "max_length", "seed", "window", "context", "top"):
             if getattr(self, name) < (name in positive):
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} is {getattr(self, name)}; it takes {int(name in positive)} or more.")
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {int(name in positive)} or more.")
         if not is_temperature(self.temperature):
-            raise ConfigError(f"--temperature is {self.temperature}; it takes {TEMPERATURES}.")
+            raise ConfigError(f"temperature is {self.temperature}; it must be {TEMPERATURES}.")
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -130,8 +129,8 @@ def thought_modes(thoughts: str, model: LoadedModel) -> tuple[str, ...]:
         thoughts = "both" if model.can_think else "off"
     if thoughts != "off" and not model.can_think:
         raise CheckpointError(
-            f"--thoughts {thoughts}: {model.path} cannot think, it has no mixing head that was trained. Take "
-            "--thoughts off, or give a run or an export that has learned to think."
+            f"`thoughts` is {thoughts!r}, but {model.path} has no trained mixing head. Set `thoughts` to off, or give "
+            "a run or an export that was trained with thoughts."
         )
     return {"off": ("without_thoughts",), "on": ("with_thoughts",)}.get(thoughts, ("without_thoughts", "with_thoughts"))
 
@@ -201,7 +200,7 @@ def _text(options: Options, model: LoadedModel, modes: tuple[str, ...], question
     longest = longest_allowed(options, scorer.longest)
     length = options.window or min(WINDOW, longest)
     if length > longest:
-        raise ConfigError(f"--window is {length}; this model takes at most {longest}, thoughts included.")
+        raise ConfigError(f"window is {length}; this model allows at most {longest} tokens, thoughts included.")
     windows = Windows(length, options.context or length // 2)
     begin = model.bos or model.eos_ids[:1]
     with progress(text_bytes(source, texts), "B", options) as done:
@@ -219,7 +218,7 @@ def longest_allowed(options: Options, longest: int) -> int:
     """
     if options.max_length > longest:
         raise ConfigError(
-            f"--max-length is {options.max_length}; this model takes at most {longest}, thoughts included."
+            f"max_length is {options.max_length}; this model allows at most {longest} tokens, thoughts included."
         )
     return options.max_length or longest
 

@@ -93,8 +93,8 @@ class _Line:
         except KeyError as error:
             raise DataError(
                 f"{self}: there is no field {place!r} for the {name}; the record has "
-                f"{', '.join(map(repr, self.record.fields))}. Name the field with --field {name}=NAME (with dots "
-                "for nested fields)."
+                f"{', '.join(map(repr, self.record.fields))}. Name the field: `field` {name}=NAME (with dots for "
+                "nested fields)."
             ) from error
 
     def text(self, name: str) -> str:
@@ -121,9 +121,9 @@ def _numeric(line: _Line) -> Question:
     text = _plain(value) if number else str(value).rsplit(ANSWER_MARK, maxsplit=1)[-1].strip()
     if isinstance(value, bool | list | dict) or parse_number(text) is None:
         raise DataError(
-            f"{line}: the answer is {_shown(value)}, which is not one number. Numeric tasks take answers such as 18, "
-            f"1,234.5, -3, 1/2, 1e-3, $5 or 20 %, alone or behind {ANSWER_MARK!r}. For other answers, write choices "
-            "and use --task multiple_choice, or leave the question out."
+            f"{line}: the answer is {_shown(value)}, which is not one number. Numeric tasks accept answers such as 18, "
+            f"1,234.5, -3, 1/2, 1e-3, $5 or 20 %, alone or after {ANSWER_MARK!r}. For other answers, add choices and "
+            "set `task` to multiple_choice, or remove the question."
         )
     return Question(asked, text, (), line.number)
 
@@ -161,8 +161,8 @@ def _find_key(lines: Sequence[_Line]) -> str:
             if one != two and one is not None and two is not None:
                 raise DataError(
                     f"{line}: the answer {_shown(answer)} is {_shown(texts[one])} read as {first} and "
-                    f"{_shown(texts[two])} read as {other}, and all of the file can be read either way. "
-                    f"Say which it is with --answer-key {'|'.join(ANSWER_KEYS[1:])} (index counts from 0)."
+                    f"{_shown(texts[two])} read as {other}, and the whole file can be read in both ways. Set "
+                    f"`answer_key` to {'|'.join(ANSWER_KEYS[1:])} (index counts from 0)."
                 )
     return first
 
@@ -193,8 +193,8 @@ def _bad_answer(line: _Line, key: str, labels: Sequence[str], texts: Sequence[st
     named = ", ".join(f"{label}: {_shown(text)}" for label, text in zip(labels, texts, strict=True))
     return (
         f"{line}: the answer is {_shown(line.field('answer'))}, read as {key}, which names none of the choices "
-        f"({named}). Say how answers name their choice with --answer-key {'|'.join(ANSWER_KEYS[1:])} (index counts "
-        "from 0), and where they lie with --field answer=NAME."
+        f"({named}). Set `answer_key` to the way in which answers name a choice ({'|'.join(ANSWER_KEYS[1:])}; index "
+        "counts from 0), and name the field of the answer: `field` answer=NAME."
     )
 
 
@@ -214,7 +214,7 @@ def _choices(line: _Line) -> tuple[list[str], list[str]]:
     )  # fmt: skip
     if not good or (labels is not None and (not isinstance(labels, list) or len(labels) != len(texts))):
         raise DataError(
-            f"{line}: the choices are {_shown(value)}; they take a list of 2 to {len(LETTERS)} texts, a list of "
+            f"{line}: the choices are {_shown(value)}; they must be a list of 2 to {len(LETTERS)} texts, a list of "
             'objects with "label" and "text", or an object from labels to texts.'
         )
     names = [_bare(str(label)) for label in labels] if labels is not None else list(LETTERS[: len(texts)])

@@ -36,7 +36,7 @@ class Records:
             self._file = path.open("a+b")
         except OSError as error:
             raise DataError(
-                f"The records {path} cannot be written: {error}. Choose another file with --records."
+                f"The file of records {path} cannot be written: {error}. Set `records` to another file."
             ) from error
         try:
             self.found = self._begin(json.loads(json.dumps(measurement)))
@@ -55,8 +55,8 @@ class Records:
                 records.append(json.loads(line))
             except ValueError as error:
                 raise DataError(
-                    f"{self._path}, line {len(records) + 1}, is not JSON ({error}). It is no file of records, or "
-                    "something else has written to it: choose another file with --records."
+                    f"{self._path}, line {len(records) + 1}, is not JSON ({error}). It is not a file of records, or "
+                    "another program wrote to it: set `records` to another file."
                 ) from error
             whole += len(line)
         self._file.truncate(whole)
@@ -70,8 +70,8 @@ class Records:
                 differences(theirs, measurement, "measurement") if isinstance(theirs, dict) else ["it has no records"]
             )
             raise ConfigError(
-                f"{self._path} holds another measurement:\n" + "\n".join(f"  - {line}" for line in lines)
-                + "\nChoose another file with --records, or remove this one."
+                f"{self._path} contains another measurement:\n" + "\n".join(f"  - {line}" for line in lines)
+                + "\nSet `records` to another file, or remove this one."
             )  # fmt: skip
         return records[1:]
 

@@ -40,7 +40,7 @@ def _counted(result: Mapping[str, Any]) -> str:
             f"{result['tokens']} tokens of {result['texts']} texts ({result['bytes']} bytes), windows of "
             f"{result['window']} tokens, at least {result['context']} of them context"
         )
-    left_out = f"; {result['too_long']} left out, longer than {result['longest_tokens']} tokens"
+    left_out = f"; {result['too_long']} omitted, longer than {result['longest_tokens']} tokens"
     return f"{result['questions']} questions" + (left_out if result["too_long"] else "")
 
 

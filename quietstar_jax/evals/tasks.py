@@ -36,13 +36,13 @@ _COMMONSENSE_QA = (
 )
 
 TASKS: Mapping[str, Task] = {
-    "gsm8k": Task(DIRECT, _GSM8K, "grade-school mathematics, answered at once"),
-    "gsm8k_cot": Task(VOTING, _GSM8K, "the same, steps written out, a majority of samples decides"),
+    "gsm8k": Task(DIRECT, _GSM8K, "grade-school mathematics, answered directly"),
+    "gsm8k_cot": Task(VOTING, _GSM8K, "the same, with written steps and a majority vote of samples"),
     "commonsense_qa": Task(DIRECT, _COMMONSENSE_QA, "five choices, answered with a letter"),
     "numeric": Task(DIRECT, (_NUMERIC,), "your own questions with numbers as answers"),
-    "numeric_cot": Task(VOTING, (_NUMERIC,), "the same, steps written out, a majority of samples decides"),
+    "numeric_cot": Task(VOTING, (_NUMERIC,), "the same, with written steps and a majority vote of samples"),
     "multiple_choice": Task(DIRECT, (Layout("question", "answer", "choices"),), "your own questions with choices"),
-    "language_modeling": Task(TEXT, (), "nats per token of a text file"),
+    "language_modeling": Task(TEXT, (), "nats per token of a text"),
 }
 
 
@@ -55,7 +55,7 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"There is no task {name!r}. {hint}It takes one of {', '.join(TASKS)}.")
+        raise ConfigError(f"There is no task {name!r}. {hint}Tasks: {', '.join(TASKS)}.")
     return TASKS[name]
 
 
@@ -70,14 +70,14 @@ def with_fields(task: Task, fields: Sequence[str], answer_key: str) -> tuple[Lay
     """
     known = FIELDS if task.layouts and task.layouts[0].choices is not None else ("question", "answer")
     if not task.layouts and fields:
-        raise ConfigError("--field is for question sets; of a text file, --text-key names the field.")
+        raise ConfigError("`field` is for question sets; `text_key` names the field of a text.")
     if answer_key not in ANSWER_KEYS:
-        raise ConfigError(f"--answer-key is {answer_key!r}; it takes one of {', '.join(ANSWER_KEYS)}.")
+        raise ConfigError(f"answer_key is {answer_key!r}; it must be one of {', '.join(ANSWER_KEYS)}.")
     changes: dict[str, str] = {}
     for field in fields:
         name, mark, place = field.partition("=")
         if name not in known or not mark or not place or name in changes:
-            raise ConfigError(f"--field {field} is not understood; it takes {'=NAME, '.join(known)}=NAME, each once.")
+            raise ConfigError(f"`field` is {field!r}; allowed, once each: {'=NAME, '.join(known)}=NAME.")
         changes[name] = place
     layouts = tuple(dataclasses.replace(layout, answer_key=answer_key, **changes) for layout in task.layouts)
     return tuple(dict.fromkeys(layouts))

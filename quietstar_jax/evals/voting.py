@@ -74,7 +74,7 @@ def measure_votes(
         shortest = min(_tokens(generator, question) for question in questions)
         raise DataError(
             f"No question leaves room for {sampling.max_tokens} tokens of steps: {longest} tokens are allowed, and the "
-            f"shortest question takes {shortest} with its answer. Lower --max-tokens."
+            f"shortest question needs {shortest} with its answer. Decrease `max_tokens`."
         )
     known = {(record["mode"], record["line"]): vote_of(record["texts"]) for record in records.found}
     at_once = max(1, generator.batch_size // sampling.samples)

@@ -35,8 +35,8 @@ def add_tokens(tokenizer: Tokenizer, vocab_size: int, names: Sequence[str]) -> t
     wrong = [name for name, i in zip(names, ids, strict=True) if i is None or (name in missing and i != next(expected))]
     if wrong:
         raise DataError(
-            f"The tokenizer {tokenizer.name!r} cannot take the new tokens {', '.join(wrong)} behind its {used} ids: "
-            "they do not follow one another without a gap. Add these tokens to it before training."
+            f"The tokenizer {tokenizer.name!r} cannot be given the new tokens {', '.join(wrong)} after its {used} ids: "
+            "the ids have a gap. Add these tokens to it before training."
         )
     return tuple(i for i in ids if i is not None)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint
-from quietstar_jax.config import Phase
+from quietstar_jax.config import Config
 from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.io import read_json_lines
 from quietstar_jax.settings import to_mapping
@@ -35,7 +35,7 @@ model.generate(**text, max_new_tokens=50)                     # a greedy thought
 model.generate(**text, max_new_tokens=50, thought_length=0)   # the same weights without thoughts
 ```""",
     "base": """\
-The decoder alone, without thoughts: a model of the shape and with the vocabulary of the one that training began from.
+The decoder alone, without thoughts: a model with the architecture and vocabulary of the one before training.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,7 +62,7 @@ def model_card(run: RunCheckpoint, options: ExportOptions) -> str:
         f"## Use\n\n{USE[options.format]}",
         f"## Training\n\nFrom {origin}; {run.step} of {config.total_steps} steps done. Weights: {options.dtype}, "
         f"from checkpoint `{run.checksum[:16]}`.",
-        _phase_table(config.phases, run.step),
+        _phase_table(config, run.step),
         f"Text: {_sources(config.data.train)}, sequences of "
         f"{config.data.sequence_length} tokens ({config.data.packing}).",
         _measurements(run),
@@ -94,17 +94,15 @@ def _measurements(run: RunCheckpoint) -> str:
     )
 
 
-def _phase_table(phases: tuple[Phase, ...], step: int) -> str:
+def _phase_table(config: Config, step: int) -> str:
     rows = ["| phase | steps done | batch | thought length | thoughts | tokens ahead | policy weight | learning rate |",
             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    start = 0
-    for phase in phases:
+    for phase, start, _ in config.phase_spans():
         done = max(0, min(phase.steps, step - start))
         thinking = (phase.thought_length, phase.num_thoughts, phase.tokens_ahead, f"{phase.policy_weight:g}")
         shown = thinking if phase.thought_length else ("-",) * len(thinking)
         cells = (phase.name, f"{done} of {phase.steps}", phase.batch_size, *shown, f"{phase.learning_rate:g}")
         rows.append("| " + " | ".join(map(str, cells)) + " |")
-        start += phase.steps
     return "\n".join(rows)
 
 

@@ -79,7 +79,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         for name, value, choices in (("format", self.format, FORMATS), ("dtype", self.dtype, tuple(DTYPES))):
             if value not in choices:
-                raise ConfigError(f"The {name} of an export is {value!r}; it takes one of {', '.join(choices)}.")
+                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
 
 
 def save(
@@ -144,7 +144,7 @@ def _complete_folder(output: Path) -> Iterator[Path]:
             yield folder
     except OSError as error:
         raise CheckpointError(
-            f"{output} cannot be written: {error}. Free some space there, or choose another folder."
+            f"{output} cannot be written: {error}. Free some disk space there, or choose another folder."
         ) from error
 
 
@@ -208,7 +208,11 @@ class _Writer:
         with np.errstate(over="ignore"):
             cast = array.astype(FLOAT_DTYPES[DTYPES[dtype]], copy=False)
         if not np.isfinite(cast).all():
-            advice = f"are beyond {dtype}: take bfloat16 or float32" if np.isfinite(array).all() else "are not finite"
+            advice = (
+                f"are out of range for {dtype}: set `dtype` to bfloat16 or float32"
+                if np.isfinite(array).all()
+                else "are not finite"
+            )
             raise CheckpointError(f"Tensor {name} cannot be exported: some of its values {advice}.")
         return cast
 
@@ -286,7 +290,7 @@ def _split(shapes: Mapping[str, Shape], options: ExportOptions) -> Any:
         )
     except ValueError as error:
         raise ConfigError(
-            f"The largest size of a shard is {options.max_shard_size!r}; it takes a number with a unit, such as 5GB."
+            f"max_shard_size is {options.max_shard_size!r}; it must be a number with a unit, such as 5GB."
         ) from error
 
 

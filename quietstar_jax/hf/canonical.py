@@ -36,7 +36,7 @@ def canonical_names(folder: Path, tensors: Mapping[str, TensorInfo]) -> Tensors:
         bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if bare in plain:
             raise CheckpointError(
-                f"{folder} holds two tensors for {short(bare, str)}: {short(plain[bare].name, str)} and "
+                f"{folder} contains two tensors for {short(bare, str)}: {short(plain[bare].name, str)} and "
                 f"{short(name, str)}. Remove the one that does not belong to the model."
             )
         plain[bare] = info
@@ -45,8 +45,8 @@ def canonical_names(folder: Path, tensors: Mapping[str, TensorInfo]) -> Tensors:
         return plain
     if len(roots) > 1:
         raise CheckpointError(
-            f"{folder} holds several models: their names begin with {', '.join(short(root, str) for root in roots[:4])}"
-            ". Write the one that you mean to a folder of its own."
+            f"{folder} contains several models: their names begin with "
+            f"{', '.join(short(root, str) for root in roots[:4])}. Write one of them to its own folder."
         )
     (root,) = roots
     outer = root.removesuffix("model.")
@@ -82,7 +82,8 @@ def tie(
     if apart and not (embedding.shape == head.shape and np.array_equal(read(embedding), read(head), equal_nan=True)):
         logging.warning(
             "%s: config.json ties the embeddings (tie_word_embeddings), but %s and %s are both stored and differ: both "
-            "are used, as transformers 5 does. Set tie_word_embeddings to false to say so.", folder, EMBEDDING, LM_HEAD
+            "are used, as transformers 5 does. Set tie_word_embeddings to false to remove this warning.",
+            folder, EMBEDDING, LM_HEAD,
         )  # fmt: skip
         return {**config, "tie_word_embeddings": False}, tensors
     return config, {EMBEDDING: embedding, **{name: info for name, info in tensors.items() if name != LM_HEAD}}

@@ -90,7 +90,7 @@ def open_checkpoint(name: str, revision: str = "") -> CheckpointFiles:
                 )
             tensors[tensor] = info
     strayed = [
-        f"{short(tensor, str)}, promised in {short(file.name, str)}"
+        f"{short(tensor, str)}, listed in {short(file.name, str)}"
         for tensor, file in expected.items()
         if tensor not in tensors or tensors[tensor].file != file
     ]
@@ -164,7 +164,7 @@ def download(name: str, revision: str = "") -> Path:
     except (OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(
-            f"{name!r} is not a folder here, and could not be fetched from the hub{at}: {error}\n"
+            f"{name!r} is not a folder here, and could not be downloaded from the hub{at}: {error}\n"
             "Check the spelling, the network and, for gated models, `hf auth login`; or give a local folder."
         ) from error
 
@@ -173,10 +173,10 @@ def _weight_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     """Returns (file of each tensor according to the index, weight files); without an index, the mapping is empty."""
     has_weights = any(os.path.lexists(folder / name) for name in (SINGLE, INDEX))
     if not has_weights:
-        raise CheckpointError(f"{folder} is no model in safetensors: {describe_folder(folder)}")
+        raise CheckpointError(f"{folder} is not a model in safetensors: {describe_folder(folder)}")
     if (folder / ADAPTER).exists():
         raise CheckpointError(
-            f"{folder} holds both a model and a PEFT adapter, which transformers would load instead of the model. "
+            f"{folder} contains both a model and a PEFT adapter, which transformers would load instead of the model. "
             f"Remove {ADAPTER} to use the model alone. For the adapter: {adapter_advice(folder)}."
         )
     if (folder / SINGLE).exists():
@@ -191,7 +191,7 @@ def _weight_files(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     if missing:
         more = f" and {len(missing) - MAX_LINES} more" if len(missing) > MAX_LINES else ""
         shown = ", ".join(missing[:MAX_LINES]) + more
-        raise CheckpointError(f"{folder} lacks shards that its index names: {shown}. Fetch them.")
+        raise CheckpointError(f"{folder}: shards of the index are missing: {shown}. Fetch them.")
     return expected, files
 
 
@@ -203,8 +203,8 @@ def _shard(folder: Path, tensor: str, file: Any) -> Path:
     unsafe = unsafe or len(lengths) > 10 or max(lengths, default=0) > MAX_NAME_BYTES
     if unsafe or path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
         raise CheckpointError(
-            f"{folder / INDEX} places tensor {short(tensor, str)} in {short(file)}. It takes a .safetensors "
-            "file inside the folder: do not trust this checkpoint."
+            f"{folder / INDEX} places tensor {short(tensor, str)} in {short(file)}. It must be a .safetensors file "
+            "inside the folder: do not trust this checkpoint."
         )
     return folder / path
 

@@ -18,13 +18,13 @@ from quietstar_jax.errors import short
 SAVE = "load it with transformers and write it with `save_pretrained(FOLDER)`"
 # (pattern of a file or folder name, kind of the folder, advice). The first match is reported.
 KINDS = (
-    ("adapter_config.json", "a PEFT adapter, not a whole model", ""),
+    ("adapter_config.json", "a PEFT adapter, not a complete model", ""),
     ("*.gguf", "a model in GGUF, the format of llama.cpp", "Fetch the safetensors of the same model"),
     ("consolidated*", "a model in the original format of Meta or Mistral (consolidated.*)",
      "Fetch its Hugging Face version, or convert it with the convert_*_weights_to_hf.py of transformers"),
     ("params.json", "a model in the original format of Meta or Mistral (params.json)",
      "Fetch its Hugging Face version, or convert it with the convert_*_weights_to_hf.py of transformers"),
-    ("*.distcp", "a distributed checkpoint of PyTorch", f"Gather it into one state dict, {SAVE}"),
+    ("*.distcp", "a distributed checkpoint of PyTorch", f"Convert it to one state dict, {SAVE}"),
     ("zero_to_fp32.py", "a checkpoint of DeepSpeed",
      "Run its zero_to_fp32.py, and put model.safetensors and config.json into one folder"),
     ("global_step*", "a checkpoint of DeepSpeed",
@@ -105,7 +105,7 @@ def classifier_advice(config: Mapping[str, Any]) -> str:
     """Describes a classifier or reward model, and says what to do."""
     return (
         f"It is a {short(config['architectures'][0], str)} without a language-model head: a classifier or reward "
-        "model. Give the language model that it was made from."
+        "model. Give the language model on which it is based."
     )
 
 
@@ -114,8 +114,8 @@ def _incomplete(folder: Path, names: list[str]) -> str:
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
         return (
-            f"it has {_some(shards)}, but neither model.safetensors nor model.safetensors.index.json, which says what "
-            "belongs to the model. Fetch the checkpoint again, or rename a single file to model.safetensors."
+            f"it has {_some(shards)}, but neither model.safetensors nor model.safetensors.index.json, which lists the "
+            "files of the model. Fetch the checkpoint again, or rename a single file to model.safetensors."
         )
     pickled = [name for name in names if name.endswith(PICKLED)]
     if pickled:
@@ -129,7 +129,7 @@ def _incomplete(folder: Path, names: list[str]) -> str:
     if "snapshots" in names:
         return "it is an entry of the Hugging Face cache. Give the folder of a commit in its `snapshots`."
     if any(name.startswith("tokenizer") for name in names):
-        return "it has a tokenizer but no weights (model.safetensors). Fetch the whole model."
+        return "it has a tokenizer but no weights (model.safetensors). Fetch the complete model."
     return f"it has no weights (model.safetensors); it has {_some(names) or 'nothing'}. Give a Hugging Face model."
 
 

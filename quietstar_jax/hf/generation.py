@@ -68,5 +68,5 @@ def _ids(generation: Mapping[str, Any], name: str, where: object) -> tuple[int, 
     given = generation.get(name)
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise CheckpointError(f"{where}: {name} is {short(given)}; it takes token ids.")
+        raise CheckpointError(f"{where}: {name} is {short(given)}; it must be a token id or a list of token ids.")
     return tuple(ids)

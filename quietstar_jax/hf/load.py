@@ -106,8 +106,8 @@ def load_parameters(
                 done[target.path] = placed if dtypes is None else placed.astype(dtypes[target.path])
     if broken:
         raise CheckpointError(
-            listing("Tensors hold NaN, infinite values, or values beyond float32:", broken)
-            + "\nThe checkpoint is damaged, or its training diverged: take another."
+            listing("Tensors contain NaN, infinite values, or values beyond float32:", broken)
+            + "\nThe checkpoint is damaged, or its training diverged: use another one."
         )
     return done
 
@@ -181,7 +181,7 @@ def _check_names(source: TensorSource, entries: Sequence[Entry]) -> None:
             found = "If head and embedding are one matrix, set tie_word_embeddings to true in config.json."
         raise CheckpointError(
             listing("The tensors do not fit what config.json describes:", problems)
-            + f"\n{found or 'Take config.json and weights from the same checkpoint.'}"
+            + f"\n{found or 'Use config.json and weights of the same checkpoint.'}"
         )
     if ignored:
         file = source.tensors[ignored[0]].file

@@ -84,7 +84,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             length = int.from_bytes(begin, "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
-                    f"{file} is truncated or not a safetensors file: {size} bytes cannot hold a header of {length}. "
+                    f"{file} is truncated or not a safetensors file: {size} bytes cannot contain a header of {length}. "
                     "Fetch it again."
                 )
             header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=unique_keys)
@@ -148,7 +148,7 @@ def write_file(
         stream.write(len(text).to_bytes(8, "little") + text)
         for (name, array), (announced, shape) in zip(tensors, shapes.items(), strict=True):
             if (name, array.shape, array.dtype) != (announced, shape, FLOAT_DTYPES[dtype]):
-                raise ValueError(f"{announced} {dtype}{list(shape)} was announced, {name} {array.shape} came.")
+                raise ValueError(f"{announced} {dtype}{list(shape)} was expected, {name} {array.shape} came.")
             stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())

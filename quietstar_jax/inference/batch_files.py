@@ -51,7 +51,7 @@ def generate_file(
     if output.exists() and not renamed:
         raise DataError(f"{output} exists already. Remove it, or choose another file.")
     if not output.absolute().parent.is_dir():
-        raise DataError(f"{output}: the folder {output.absolute().parent} is missing. Make it first.")
+        raise DataError(f"{output}: the folder {output.absolute().parent} is missing. Create it first.")
     source = os.fspath(source)
     rows = read_all(source, "prompts")
     requests = _requests(generator, rows, job, seed)
@@ -94,8 +94,8 @@ def _requests(generator: Generator, rows: list[Record], job: GenerationConfig, s
     for where, row in rows:
         prompt = row.get(PROMPT)
         if not isinstance(prompt, str):
-            held = f"it holds {prompt!r}" if PROMPT in row else f"it has {', '.join(map(repr, row)) or 'nothing'}"
-            raise DataError(f"{where}: every record has a text under {PROMPT!r}; {held}.")
+            held = f"it is {prompt!r}" if PROMPT in row else f"the fields are {', '.join(map(repr, row)) or 'missing'}"
+            raise DataError(f"{where}: every record must have a text in the field {PROMPT!r}; {held}.")
         taken = [name for name in ADDED if name in row]
         if taken:
             raise DataError(f"{where} has a field {taken[0]!r} already. Rename it, or give another file.")
@@ -130,13 +130,13 @@ def _check_same(partial: Path, record: Mapping[str, Any]) -> None:
     try:
         made_with = json.loads(record_file.read_text("utf-8"))
     except ValueError as error:
-        raise DataError(f"{record_file} cannot be read: {error}. Remove it to start afresh.") from error
+        raise DataError(f"{record_file} cannot be read: {error}. Remove it to start again.") from error
     changed = differences(made_with, record, "")
     if changed:
         raise DataError(
-            f"{partial} was begun with other settings (then -> now):\n"
+            f"{partial} was started with other settings (then -> now):\n"
             + "\n".join(f"  - {line.removeprefix('.')}" for line in changed)
-            + f"\nSet these back to go on, or remove {partial} and {record_file} to start afresh."
+            + f"\nRestore these settings to resume, or remove {partial} and {record_file} to start again."
         )
 
 

@@ -161,7 +161,7 @@ def think_and_talk(
       own: empty keys and values for its T + 3 tokens, including the newest one; uniforms: [B, T].
 
     Returns:
-      (mixed scores [B, V] as from `thoughts.score.talk`, mixing weights [B], thoughts [B, T], own).
+      (mixed scores [B, V] as from `thoughts.score.mix`, mixing weights [B], thoughts [B, T], own).
     """
     settings = plan.thought
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from quietstar_jax.config import ComputeDtype
 from quietstar_jax.errors import ConfigError, DataError, UserError
 from quietstar_jax.inference.batch import Batch, Generation, GenerationConfig, Token
 from quietstar_jax.inference.decode import DecodeConfig
@@ -37,15 +38,15 @@ class Generator:
             None = as long as the prompts need, in doublings.
         """
         if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}; it takes 1 or more.")
+            raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more.")
         if max_length is not None and max_length < 2:
-            raise ConfigError(f"max_length is {max_length}; it takes 2 tokens or more.")
+            raise ConfigError(f"max_length is {max_length}; it must be 2 or more.")
         self.model, self.max_length = model, max_length
         self._engine = Engine(model.params, model.graphdef, model.architecture, model.dtype, batch_size)
 
     @classmethod
     def open(
-        cls, path: str | Path, *, step: int | None = None, revision: str = "", dtype: str = "float32",
+        cls, path: str | Path, *, step: int | None = None, revision: str = "", dtype: ComputeDtype = "float32",
         batch_size: int = 8, max_length: int | None = None,
     ) -> Generator:  # fmt: skip
         """Opens a run, an exported or published Quiet-STaR, or a plain Hugging Face model; see `load_model`.
@@ -115,10 +116,12 @@ class Generator:
           UserError: see `generate`; names the prompt by its number, from 1.
         """
         if isinstance(prompts, str):
-            raise ConfigError("prompts is one text; it takes a list of them.")
+            raise ConfigError("prompts is one text; it must be a list of texts.")
         seeds = [int(seed)] * len(prompts) if isinstance(seed, int | np.integer) else [int(s) for s in seed]
         if len(seeds) != len(prompts) or not all(0 <= s < 2**63 for s in seeds):
-            raise ConfigError(f"seed is {seed!r}; it takes a number of 0 or more, or one for each prompt.")
+            raise ConfigError(
+                f"seed is {seed!r}; it must be 0 or more, or a list with one such number for each prompt."
+            )
         requests, seen = [], Counter[tuple[int, tuple[int, ...]]]()
         for number, (prompt, own) in enumerate(zip(prompts, seeds, strict=True), start=1):
             try:
@@ -144,14 +147,14 @@ class Generator:
         if isinstance(prompt, str) and prompt:
             tokens = tuple(model.tokenizer.encode_text(prompt, model.bos))
         if not tokens:
-            raise DataError("The prompt is empty. Give some text to go on from.")
+            raise DataError("The prompt is empty. Give some text to continue.")
         rows = model.architecture.vocab_size
         unknown = [token for token in tokens if not 0 <= token < rows]
         if unknown:
             names = ", ".join(model.tokenizer.shown(token) for token in unknown[:3])
             raise DataError(
-                f"The prompt holds tokens that the model has no embedding for: {names}. It has 0 .. {rows - 1}. "
-                "Leave them out."
+                f"The prompt contains tokens that have no embedding in the model: {names}. The model has 0 .. "
+                f"{rows - 1}. Remove them."
             )
         return tokens
 
@@ -178,11 +181,13 @@ class Generator:
     ) -> GenerationConfig:  # fmt: skip
         """Checks the settings of a call, see `generate`, and returns them."""
         if max_tokens < 1:
-            raise ConfigError(f"max_tokens is {max_tokens}; it takes 1 or more.")
+            raise ConfigError(f"max_tokens is {max_tokens}; it must be 1 or more.")
         if isinstance(stop, str) or not all(stop):
-            raise ConfigError(f"stop is {stop!r}; it takes a list of texts that are not empty.")
+            raise ConfigError(f"stop is {stop!r}; it must be a list of non-empty texts.")
         if thought_length is not None and thought_length < 1:
-            raise ConfigError(f"thought_length is {thought_length}; it takes 1 or more. thoughts=False turns them off.")
+            raise ConfigError(
+                f"thought_length is {thought_length}; it must be 1 or more. `thoughts` off generates without them."
+            )
         sampling = Sampling(temperature, top_p, thought_temperature)
         return GenerationConfig(
             self._plan(sampling, thoughts, thought_length, tokens_per_call), sampling, max_tokens, tuple(stop)
@@ -202,8 +207,8 @@ class Generator:
         settings = model.settings(length)
         if length and model.thought.control != "none":
             raise ConfigError(
-                f"{model.path} was trained with {model.thought.control!r} in the place of its thoughts, so it has none "
-                "to generate with. Turn thoughts off."
+                f"{model.path} was trained with the control {model.thought.control!r} instead of thoughts, so it has "
+                "none. Set `thoughts` to off."
             )
         return DecodeConfig(
             thought=settings,
@@ -230,11 +235,11 @@ def _ids(prompt: Sequence[int] | np.ndarray) -> tuple[int, ...]:
     found = []
     for value in prompt:
         if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == np.bool_:
-            raise DataError(f"A prompt of token ids holds {value!r}, which is no integer.")
+            raise DataError(f"A prompt of token ids contains {value!r}, which is not an integer.")
         try:
             found.append(operator.index(value))
         except TypeError as error:
-            raise DataError(f"A prompt of token ids holds {value!r:.80}, which is no integer.") from error
+            raise DataError(f"A prompt of token ids contains {value!r:.80}, which is not an integer.") from error
     return tuple(found)
 
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, is_run, open_run, run_tokenizer
-from quietstar_jax.config import Config, ModelConfig, ThoughtConfig
+from quietstar_jax.config import ComputeDtype, Config, ModelConfig, PrefixAttention, ThoughtConfig
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.data.vocabulary import UNUSED, unused_ids
 from quietstar_jax.errors import CheckpointError, ConfigError
@@ -30,13 +30,12 @@ from quietstar_jax.io import is_url, place
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import GraphDef
 from quietstar_jax.parallel.mesh import check_kernels
-from quietstar_jax.settings import from_mapping, to_mapping
+from quietstar_jax.settings import from_mapping, one_of, to_mapping
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.training.base import PUBLISHED_MIXING, PUBLISHED_SCALE, can_think
 from quietstar_jax.training.setup import abstract_params
 from quietstar_jax.training.step import thought_settings
 
-DTYPES = ("float32", "bfloat16")
 PUBLISHED_LENGTH = 9  # T of checkpoints whose config.json has none: the paper's main setting
 Layout = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
 
@@ -63,7 +62,7 @@ class LoadedModel:
     params: dict[str, jax.Array]
     graphdef: GraphDef
     architecture: Architecture
-    dtype: str
+    dtype: ComputeDtype
     tokenizer: Tokenizer
     vocabulary: Vocabulary
     thought: ThoughtConfig
@@ -75,7 +74,7 @@ class LoadedModel:
     path: str
     step: int | None
     commit: str
-    prefix_attention: str = "auto"
+    prefix_attention: PrefixAttention = "auto"
 
     @property
     def forbidden_ids(self) -> tuple[int, ...]:
@@ -100,11 +99,11 @@ class LoadedModel:
         """
         length = self.thought_length if thought_length is None else thought_length
         if length < 0:
-            raise ConfigError(f"The length of a thought is {length}; it takes 0 (no thoughts) or more.")
+            raise ConfigError(f"thought_length is {length}; it must be 0 (no thoughts) or more.")
         if length and not self.can_think:
             raise CheckpointError(
-                f"{self.path} cannot think: it has no mixing head that was trained. Turn thoughts off, or give a run "
-                "or an export that has learned to think."
+                f"{self.path} has no trained mixing head, so it has no thoughts. Set `thoughts` to off, or give a run "
+                "or an export that was trained with thoughts."
             )
         model = ModelConfig(compute_dtype=self.dtype, prefix_attention=self.prefix_attention)
         config = Config(model=model, thought=self.thought)
@@ -136,8 +135,8 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, *, step: int | None = None, revision: str = "", dtype: str = "float32",
-    prefix_attention: str = "auto", layout: Layout | None = None,
+    path: str | Path, *, step: int | None = None, revision: str = "", dtype: ComputeDtype = "float32",
+    prefix_attention: PrefixAttention = "auto", layout: Layout | None = None,
 ) -> LoadedModel:  # fmt: skip
     """Opens a model; does not change its files.
 
@@ -153,19 +152,19 @@ def load_model(
     Raises:
       UserError: the path is none of these, is broken, or has no step although one is given.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"The dtype is {dtype!r}; it takes one of {', '.join(DTYPES)}.")
+    if problems := one_of("dtype", dtype, ComputeDtype):
+        raise ConfigError(f"{problems[0]}.")
     check_kernels(prefix_attention, jax.devices()[0])
     folder = place(str(path), "The model")
     if is_run(folder):
         if revision:
-            raise CheckpointError(f"{path} is a run and has no revision {revision!r}. Leave the revision out.")
+            raise CheckpointError(f"{path} is a run and has no revision {revision!r}. Omit `revision`.")
         model = _of_run(str(path), open_run(folder, step), dtype, layout)
         return dataclasses.replace(model, prefix_attention=prefix_attention)
     if step is not None or is_url(folder):
         raise CheckpointError(
             f"{path} is not a run with checkpoints, so it has no step{'' if step is None else f' {step}'}. "
-            "Give the workdir of a run, or leave the step out and give a folder or hub id."
+            "Give the work directory of a run, or omit `step` and give a folder or hub id."
         )
     model = _of_files(str(path), open_checkpoint(str(path), revision), revision, dtype, layout)
     return dataclasses.replace(model, prefix_attention=prefix_attention)
@@ -180,7 +179,7 @@ def stored_dtype(name: str, dtype: str) -> str:
     return "float32" if exact else dtype
 
 
-def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) -> LoadedModel:
+def _of_run(path: str, run: RunCheckpoint, dtype: ComputeDtype, layout: Layout | None) -> LoadedModel:
     thinking = [phase for phase in run.config.phases if phase.thought_length]
     tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)
     eos, suppressed = stops_and_suppressed(run.generation, tokenizer.eos_id, run.workdir)
@@ -190,7 +189,9 @@ def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) ->
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(folder, abstract)
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}\nChoose another step, or train on.") from error
+        raise CheckpointError(
+            f"{folder} cannot be read: {error}\nChoose another `step`, or continue the training."
+        ) from error
     return LoadedModel(
         params=params,
         graphdef=graphdef,
@@ -212,7 +213,9 @@ def _of_run(path: str, run: RunCheckpoint, dtype: str, layout: Layout | None) ->
     )
 
 
-def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layout: Layout | None) -> LoadedModel:
+def _of_files(
+    path: str, files: CheckpointFiles, revision: str, dtype: ComputeDtype, layout: Layout | None
+) -> LoadedModel:
     tokenizer = load_tokenizer(path, revision)
     thinks, meta = can_think(files), _meta_tokens(files, tokenizer)
     source = _TextRows(files, meta)
@@ -255,7 +258,7 @@ def _of_files(path: str, files: CheckpointFiles, revision: str, dtype: str, layo
 
 
 def _abstract(
-    architecture: Architecture, dtype: str, layout: Layout | None
+    architecture: Architecture, dtype: ComputeDtype, layout: Layout | None
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], GraphDef]:
     """Shapes, dtypes and shardings of the parameters, and the graphdef."""
     shapes, graphdef = abstract_params(architecture)
@@ -276,9 +279,8 @@ class _TextRows:
         others = {*meta, *_ids(files, "config.json: unused_token_ids", files.config.get("unused_token_ids", []))}
         if type(rows) is not int or not 0 < rows <= all_rows or not set(range(rows, all_rows)) <= others:
             raise CheckpointError(
-                f"{files.folder}/config.json: text_vocab_size is {rows!r}; it takes a number up to vocab_size "
-                f"({all_rows}), with nothing but thought_token_ids and unused_token_ids from there on. Export the "
-                "model again."
+                f"{files.folder}/config.json: text_vocab_size is {rows!r}; it must be at most vocab_size ({all_rows}), "
+                "and only thought_token_ids and unused_token_ids may be at or above it. Export the model again."
             )
         self.architecture = dataclasses.replace(theirs, vocab_size=rows)
         self.added = all_rows - rows
@@ -312,7 +314,7 @@ def _thought_config(files: CheckpointFiles, tokenizer: Tokenizer, meta: tuple[in
 def _thought_length(files: CheckpointFiles) -> int:
     length = files.config.get("thought_length", PUBLISHED_LENGTH)
     if type(length) is not int or length < 0:
-        raise CheckpointError(f"{files.folder}/config.json: thought_length is {length!r}; it takes 0 or more.")
+        raise CheckpointError(f"{files.folder}/config.json: thought_length is {length!r}; it must be 0 or more.")
     return length
 
 
@@ -328,5 +330,5 @@ def _meta_tokens(files: CheckpointFiles, tokenizer: Tokenizer) -> tuple[int, ...
 def _ids(files: CheckpointFiles, name: str, given: Any) -> tuple[int, ...]:
     ids = given if isinstance(given, list) else [given]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise CheckpointError(f"{files.folder}/{name} is {given!r}; it takes token ids.")
+        raise CheckpointError(f"{files.folder}/{name} is {given!r}; it must be a list of token ids.")
     return tuple(ids)

@@ -11,9 +11,9 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from quietstar_jax.architecture import Architecture, RopeScaling
+from quietstar_jax.architecture import Architecture, FamilyName, RopeKind, RopeScaling
 from quietstar_jax.errors import ConfigError, short
 from quietstar_jax.settings import differences, from_mapping, to_mapping
 
@@ -36,10 +36,10 @@ class Family(NamedTuple):
     window_by_layer: bool = False  # `use_sliding_window`, `layer_types` or `max_window_layers`
     fused: bool = False  # one tensor for queries, keys and values, one for gate and up
     partial_rotary: bool = False  # `partial_rotary_factor`
-    rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    rope_kinds: tuple[str, ...] = get_args(RopeKind)
 
 
-FAMILIES = {
+FAMILIES: dict[FamilyName, Family] = {
     "llama": Family("LlamaForCausalLM", max_positions=2048, optional_bias=True, optional_mlp_bias=True),
     "mistral": Family(
         "MistralForCausalLM", (32_000, 4096, 14_336), num_kv_heads=8, max_positions=131_072, window_everywhere=True
@@ -137,7 +137,7 @@ def _architecture(config: Mapping[str, Any]) -> Architecture:
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(
-            f"config.json says model_type {short(name)}. Supported are: {', '.join(FAMILIES)}. "
+            f"config.json: model_type is {short(name)}. Supported are: {', '.join(FAMILIES)}. "
             "Choose a checkpoint of one of these families."
         )
     _refuse_quantized(config)
@@ -183,7 +183,7 @@ def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
     """
     a = canonical(architecture)
     if a.family not in FAMILIES:
-        raise ConfigError(f"family is {a.family!r}; it takes one of {', '.join(FAMILIES)}.")
+        raise ConfigError(f"family is {a.family!r}; it must be one of {', '.join(FAMILIES)}.")
     family = FAMILIES[a.family]
     config: dict[str, Any] = {
         "architectures": [family.class_name],
@@ -212,7 +212,7 @@ def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
     lost = differences(to_mapping(a), to_mapping(architecture_from_hf(config)), "architecture")
     if lost:
         raise ConfigError(
-            f"A {a.family} config.json cannot express this architecture (wanted -> what it would become):\n"
+            f"A {a.family} config.json cannot express this architecture (wanted -> as it would be read):\n"
             + "\n".join(f"  - {line}" for line in lost)
             + f"\nChange these fields, or `family` to another of {', '.join(FAMILIES)}."
         )
@@ -239,7 +239,7 @@ def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:
 def _size(config: Mapping[str, Any], key: str, default: int, most: int = 2**31 - 1) -> int:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ConfigError(f"config.json: {key} is {short(value)}; it takes an integer within 1 .. {most}.")
+        raise ConfigError(f"config.json: {key} is {short(value)}; it must be an integer within 1 .. {most}.")
     return value
 
 
@@ -288,12 +288,12 @@ def _windows(config: Mapping[str, Any], family: Family, layers: int) -> tuple[in
     if kinds is None:
         first = _get(config, "max_window_layers", 28)
         if isinstance(first, bool) or not isinstance(first, int):
-            raise ConfigError(f"config.json: max_window_layers is {short(first)}; it takes an integer.")
+            raise ConfigError(f"config.json: max_window_layers is {short(first)}; it must be an integer.")
         kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
     known = ("full_attention", "attention", "sliding_attention")
     if not isinstance(kinds, list | tuple) or len(kinds) != layers or any(kind not in known for kind in kinds):
         raise ConfigError(
-            f"config.json: layer_types is {short(kinds)}; it takes {layers} entries (num_hidden_layers), each "
+            f"config.json: layer_types is {short(kinds)}; it must have {layers} entries (num_hidden_layers), each "
             "full_attention or sliding_attention."
         )
     full = tuple(i for i, kind in enumerate(kinds) if kind != "sliding_attention")
@@ -344,11 +344,11 @@ def _rope(config: Mapping[str, Any], family: Family) -> tuple[Any, dict[str, Any
     parameters = _fill_in(dict(parameters), kind, config, max_positions)
     absent = [key for key in ROPE_REQUIRED.get(kind, ()) if parameters.get(key) is None]
     if absent:
-        raise ConfigError(f"config.json: rope_type {kind} needs {', '.join(absent)} beside it.")
+        raise ConfigError(f"config.json: rope_type {kind} also needs {', '.join(absent)}.")
     used = {ours: parameters[theirs] for ours, theirs in ROPE_FIELDS[kind].items() if parameters.get(theirs)}
     theta = _get(parameters, "rope_theta", _get(config, "rope_theta", 10_000.0))
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
-        raise ConfigError(f"config.json: rope_theta is {short(theta)}; it takes a number above 1.")
+        raise ConfigError(f"config.json: rope_theta is {short(theta)}; it must be a number above 1.")
     return theta, {"kind": kind, **used}, fraction
 
 

@@ -65,13 +65,13 @@ def partition_spec(axes: Sequence[str | EllipsisType | None]) -> PartitionSpec:
             entries.append(PartitionSpec.UNCONSTRAINED)
             continue
         if name is not None and name not in RULES:
-            raise ValueError(f"No rule names the axis {name!r} of {tuple(axes)}; known are {', '.join(RULES)}.")
+            raise ValueError(f"No rule names the axis {name!r} of {tuple(axes)}; known axes: {', '.join(RULES)}.")
         mesh_axes = RULES[name] if name is not None else ()
         used += mesh_axes
         entries.append(mesh_axes or None)
     twice = {axis for axis in used if used.count(axis) > 1}
     if twice:
-        raise ValueError(f"Two dimensions of {tuple(axes)} would lie on the mesh axis {', '.join(sorted(twice))}.")
+        raise ValueError(f"Two dimensions of {tuple(axes)} would be on the mesh axis {', '.join(sorted(twice))}.")
     return PartitionSpec(*entries)
 
 

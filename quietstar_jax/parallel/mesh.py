@@ -12,9 +12,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import PREFIX_ATTENTION, Config, MeshConfig
+from quietstar_jax.config import Config, MeshConfig, PrefixAttention
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.parallel.axes import MESH_AXES
+from quietstar_jax.settings import one_of
 
 SIZES = ("data", "position", "fsdp", "tensor")  # of `MeshConfig`
 
@@ -49,9 +50,9 @@ def resolve(config: MeshConfig, devices: int) -> dict[str, int]:
     if math.prod(sizes.values()) != devices:
         given = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(
-            f"config.mesh is {given}, but the devices are {devices} in number (processes: {jax.process_count()}): the "
-            f"product of the sizes must be {devices}. Change the sizes; one of them may be -1 to take what is left. "
-            "To try a mesh on a CPU, set JAX_NUM_CPU_DEVICES."
+            f"config.mesh is {given}, but there are {devices} devices (processes: {jax.process_count()}): the product "
+            f"of the sizes must be {devices}. Change the sizes; one of them may be -1, for the remaining devices. To "
+            "try a mesh on a CPU, set JAX_NUM_CPU_DEVICES."
         )
     return sizes
 
@@ -71,8 +72,8 @@ def split_tensor(tensor: int, architecture: Architecture) -> tuple[int, int]:
     if (group > 1 and shared != kv_heads) or heads % tensor:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
         raise ConfigError(
-            f"config.mesh.tensor is {tensor}, but the model has {heads} heads on {kv_heads} key/value heads. It takes "
-            f"one of {', '.join(map(str, fitting))}."
+            f"config.mesh.tensor is {tensor}, but the model has {heads} heads on {kv_heads} key/value heads. It must "
+            f"be one of {', '.join(map(str, fitting))}."
         )
     return shared, group
 
@@ -90,7 +91,7 @@ def check_weights(architecture: Architecture, fsdp: int, tensor: int) -> None:
                 fitting = [n for n in range(1, size) if all(other % n == 0 for other in split.values())]
                 raise ConfigError(
                     f"config.mesh.{axis} is {size}, which does not divide the model's {name} {extent}. Below it, "
-                    f"{', '.join(map(str, fitting))} would do; give the rest of the devices to another axis."
+                    f"{', '.join(map(str, fitting))} are possible; use the remaining devices for another axis."
                 )
 
 
@@ -102,16 +103,16 @@ def check_batches(config: Config, mesh: Mesh) -> None:
         if rows % ways:
             raise ConfigError(
                 f"config.phases[{i}]: batch_size {phase.batch_size} in {phase.microbatches} microbatches is {rows} "
-                f"sequences at once, which {ways} devices (mesh data {mesh.shape['data']} x fsdp "
-                f"{mesh.shape['fsdp']}) cannot share evenly. Take a batch_size that is a multiple of "
-                f"{ways * phase.microbatches}, fewer microbatches, or give devices to config.mesh.tensor or position."
+                f"sequences, which {ways} devices (mesh data {mesh.shape['data']} x fsdp "
+                f"{mesh.shape['fsdp']}) cannot share evenly. Choose a batch_size that is a multiple of "
+                f"{ways * phase.microbatches}, fewer microbatches, or more devices for config.mesh.tensor or position."
             )
 
 
 def check_kernels(prefix_attention: str, device: Any) -> None:
     """Raises ConfigError if `prefix_attention` is not an allowed value, or not available on this kind of device."""
-    if prefix_attention not in PREFIX_ATTENTION:
-        raise ConfigError(f"prefix_attention is {prefix_attention!r}; it takes one of {', '.join(PREFIX_ATTENTION)}.")
+    if problems := one_of("prefix_attention", prefix_attention, PrefixAttention):
+        raise ConfigError(f"{problems[0]}.")
     if prefix_attention == "triton" and (
         device.platform != "gpu" or "rocm" in getattr(device.client, "platform_version", "")
     ):

@@ -50,14 +50,14 @@ def start(config: DistributedConfig) -> None:
         said = str(error).splitlines()[0]
         if given:
             raise ConfigError(
-                f"Process {config.process_id} of {config.num_processes} did not find the others at "
+                f"Process {config.process_id} of {config.num_processes} did not find the other processes at "
                 f"{config.coordinator} within {config.start_seconds} s: {said} Check config.distributed, and that all "
-                "were started."
+                "processes were started."
             ) from error
         raise ConfigError(
-            f"config.distributed.processes is 'cluster', but no cluster could be joined: {said} A TPU pod, SLURM, "
-            "Open MPI or a Kubernetes job is recognised by its environment; else set it to 'given' and "
-            "say coordinator, num_processes and process_id."
+            f"config.distributed.processes is 'cluster', but no cluster could be joined: {said} A TPU pod, SLURM, Open "
+            "MPI or a Kubernetes job is recognised by its environment variables; otherwise set it to 'given', and "
+            "also set coordinator, num_processes and process_id."
         ) from error
 
 
@@ -71,8 +71,8 @@ def _reach(coordinator: str, seconds: int) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"Nobody answers at config.distributed.coordinator {coordinator} for {seconds} s: {error}. Start "
-                    "process 0 too, and check its address and that the port is open."
+                    f"No answer from config.distributed.coordinator {coordinator} within {seconds} s: {error}. Start "
+                    "process 0 too. Check its address, and that the port is open."
                 ) from error
         time.sleep(0.2)
 
@@ -155,8 +155,8 @@ def stop_together() -> Iterator[None]:
         elif _is_lost_touch(error):
             status = EXIT_RETRY
             print(
-                f"error: {who} lost touch with another one, or a device failed: {str(error).splitlines()[0]}\n"
-                "It stops here. Start all processes again: the run goes on from its last checkpoint.",
+                f"error: {who} lost the connection to another one, or a device failed: {str(error).splitlines()[0]}\n"
+                "It stops. Start all processes again: the run resumes from its last checkpoint.",
                 file=sys.stderr,
             )
         else:

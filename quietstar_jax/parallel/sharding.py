@@ -37,7 +37,7 @@ def specs_like_parameters(tree: Any, axes: Mapping[str, Axes]) -> Any:
             return PartitionSpec()
         if not names or len(axes[names[-1]]) != array.ndim:
             where = jax.tree_util.keystr(path)
-            raise ValueError(f"No rule says how {where} of shape {array.shape} lies on the mesh.")
+            raise ValueError(f"No rule for the placement of {where} of shape {array.shape} on the mesh.")
         return partition_spec(axes[names[-1]])
 
     return jax.tree_util.tree_map_with_path(spec, tree)
@@ -110,8 +110,8 @@ def find_process_shard(mesh: Mesh) -> ProcessBatchShard:
     parts = sorted({tuple(sorted(own)) for own in held.values()})
     if sum(map(len, parts)) != ways or len({len(own) for own in parts}) > 1:
         raise ConfigError(
-            f"config.mesh deals the sequences out in {ways} parts (data {mesh.shape['data']} x fsdp "
-            f"{mesh.shape['fsdp']}), of which some processes share only some. Choose sizes of data and fsdp whose "
+            f"config.mesh divides the sequences into {ways} parts (data {mesh.shape['data']} x fsdp "
+            f"{mesh.shape['fsdp']}), which do not coincide with the processes. Choose sizes of data and fsdp whose "
             f"product is a multiple, or a divisor, of the {len(held)} processes."
         )
     return ProcessBatchShard(parts.index(tuple(sorted(held[jax.process_index()]))), len(parts), tuple(parts))

@@ -63,7 +63,9 @@ def planned_architecture(model: ModelConfig) -> Architecture:
     if model.checkpoint and is_run(folder):
         record = saved_record(folder)
         if record is None:
-            raise CheckpointError(f"{folder} holds no checkpoint. Give the workdir of a run that has saved one.")
+            raise CheckpointError(
+                f"{folder} contains no checkpoint. Give the work directory of a run that has saved one."
+            )
         return from_mapping(Architecture, record["architecture"], root="architecture")
     if model.checkpoint and folder.is_dir():
         return architecture_from_hf(read_json(folder / "config.json"), folder)
@@ -71,7 +73,7 @@ def planned_architecture(model: ModelConfig) -> Architecture:
         return architecture_from_hf(KNOWN[model.checkpoint])
     if model.checkpoint and model.architecture == Architecture():
         raise ConfigError(
-            f"config.model.checkpoint is {model.checkpoint!r}, whose shape is not known without its config.json. "
-            f"Give a folder that holds it, write config.model.architecture out, or take one of {', '.join(KNOWN)}."
+            f"config.model.checkpoint is {model.checkpoint!r}, whose architecture is unknown without its config.json. "
+            f"Give a folder that contains it, set config.model.architecture, or choose one of {', '.join(KNOWN)}."
         )
     return model.architecture

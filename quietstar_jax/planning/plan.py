@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from quietstar_jax.config import Config
-from quietstar_jax.parallel.mesh import resolve
 from quietstar_jax.parallel.chips import Chip
+from quietstar_jax.parallel.mesh import resolve
 from quietstar_jax.planning.hlo import collectives
 from quietstar_jax.planning.programs import Program, generate_program, train_program
 from quietstar_jax.planning.targets import Target
@@ -141,21 +141,21 @@ def suggestions(config: Config, result: dict[str, Any]) -> list[str]:
     lines = []
     if state > 0.4 * hbm:
         needed = max(2 * ways, 1 << int(ways * state / (0.3 * hbm)).bit_length())
-        others = "" if needed <= result["devices"] else f", which takes more than these {result['devices']} chips"
+        others = "" if needed <= result["devices"] else f", which needs more than these {result['devices']} chips"
         lines.append(
             f"more fsdp or tensor: weights and Adam moments are split in {ways} (fsdp {mesh['fsdp']} x tensor "
-            f"{mesh['tensor']}) and take {state / 2**30:.1f} GiB of {hbm / 2**30:.1f}; try fsdp x tensor = "
+            f"{mesh['tensor']}) and need {state / 2**30:.1f} GiB of {hbm / 2**30:.1f}; try fsdp x tensor = "
             f"{needed}{others}"
         )
     if result["program"] == "generate":
-        return [*lines, "fewer texts at once (evaluation.batch_size), or shorter ones (data.sequence_length)"]
+        return [*lines, "fewer texts in a batch (evaluation.batch_size), or shorter ones (data.sequence_length)"]
     if not config.model.rematerialize:
         lines.append("recompute layers in the backward pass: --config.model.rematerialize=True")
     if result.get("positions_per_chunk", 1) > 1:
         lines.append(
             f"a smaller chunk: --config.thought.chunk_megabytes={max(1, config.thought.chunk_megabytes // 2)} (now "
-            f"{config.thought.chunk_megabytes}, {result['positions_per_chunk']} positions at once)"
+            f"{config.thought.chunk_megabytes}, {result['positions_per_chunk']} positions simultaneously)"
         )
-    lines.append("fewer sequences at once: more phases[i].microbatches, where a device has more than one")
+    lines.append("fewer sequences simultaneously: more phases[i].microbatches, if a device has more than one sequence")
     lines.append("shorter or fewer thoughts: phases[i].thought_length, num_thoughts, tokens_ahead")
     return lines

@@ -106,7 +106,9 @@ def find_phase(config: Config, architecture: Architecture, name: str = "") -> Ph
     for phase in config.phases:
         if phase.name == name:
             return phase
-    raise ConfigError(f"--phase {name!r} is none of config.phases: {', '.join(phase.name for phase in config.phases)}.")
+    raise ConfigError(
+        f"phase is {name!r}; it must be one of config.phases: {', '.join(phase.name for phase in config.phases)}."
+    )
 
 
 def planned_for(config: Config, target: Target) -> Config:
@@ -137,15 +139,8 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
     graphdef = abstract_structure(architecture)
     with jax.set_mesh(mesh):
         state = abstract_state(config, architecture, mesh)
-        step = compile_train_step(
-            config,
-            phase,
-            graphdef,
-            architecture,
-            VOCABULARY,
-            state,
-            find_process_shard(mesh).numbers(phase.batch_size),
-        )
+        numbers = find_process_shard(mesh).numbers(phase.batch_size)
+        step = compile_train_step(config, phase, graphdef, VOCABULARY, state, numbers)
         rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
         shape = (phase.batch_size, config.data.sequence_length)
         starts = config.data.packing == "packed" and config.data.document_mask

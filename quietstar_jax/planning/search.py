@@ -66,8 +66,8 @@ def candidates(config: Config, target: Target, phase: str = "") -> list[Candidat
     found = sorted(_meshes(config, target, phase), key=lambda candidate: candidate.guess)
     if not found:
         raise ConfigError(
-            f"No mesh of {len(target.devices)} devices suits the model and its batch, or all keep too much on each. "
-            "Take more devices, or a batch size that they can share."
+            f"No mesh of {len(target.devices)} devices suits the model and its batch, or each device would need too "
+            "much memory. Use more devices, or a batch size that they can share evenly."
         )
     return found
 

@@ -25,7 +25,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     lines = [f"{plan['model']}, {plan['work']}", f"{plan['topology']}: {plan['devices']} x {plan['chip']}; mesh {mesh}"]
     if "positions_per_chunk" in plan:
         lines.append(
-            f"at once per chip: {plan['sampled_positions_per_chunk']} positions sampled, "
+            f"simultaneously per chip: {plan['sampled_positions_per_chunk']} positions sampled, "
             f"{plan['positions_per_chunk']} scored (chunk_megabytes {plan['chunk_megabytes']})"
         )
     if plan["note"]:
@@ -36,7 +36,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         lines += ["", "It does not fit:", *(f"  {line}" for line in message[:MESSAGE_LINES])]
         if len(message) > MESSAGE_LINES:
             lines.append(f"  ... {len(message) - MESSAGE_LINES} more lines with --json")
-        lines += ["", "What may help:", *(f"  - {line}" for line in plan["suggestions"])]
+        lines += ["", "Possible changes:", *(f"  - {line}" for line in plan["suggestions"])]
     if "collectives" in plan:
         lines += ["", *_collective_rows(plan)]
     if "seconds" in plan:

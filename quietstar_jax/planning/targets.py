@@ -85,7 +85,7 @@ def _gpu_target(name: str, chip: Chip, count: int) -> Target:
 def _tpu_devices(name: str, generation: str, shape: str, slices: int) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
-            f"--topology {name}: compiling for TPUs needs libtpu, which is not installed: pip install "
+            f"topology is {name!r}: compiling for TPUs needs libtpu, which is not installed: pip install "
             "'quietstar_jax[tpu]' (or pip install libtpu). No TPU is needed."
         )
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is touched: another process may have libtpu loaded too
@@ -111,14 +111,17 @@ def _cpu_devices(count: int) -> Sequence[Any]:
     with contextlib.suppress(RuntimeError):  # already used: its devices must suffice
         jax.config.update("jax_num_cpu_devices", count)
     if not 0 < count <= len(jax.devices("cpu")):
-        raise ConfigError(f"This process has {len(jax.devices('cpu'))} CPU devices, and cannot have {count} any more.")
+        raise ConfigError(
+            f"This process has {len(jax.devices('cpu'))} CPU devices, but {count} are needed; their number can only be "
+            "set before JAX is initialized."
+        )
     return jax.devices("cpu")[:count]
 
 
 def _unknown(name: str) -> ConfigError:
     lines = [f"  {generation}: {shapes}" for generation, shapes in KNOWN.items()]
     return ConfigError(
-        f"--topology {name!r} is not known. There are (append *2 for two slices):\n"
+        f"topology is {name!r}; it must be one of these (append *2 for two slices):\n"
         + "\n".join(lines)
         + f"\n  gpu: {', '.join(f'{card}x8' for card in GPUS)}, any number of them\n  cpu: 1, 2, ... devices"
         + "\nas in v5e:4x4, v5p:2x2x4, gpu:h100x8, cpu:8."

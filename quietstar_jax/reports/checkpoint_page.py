@@ -12,10 +12,11 @@ import numpy as np
 
 from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.reports.figures import gain_by_decile, reward_histogram, training_curves, weight_histogram
-from quietstar_jax.reports.observe import Observation, Window
+from quietstar_jax.reports.observe import Window
 from quietstar_jax.reports.page import render, tiles
 from quietstar_jax.reports.pieces import Pieces, visible
 from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.token_scores import TokenScores
 
 LEVELS = (0.02, 0.1, 0.5, 1.5)  # nats: thresholds of the four strengths of colour
 CLEAR = 0.1  # nats: a change worth counting
@@ -29,7 +30,7 @@ class Observed:
     model: LoadedModel
     settings: ThoughtSettings
     windows: Sequence[Window]
-    observations: Sequence[Observation]
+    observations: Sequence[TokenScores]  # of each window, as from `observe`
     about: str  # the kind of text, if the reader may not know it
     notes: Sequence[str]  # how the page was made, and what was left out
 
@@ -40,23 +41,27 @@ def checkpoint_page(observed: Observed, metrics: Sequence[Mapping[str, Any]]) ->
     Args:
       metrics: records of the run's `metrics.jsonl`; empty if there is no run.
     """
-    joined = Observation(*(np.concatenate(parts) for parts in zip(*observed.observations, strict=True)))
-    gain = joined.base_nll - joined.nll[:, 0]
+    seen = observed.observations
+    base_nll = np.concatenate([scores.base.nll for scores in seen])
+    talk_nll = np.concatenate([scores.talk.nll for scores in seen], axis=1)  # [R, tokens]
+    gain = base_nll - talk_nll[0]
     pieces = Pieces(observed.model.tokenizer)
     data = page_data(observed, pieces, start=int(gain.argmax()))
     step = "" if observed.model.step is None else f", step {observed.model.step:,}"
     body = [
         "<h1>What the thoughts changed</h1>",
         f'<p class="where">{escape(observed.model.path)}{step}</p>',
-        _introduction(observed.settings, joined.nll.shape[1]),
-        _key_figures(joined, gain),
-        _reading(observed, pieces, joined.nll.shape[1] > 1),
+        _introduction(observed.settings, len(talk_nll)),
+        _key_figures(base_nll, talk_nll),
+        _reading(observed, pieces, len(talk_nll) > 1),
         _examples(observed, pieces, gain),
         "<h2>The same in figures</h2>",
         '<div class="charts">',
-        gain_by_decile(joined.base_entropy, joined.base_nll, gain),
-        reward_histogram(joined.reward.reshape(-1), observed.settings.tokens_ahead),
-        weight_histogram(joined.weight.reshape(-1)),
+        gain_by_decile(np.concatenate([scores.base_entropy for scores in seen]), base_nll, gain),
+        reward_histogram(
+            np.concatenate([scores.reward.reshape(-1) for scores in seen]), observed.settings.tokens_ahead
+        ),
+        weight_histogram(np.concatenate([scores.weight.reshape(-1) for scores in seen])),
         "</div>",
         _training(metrics),
         "<footer>" + "".join(f'<p class="note">{escape(note)}</p>' for note in observed.notes) + "</footer>",
@@ -88,16 +93,16 @@ def page_data(observed: Observed, pieces: Pieces, start: int) -> dict[str, Any]:
             thoughts = [
                 [round(float(nll), 4), round(float(reward), 4), round(float(weight), 4), list(map(piece, pieces(ids)))]
                 for nll, reward, weight, ids in zip(
-                    seen.nll[j], seen.reward[j], seen.weight[j], seen.thoughts[j].tolist(), strict=True
+                    seen.talk.nll[:, j], seen.reward[:, j], seen.weight[:, j], seen.thoughts[:, j].tolist(), strict=True
                 )
             ]
             tokens.append(
                 {
                     "i": piece(pieces.alone(token)),
-                    "b": round(float(seen.base_nll[j]), 4),
+                    "b": round(float(seen.base.nll[j]), 4),
                     "k": thoughts,
-                    "p": likeliest(seen.base_ids[j], seen.base_probabilities[j], token),
-                    "q": likeliest(seen.ids[j], seen.probabilities[j], token),
+                    "p": likeliest(seen.base.top_ids[j], seen.base.top_probabilities[j], token),
+                    "q": likeliest(seen.talk.top_ids[0, j], seen.talk.top_probabilities[0, j], token),
                 }
             )
     return {
@@ -128,14 +133,14 @@ def _introduction(settings: ThoughtSettings, thoughts: int) -> str:
     )
 
 
-def _key_figures(joined: Observation, gain: np.ndarray) -> str:
-    without, with_thoughts = float(joined.base_nll.mean()), float(joined.nll[:, 0].mean())
+def _key_figures(base_nll: np.ndarray, talk_nll: np.ndarray) -> str:
+    gain, without, with_thoughts = base_nll - talk_nll[0], float(base_nll.mean()), float(talk_nll[0].mean())
     return tiles(
         [
             (f"{without:.3f} → {with_thoughts:.3f}", "mean loss without → with greedy thoughts, nats; less is better"),
             (f"{(gain >= CLEAR).mean():.1%}", f"of the tokens became clearly likelier (by {CLEAR} nats or more)"),
             (f"{(gain <= -CLEAR).mean():.1%}", "became clearly less likely"),
-            (f"{gain.size:,}", f"tokens were predicted, with {joined.nll.shape[1]} thoughts before each"),
+            (f"{gain.size:,}", f"tokens were predicted, with {len(talk_nll)} thoughts before each"),
         ]
     )  # fmt: skip
 
@@ -163,9 +168,9 @@ def _reading(observed: Observed, pieces: Pieces, sampled: bool) -> str:
     panel = '<aside class="panel" id="panel" aria-live="polite" aria-label="Thoughts before the chosen token">'
     panel += '<p class="soft">A script shows the thoughts here, but this viewer did not run it.</p></aside>'
     return (
-        f"<h2>The text</h2>{about}<p>Point at a token to see what the model thought just before it. A click holds "
-        "the token, Escape lets it go; with the keyboard, Tab enters the text and the arrow keys go from token to "
-        "token. Grey tokens are not predicted: nothing stands before them. ↵ is a line break, · a space, → a tab, "
+        f"<h2>The text</h2>{about}<p>Point at a token to see what the model thought just before it. A click selects "
+        "the token, Escape ends the selection; with the keyboard, Tab enters the text and the arrow keys go from "
+        "token to token. Grey tokens are not predicted: no text precedes them. ↵ is a line break, · a space, → a tab, "
         f"⟨E2⟩ a byte of a character that several tokens make up.</p>{_key()}{modes}"
         f'<div class="reading">{texts}{panel}</div>'
     )
@@ -181,8 +186,8 @@ def _texts(observed: Observed, pieces: Pieces) -> Iterator[str]:
             document = window.document
             yield f'<section class="doc"><h3 title="document {document + 1}">{document + 1}</h3><p class="text">'
         else:
-            yield '<span class="cut" title="from here on, the model reads afresh"> ⋯ </span>'
-        gains = (seen.base_nll - seen.nll[:, 0]).tolist()
+            yield '<span class="cut" title="the model starts a new text here"> ⋯ </span>'
+        gains = (seen.base.nll - seen.talk.nll[0]).tolist()
         for place, (token, text) in enumerate(zip(window.tokens.tolist(), pieces(window.tokens.tolist()), strict=True)):
             kinds = [shade(gains[place - 1])] if place else ["first"]
             kinds += ["special"] if token in special else []
@@ -235,7 +240,7 @@ def _examples(observed: Observed, pieces: Pieces, gain: np.ndarray) -> str:
 def _training(metrics: Sequence[Mapping[str, Any]]) -> str:
     head = "<h2>How it was trained</h2>"
     if not metrics:
-        return head + '<p class="soft">There are no training records beside this checkpoint.</p>'
+        return head + '<p class="soft">There are no training records with this checkpoint.</p>'
     return (
         f"{head}<p>Training went through phases. <span class='swatch a'></span>without thoughts<span "
         "class='swatch'></span>with thoughts; pale lines are single measurements, strong ones their running mean. "

@@ -10,7 +10,7 @@ import numpy as np
 
 from quietstar_jax.reports.page import figure, table
 from quietstar_jax.reports.svg import Chart, Range, number
-from quietstar_jax.training.evaluation import DECILES
+from quietstar_jax.thoughts.token_scores import DECILES
 
 STILL = 0.02  # nats: smaller changes count as none
 BINS = 25
@@ -56,8 +56,8 @@ def reward_histogram(rewards: np.ndarray, tokens_ahead: int) -> str:
     ahead = "the next token" if tokens_ahead == 1 else f"the next {tokens_ahead} tokens"
     caption = (
         f"The reward of a thought is how many nats it made {ahead} of the text likelier; below zero, it did harm. "
-        f"{still.mean():.1%} of the {rewards.size:,} thoughts on this page changed less than {STILL} nats and are "
-        f"left out here; {(rewards >= STILL).mean():.1%} helped, {(rewards <= -STILL).mean():.1%} did harm."
+        f"{still.mean():.1%} of the {rewards.size:,} thoughts on this page changed less than {STILL} nats and are not "
+        f"shown; {(rewards >= STILL).mean():.1%} helped, {(rewards <= -STILL).mean():.1%} did harm."
     )
     return figure("Rewards of single thoughts", _histogram(moved, "reward, nats", split=0.0), caption)
 
@@ -68,7 +68,7 @@ def weight_histogram(weights: np.ndarray) -> str:
     caption = (
         "After a thought, the model mixes two predictions: the one it would have made anyway, and the one the "
         "thought suggests. The mixing weight is the share of the second: 0 ignores the thought, 1 follows it alone "
-        f"(a little below 0 or above 1 is possible). Half of the weights lie between {number(low, 3)} and "
+        f"(a little below 0 or above 1 is possible). Half of the weights are between {number(low, 3)} and "
         f"{number(high, 3)}; {(weights > 0.1).mean():.1%} are above 0.1."
     )  # fmt: skip
     return figure("Mixing weights", _histogram(weights, "mixing weight", split=None), caption)
@@ -93,7 +93,7 @@ def _histogram(values: np.ndarray, title: str, split: float | None) -> str:
         if share:
             kind = "plain" if split is None else ("up" if left >= split - 1e-9 else "down")
             chart.bar(left, right, 100 * share, kind, f"{left:.3f} to {right:.3f}: {share:.2%}")
-    return chart.x_axis(title + "; the outermost bars hold all beyond").svg()
+    return chart.x_axis(title + "; the outermost bars include all values beyond").svg()
 
 
 CURVES: dict[str, tuple[tuple[str, str], ...]] = {

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from quietstar_jax.config import DataConfig
+from quietstar_jax.config import DataConfig, TextDocuments
 from quietstar_jax.data.documents import joined, open_documents
 from quietstar_jax.data.pipeline import VALIDATION_SEED
 from quietstar_jax.data.sources import SYNTHETIC
@@ -21,10 +21,10 @@ from quietstar_jax.training.metrics import read_metrics
 
 MOST_TOKENS = 20_000  # on one page: about 10 MB with four thoughts of six tokens
 SYNTHETIC_TEXT = (
-    "The text is a made-up corpus of small problems that take several steps: sums, little stories of gain and loss, "
+    "The text is a synthetic corpus of small problems that need several steps: sums, little stories of gain and loss, "
     "chains of units, pointers to follow (only the last digit of a number counts). Some documents write the steps "
-    "out between marks, after “show”; others give the answer at once, after “ask”. That answer is what a thought "
-    "can help with most: it can hold the steps."
+    "out between marks, after “show”; others give the answer directly, after “ask”. That answer is what a thought "
+    "can help with most: it can contain the steps."
 )
 
 
@@ -33,44 +33,50 @@ class TextOptions:
     """Which text, and how the model thinks in it; see `python -m quietstar_jax.report --help`."""
 
     data: tuple[str, ...]
-    documents: int = 20
-    max_tokens: int = 4000
+    limit: int = 20  # documents; 0 = all
+    page_tokens: int = 4000
     sequence_length: int = 256
     thought_length: int | None = None  # None = as trained
     tokens_ahead: int | None = None
     samples: int = 3
     seed: int = 0
     text_key: str = "text"
-    text_documents: str = "file"
+    text_documents: TextDocuments = "file"
     data_dir: str = ""
 
     def check(self) -> None:
         """Raises ConfigError for impossible values."""
-        at_least = dict(
-            documents=1, max_tokens=2, sequence_length=3, thought_length=1, tokens_ahead=1, samples=0, seed=0
-        )
+        at_least = dict(limit=0, page_tokens=2, sequence_length=3, thought_length=1, tokens_ahead=1, samples=0, seed=0)
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it takes {least} or more.")
-        if self.max_tokens > MOST_TOKENS:
+                raise ConfigError(f"`{name}` is {value}; it must be {least} or more.")
+        if self.page_tokens > MOST_TOKENS:
             raise ConfigError(
-                f"--max-tokens is {self.max_tokens}; a browser shows up to {MOST_TOKENS} on one page well."
+                f"`page_tokens` is {self.page_tokens}; it must be at most {MOST_TOKENS}: browsers are slow with larger "
+                "pages."
             )
         if self.samples > 16:
-            raise ConfigError(f"--samples is {self.samples}; it takes up to 16.")
+            raise ConfigError(f"`samples` is {self.samples}; it must be at most 16.")
 
 
-def report_checkpoint(path: str, options: TextOptions, step: int | None = None) -> str:
+def report_checkpoint(
+    path: str, options: TextOptions, step: int | None = None, *, revision: str = "", dtype: str = "float32"
+) -> str:
     """Returns the page of a model that has learned to think.
+
+    Args:
+      path, step, revision, dtype: see `load_model`.
 
     Raises:
       UserError: the model has not, or the model or the text cannot be read.
     """
     options.check()
-    model = load_model(path, step=step)
+    model = load_model(path, step=step, revision=revision, dtype=dtype)
     if not model.can_think:
-        raise CheckpointError(f"{path} has not learned to think, so there is nothing to see. Give a run that has.")
+        raise CheckpointError(
+            f"{path} was not trained with thoughts, so there is nothing to show. Give a run that was."
+        )
     config = DataConfig(
         validation=options.data, text_key=options.text_key, text_documents=options.text_documents,
         data_dir=options.data_dir,
@@ -83,7 +89,8 @@ def report_checkpoint(path: str, options: TextOptions, step: int | None = None) 
     )
     settings = model.settings(options.thought_length, options.tokens_ahead or model.tokens_ahead)
     length = longest_window(model, settings, options.sequence_length)
-    windows = cut_windows(model, source, documents=options.documents, max_tokens=options.max_tokens, length=length)
+    documents = options.limit or len(source)
+    windows = cut_windows(model, source, documents=documents, max_tokens=options.page_tokens, length=length)
     seen = observe(model, settings, windows, samples=options.samples, seed=options.seed)
     about = SYNTHETIC_TEXT if SYNTHETIC in options.data else ""
     notes = _notes(model, options, length, shown=windows[-1].document + 1, available=len(source))
@@ -106,14 +113,12 @@ def _notes(model: LoadedModel, options: TextOptions, length: int, shown: int, av
     drawn = f"{options.samples} sampled (seed {options.seed})" if options.samples else "no sampled ones"
     notes = [
         f"Text: the first {shown:,} of {available:,} documents of {', '.join(options.data)}, at most "
-        f"{options.documents:,} "
-        f"documents and {options.max_tokens:,} tokens (--documents, --max-tokens); longer text is cut there.",
-        f"The model read at most {length:,} tokens at a time; in longer documents ⋯ marks where it began afresh.",
+        f"{options.limit or available:,} documents and {options.page_tokens:,} tokens (--limit, --page-tokens); longer "
+        "text is cut there.",
+        f"The model read at most {length:,} tokens at a time; in longer documents ⋯ marks where it started again.",
         f"Thoughts: one greedy and {drawn} before every token, with the weights of {model.path}"
         + ("." if model.step is None else f" at step {model.step:,}."),
     ]
     if model.thought.control != "none":
-        notes.append(
-            f"This is a control run: in place of thoughts stands what thought.control={model.thought.control} says."
-        )
+        notes.append(f"This is a control run: thoughts are replaced as set by thought.control={model.thought.control}.")
     return notes

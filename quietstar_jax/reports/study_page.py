@@ -148,5 +148,5 @@ def _settings(study: Mapping[str, Any], runs: Sequence[Any]) -> str:
         begun = {run["begun_from"]["run"].split("/")[0] + f" (step {run['begun_from']['step']:,})"
                  for run in runs if run["variant"] == variant and run["begun_from"]}  # fmt: skip
         lines.append([variant, changed, ", ".join(sorted(begun))])
-    head = ["variant", "what is changed", "took over the first phases of"]
+    head = ["variant", "what is changed", "first phases shared with"]
     return "<h2>What the variants are</h2>" + table(head, lines).replace('class="data"', 'class="data words"')

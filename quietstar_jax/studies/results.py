@@ -71,7 +71,7 @@ def read_results(root: Path) -> dict[str, Any]:
             raise ValueError("it has no runs")
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{root / RESULTS} does not hold the results of a study: {error}. Give the --workdir of "
-            "`python -m quietstar_jax.study`; running that again writes it anew."
+            f"{root / RESULTS} does not contain the results of a study: {error}. Give the work directory of `python -m "
+            "quietstar_jax.study`; running that command again writes this file."
         ) from error
     return results

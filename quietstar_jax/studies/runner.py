@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from quietstar_jax.checkpoint.steps import absolute, damage, saved_steps
-from quietstar_jax.config import Config
+from quietstar_jax.config import Config, OnResume
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.io import locked, write_json
 from quietstar_jax.settings import differences, from_mapping, to_mapping
 from quietstar_jax.studies.study import Study, command, configuration
 from quietstar_jax.training.metrics import read_metrics, write_metrics
-from quietstar_jax.training.resume import MEASUREMENT, THINKING, incompatible_changes
+from quietstar_jax.training.resume import MARKED, incompatible_changes
 from quietstar_jax.training.summary import config_hash
 
 Say = Callable[[str], None]
@@ -80,7 +80,7 @@ def run_study(runs: Sequence[PlannedRun], wanted: Callable[[PlannedRun], bool], 
             if status_of_run or run.summary is None:
                 status = f"FAILED with status {status_of_run}"
                 if not status_of_run:  # the study's files, or this program, changed during the run
-                    status = "ended, but its summary.json is not of this configuration: run the study again"
+                    status = "ended, but its summary.json has another configuration: run the study again"
                 say(f"{run.variant}, seed {run.seed} {status}; see {run.workdir / 'log.txt'}")
         yield run
 
@@ -116,7 +116,7 @@ def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say)
     """Copies the checkpoint at the end of the longest shared sequence of phases, if there is one."""
     best: tuple[int, PlannedRun, dict[str, Any]] | None = None
     for other in others:
-        for step in set(_saved_steps(other.workdir)) & set(_phase_ends(run.config)):
+        for step in _phase_ends(run.config).intersection(_saved_steps(other.workdir)):
             found = _saved_config(other.workdir, step)
             better = found and (best is None or step > best[0]) and _same_until(found, run.config, step)
             if better and not damage(absolute(other.workdir / "checkpoints"), step):
@@ -125,8 +125,9 @@ def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say)
         return
     step, other, saved = best
     # Figures that the other run measured are kept only if this run would have measured the same.
-    measured = [line for line in differences(saved, to_mapping(run.config)) if line.startswith(MEASUREMENT + THINKING)]
-    same = not measured and _evaluated_length(saved) == run.config.evaluation_thought_length
+    marks = MARKED[OnResume.MEASURED] + MARKED[OnResume.THINKING]
+    differ = any(line.startswith(marks) for line in differences(saved, to_mapping(run.config)))
+    same = not differ and _evaluated_length(saved) == run.config.evaluation_thought_length
     records = [
         record
         for record in read_metrics(other.workdir / "metrics.jsonl")
@@ -139,15 +140,11 @@ def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say)
     shutil.copytree(other.workdir / "checkpoints" / str(step), partial)
     (run.workdir / "checkpoints").mkdir(exist_ok=True)
     os.rename(partial, run.workdir / "checkpoints" / str(step))  # last: only now has the run begun
-    say(f"{run.variant}, seed {run.seed} begins from step {step} of {other.variant}")
+    say(f"{run.variant}, seed {run.seed} starts from step {step} of {other.variant}")
 
 
-def _phase_ends(config: Config) -> list[int]:
-    ends, step = [], 0
-    for phase in config.phases:
-        step += phase.steps
-        ends.append(step)
-    return ends
+def _phase_ends(config: Config) -> set[int]:
+    return {span.end for span in config.phase_spans()}
 
 
 def _saved_config(workdir: Path, step: int) -> dict[str, Any] | None:

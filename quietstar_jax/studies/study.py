@@ -44,28 +44,28 @@ def load_study(path: str) -> Study:
     """
     study = call_function(path, "get_study")
     if not isinstance(study, Study):
-        raise ConfigError(f"{path}: get_study() returns no quietstar_jax.studies.study.Study.")
+        raise ConfigError(f"{path}: get_study() must return a quietstar_jax.studies.study.Study.")
     problems = list(_problems(study))
     if problems:
-        raise ConfigError(f"{path} is not a study that can be run:\n" + "\n".join(f"  - {line}" for line in problems))
+        raise ConfigError(f"{path} cannot be run:\n" + "\n".join(f"  - {line}" for line in problems))
     return study
 
 
 def _problems(study: Study) -> Iterator[str]:
     variants = study.variants if isinstance(study.variants, Mapping) else {}
     if not variants or not all(isinstance(settings, Mapping) for settings in variants.values()):
-        yield f"variants is {shown(study.variants)}; it takes a mapping from names to settings"
+        yield f"variants is {shown(study.variants)}; it must be a mapping from names to settings"
     for name in variants:
         if not isinstance(name, str) or not FOLDER.fullmatch(name):
-            yield f"a variant is named {shown(name)}; it takes letters, digits, points, dashes (as its folder)"
+            yield f"a variant is named {shown(name)}; it must be letters, digits, points, dashes (it names a folder)"
     if study.baseline not in tuple(variants):
-        yield f"the baseline {shown(study.baseline)} is none of the variants {', '.join(map(str, variants))}"
+        yield f"the baseline {shown(study.baseline)} is not one of the variants {', '.join(map(str, variants))}"
     if not isinstance(study.base, str) or not is_file(study.base):
-        yield f"base is {shown(study.base)}; it takes a configuration file"
+        yield f"base is {shown(study.base)}; it must be a configuration file"
     if not _are(study.seeds, int) or not all(0 <= seed <= LARGEST_INTEGER for seed in study.seeds):
-        yield f"seeds is {shown(study.seeds)}; it takes at least one whole number, 0 or more"
+        yield f"seeds is {shown(study.seeds)}; it must be a list of at least one whole number, 0 or more"
     if not _are(study.metrics, str):
-        yield f"metrics is {shown(study.metrics)}; it takes at least one name of a figure in summary.json"
+        yield f"metrics is {shown(study.metrics)}; it must be a list of at least one name in summary.json"
 
 
 def _are(values: Any, kind: type) -> bool:

@@ -38,8 +38,7 @@ class Scores(NamedTuple):
         cross-entropy without the thought where the mixing weight is exactly 0.
       log_probs: [B, R, J, T] log-probability of each thought token at the score temperature.
       weight: [B, R, J, K] mixing weight.
-      correct: [B, R, J, K] bool, True where x[j+1+k] is the most likely token; False where `real_ahead` is False.
-      log_scores: [B, R, J, K, V] scores of every token at x[j+1+k], as from `talk`.
+      log_scores: [B, R, J, K, V] scores of every token at x[j+1+k], as from `mix`.
       layers: the weights of the decoder's layers, as from `run_layers`.
       entropy: [B, R, J, T] nats of the distributions that predict the thought tokens, at temperature 1; None unless
         requested.
@@ -48,17 +47,20 @@ class Scores(NamedTuple):
     nll: jax.Array
     log_probs: jax.Array
     weight: jax.Array
-    correct: jax.Array
     log_scores: jax.Array
     layers: Layers
     entropy: jax.Array | None = None
 
 
 def score_thoughts(
-    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings, *,
-    with_entropy: bool = False,
+    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings,
+    base_nll: jax.Array | None = None, *, with_entropy: bool = False,
 ) -> Scores:  # fmt: skip
-    """Scores thoughts [B, R, J, T] at positions [J] or [B, J] of the text. All results are float32."""
+    """Scores thoughts [B, R, J, T] at positions [J] or [B, J] of the text. All results are float32.
+
+    Args:
+      base_nll: [B, J, K] cross-entropy of x[j+1+k] without thoughts; None = that of the text.
+    """
     thought_hidden, talk_hidden, layers = chain_hidden_states(model, text, positions, thoughts, settings)
     # log_probs: the logits [B, R, J, T, V] have the same mask as in sampling, but the temperature of scoring.
     logits = mask_meta_tokens(model.decoder.logits(thought_hidden), settings.meta_tokens)
@@ -66,7 +68,8 @@ def score_thoughts(
 
     # nll: log_scores [B, R, J, K, V] at the targets x[j+1+k], [B, J, K] in the text, the same for all R thoughts.
     ahead = settings.tokens_ahead
-    log_scores, weight = talk(model, text, positions, talk_hidden, settings)
+    base_hidden = here_and_ahead(text.hidden, positions, ahead)
+    log_scores, weight = mix(model, base_hidden, talk_hidden, settings.config.mixing)
     targets = jnp.broadcast_to(gather_next_tokens(text.tokens, positions, ahead, fill=0)[:, None], weight.shape)
     if settings.config.mixing == "log_probabilities":
         nll = -pick(log_scores, targets)
@@ -75,35 +78,24 @@ def score_thoughts(
     # With weight 0 the prediction is that of the text, so a different cross-entropy is a rounding error, which
     # REINFORCE would multiply by policy_weight (1e6 by default). Inside stop_gradient only the value is replaced: the
     # mixing head, whose last layer starts at 0, still learns from the gradient of the computed nll.
-    plain = here_and_ahead(text.nll, positions, ahead)[:, None]
-    nll += jax.lax.stop_gradient(jnp.where(weight == 0, plain - nll, 0.0))
+    if base_nll is None:
+        base_nll = here_and_ahead(text.nll, positions, ahead)
+    nll += jax.lax.stop_gradient(jnp.where(weight == 0, base_nll[:, None] - nll, 0.0))
     real = real_ahead(text.mask, positions, ahead, text.starts)[:, None]
-    correct = (log_scores.argmax(axis=-1) == targets) & real
     spread = entropy(logits) if with_entropy else None
-    return Scores(jnp.where(real, nll, 0.0), log_probs, weight, correct, log_scores, layers, spread)
+    return Scores(jnp.where(real, nll, 0.0), log_probs, weight, log_scores, layers, spread)
 
 
-def talk(
-    model: QuietStar, text: Text, positions: jax.Array, talk_hidden: jax.Array, settings: ThoughtSettings
-) -> tuple[jax.Array, jax.Array]:
-    """Mixes the predictions with and without thoughts.
+def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing: str) -> tuple[jax.Array, jax.Array]:
+    """Mixes the predictions without and with thoughts.
 
     Args:
-      talk_hidden: [B, R, J, K, D], from `chain_hidden_states`.
+      base_hidden: [B, J, K, D] hidden states of the text; talk_hidden: [B, R, J, K, D], from `chain_hidden_states`.
+      mixing: `hidden_states`, `log_probabilities` or `none`; see `ThoughtConfig.mixing`.
 
     Returns:
       ([B, R, J, K, V] float32: logits, or the paper's log-probabilities, which do not sum to one;
        mixing weights [B, R, J, K]).
-    """
-    base_hidden = here_and_ahead(text.hidden, positions, settings.tokens_ahead)
-    return mix(model, base_hidden, talk_hidden, settings.config.mixing)
-
-
-def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing: str) -> tuple[jax.Array, jax.Array]:
-    """Mixes as `talk` does, given hidden states without thoughts [B, J, K, D] and with thoughts [B, R, J, K, D].
-
-    Args:
-      mixing: `hidden_states`, `log_probabilities` or `none`; see `ThoughtConfig.mixing`.
     """
     if mixing == "none":
         return model.decoder.logits(talk_hidden), jnp.ones(talk_hidden.shape[:-1], jnp.float32)

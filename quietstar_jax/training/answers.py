@@ -45,7 +45,7 @@ def measure_answers(
     batches, positions = answer_batches(run, documents)
     scores = score_batches(scorer, params, batches, between=between)
     at = (np.arange(len(documents)), positions)
-    without, with_thoughts = scores.base_correct[at], scores.talk_correct[at]
+    without, with_thoughts = scores.base.correct[at], scores.talk.correct[at]
     sampled = score_batches(scorer, params, batches, jax.random.fold_in(run.key, QUESTIONS), between)
 
     def useful_thoughts(thoughts: np.ndarray) -> np.ndarray:
@@ -60,8 +60,8 @@ def measure_answers(
         "useful_thought_rate": float(useful.mean()),
         "useful_sampled_thought_rate": float(useful_thoughts(sampled.thoughts[at]).mean()),
         "answer_mixing_weight": float(scores.weight[at].mean()),
-        "answer_loss_without_thoughts": float(scores.base_nll[at].mean()),
-        "answer_loss_with_thoughts": float(scores.talk_nll[at].mean()),
+        "answer_loss_without_thoughts": float(scores.base.nll[at].mean()),
+        "answer_loss_with_thoughts": float(scores.talk.nll[at].mean()),
         "answers_by_kind": {
             kind: {
                 "without_thoughts": float(without[kinds == kind].mean()),

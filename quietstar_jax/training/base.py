@@ -89,11 +89,8 @@ def has_thought(base: Base | None) -> bool:
         return False
     if isinstance(base, CheckpointFiles):
         return can_think(base)
-    start, thought = 0, not base.vocabulary.start_tokens
-    for phase in base.config.phases:
-        thought |= bool(phase.thought_length) and start < base.step
-        start += phase.steps
-    return thought
+    begun = [phase for phase, start, _ in base.config.phase_spans() if start < base.step]
+    return not base.vocabulary.start_tokens or any(phase.thought_length for phase in begun)
 
 
 def can_think(files: CheckpointFiles) -> bool:
@@ -197,15 +194,17 @@ def check_thoughts(base: Base, config: Config, meta: tuple[int | None, int | Non
         mixing, ids = theirs.get("thought_mixing", PUBLISHED_MIXING), theirs.get("thought_token_ids")
         scale = theirs.get("thought_embedding_scale", PUBLISHED_SCALE)
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e30:
-            raise ConfigError(f"{source}/config.json: thought_embedding_scale is {scale!r}; it takes a number above 0.")
+            raise ConfigError(
+                f"{source}/config.json: thought_embedding_scale is {scale!r}; it must be a number above 0."
+            )
     if mixing != config.thought.mixing:
         raise ConfigError(
-            f"config.thought.mixing is {config.thought.mixing!r}, but {source} has learned to think with {mixing!r}. "
-            "Set it to that."
+            f"config.thought.mixing is {config.thought.mixing!r}, but {source} was trained with {mixing!r}. Set it to "
+            "the same value."
         )
     if ids is not None and ids != [token for token in meta if token is not None or isinstance(base, CheckpointFiles)]:
         raise ConfigError(
             f"config.thought.start_token {config.thought.start_token!r} and end_token {config.thought.end_token!r} "
-            f"have the ids {list(meta)}, but in {source} thoughts start and end with {ids}. Name the tokens of "
-            "these ids."
+            f"have the ids {list(meta)}, but in {source} thoughts start and end with {ids}. Set the tokens with these "
+            "ids."
         )

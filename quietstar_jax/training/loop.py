@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.preemption import PreemptionNotice
 from quietstar_jax.parallel.sharding import ProcessBatchShard, find_process_shard
 from quietstar_jax.signals import NAMES
+from quietstar_jax.thoughts.token_scores import summarize
 from quietstar_jax.training.answers import measure_answers
-from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, summarize
+from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches
 from quietstar_jax.training.metrics import MetricsWriter
 from quietstar_jax.training.resume import check_position, check_same_run, check_same_sources, saved_record
 from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare, start_optimizer
@@ -58,7 +59,7 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
     )
     check_known(sequences.unknown(), config.data.max_unknown_fraction, run.tokenizer, SETTING, say=first)
     held_out = held_out_batches(run)
-    ends = [end for _, _, end in phases_left(config, 0)] if config.checkpoint.keep_phase_ends else []
+    ends = [span.end for span in config.phase_spans()] if config.checkpoint.keep_phase_ends else []
     # From the first step until the last checkpoint is written, signals are handled only between steps.
     with (
         contextlib.ExitStack() as listening,
@@ -121,15 +122,6 @@ def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceItera
     return restored.state
 
 
-def phases_left(config: Config, step: int) -> Iterator[tuple[Phase, int, int]]:
-    """Yields (phase, its first step, one past its last step) for every phase with remaining steps."""
-    start = 0
-    for phase in config.phases:
-        if step < start + phase.steps:
-            yield phase, start, start + phase.steps
-        start += phase.steps
-
-
 class Trainer:
     """Runs the phases of a training run."""
 
@@ -139,8 +131,7 @@ class Trainer:
     ):  # fmt: skip
         self._run, self._reader, self._sequences, self._held_out = run, reader, sequences, held_out
         self._checkpoints, self._metrics, self._workdir, self._notice = checkpoints, metrics, workdir, notice
-        settings = evaluation_settings(run.config, run.vocabulary)
-        self._scorer = make_token_scorer(run.graphdef, run.architecture, settings)
+        self._scorer = make_token_scorer(run.graphdef, evaluation_settings(run.config, run.vocabulary))
         self._measured: Any = None  # (step, held-out metrics, token scores)
         self._unread: Callable[[], None] = lambda: None  # reads the metrics of the latest step
 
@@ -148,16 +139,16 @@ class Trainer:
         """Runs all remaining steps and returns the final state."""
         run = self._run
         if 0 < int(state.step) < run.config.total_steps:
-            self._metrics.say(f"going on from step {int(state.step)} of {run.config.total_steps}")
+            self._metrics.say(f"resuming from step {int(state.step)} of {run.config.total_steps}")
         self._catch_up(state)
-        for phase, start, end in phases_left(run.config, int(state.step)):
+        for phase, start, end in run.config.phase_spans():
+            if int(state.step) >= end:
+                continue
             if phase.fresh_optimizer and int(state.step) == start:
                 step, kept = state.step, state.objective
                 state = start_optimizer(run, state.params)._replace(step=step, **kept)
-            step_fn = compile_train_step(
-                run.config, phase, run.graphdef, run.architecture, run.vocabulary, state,
-                self._reader.numbers(phase.batch_size),
-            )  # fmt: skip
+            numbers = self._reader.numbers(phase.batch_size)
+            step_fn = compile_train_step(run.config, phase, run.graphdef, run.vocabulary, state, numbers)
             state = self._run_phase(state, phase, step_fn, start, end)
         self._save(state)  # the final checkpoint, also for a run without steps
         return state
@@ -203,12 +194,11 @@ class Trainer:
         This happens if the run was stopped before that evaluation, or if a study began the run from the weights of
         another run with a different evaluation.
         """
-        step, start = int(state.step), 0
-        for phase in self._run.config.phases:
-            due = start < step <= start + phase.steps and self._is_evaluated(step, start + phase.steps)
+        step = int(state.step)
+        for phase, start, end in self._run.config.phase_spans():
+            due = start < step <= end and self._is_evaluated(step, end)
             if processes.broadcast_from_primary(due and not self._metrics.has("evaluation", step)):
                 self._evaluate(state, phase, step)
-            start += phase.steps
 
     def _read_metrics(self) -> None:
         unread, self._unread = self._unread, lambda: None
@@ -229,7 +219,7 @@ class Trainer:
             raise DivergedError(
                 f"Step {step} (phase {phase.name!r}) gave values that are not finite: {', '.join(broken)}. "
                 f"Training stopped; the last good checkpoint is {'none' if last is None else f'step {last}'}. "
-                "Lower the learning rate or the policy weight, or look at the text of that step."
+                "Lower the learning rate or the policy weight, or check the text of that step."
             )
 
     def _evaluate(self, state: TrainState, phase: Phase, step: int) -> None:

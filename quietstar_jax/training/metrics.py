@@ -102,7 +102,10 @@ def _keep_until(path: Path, step: int) -> set[tuple[str, int]]:
 class _TensorBoard:
     def __init__(self, workdir: Path, first_step: int):
         if is_url(workdir):
-            raise ConfigError("config.logging.tensorboard takes a local workdir. Switch it off; metrics.jsonl has all.")
+            raise ConfigError(
+                "config.logging.tensorboard needs a local workdir. Set it to False; metrics.jsonl contains the same "
+                "values."
+            )
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:

@@ -14,30 +14,13 @@ from etils import epath
 from quietstar_jax.checkpoint import manifest
 from quietstar_jax.checkpoint.run_checkpoint import named_run
 from quietstar_jax.checkpoint.steps import saved_steps
-from quietstar_jax.config import Config, Phase
+from quietstar_jax.config import Config, OnResume, Phase
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.io import AnyPath, folder_to_read, place
-from quietstar_jax.settings import differences, to_mapping
+from quietstar_jax.settings import differences, marked, to_mapping
 
-# Settings without effect on the results of a run; chunks, mesh, rematerialisation and kernels affect only rounding.
-UNRELATED = ("config.workdir", "config.logging", "config.checkpoint", "config.data.workers", "config.data.data_dir",
-             "config.data.cache_dir", "config.data.max_unknown_fraction", "config.thought.chunk_megabytes",
-             "config.thought.positions_per_chunk",
-             "config.mesh", "config.distributed", "config.model.rematerialize",
-             "config.model.prefix_attention")  # fmt: skip
-MEASUREMENT = ("config.evaluation", "config.data.validation")  # affects metrics, not the weights
-FREE = UNRELATED + MEASUREMENT  # may change when a run resumes
-THINKING = tuple(
-    f"config.thought.{name}"
-    for name in ("sampling_temperature", "mixing", "control", "base_loss_weight", "positions", "position_fraction")
-)  # no effect before the first phase with thoughts
-REINFORCE = tuple(
-    f"config.thought.{name}" for name in ("score_temperature", "positive_only", "policy_reduction")
-)  # no effect on weights before the first phase that trains thoughts
-# Names of content that is compared by fingerprint instead: the same bytes may have moved.
-BASE = ("config.model.checkpoint", "config.model.revision", "model_commit")
-MOVABLE = ("config.data.train", "config.data.tokenizer")
+MARKED = {mark: marked(Config, mark, "config.") for mark in OnResume}
 MOST_LINES, MOST_CHARACTERS = 10, 240  # limits of a list of differences
 
 
@@ -73,7 +56,7 @@ def tokenizer_source(config: Config) -> tuple[str, str]:
         return config.data.tokenizer, ""
     if not model.checkpoint:
         raise ConfigError(
-            "config.data.tokenizer is empty and there is no model checkpoint to take a tokenizer from. Set it to a "
+            "config.data.tokenizer is empty and there is no model checkpoint with a tokenizer. Set it to a "
             "folder or hub id with a tokenizer, or to `synthetic` for the embedded corpus."
         )
     if (folder := named_run(model.checkpoint)) is None:
@@ -107,8 +90,8 @@ def resumed_tokenizer(config: Config, saved: Mapping[str, Any]) -> Tokenizer:
     if tokenizer.fingerprint() != expected:
         raise CheckpointError(
             f"The tokenizer {name} is not the one that the run in {config.workdir} was trained with"
-            f"{_token_changes(copy, tokenizer)}. Bring the old one back, or set config.data.tokenizer to {kept}, "
-            "the copy that the run keeps; with another tokenizer, choose a new config.workdir."
+            f"{_token_changes(copy, tokenizer)}. Restore the previous one, or set config.data.tokenizer to {kept}, "
+            "the copy in the run; for another tokenizer, choose a new config.workdir."
         )
     return tokenizer
 
@@ -145,20 +128,19 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: in
     changed = [line for line in changed if not line.startswith(settings)]
     for part, name in (("architecture", architecture), ("model_commit", "model_commit"), ("vocabulary", "vocabulary")):
         changed += differences(saved[part], wanted[part], name)
-    free: tuple[str, ...] = MOVABLE
+    free = MARKED[OnResume.SAME_TEXT]
     if saved.get("base") and saved["base"] == wanted.get("base"):
-        free += BASE
+        free += (*MARKED[OnResume.SAME_WEIGHTS], "model_commit")
     changed = [line for line in changed if not line.startswith(free)]
     if changed:
         workdir = wanted["config"].get("workdir", "the work directory")
         raise CheckpointError(
-            f"{workdir} holds a run at step {step} that was trained with other settings (saved -> now):\n"
+            f"{workdir} contains a run at step {step} that was trained with other settings (saved -> now):\n"
             + bounded(changed)
-            + "\nFinished steps cannot change. There are three ways on:\n"
-            "  - Continue this run: set these back. Phases appended to config.phases may have settings of their own.\n"
-            f"  - Begin a new run with its weights: set config.model.checkpoint to {workdir} and config.workdir to a "
-            "new folder.\n"
-            "  - Begin a new run without them: set config.workdir to a new folder."
+            + "\nFinished steps cannot change. There are three possibilities:\n"
+            "  - Continue this run: restore these settings. Phases appended to config.phases may have settings of "
+            f"their own.\n  - Start a new run with its weights: set config.model.checkpoint to {workdir} and "
+            "config.workdir to a new folder.\n  - Start a new run without them: set config.workdir to a new folder."
         )
 
 
@@ -171,8 +153,8 @@ def check_same_sources(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> N
     names = [list(record["config"]["data"]["train"]) for record in (saved, wanted)]
     if names[0] != names[1]:
         raise CheckpointError(
-            f"config.data.train was {names[0]} and is {names[1]}; this checkpoint does not say what text it was. "
-            "Give the old names."
+            f"config.data.train was {names[0]} and is {names[1]}; this checkpoint has no record of its text, by which "
+            "the sources could be compared. Restore the previous names."
         )
 
 
@@ -195,7 +177,7 @@ def check_position(saved: Mapping[str, Any], data: Mapping[str, Any], step: int,
         start += phase["steps"]
     found = []
     if done != step:
-        found.append(f"it says that {done} steps are done")
+        found.append(f"according to it, {done} steps are done")
     if step > start:
         found.append(f"its configuration has only {start} steps")
     elif data.get("sequences") != read:
@@ -205,7 +187,7 @@ def check_position(saved: Mapping[str, Any], data: Mapping[str, Any], step: int,
     if found:
         raise CheckpointError(
             f"The checkpoint {folder} is damaged: {'; '.join(found)}. Move this folder elsewhere: the run then resumes "
-            "from the checkpoint before it, or begins again where there is none."
+            "from the checkpoint before it, or starts again if there is none."
         )
 
 
@@ -219,15 +201,14 @@ def bounded(lines: Sequence[str]) -> str:
 def incompatible_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> list[str]:
     """Returns lines `setting: saved -> wanted` for all differences between two configurations that matter up to a step.
 
-    These may differ: settings in `FREE`; phases that have not begun; settings in `THINKING` if no phase with thoughts
-    has begun; settings in `REINFORCE` if no phase that trains thoughts has begun; and the number of steps of the last
-    phase that has begun, if its learning rate does not depend on that number.
+    The marks `OnResume` in `Config` say which settings may differ.
     """
     saved, wanted = _completed(saved), _completed(wanted)
     before, after = _begun(saved["phases"], step), _begun(wanted["phases"], step)
     thinking = [phase for phase in (*before, *after) if phase["thought_length"]]
-    free = FREE if thinking else FREE + THINKING
-    free += () if any(phase["policy_weight"] for phase in thinking) else REINFORCE
+    free = MARKED[OnResume.UNRELATED] + MARKED[OnResume.MEASURED]
+    free += () if thinking else MARKED[OnResume.THINKING]
+    free += () if any(phase["policy_weight"] for phase in thinking) else MARKED[OnResume.REINFORCE]
     found = differences({**saved, "phases": before}, {**wanted, "phases": after})
     return [line for line in found if not line.startswith(free)]
 
@@ -250,13 +231,14 @@ def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
 def _begun(phases: Any, step: int) -> list[dict[str, Any]]:
     """Returns the phases that have begun.
 
-    Microbatches, which affect only rounding, are masked, and so is the number of steps of the last phase if its
-    learning rate does not depend on that number.
+    Settings marked `UNRELATED` are masked, and in the last phase also those marked `OPEN_END`, if its learning rate
+    does not depend on them.
     """
+    unrelated, open_end = marked(Phase, OnResume.UNRELATED), marked(Phase, OnResume.OPEN_END)
     begun, start = [], 0
     for phase in phases:
         if start < step:
-            open_ended = start + phase["steps"] >= step and phase["decay"] == "constant"
-            begun.append({**phase, "microbatches": "any", **({"steps": "open"} if open_ended else {})})
+            is_open = start + phase["steps"] >= step and phase["decay"] == "constant"
+            begun.append({**phase, **dict.fromkeys(unrelated + (open_end if is_open else ()), "any")})
         start += phase["steps"]
     return begun

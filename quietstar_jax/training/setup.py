@@ -170,7 +170,7 @@ def check_length(config: Config, architecture: Architecture) -> None:
     if needed > architecture.max_positions:
         raise ConfigError(
             f"config.data.sequence_length is {config.data.sequence_length}; with thoughts that is {needed} positions, "
-            f"but the model knows {architecture.max_positions}. Shorten the sequences or the thoughts."
+            f"but the model has {architecture.max_positions}. Shorten the sequences or the thoughts."
         )
 
 
@@ -178,7 +178,7 @@ def _embedding_tokens(tokenizer: Tokenizer, text: str, field: str) -> tuple[int,
     tokens = tuple(tokenizer.encode(text))
     if not tokens or tokenizer.unk_id in tokens:
         raise ConfigError(
-            f"config.thought.{field} is {text!r}, which is no token of the tokenizer {tokenizer.name}. "
-            "Choose a text whose embedding a thought should begin or end with."
+            f"config.thought.{field} is {text!r}, which is not a token of the tokenizer {tokenizer.name}. "
+            "Choose a text: the embeddings of its tokens initialize those of the start or end of a thought."
         )
     return tokens

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.models.parameters import GraphDef, merge
@@ -144,9 +143,8 @@ def initial_state(params: dict[str, jax.Array], config: Config) -> TrainState:
 
 
 def make_train_step(
-    config: Config, phase: Phase, graphdef: GraphDef, architecture: Architecture, vocabulary: Vocabulary,
-    row_numbers: np.ndarray | None = None,
-) -> TrainStep:  # fmt: skip
+    config: Config, phase: Phase, graphdef: GraphDef, vocabulary: Vocabulary, row_numbers: np.ndarray | None = None
+) -> TrainStep:
     """Returns the step of a phase: `(state, batch, key, first step of the phase) -> (state, metrics)`.
 
     The step is a pure function, not yet compiled. The key is that of the run: each step folds in its number. Until the
@@ -162,23 +160,18 @@ def make_train_step(
     settings = phase_settings(config, phase, vocabulary)
     optimizer = make_optimizer(config.optimizer)
     axes = graphdef.axes_by_name
-
     some = config.thought.positions != "all"
 
-    def chunks(batch: Batch) -> tuple[int, int]:
-        shape = batch.tokens.shape
-        return (
-            max_positions_per_chunk(architecture, settings, *shape),
-            max_sampled_positions_per_chunk(architecture, settings, *shape),
-        )
+    def chunks(model: QuietStar, batch: Batch) -> tuple[int, int]:
+        sizes = (model.decoder.architecture, settings, *batch.tokens.shape)
+        return max_positions_per_chunk(*sizes), max_sampled_positions_per_chunk(*sizes)
 
     def choose_there(draws: Draws) -> Choose:
         return lambda text: choose(text, draws.positions, settings)
 
     def think_there(batch: Batch, draws: Draws, reference: Any) -> Think:
-        scored, sampled = chunks(batch)
-
         def think(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:
+            scored, sampled = chunks(model, batch)
             uniforms = jax.tree.map(lambda x: at_positions(x, positions), draws.thoughts)
             thoughts = sample_or_control(model, text, positions, uniforms, settings, sampled)
             if reference is None or not settings.reinforced:
@@ -196,7 +189,7 @@ def make_train_step(
         return quiet_star_loss(
             model, batch.tokens, batch.mask,
             think_there(batch, draws, shared.reference) if thoughts is None else lambda *_: thoughts,
-            shared.counts, settings, chunks(batch)[0],
+            shared.counts, settings, chunks(model, batch)[0],
             starts=batch.starts,
             choose=choose_there(draws),
             frozen=lambda name: not rate_scale(name, phase.rates),
@@ -216,7 +209,7 @@ def make_train_step(
         def reward(piece: tuple[Batch, Draws]) -> Rewarded:
             batch, draws = piece
             return reward_thoughts(
-                model, batch.tokens, batch.mask, think_there(batch, draws, reference), settings, chunks(batch)[0],
+                model, batch.tokens, batch.mask, think_there(batch, draws, reference), settings, chunks(model, batch)[0],
                 starts=batch.starts, choose=choose_there(draws),
             )  # fmt: skip
 
@@ -242,7 +235,7 @@ def make_train_step(
         if never_thought:
             params |= initial_thought_embeddings(params, vocabulary, config.thought.embedding_scale)
         if "entropy_histogram" in metrics:
-            metrics |= histogram_quantiles(metrics.pop("entropy_histogram"), architecture.vocab_size)
+            metrics |= histogram_quantiles(metrics.pop("entropy_histogram"), len(params["decoder.embedding"]))
         if bonus is not None and "policy_entropy" in metrics:
             metrics["entropy_bonus"] = bonus
             bonus = adapted_entropy_bonus(
@@ -265,15 +258,15 @@ def state_specs(state: TrainState, graphdef: GraphDef) -> TrainState:
 
 
 def compile_train_step(
-    config: Config, phase: Phase, graphdef: GraphDef, architecture: Architecture, vocabulary: Vocabulary,
-    state: TrainState, row_numbers: np.ndarray | None = None,
+    config: Config, phase: Phase, graphdef: GraphDef, vocabulary: Vocabulary, state: TrainState,
+    row_numbers: np.ndarray | None = None,
 ) -> Any:  # fmt: skip
     """Returns `make_train_step` under `jax.jit`, sharded over the mesh of the context; the input state is donated.
 
     Args:
       state: a training state, or its shapes.
     """
-    step = make_train_step(config, phase, graphdef, architecture, vocabulary, row_numbers)
+    step = make_train_step(config, phase, graphdef, vocabulary, row_numbers)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_specs(state, graphdef), PartitionSpec()))
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from quietstar_jax.config import Config
+from quietstar_jax.config import Config, OnResume
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.settings import to_mapping
-from quietstar_jax.training.evaluation import TokenScores
-from quietstar_jax.training.resume import UNRELATED
+from quietstar_jax.thoughts.token_scores import TokenScores
+from quietstar_jax.training.resume import MARKED
 
 CONTEXT_TOKENS = 24
 
@@ -28,10 +28,10 @@ def most_helpful_thoughts(
     Each is given with its context, the true next token, the token's probability without and with the thought, and the
     mixing weight.
     """
-    if not scores.thoughts.shape[-1]:
+    if not scores.thinks:
         return []
     tokens = np.concatenate([batch["tokens"] for batch in batches])
-    gain = np.where(scores.real, scores.base_nll - scores.talk_nll, -np.inf)
+    gain = np.where(scores.real, scores.base.nll - scores.talk.nll, -np.inf)
     best = gain.argmax(axis=1)
     rows = np.argsort(-gain[np.arange(len(gain)), best], kind="stable")[:count]
     found = []
@@ -44,8 +44,8 @@ def most_helpful_thoughts(
                 "context": tokenizer.decode(tokens[row, max(0, j + 1 - CONTEXT_TOKENS) : j + 1].tolist()),
                 "thought": tokenizer.decode(scores.thoughts[row, j].tolist()),
                 "next_token": tokenizer.decode([int(tokens[row, j + 1])]),
-                "probability_without_thought": float(np.exp(-scores.base_nll[row, j])),
-                "probability_with_thought": float(np.exp(-scores.talk_nll[row, j])),
+                "probability_without_thought": float(np.exp(-scores.base.nll[row, j])),
+                "probability_with_thought": float(np.exp(-scores.talk.nll[row, j])),
                 "mixing_weight": float(scores.weight[row, j]),
             }
         )
@@ -55,7 +55,7 @@ def most_helpful_thoughts(
 def config_hash(config: Config) -> str:
     """Returns a hash of all settings that affect the weights or the metrics of a run."""
     settings = to_mapping(config)
-    for name in UNRELATED:
+    for name in MARKED[OnResume.UNRELATED]:
         *groups, last = name.split(".")[1:]
         functools.reduce(operator.getitem, groups, settings).pop(last)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -65,7 +65,7 @@ def open_workdir(config: Config) -> Iterator[Workdir]:
                 raise
             except Exception as error:  # from any file system: a file of that name, no permission, full disk, no bucket
                 raise ConfigError(
-                    f"{name} cannot be written to: {error}. Choose another folder, or free disk space there."
+                    f"{name} cannot be written: {error}. Choose another folder, or free disk space there."
                 ) from error
             return lock.nonce
 
@@ -74,7 +74,7 @@ def open_workdir(config: Config) -> Iterator[Workdir]:
         blind = processes.gather("" if seen else f"{socket.gethostname()} (process {jax.process_index()})")
         if any(blind):
             raise ConfigError(
-                f"{name} is not one folder for all processes: {', '.join(filter(None, blind))} did not see within "
+                f"{name} is not the same folder in all processes: {', '.join(filter(None, blind))} did not see within "
                 f"{SHARED_SECONDS:.0f} s what process 0 wrote there. Every process writes its part of a checkpoint: "
                 "give a folder that all hosts share (NFS, Lustre, gs://)."
             )

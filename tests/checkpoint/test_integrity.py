@@ -97,7 +97,7 @@ def test_training_falls_back_and_readers_name_the_step_to_use(saved, workdir, ca
         with pytest.raises(CheckpointError) as error:
             open_run(workdir, step)
         assert f"{step}/{name}: " in str(error.value)
-        assert f"--step {10 - step}" in str(error.value)  # 4 where 6 is damaged, 6 where 4 is
+        assert f"`step` {10 - step}" in str(error.value)  # 4 where 6 is damaged, 6 where 4 is
     if step == 6:
         assert saved.restore(workdir) == 4
         assert (workdir / "checkpoints/6.broken-1").is_dir()
@@ -123,10 +123,10 @@ def test_several_damaged_steps_are_set_aside_each_time(saved, workdir):
 def test_where_no_step_is_whole_nothing_is_set_aside(saved, workdir):
     for step in (2, 4, 6):
         harm(step_files(workdir, step)[-1], "flip", random.Random(step))
-    with pytest.raises(CheckpointError, match="No checkpoint is whole") as error:
+    with pytest.raises(CheckpointError, match="All checkpoints are damaged") as error:
         saved.restore(workdir)
     assert all(f"checkpoints/{step}/" in str(error.value) for step in (2, 4, 6))
-    with pytest.raises(CheckpointError, match="No other step is whole"):
+    with pytest.raises(CheckpointError, match="All other steps are damaged"):
         open_run(workdir)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4", "6"]
 
@@ -150,7 +150,7 @@ def test_a_step_without_a_manifest_is_read_with_one_warning(saved, workdir, capl
 
 def test_a_renamed_step_is_not_another_step(saved, workdir):
     (workdir / "checkpoints/6").rename(workdir / "checkpoints/8")
-    with pytest.raises(CheckpointError, match=r"it is of step 6, not 8.*--step 4"):
+    with pytest.raises(CheckpointError, match=r"it is of step 6, not 8.*`step` 4"):
         open_run(workdir)
     assert saved.restore(workdir) == 4
 

@@ -48,7 +48,7 @@ def test_the_token_that_begins_a_text(root: Path, name: str) -> None:
     if begin is not None or tokenizer.bos_id is not None:
         assert tokenizer.begins("always") == (expected or (tokenizer.bos_id,))
     else:
-        with pytest.raises(ConfigError, match=r"prepend_bos is 'always'.* names no begin-of-text token"):
+        with pytest.raises(ConfigError, match=r"prepend_bos is 'always'.* has no begin-of-text token"):
             tokenizer.begins("always")
     assert ours(tokenizer) == [[*expected, *tokenizer.encode(text)] for text in TEXTS]
     if begin is not None:  # a text that spells it out has one all the same

@@ -67,11 +67,11 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="There is no file or folder"):
         build("gsm8k", tmp_path, train=tmp_path / "absent.jsonl")
     wrong = json_lines(tmp_path / "a.jsonl", [{"question": "1?", "answer": "1"}, {"text": "x"}])
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: this is no row of gsm8k: field 'question' is missing"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: .*gsm8k: field 'question' is missing"):
         build("gsm8k", tmp_path, train=wrong)
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: broken JSON"):
         build("gsm8k", tmp_path, train=put(tmp_path / "a.jsonl", wrong.read_bytes()[:-4]))
-    with pytest.raises(DataError, match=r"a\.txt: this is no row of gsm8k: field 'question' is missing"):
+    with pytest.raises(DataError, match=r"a\.txt: .*gsm8k: field 'question' is missing"):
         build("gsm8k", tmp_path, train=put(tmp_path / "a.txt", b"x"))
 
 

@@ -228,6 +228,6 @@ def test_places_are_those_of_the_file(tmp_path: Path) -> None:
         ("a.parquet", parquet([1, 2]), "row 1"),
     ):
         spec = write(tmp_path, name, content)
-        with pytest.raises(DataError, match=rf"{name}, {place}: 'text' holds int, not text"):
+        with pytest.raises(DataError, match=rf"{name}, {place}: 'text' contains int, not text"):
             open_source(spec, DataConfig(), split="train", seed=0)
     assert TextOf("text")(Record("here", {"text": b"a"})) == "a"

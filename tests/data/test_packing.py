@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quietstar_jax.config import PACKINGS
 from quietstar_jax.data import documents as documents_module
 from quietstar_jax.data import packing
 from quietstar_jax.data.documents import Framed, TextDocuments
@@ -128,7 +129,7 @@ def test_every_token_knows_where_its_document_starts(
             assert all(i in begins for i in range(LENGTH) if tokens[i] in firsts)
 
 
-@pytest.mark.parametrize("packing", ["random_span", "consecutive_spans", "packed"])
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_only_packed_rows_have_starts(tmp_path: Path, packing: str, document_mask: bool) -> None:
     source = write(tmp_path / "a.jsonl", documents(LENGTHS))
@@ -190,7 +191,7 @@ def test_mixture_keeps_its_shares_and_leaves_nothing_out(weights: tuple[float, .
     assert last[1] == pytest.approx(share * far, rel=1e-3 / share * 1e-3 + 1e-9)
 
 
-@pytest.mark.parametrize("packing_name", ["random_span", "consecutive_spans", "packed"])
+@pytest.mark.parametrize("packing_name", PACKINGS)
 def test_mixture_of_sources(tmp_path: Path, packing_name: str) -> None:
     """Every source has its own epochs; the mixture is the same on any number of processes and after a resume."""
     few, many = documents([4] * 5), [[token + 500 for token in text] for text in documents([4] * 30)]

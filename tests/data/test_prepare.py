@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from quietstar_jax.config import DataConfig
+from quietstar_jax.config import PACKINGS, DataConfig
 from quietstar_jax.data.documents import open_documents
 from quietstar_jax.data.packing import Position
 from quietstar_jax.data.pipeline import training_sequences, validation_batches
@@ -107,7 +107,7 @@ def test_embedded_corpus(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "out", tokenizer) == [found[i].tolist() for i in range(7)]
 
 
-@pytest.mark.parametrize("packing", ["random_span", "consecutive_spans", "packed"])
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_training_is_the_same_as_on_the_text(corpus: str, tmp_path: Path, packing: str) -> None:
     folder = str(prepared(tmp_path / "out", corpus, shards=3))
     expected = take(corpus, 60, packing=packing)
@@ -132,7 +132,7 @@ def validate(source: str, packing: str) -> list[Any]:
 
 def test_text_beside_prepared_documents(corpus: str, tmp_path: Path) -> None:
     folder = str(prepared(tmp_path / "out", corpus))
-    for packing in ("random_span", "consecutive_spans", "packed"):
+    for packing in PACKINGS:
         both = take("", 40, train=(folder, corpus), packing=packing)
         same(both, take("", 40, train=(corpus, corpus), packing=packing))
 
@@ -141,7 +141,7 @@ def test_documents_without_tokens_are_left_out(tmp_path: Path) -> None:
     folder = prepared(tmp_path / "out", write(tmp_path / "a.jsonl", [[], [2, 3], [], [4], []]))
     assert texts_of(folder) == [[2, 3], [4]]
     assert json.loads((folder / "manifest.json").read_text())["empty_documents"] == 3
-    with pytest.raises(DataError, match=r"hold no token. Check --text-key"):
+    with pytest.raises(DataError, match=r"no token.*data.text_key"):
         prepared(tmp_path / "none", write(tmp_path / "b.jsonl", [[], []]))
 
 
@@ -156,7 +156,7 @@ def test_large_vocabulary(tmp_path: Path) -> None:
 
 def command(source: str, tokenizer: Path, output: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "quietstar_jax.data.prepare", "--source", source, "--tokenizer", str(tokenizer),
+        sys.executable, "-m", "quietstar_jax.data.prepare", "--data", source, "--tokenizer", str(tokenizer),
         "--output", str(output), *more,
     ]  # fmt: skip
 
@@ -233,7 +233,7 @@ def test_stopped_at_any_moment(corpus: str, tmp_path: Path, moment: str, monkeyp
 def test_another_preparation_is_refused(corpus: str, tmp_path: Path) -> None:
     folder = prepared(tmp_path / "out", corpus, shards=3)
     before = contents(folder)
-    with pytest.raises(DataError, match=r"in another way .*\n  - preparation\.shard_count: 3 -> 2|parts\.count"):
+    with pytest.raises(DataError, match=r"with other settings .*\n  - preparation\.shard_count: 3 -> 2|parts\.count"):
         prepared(folder, corpus, shards=2)
     write(Path(corpus), documents([1, *LENGTHS]))
     with pytest.raises(DataError, match=r"sources\[0\]\.bytes: \d+ -> \d+"):
@@ -242,10 +242,10 @@ def test_another_preparation_is_refused(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is not empty .it has a.txt.. Choose a new folder"):
         prepared(put(tmp_path / "other" / "a.txt", b"x").parent, corpus)
     assert contents(tmp_path / "other") == {"a.txt": b"x"}
-    with pytest.raises(DataError, match="is prepared already"):
+    with pytest.raises(DataError, match="is already prepared"):
         prepared(tmp_path / "again", str(folder))
     put(tmp_path / "file", b"")
-    with pytest.raises(DataError, match="cannot be written to"):
+    with pytest.raises(DataError, match="cannot be written"):
         prepared(tmp_path / "file", corpus)
 
 
@@ -262,13 +262,13 @@ def test_broken_documents_and_workers(tmp_path: Path) -> None:
     TOKENIZER.save(tmp_path / "tokenizer")
     path = Path(write(tmp_path / "a.jsonl", documents([4] * 12)))
     path.write_text(path.read_text().replace('"46 47', "46 47"))
-    arguments = ["--source", str(path), "--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "out")]
+    arguments = ["--data", str(path), "--tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "out")]
     for more in (["--workers", "1"], ["--workers", "2", "--shards", "4"]):
         with pytest.raises(DataError, match=r"a\.jsonl, line 12: broken JSON"):
             main([*arguments[:-1], f"{arguments[-1]}{more[1]}", *more])
-    with pytest.raises(ConfigError, match="--shards is -1"):
+    with pytest.raises(ConfigError, match=r"--shards is .-1"):
         main([*arguments, "--shards", "-1"])
-    with pytest.raises(ConfigError, match="is a URL; shards are written to a disk"):
+    with pytest.raises(ConfigError, match=r"--output is .*URL"):
         main([*arguments[:-1], "gs://bucket/tokens"])
 
 
@@ -277,7 +277,7 @@ def test_command_line(corpus: str, tmp_path: Path, capsys: pytest.CaptureFixture
     packed = put(tmp_path / "b.jsonl.gz", gzip.compress(lines(["7 8"])))
     main(command(str(packed), tmp_path / "tokenizer", tmp_path / "out", "--shards", "4")[3:])
     said = capsys.readouterr().out
-    assert "1 documents, 2 tokens in 1 shards (4 were asked for: the sources cannot be cut into more)" in said
+    assert "1 documents, 2 tokens in 1 shards (4 were requested: " in said
     assert f"--config.data.train=\"('{tmp_path}/out',)\"" in said
 
 
@@ -309,7 +309,7 @@ def test_broken_folders(corpus: str, tmp_path: Path) -> None:
     (shard,) = folder.glob("*.array_record")
     content, counts = shard.read_bytes(), (folder / "token_counts.npy").read_bytes()
     shard.write_bytes(content[:-5])
-    with pytest.raises(DataError, match=r"has \d+ bytes, manifest.json says"):
+    with pytest.raises(DataError, match=r"has \d+ bytes, but \d+ according to manifest.json"):
         sequences(str(folder))
     half = len(content) // 2
     shard.write_bytes(content[:half] + b"\0" * (len(content) - half))
@@ -329,7 +329,7 @@ def test_broken_folders(corpus: str, tmp_path: Path) -> None:
     for spec, message in (
         (f"prepared:{tmp_path}", "has no manifest.json"),
         ("prepared:/absent", "There is no folder '/absent'"),
-        ("prepared:gs://bucket/tokens", "are read from a disk. Copy or mount"),
+        ("prepared:gs://bucket/tokens", "must be on a local disk"),
     ):
         with pytest.raises(DataError, match=message):
             sequences(spec)
@@ -344,7 +344,7 @@ def test_other_tokenizers_are_refused(corpus: str, tmp_path: Path) -> None:
     more = Tokenizer("words that think", thinking.fast)
     training_sequences(config(str(folder)), more, seed=0).next_batch(1)
     theirs = prepared(tmp_path / "theirs", corpus, tokenizer=more)
-    with pytest.raises(DataError, match=r"it lacks <\|startthought\|>"):
+    with pytest.raises(DataError, match=r"missing tokens: <\|startthought\|>"):
         sequences(str(theirs))
 
 

@@ -196,16 +196,16 @@ def test_errors(tmp_path: Path, folder: Path) -> None:
         with pytest.raises(DataError, match=message):
             load_tokenizer(name)
 
-    fails("", "No tokenizer is named")
+    fails("", "tokenizer is missing")
     fails(str(tmp_path / "absent"), "no tokenizer folder .*absent")
     fails("./absent", "no tokenizer folder")
     fails("a/b/c", "no tokenizer folder")
-    fails(str(folder / "tokenizer.json"), "is a file. Give the folder")
+    fails(str(folder / "tokenizer.json"), "is a file. Give its folder")
     fails(str(tmp_path), r"has no tokenizer.json \(it has: nothing\)")
     fails(write(tmp_path, tokenizer_model="not sentencepiece"), "transformers cannot convert")
     fails(write(tmp_path, tokenizer_json="{}"), "tokenizer.json .*cannot be read as a tokenizer")
     backend(["</s>"]).save(str(tmp_path / "tokenizer.json"))
-    fails(str(tmp_path), "names no end-of-text token.*tokenizer_config.json")
+    fails(str(tmp_path), "has no end-of-text token.*tokenizer_config.json")
 
 
 def test_end_of_text_outside_the_vocabulary() -> None:
@@ -213,7 +213,7 @@ def test_end_of_text_outside_the_vocabulary() -> None:
         backend_tokenizer = backend(["</s>"])
         eos_token = "<end>"
 
-    with pytest.raises(DataError, match="names '<end>' as its end of text but lacks it"):
+    with pytest.raises(DataError, match="names '<end>' as its end of text, but does not contain it"):
         Tokenizer("mine", Names())  # type: ignore[arg-type]
 
 

@@ -66,7 +66,7 @@ def corpus(path: Path, foreign: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("foreign", "said"), [(0, "The tokenizer 'mine' does not know 0.0%"), (8, "warning: .*such as 'Gra")]
+    ("foreign", "said"), [(0, "The tokenizer 'mine' has no tokens for 0.0%"), (8, "warning: .*such as 'Gra")]
 )
 def test_a_little_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], foreign: int, said: str) -> None:
     tokenizer = words(unk=True)
@@ -84,7 +84,7 @@ def test_much_is_refused_unless_asked_for(tmp_path: Path) -> None:
     config = DataConfig(train=(corpus(tmp_path / "a.jsonl", 150),), sequence_length=8)
     unknown = training_sequences(config, words(unk=True), seed=0).unknown()
     with pytest.raises(
-        DataError, match=r"does not know \d\d\.\d% of .*a\.jsonl .*'Gradient'.*or setting to at least 0\.\d"
+        DataError, match=r"has no tokens for \d\d\.\d% of .*a\.jsonl .*'Gradient'.*set setting to at least 0\.\d"
     ):
         check_known(unknown, 0.2, words(unk=True), "setting")
     check_known(unknown, 1.0, words(unk=True), "setting")
@@ -93,7 +93,7 @@ def test_much_is_refused_unless_asked_for(tmp_path: Path) -> None:
 def test_prepare_refuses_before_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words(unk=True).save(tmp_path / "words")
     arguments = [
-        "--source",
+        "--data",
         corpus(tmp_path / "a.jsonl", 200),
         "--tokenizer",
         str(tmp_path / "words"),
@@ -101,7 +101,7 @@ def test_prepare_refuses_before_it_writes(tmp_path: Path, capsys: pytest.Capture
         "1",
     ]
     output = tmp_path / "out"
-    with pytest.raises(DataError, match=r"does not know 100\.0% of .*--max-unknown-fraction"):
+    with pytest.raises(DataError, match=r"has no tokens for 100\.0% of .*--max-unknown-fraction"):
         prepare.main([*arguments, "--output", str(output)])
     assert not output.exists()
     with pytest.raises(ConfigError, match="--max-unknown-fraction is 2"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -20,6 +21,7 @@ from quietstar_jax.data.tokenization import Tokenizer
 
 LENGTH = 5
 EOS, PAD = 0, 1
+PACKINGS = pytest.mark.parametrize("packing", ["random_span", "consecutive_spans", "packed"])
 LENGTHS = [30, 4, 5, 2, 17, 9, 3, 1, 40, 6, 12]  # of the documents: longer than a sequence, fitting, shorter
 
 

@@ -10,7 +10,7 @@ from quietstar_jax.errors import DataError
 from quietstar_jax.evals.answers import AnswerWriter, WrittenAnswer
 from quietstar_jax.evals.direct import score_answer
 from quietstar_jax.evals.questions import Question
-from quietstar_jax.evals.tails import View
+from quietstar_jax.thoughts.token_scores import Prediction
 from tests.evals.models import bytes_tokenizer
 from tests.material import material
 
@@ -61,20 +61,22 @@ def test_where_only_some_spellings_hold_the_space_it_is_looked_at_too():
     assert choice.last == 2
     # ` B` against the space, behind which A or C would come: 0.3 of 0.3 + 0.5 + 2 * 0.05 + 0.1.
     shares = [[0.05, 0.3, 0.05, 0.5, 0.1], [0.0001, 0.0001, 0.0001, 0.0001, 0.9996]]
-    found = score_answer(choice, view_of(shares, [space, end]))
+    found = scored(choice, shares, [space, end])
     assert found.official_probability == pytest.approx(0.3, rel=1e-3)
     assert found.accuracy == 0.0
     shares[0][1], shares[0][3] = 0.5, 0.3
-    assert score_answer(choice, view_of(shares, [space, end])).accuracy == 1.0
+    assert scored(choice, shares, [space, end]).accuracy == 1.0
 
 
 def test_a_tokenizer_that_does_not_know_the_answer_is_refused():
-    with pytest.raises(DataError, match="cannot write the answer 'B'"):
+    with pytest.raises(DataError, match="cannot represent the answer 'B'"):
         AnswerWriter(load_tokenizer("synthetic"), []).write(CHOICE)
 
 
-def view_of(probabilities, best):
-    return View(np.zeros(len(best)), np.array(best), np.log(np.array(probabilities)))
+def scored(written, probabilities, best):
+    """The score of an answer from the probabilities of the allowed tokens, and the best tokens."""
+    best, answer = np.array(best), np.array(written.tokens[-written.last :])
+    return score_answer(written, Prediction(np.zeros(len(best)), best, best == answer, np.log(np.array(probabilities))))
 
 
 def test_number_by_hand():
@@ -86,14 +88,14 @@ def test_number_by_hand():
         [0.05, 0.15, 0.05],  # 0.15 / 0.25
         [0.02, 0.02, 0.06],  # 0.06 / 0.10
     ]
-    found = score_answer(written, view_of(shares, [50, 11, 18, 3]))
+    found = scored(written, shares, [50, 11, 18, 3])
     assert found.official_probability == pytest.approx(0.5 * 0.6 * 0.6)
     assert found == (pytest.approx(0.18), 1.0, 1.0)
     # Over the whole vocabulary something else is likelier at the space: the answer is not written as it should be.
-    assert score_answer(written, view_of(shares, [9, 11, 18, 3])).exact_match == 0.0
+    assert scored(written, shares, [9, 11, 18, 3]).exact_match == 0.0
     # Going on to write digits after the answer is wrong, however likely its own digits are.
     shares[3] = [0.5, 0.1, 0.4]
-    found = score_answer(written, view_of(shares, [50, 11, 18, 11]))
+    found = scored(written, shares, [50, 11, 18, 11])
     assert found == (pytest.approx(0.5 * 0.6 * 0.4), 0.0, 0.0)
 
 
@@ -101,13 +103,13 @@ def test_choice_by_hand():
     # Answer ` B\n` as (B, line end) = (31, 3); allowed: A, B, C and the line end.
     written = WrittenAnswer((7, 7, 31, 3), 2, (30, 31, 32, 3), (3,), True)
     shares = [[0.2, 0.4, 0.2, 0.2], [0.1, 0.1, 0.1, 0.7]]
-    found = score_answer(written, view_of(shares, [31, 3]))
+    found = scored(written, shares, [31, 3])
     assert found == (pytest.approx(0.4 * 0.7), 1.0, 1.0)
     # The line end is likelier than every letter, but of the letters B leads: right as a choice, wrong as a text.
     shares[0] = [0.1, 0.2, 0.1, 0.6]
-    assert score_answer(written, view_of(shares, [3, 3])) == (pytest.approx(0.2 * 0.7), 1.0, 0.0)
+    assert scored(written, shares, [3, 3]) == (pytest.approx(0.2 * 0.7), 1.0, 0.0)
     shares[0] = [0.5, 0.2, 0.1, 0.2]
-    assert score_answer(written, view_of(shares, [30, 3])).accuracy == 0.0
+    assert scored(written, shares, [30, 3]).accuracy == 0.0
 
 
 def test_all_of_gsm8k_and_commonsense_qa_can_be_written():

@@ -95,8 +95,8 @@ def test_thoughts_change_the_scores_and_are_those_of_the_evaluation(folder):
     for (context, continuation), (log_prob, _), (other, _) in zip(pairs, ours, without, strict=True):
         tokens = thinking.tok_encode(context + continuation)
         (score,) = thinking._scorer([Continuation(tokens, len(continuation))])
-        assert log_prob == pytest.approx(-float(score.with_thoughts.nll.sum()), abs=1e-3)
-        assert other == pytest.approx(-float(score.without.nll.sum()), abs=1e-3)
+        assert log_prob == pytest.approx(-float(score.talk.nll.sum()), abs=1e-3)
+        assert other == pytest.approx(-float(score.base.nll.sum()), abs=1e-3)
         assert abs(log_prob - other) > 1e-2
 
 
@@ -117,7 +117,7 @@ def test_generated_texts_are_those_of_the_generator(folder):
 
 def test_refusals(folder):
     plain = str(folder / "plain")
-    with pytest.raises(CheckpointError, match="cannot think"):
+    with pytest.raises(CheckpointError, match="no trained mixing head"):
         QuietStarLM(plain, thoughts="on")
     for wrong in ({"thoughts": "maybe"}, {"batch_size": 0}, {"max_length": 0}, {"max_length": 9999}):
         with pytest.raises(ConfigError):
@@ -129,12 +129,12 @@ def test_refusals(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"No model is named\. Give --model_args pretrained=FOLDER"),
+        ({}, r"model is missing.* --model_args checkpoint=FOLDER"),
         ({"pretrained": "x", "thought": "on"}, r"thought='on' is unknown\. Did you mean thoughts\?"),
         ({"pretrained": "x", "max_lenght": 5}, r"max_lenght=5 is unknown\. Did you mean max_length\?"),
         ({"pretrained": "x", "zzz": 5}, r"zzz=5 is unknown\. Arguments are add_bos_token, .*pretrained"),
         ({"pretrained": "x", "checkpoint": "y"}, "checkpoint='y' contradicts checkpoint='x'"),
-        ({"pretrained": "x", "add_bos_token": "maybe"}, "add_bos_token is 'maybe'; it takes True or False"),
+        ({"pretrained": "x", "add_bos_token": "maybe"}, "add_bos_token is 'maybe'; it must be True or False"),
         ({"pretrained": "x", "peft": "adapter"}, "peft='adapter' is not supported"),
         ({"pretrained": "x", "load_in_4bit": True}, "load_in_4bit=True is not supported"),
         ({"pretrained": "x", "backend": "seq2seq"}, "backend='seq2seq' is not supported"),
@@ -171,7 +171,7 @@ def test_arguments_are_honoured(folder):
     assert text == model._generator.generate(["one"], max_tokens=3)[0].text
     model.tokenizer.chat_template = "{% for m in messages %}{{m.content}}{% endfor %}{{enable_thinking}}"
     assert model.apply_chat_template([{"role": "user", "content": "hi "}]) == "hi False"
-    with pytest.raises(ConfigError, match="tokenizer='synthetic' gives other ids"):
+    with pytest.raises(ConfigError, match="tokenizer='synthetic' produces other ids"):
         QuietStarLM(pretrained=plain, tokenizer="synthetic")
 
 

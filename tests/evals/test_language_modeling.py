@@ -7,7 +7,7 @@ from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.evals.language_modeling import Windows, measure_text, summarize_windows
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.inference.load_model import load_model
-from quietstar_jax.training.evaluation import TokenScores
+from quietstar_jax.thoughts.token_scores import Prediction, TokenScores
 from tests.evals.models import write_plain, write_run
 
 
@@ -34,7 +34,7 @@ def test_every_token_is_scored_once_after_enough_context(length, window, context
 
 def test_impossible_windows_are_refused():
     for context in (0, 8, 9):
-        with pytest.raises(ConfigError, match="--context"):
+        with pytest.raises(ConfigError, match="context is"):
             Windows(8, context)
 
 
@@ -42,7 +42,8 @@ def column(base, talk):
     base, talk = np.array(base, np.float32), np.array(talk, np.float32)
     zeros = np.zeros(base.size, np.float32)
     right, thoughts = np.zeros(base.size, bool), np.zeros((base.size, 2), int)
-    return TokenScores(np.ones(base.size, bool), base, base, talk, right, right, base - talk, zeros, zeros, thoughts)
+    without, after = (Prediction(nll, zeros.astype(int), right) for nll in (base, talk))
+    return TokenScores(~right, without, base, after, base - talk, zeros, zeros, thoughts)
 
 
 def test_figures_by_hand():
@@ -83,9 +84,9 @@ def test_a_text_that_fits_one_window(model):
         [Continuation([0, *model.tokenizer.encode(texts[0])], 23)]
     )
     alone, _ = measured(model, texts[:1], Windows(64, 32))
-    assert alone["without_thoughts"]["nats_per_token"] == pytest.approx(scores.without.nll.mean(), rel=1e-4)
-    assert alone["with_thoughts"]["nats_per_token"] == pytest.approx(scores.with_thoughts.nll.mean(), rel=1e-4)
-    gain = scores.without.nll - scores.with_thoughts.nll
+    assert alone["without_thoughts"]["nats_per_token"] == pytest.approx(scores.base.nll.mean(), rel=1e-4)
+    assert alone["with_thoughts"]["nats_per_token"] == pytest.approx(scores.talk.nll.mean(), rel=1e-4)
+    gain = scores.base.nll - scores.talk.nll
     helped = alone["helped"][0]
     assert helped["nats_without_thoughts"] - helped["nats_with_thoughts"] == pytest.approx(gain.max(), abs=1e-3)
     assert helped["token"] == texts[0][gain.argmax()]

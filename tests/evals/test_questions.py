@@ -89,7 +89,7 @@ def test_two_keys_that_name_different_choices_are_refused(tmp_path):
     rows = [{"q": "?", "c": [1, 2, 3, 4], "a": key} for key in (2, 3)]
     said = refusal(tmp_path, rows, Layout("q", "a", "c"))
     assert 'line 1: the answer 2 is "2" read as text and "3" read as index' in said
-    assert "--answer-key" in said
+    assert "`answer_key`" in said
     for key, answers in (("text", ["B", "C"]), ("index", ["C", "D"])):
         assert [one.answer for one in questions_of(tmp_path, rows, Layout("q", "a", "c", key))] == answers
     named = [{"q": "?", "c": {"1": "red", "2": "green", "3": "blue"}, "a": 1}]
@@ -110,7 +110,7 @@ def test_refusals_say_where_and_what_to_do(tmp_path):
     layout, choice = Layout("question", "answer"), Layout("question", "answer", "choices")
     good = {"question": "a", "answer": "1"}
     assert "line 2: there is no field 'question'" in refusal(tmp_path, [good, {"q": "b", "answer": "1"}], layout)
-    assert "--field question=NAME" in refusal(tmp_path, [{"q": "b"}], layout)
+    assert "`field` question=NAME" in refusal(tmp_path, [{"q": "b"}], layout)
     assert "is not one number" in refusal(tmp_path, [{"question": "a", "answer": "five"}], layout)
     assert "is not one number" in refusal(tmp_path, [{"question": "a", "answer": True}], layout)
     assert "must be a text" in refusal(tmp_path, [{"question": " ", "answer": "1"}], layout)
@@ -131,7 +131,7 @@ def test_refusals_say_where_and_what_to_do(tmp_path):
         read_questions(tmp_path / "latin.jsonl", [layout])
     for row in ('"question": "half \\ud83d"', '"question": "a", "more": [{"\\udE00": 1}]'):
         (tmp_path / "half.jsonl").write_text(f'{{"question": "\\ud83d\\ude00", "answer": 1}}\n{{"answer": 1, {row}}}\n')
-        with pytest.raises(DataError, match=r"half.jsonl, line 2: a text holds \\ud"):
+        with pytest.raises(DataError, match=r"half.jsonl, line 2: .*\\ud"):
             read_questions(tmp_path / "half.jsonl", [layout])
     with pytest.raises(DataError, match="There is no file or folder"):
         read_questions(tmp_path / "none.jsonl", [layout])
@@ -147,7 +147,7 @@ def test_an_answer_that_is_more_than_a_number_is_refused(tmp_path, answer):
         Layout("question", "answer"),
     )
     assert "line 2: the answer is" in said
-    assert "--task multiple_choice" in said
+    assert "`task` to multiple_choice" in said
 
 
 def test_limit_counts_questions(tmp_path):
@@ -166,11 +166,11 @@ def test_tasks_and_fields_that_are_not_there_are_refused():
     (layout,) = with_fields(own, ["question=prompt", "choices=options", "answer=key"], "label")
     assert layout == Layout("prompt", "key", "options", "label")
     for wrong in (["prompt=question"], ["question"], ["question="], ["question=a", "question=b"]):
-        with pytest.raises(ConfigError, match="is not understood"):
+        with pytest.raises(ConfigError, match="`field` is"):
             with_fields(own, wrong, "auto")
-    with pytest.raises(ConfigError, match="is not understood"):
+    with pytest.raises(ConfigError, match="`field` is"):
         with_fields(TASKS["numeric"], ["choices=options"], "auto")
-    with pytest.raises(ConfigError, match="--answer-key"):
+    with pytest.raises(ConfigError, match="answer_key is"):
         with_fields(own, [], "letters")
     with pytest.raises(ConfigError, match="question sets"):
         with_fields(TASKS["language_modeling"], ["question=a"], "auto")

@@ -1,4 +1,3 @@
-import jax
 import numpy as np
 import pytest
 
@@ -6,8 +5,6 @@ from quietstar_jax.config import CONTROLS
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer, grid_count, grid_length
 from quietstar_jax.inference.load_model import load_model
-from quietstar_jax.training.evaluation import make_token_scorer
-from quietstar_jax.training.step import Batch
 from tests.evals.models import write_plain, write_run
 
 
@@ -16,7 +13,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tails")
     write_plain(folder / "plain")
     write_run(folder / "run", folder / "plain")
-    write_run(folder / "paper", folder / "plain", mixing="log_probabilities")
     for control in CONTROLS[1:]:
         write_run(folder / control, folder / "plain", control=control)
     return folder
@@ -27,29 +23,6 @@ def texts(count=7, seed=0):
     return [draw.integers(2, 258, draw.integers(5, 40)).tolist() for _ in range(count)]
 
 
-@pytest.mark.parametrize("name", ["run", "paper", *CONTROLS[1:]])
-def test_tails_equal_the_evaluation_of_training(folder, name):
-    """That one pads on the right, thinks everywhere, and shares no batching with this."""
-    model = load_model(folder / name)
-    settings = model.settings(3)
-    scorer = ContinuationScorer(model, settings, batch_size=4)
-    reference = make_token_scorer(model.graphdef, model.architecture, settings)
-    all_tokens = texts()
-    tails = [Continuation(tokens, 1 + i % 4) for i, tokens in enumerate(all_tokens)]
-    for tail, score in zip(tails, scorer(tails), strict=True):
-        row = np.zeros((1, 48), np.int32)
-        row[0, : len(tail.tokens)] = tail.tokens
-        mask = np.arange(48)[None] < len(tail.tokens)
-        expected = jax.device_get(reference(model.params, Batch(row, mask)))
-        places = np.arange(len(tail.tokens) - 1 - tail.last, len(tail.tokens) - 1)
-        np.testing.assert_allclose(score.without.nll, expected.base_nll[0, places], atol=2e-4)
-        np.testing.assert_allclose(score.base_entropy, expected.base_entropy[0, places], atol=2e-4)
-        np.testing.assert_allclose(score.with_thoughts.nll, expected.talk_nll[0, places], atol=2e-4)
-        np.testing.assert_array_equal(score.thoughts, expected.thoughts[0, places])
-        np.testing.assert_allclose(score.weight, expected.weight[0, places], atol=2e-4)
-        assert np.abs(score.with_thoughts.nll - score.without.nll).max() > 1e-2  # thoughts do change something
-
-
 def test_candidates_are_log_probabilities_of_their_tokens(folder):
     model = load_model(folder / "run")
     scorer = ContinuationScorer(model, model.settings(2), batch_size=2)
@@ -57,13 +30,13 @@ def test_candidates_are_log_probabilities_of_their_tokens(folder):
     everything = tuple(range(258))
     (score,) = scorer([Continuation(tokens, 3, everything)])
     truth = np.array(tokens[-3:])
-    for view in (score.without, score.with_thoughts):
+    for view in (score.base, score.talk):
         np.testing.assert_allclose(np.exp(view.candidates).sum(axis=-1), 1.0, rtol=1e-5)
         np.testing.assert_allclose(-view.candidates[np.arange(3), truth], view.nll, atol=1e-5)
         np.testing.assert_array_equal(view.candidates.argmax(axis=-1), view.best)
     few, many = scorer([Continuation(tokens, 3, (5, 9)), Continuation(tokens, 3, everything[:7])])
-    np.testing.assert_allclose(few.without.candidates, score.without.candidates[:, [5, 9]], atol=1e-5)
-    np.testing.assert_allclose(many.without.candidates, score.without.candidates[:, :7], atol=1e-5)
+    np.testing.assert_allclose(few.base.candidates, score.base.candidates[:, [5, 9]], atol=1e-5)
+    np.testing.assert_allclose(many.base.candidates, score.base.candidates[:, :7], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["run", *CONTROLS[1:]])
@@ -76,7 +49,7 @@ def test_scores_do_not_depend_on_the_batch(folder, name):
     alone = ContinuationScorer(model, model.settings(2), batch_size=1)(tails, finished.append)
     assert sum(finished) == len(tails)
     for one, other in zip(together, alone, strict=True):
-        np.testing.assert_allclose(one.with_thoughts.nll, other.with_thoughts.nll, atol=1e-4)
+        np.testing.assert_allclose(one.talk.nll, other.talk.nll, atol=1e-4)
         np.testing.assert_array_equal(one.thoughts, other.thoughts)
 
 
@@ -89,8 +62,8 @@ def test_no_score_depends_on_a_later_token(folder, name):
     changed = [*tokens[:17], *((token + 7) % 250 + 2 for token in tokens[17:])]
     whole, other, cut = scorer([Continuation(tokens, 16), Continuation(changed, 16), Continuation(tokens[:17], 12)])
     for score in (whole, other):
-        np.testing.assert_allclose(score.with_thoughts.nll[:12], cut.with_thoughts.nll, atol=1e-4)
-    assert np.abs(whole.with_thoughts.nll[12:] - other.with_thoughts.nll[12:]).max() > 1e-2
+        np.testing.assert_allclose(score.talk.nll[:12], cut.talk.nll, atol=1e-4)
+    assert np.abs(whole.talk.nll[12:] - other.talk.nll[12:]).max() > 1e-2
 
 
 def test_a_question_set_compiles_few_programs(folder):
@@ -99,7 +72,8 @@ def test_a_question_set_compiles_few_programs(folder):
     draw = np.random.default_rng(1)
     lengths = draw.integers(40, 120, 100)
     scores = scorer([Continuation(draw.integers(2, 258, n).tolist(), int(draw.integers(3, 9))) for n in lengths])
-    assert scores[0].with_thoughts is None
+    assert not scores[0].thinks
+    np.testing.assert_array_equal(scores[0].talk.nll, scores[0].base.nll)
     assert len(set(lengths)) > 30
     assert scorer.programs <= 8  # lengths 48, 64, 96, 128; counts 4, 8
 
@@ -113,5 +87,5 @@ def test_the_grid():
 
 def test_no_batch_is_refused(folder):
     model = load_model(folder / "plain")
-    with pytest.raises(ConfigError, match="--batch-size"):
+    with pytest.raises(ConfigError, match="batch_size is 0"):
         ContinuationScorer(model, model.settings(0), batch_size=0)

@@ -101,7 +101,7 @@ def test_questions_that_leave_no_room_are_counted(tmp_path):
     asked = questions(("a", "18"), ("b" * 500, "3"))
     found = measured(Scripted({"a": [" 18"] * 3}), asked, tmp_path / "records.jsonl", longest=200)
     assert (found["questions"], found["too_long"]) == (1, 1)
-    with pytest.raises(DataError, match="Lower --max-tokens"):
+    with pytest.raises(DataError, match="max_tokens"):
         measured(Scripted({}), asked, tmp_path / "more.jsonl", longest=50)
 
 

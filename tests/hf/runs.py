@@ -20,8 +20,8 @@ from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import default_config, from_config_dict, phase
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.sample import sample_thoughts
-from quietstar_jax.thoughts.score import chain_hidden_states, talk
-from quietstar_jax.thoughts.text import read_text
+from quietstar_jax.thoughts.score import chain_hidden_states, mix
+from quietstar_jax.thoughts.text import here_and_ahead, read_text
 from quietstar_jax.training.evaluation import evaluation_settings
 from quietstar_jax.training.setup import Run, first_state, prepare
 
@@ -93,7 +93,8 @@ def our_predictions(run: Run, state: TrainState, tokens: np.ndarray) -> tuple[np
         positions = jnp.arange(tokens.shape[1])
         thoughts = sample_thoughts(model, text, positions, None, settings, tokens.shape[1]).tokens
         talk_hidden = chain_hidden_states(model, text, positions, thoughts, settings)[1]
-        mixed = talk(model, text, positions, talk_hidden, settings)[0]
+        base_hidden = here_and_ahead(text.hidden, positions, settings.tokens_ahead)
+        mixed = mix(model, base_hidden, talk_hidden, settings.config.mixing)[0]
         return thoughts[:, 0], mixed[:, 0, :, 0], model.decoder.logits(text.hidden)
 
     return tuple(np.asarray(x) for x in predict(state.params, jnp.asarray(tokens, jnp.int32)))

@@ -52,7 +52,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
 def test_no_thought_and_no_text_has_them(places, name) -> None:
     model = load_model(places[name])
     assert set(SPARE) <= set(model.settings().meta_tokens)
-    scorer = make_token_scorer(model.graphdef, model.architecture, model.settings())
+    scorer = make_token_scorer(model.graphdef, model.settings())
     batch = Batch(TOKENS, np.ones(TOKENS.shape, bool))
     for key in (None, jax.random.key(0)):
         assert not np.isin(scorer(model.params, batch, key).thoughts, SPARE).any()
@@ -60,7 +60,7 @@ def test_no_thought_and_no_text_has_them(places, name) -> None:
         (score,) = ContinuationScorer(model, model.settings(thoughts), batch_size=1)(
             [Continuation(TOKENS[0].tolist(), 8)]
         )
-        assert not np.isin(score.without.best, SPARE).any()
+        assert not np.isin(score.base.best, SPARE).any()
         (made,) = Generator(model, batch_size=1).generate(
             [TOKENS[0].tolist()], max_tokens=12, thoughts=bool(thoughts), thought_length=thoughts or None,
             temperature=1.0, thought_temperature=1.0,
@@ -79,10 +79,8 @@ def test_the_torch_module_leaves_them_out(places) -> None:
     assert not np.isin(thoughts, SPARE).any()
     assert not np.isin(made, SPARE).any()
     ours = load_model(places["run"])
-    scores = make_token_scorer(ours.graphdef, ours.architecture, ours.settings())(
-        ours.params, Batch(TOKENS, np.ones(TOKENS.shape, bool))
-    )
-    np.testing.assert_array_equal(thoughts, scores.thoughts)
+    scores = make_token_scorer(ours.graphdef, ours.settings())(ours.params, Batch(TOKENS, np.ones(TOKENS.shape, bool)))
+    np.testing.assert_array_equal(thoughts, scores.thoughts[:, 0])
 
 
 def test_random_thoughts_have_none() -> None:

@@ -62,7 +62,7 @@ def test_to_the_terminal(run, generator, capsys):
 
 @pytest.mark.parametrize("checkpoint", ["run", "exported"])
 def test_thoughts_are_shown_before_their_tokens(run, generator, capsys, checkpoint):
-    call("--checkpoint", run.parent / checkpoint, "--prompt", PROMPT, "--max-tokens", 3, "--thoughts", "show")
+    call("--checkpoint", run.parent / checkpoint, "--prompt", PROMPT, "--max-tokens", 3, "--show-thoughts")
     (expected,) = generator.generate([PROMPT], max_tokens=3)
     shown = "".join(f"[{token.thought} | {token.mixing_weight:.3f}]{token.text}" for token in expected.tokens)
     assert capsys.readouterr().out == f"{PROMPT}{shown}\n"
@@ -80,7 +80,7 @@ def test_other_lengths_and_no_thoughts(run, generator, capsys):
     call("--checkpoint", run, "--prompt", PROMPT, "--thoughts", "off", "--max-tokens", 4)
     (plain,) = generator.generate([PROMPT], max_tokens=4, thoughts=False)
     assert capsys.readouterr().out == f"{PROMPT}{plain.text}\n"
-    call("--checkpoint", run, "--prompt", PROMPT, "--thoughts", "show", "--thought-length", 4, "--max-tokens", 1)
+    call("--checkpoint", run, "--prompt", PROMPT, "--show-thoughts", "--thought-length", 4, "--max-tokens", 1)
     assert len(capsys.readouterr().out.split("[")[1].split(" | ")[0].split()) == 4
 
 
@@ -88,7 +88,7 @@ def test_from_file_to_file(run, generator, tmp_path, capsys):
     rows = [{"id": 7, "prompt": PROMPT}, {"prompt": "convert 2 rod ask", "more": {"é": [1]}}, {"prompt": PROMPT}]
     source = write_lines(tmp_path / "in.jsonl", rows)
     options = ("--max-tokens", 5, "--temperature", 1.0, "--top-p", 0.9, "--seed", 3, "--batch-size", 2, "--quiet")
-    call("--checkpoint", run, "--input", source, "--output", tmp_path / "out.jsonl", *options, "--thoughts", "show")
+    call("--checkpoint", run, "--data", source, "--output", tmp_path / "out.jsonl", *options, "--show-thoughts")
     assert "3 texts" in capsys.readouterr().out
     found = read_lines(tmp_path / "out.jsonl")
     made = generator.generate([row["prompt"] for row in rows], max_tokens=5, temperature=1.0, top_p=0.9, seed=3)
@@ -113,7 +113,7 @@ main(sys.argv[1:])
 def test_killed_and_run_again_it_goes_on(run, generator, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"sum {n} +1 ask"} for n in range(1, 9)])
     output = tmp_path / "out.jsonl"
-    arguments = ["--checkpoint", str(run), "--input", str(source), "--output", str(output), "--max-tokens", "3"]
+    arguments = ["--checkpoint", str(run), "--data", str(source), "--output", str(output), "--max-tokens", "3"]
     arguments += ["--batch-size", "2", "--temperature", "1", "--quiet"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, env=environment)
@@ -157,8 +157,8 @@ def read_lines_of(partial: Path) -> list[dict]:
         (None, "no file or folder"),
         (b"", "is empty"),
         (b"\xff", "not UTF-8"),
-        (b'{"prompt": "sum"}\n\n{"prompt": 3}', "line 3: every record has a text under 'prompt'; it holds 3"),
-        (b'{"text": "sum"}', "it has 'text'"),
+        (b'{"prompt": "sum"}\n\n{"prompt": 3}', "line 3: .*'prompt'; it is 3"),
+        (b'{"text": "sum"}', "the fields are 'text'"),
         (b'["sum"]', "element 1 of the array: a JSON str"),
         (b'{"prompt": ', "line 1: broken JSON"),
         (b'{"prompt": "sum"}\n{"prompt": ""}', "line 2: The prompt is empty"),
@@ -209,11 +209,11 @@ def test_outputs_that_cannot_be_written(generator, tmp_path):
     ("arguments", "kind", "message"),
     [
         ((), ConfigError, "Give --prompt, or"),
-        (("--prompt", "a", "--input", "x", "--output", "y"), ConfigError, "Give --prompt, or"),
-        (("--input", "x"), ConfigError, "go together"),
+        (("--prompt", "a", "--data", "x", "--output", "y"), ConfigError, "Give --prompt, or"),
+        (("--data", "x"), ConfigError, "--data and --output"),
         (("--prompt", ""), UserError, "empty"),
         (("--prompt", "sum " * 99), UserError, "too long"),
-        (("--prompt", "sum", "--top-p", "2"), ConfigError, "top_p is 2.0"),
+        (("--prompt", "sum", "--top-p", "2"), ConfigError, "--top-p is 2.0"),
         (("--prompt", "sum", "--step", "99"), UserError, "no checkpoint of step 99"),
     ],
 )

@@ -180,10 +180,10 @@ def test_bfloat16(generator):
         (dict(top_p=0.0), "top_p is 0.0"),
         (dict(thought_temperature=-0.1), "thought_temperature"),
         (dict(thought_length=0), "thought_length is 0"),
-        (dict(stop="w3"), "takes a list of texts"),
-        (dict(stop=[""]), "not empty"),
+        (dict(stop="w3"), "stop is 'w3'"),
+        (dict(stop=[""]), r"stop is \[''\]"),
         (dict(seed=-1), "seed is -1"),
-        (dict(seed=[1, 2]), "one for each prompt"),
+        (dict(seed=[1, 2]), "for each prompt"),
     ],
 )
 def test_settings_that_cannot_be(generator, options, message):
@@ -215,14 +215,14 @@ def test_kinds_of_token_ids(generator, prompt):
         (None, "not NoneType"),
         ({3, 4}, "not set"),
         (b"w3", "not bytes"),
-        ([3.0], "holds 3.0, which is no integer"),
-        (np.array([3.5]), "no integer"),
-        ([True, 3], "holds True"),
-        (np.array([True]), "holds"),
-        (["w3"], "holds 'w3'"),
-        ([[3]], r"holds \[3\]"),
-        ([-1, 3], "no embedding for: -1"),
-        ([10**30], "no embedding for: 1000"),
+        ([3.0], "3.0, which is not an integer"),
+        (np.array([3.5]), "not an integer"),
+        ([True, 3], "contains True"),
+        (np.array([True]), "contains np.True_"),
+        (["w3"], "contains 'w3'"),
+        ([[3]], r"contains \[3\]"),
+        ([-1, 3], "no embedding .*: -1"),
+        ([10**30], "no embedding .*: 1000"),
     ],
 )
 def test_what_is_no_prompt(generator, prompt, message):
@@ -244,7 +244,7 @@ def test_a_model_that_cannot_think(tmp_path):
     plain = Generator(load_model(tmp_path / "hf"), batch_size=1)
     assert plain.generate(["w3"], max_tokens=2)[0].thoughts == ("", "")
     for options in (dict(thoughts=True), dict(thought_length=3)):
-        with pytest.raises(CheckpointError, match="cannot think"):
+        with pytest.raises(CheckpointError, match="no trained mixing head"):
             plain.generate(["w3"], **options)
 
 

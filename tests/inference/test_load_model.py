@@ -98,7 +98,7 @@ def test_a_plain_model_has_a_decoder_and_cannot_think(places, name):
             assert not model.params[path].any()
     assert not model.can_think
     assert model.settings(0).thought_length == model.settings().thought_length == 0
-    with pytest.raises(CheckpointError, match="cannot think"):
+    with pytest.raises(CheckpointError, match="no trained mixing head"):
         model.settings(3)
 
 
@@ -203,7 +203,7 @@ def test_ids_that_end_a_text_where_only_config_json_names_them(places, tmp_path)
         ("run", {"prefix_attention": "kernels"}, "one of auto, blocks, triton"),
         ("run", {"prefix_attention": "triton"}, "the platform is 'cpu'"),
         ("empty", {}, "it has nothing"),
-        ("begun", {}, "holds no checkpoint"),
+        ("begun", {}, "contains no checkpoint"),
     ],
 )
 def test_what_cannot_be_opened(places, name, options, message):

@@ -20,6 +20,7 @@ from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.parallel.sharding import on_mesh
 from quietstar_jax.thoughts import text
 from quietstar_jax.thoughts.settings import Vocabulary
+from quietstar_jax.thoughts.token_scores import TokenScores
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches
 from quietstar_jax.training.step import compile_train_step, initial_state, state_specs, to_device
 from tests.thoughts.cases import random_model, worst_errors
@@ -70,7 +71,7 @@ def step_on(config: Config, devices: list[Any]) -> tuple[dict[str, Any], dict[st
         if state.reference is not None:  # a divergence from equal weights would be 0
             state = state._replace(reference=jax.device_get(split(random_model(ARCHITECTURE, 7.0, seed=5))[0]))
         state = jax.device_put(state, on_mesh(mesh, state_specs(state, STRUCTURE)))
-        step = compile_train_step(config, PHASE, STRUCTURE, ARCHITECTURE, VOCABULARY, state)
+        step = compile_train_step(config, PHASE, STRUCTURE, VOCABULARY, state)
         state, metrics = step(state, to_device(rows()), jax.random.key(1), np.int32(0))
         metrics = {name: value for name, value in metrics.items() if not name.startswith("entropy_p")}
         if state.entropy_bonus is not None:
@@ -82,7 +83,7 @@ def scores_on(config: Config, devices: list[Any]) -> Any:
     """Scores after sampled thoughts, of a number of rows that no mesh divides."""
     with jax.set_mesh(mesh := make_mesh(config.mesh, ARCHITECTURE, devices)):
         params = jax.device_put(PARAMS, on_mesh(mesh, state_specs(PARAMS, STRUCTURE)))
-        scorer = make_token_scorer(STRUCTURE, ARCHITECTURE, evaluation_settings(config, VOCABULARY))
+        scorer = make_token_scorer(STRUCTURE, evaluation_settings(config, VOCABULARY))
         return score_batches(scorer, params, [{name: value[:7] for name, value in rows().items()}], jax.random.key(2))
 
 
@@ -92,6 +93,10 @@ def function(kind: str) -> Any:
 
 def thought(kind: str) -> dict[str, Any]:
     return OBJECTIVE if kind == "objective" else {}
+
+
+def named(scores: TokenScores) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(scores)}
 
 
 @functools.cache
@@ -110,7 +115,7 @@ def compare(kind: str, shape: str, **model: Any) -> None:
     else:
         found, wanted = scores_on(spread, devices), alone(kind, **model)
         assert len(np.unique(wanted.thoughts)) > 20
-        wrong = worst_errors(found._asdict(), wanted._asdict(), tolerance)
+        wrong = worst_errors(named(found), named(wanted), tolerance)
         wrong |= {"thoughts": 1.0} if not np.array_equal(found.thoughts, wanted.thoughts) else {}
     assert not wrong, f"mesh {sizes}: {wrong}"
     print(shape, "equal", flush=True)

@@ -25,7 +25,7 @@ def test_one_table():
     assert partition_spec(("layers", "embed", "mlp")) == PartitionSpec(None, "fsdp", ("tensor", "group"))
     with pytest.raises(ValueError, match=r"No rule names the axis 'colour'"):
         partition_spec(("embed", "colour"))
-    with pytest.raises(ValueError, match="would lie on the mesh axis fsdp"):
+    with pytest.raises(ValueError, match="mesh axis fsdp"):
         partition_spec(("batch", "embed"))
 
 
@@ -40,7 +40,7 @@ def test_every_array_of_the_state_has_a_layout():
     specs = state_specs(state, graphdef)
     assert specs.opt_state[1].mu == specs.params == specs.opt_state[1].nu
     assert specs.params["decoder.layers.query"] == PartitionSpec(None, "fsdp", ("tensor", "group"), None)
-    with pytest.raises(ValueError, match="No rule says how"):
+    with pytest.raises(ValueError, match="No rule for"):
         specs_like_parameters({"unknown": jnp.ones(3)}, graphdef.axes_by_name)
 
 
@@ -67,8 +67,8 @@ def test_sizes_that_are_not_the_devices_are_named(sizes):
 def test_settings_of_the_mesh_are_checked():
     for changes, message in (
         ({"data": -1, "fsdp": -1}, "-1 in only one place"),
-        ({"data": 0}, "a number of devices, or -1"),
-        ({"dcn_data": 0}, "at least 1"),
+        ({"data": 0}, r"mesh\.data is 0"),
+        ({"dcn_data": 0}, r"mesh\.dcn_data is 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             from_mapping(Config, {"mesh": changes})

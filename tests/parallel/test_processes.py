@@ -114,7 +114,7 @@ def test_one_process_killed_stops_the_other_and_the_run_resumes(tmp_path, victim
         processes[victim].send_signal(signal.SIGKILL)
         _, errors = processes[1 - victim].communicate(timeout=30)  # heartbeat_seconds of the configuration, and a bit
         assert processes[1 - victim].returncode not in (0, EXIT_USER_ERROR)
-    assert "lost touch with another one" in errors or "another task died" in errors, errors
+    assert "lost the connection to another one" in errors or "another task died" in errors, errors
     before, saved = losses(tmp_path), latest(tmp_path)
     assert saved >= 20
     finish(tmp_path, resumed_by, f"--config.phases[1].steps={saved + 5}")

@@ -9,9 +9,9 @@ import pytest
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import ModelConfig
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.parallel.chips import GPUS, TPUS
 from quietstar_jax.planning import targets
 from quietstar_jax.planning.architectures import KNOWN, planned_architecture
-from quietstar_jax.parallel.chips import GPUS, TPUS
 from quietstar_jax.planning.plan import _memory_that_is_missing, suggestions
 from quietstar_jax.planning.targets import find_target
 from tests.training.tiny import tiny_config
@@ -25,7 +25,7 @@ def test_an_unknown_topology_lists_the_known_ones(monkeypatch, name, compiler):
     """The name is checked before libtpu is needed, so that the message is the same on every machine."""
     if compiler == "absent":
         monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"(?s)is not known.*v5e: .*16x16.*v5p: .*gpu: .*h100x8.*cpu"):
+    with pytest.raises(ConfigError, match=r"(?s)topology is .*v5e: .*16x16.*v5p: .*gpu: .*h100x8.*cpu"):
         find_target(name)
 
 
@@ -36,7 +36,7 @@ def test_without_libtpu_the_extra_to_install_is_named(monkeypatch):
 
 
 def test_more_cpu_devices_than_this_process_has_are_refused():
-    with pytest.raises(ConfigError, match="cannot have 4096"):
+    with pytest.raises(ConfigError, match="4096"):
         find_target("cpu:1"), find_target("cpu:4096")
 
 

@@ -16,9 +16,10 @@ from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.parameters import split
 from quietstar_jax.reports.checkpoint_page import Observed
-from quietstar_jax.reports.observe import LIKELIEST, Observation, Window
+from quietstar_jax.reports.observe import LIKELIEST, Window
 from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
+from quietstar_jax.thoughts.token_scores import Prediction, TokenScores
 from quietstar_jax.training.setup import abstract_structure
 
 NASTY = "a </script><b>x</b> &amp;\n\n\té€ <!-- 😀 \x01\u202e"
@@ -74,15 +75,15 @@ def observed(tokenizer: Tokenizer, texts: list[str], gains: list[float], thought
         ids = np.stack([np.roll(np.arange(LIKELIEST), j) for j in range(count)])
         ids[:, 0] = tokens[1:]
         windows.append(Window(document, tokens))
+        likeliest = {"top_ids": ids, "top_probabilities": odds}
+        right = np.zeros(count, bool)
+        nll = np.stack([base - gain, base])
+        talk = Prediction(nll, ids[None, :, 0], right[None], **{name: x[None] for name, x in likeliest.items()})
         seen.append(
-            Observation(
-                base_nll=base,
-                base_entropy=base,
-                nll=np.stack([base - gain, base], axis=1),
-                reward=np.stack([gain, 0 * gain], axis=1),
-                weight=np.full((count, 2), 0.25),
-                thoughts=np.tile(np.array(thinking), (count, 2, 1)),
-                base_ids=ids, base_probabilities=odds, ids=ids, probabilities=odds,
+            TokenScores(
+                real=~right, base=Prediction(base, ids[:, 0], right, **likeliest), base_entropy=base, talk=talk,
+                reward=np.stack([gain, 0 * gain]), weight=np.full((2, count), 0.25), thought_entropy=0 * nll,
+                thoughts=np.tile(np.array(thinking), (2, count, 1)),
             )
         )  # fmt: skip
     namespace: Any = type("Opened", (), {"tokenizer": tokenizer, "path": "runs/<mine>", "step": 3})

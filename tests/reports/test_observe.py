@@ -1,17 +1,15 @@
-"""What is shown of a model is what evaluation measures of it."""
+"""The windows of a text, and the likeliest tokens and sampled thoughts in them."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
 from quietstar_jax.errors import ConfigError, DataError
-from quietstar_jax.reports.observe import LIKELIEST, Observation, Window, cut_windows, longest_window, observe
-from quietstar_jax.training.evaluation import make_token_scorer
-from quietstar_jax.training.step import to_device
+from quietstar_jax.reports.observe import LIKELIEST, Window, cut_windows, longest_window, observe
+from quietstar_jax.thoughts.token_scores import TokenScores
 from tests.reports.cases import random_model
 
 MODEL = random_model()
@@ -24,56 +22,39 @@ def windows() -> list[Window]:
 
 
 @pytest.fixture(scope="module")
-def seen(windows: list[Window]) -> list[Observation]:
+def seen(windows: list[Window]) -> list[TokenScores]:
     return observe(MODEL, MODEL.settings(3, 2), windows, samples=2, seed=0)
 
 
-def test_greedy_thoughts_are_those_of_evaluation(windows: list[Window], seen: list[Observation]) -> None:
-    scorer = make_token_scorer(MODEL.graphdef, MODEL.architecture, MODEL.settings(3, 2))
-    for window, observation in zip(windows, seen, strict=True):
-        tokens = window.tokens[None]
-        scores = jax.device_get(scorer(MODEL.params, to_device({"tokens": tokens, "mask": np.ones_like(tokens, bool)})))
-        last = len(window.tokens) - 1
-        np.testing.assert_array_equal(observation.thoughts[:, 0], scores.thoughts[0, :last])
-        pairs = [
-            (observation.base_nll, scores.base_nll), (observation.base_entropy, scores.base_entropy),
-            (observation.nll[:, 0], scores.talk_nll),
-            (observation.reward[:, 0], scores.reward), (observation.weight[:, 0], scores.weight),
-        ]  # fmt: skip
-        for mine, theirs in pairs:
-            np.testing.assert_allclose(mine, theirs[0, :last], atol=2e-5)
-        assert np.abs(observation.weight).max() > 0.01, "the mixing head does nothing"
-
-
-def test_likeliest_tokens_are_the_ones_the_losses_are_of(windows: list[Window], seen: list[Observation]) -> None:
+def test_likeliest_tokens_are_the_ones_the_losses_are_of(windows: list[Window], seen: list[TokenScores]) -> None:
     first, last = windows[0].tokens[0], LIKELIEST - 1
-    likely = np.array([first, seen[0].base_ids[0, last]]), np.array([first, seen[0].ids[0, last]])
+    likely = np.array([first, seen[0].base.top_ids[0, last]]), np.array([first, seen[0].talk.top_ids[0, 0, last]])
     base, mixed = observe(MODEL, MODEL.settings(3, 2), [Window(0, tokens) for tokens in likely], samples=0, seed=0)
-    assert base.base_ids[0, last] == likely[0][1]
-    assert mixed.ids[0, last] == likely[1][1]
-    np.testing.assert_allclose(base.base_probabilities[0, last], np.exp(-base.base_nll[0]), rtol=1e-4)
-    np.testing.assert_allclose(mixed.probabilities[0, last], np.exp(-mixed.nll[0, 0]), rtol=1e-4)
-    for odds in (base.base_probabilities, mixed.probabilities):
+    assert base.base.top_ids[0, last] == likely[0][1]
+    assert mixed.talk.top_ids[0, 0, last] == likely[1][1]
+    np.testing.assert_allclose(base.base.top_probabilities[0, last], np.exp(-base.base.nll[0]), rtol=1e-4)
+    np.testing.assert_allclose(mixed.talk.top_probabilities[0, 0, last], np.exp(-mixed.talk.nll[0, 0]), rtol=1e-4)
+    for odds in (base.base.top_probabilities, mixed.talk.top_probabilities):
         assert (np.diff(odds) <= 0).all()
 
 
-def test_sampled_thoughts_differ_and_follow_the_seed(windows: list[Window], seen: list[Observation]) -> None:
-    assert (seen[0].thoughts[:, 1] != seen[0].thoughts[:, 2]).any()
+def test_sampled_thoughts_differ_and_follow_the_seed(windows: list[Window], seen: list[TokenScores]) -> None:
+    assert (seen[0].thoughts[1] != seen[0].thoughts[2]).any()
     again, other = (observe(MODEL, MODEL.settings(3, 2), windows, samples=2, seed=seed) for seed in (0, 1))
     np.testing.assert_array_equal(again[1].thoughts, seen[1].thoughts)
-    assert (other[1].thoughts[:, 1:] != seen[1].thoughts[:, 1:]).any()
-    np.testing.assert_array_equal(other[1].thoughts[:, 0], seen[1].thoughts[:, 0])
+    assert (other[1].thoughts[1:] != seen[1].thoughts[1:]).any()
+    np.testing.assert_array_equal(other[1].thoughts[0], seen[1].thoughts[0])
 
 
 def test_probabilities_of_the_papers_mixing(windows: list[Window]) -> None:
     model = dataclasses.replace(MODEL, thought=dataclasses.replace(MODEL.thought, mixing="log_probabilities"))
     settings = model.settings(3, 1)
     (before,) = observe(model, settings, windows[:1], samples=0, seed=0)
-    tokens = np.array([windows[0].tokens[0], before.ids[0, 0]])
+    tokens = np.array([windows[0].tokens[0], before.talk.top_ids[0, 0, 0]])
     (seen,) = observe(model, settings, [Window(0, tokens)], samples=0, seed=0)
-    np.testing.assert_allclose(seen.probabilities[0, 0], np.exp(-seen.nll[0, 0]), rtol=1e-4)
-    assert seen.probabilities[0].sum() < 1
-    assert seen.nll.shape == (1, 1)
+    np.testing.assert_allclose(seen.talk.top_probabilities[0, 0, 0], np.exp(-seen.talk.nll[0, 0]), rtol=1e-4)
+    assert seen.talk.top_probabilities[0, 0].sum() < 1
+    assert seen.talk.nll.shape == (1, 1)
 
 
 def test_windows() -> None:

@@ -73,7 +73,7 @@ def test_charts_are_files_of_their_own(page: str, tmp_path: Path) -> None:
         colours = root.find("{http://www.w3.org/2000/svg}style").text
         assert ":root" in colours
         assert "svg .seed" in colours
-    command = ["--study", str(tmp_path), "--output", str(tmp_path / "page.html")]
+    command = ["--workdir", str(tmp_path), "--output", str(tmp_path / "page.html")]
     main([*command, "--figures", str(tmp_path / "figures")])
     assert {path.name: path.read_text("utf-8") for path in (tmp_path / "figures").iterdir()} == found
     with pytest.raises(ConfigError, match=r"--figures .*page\.html.* cannot be written"):
@@ -89,10 +89,10 @@ def test_a_single_run_is_shown_too(tmp_path: Path) -> None:
 
 
 def test_no_study(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not hold the results of a study"):
+    with pytest.raises(DataError, match="does not contain the results of a study"):
         report_study(tmp_path)
     (tmp_path / RESULTS).write_text('{"rows": []}')
-    with pytest.raises(DataError, match="does not hold the results of a study"):
+    with pytest.raises(DataError, match="does not contain the results of a study"):
         report_study(tmp_path)
 
 

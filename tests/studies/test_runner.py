@@ -157,7 +157,7 @@ def test_a_killed_study_goes_on_and_a_failed_run_is_reported(study: Study, tmp_p
 
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1, ended.stderr
-    assert "diverges, seed 0 begins from step 7 of baseline" in ended.stdout
+    assert "diverges, seed 0 starts from step 7 of baseline" in ended.stdout
     assert "diverges, seed 0 FAILED with status 2" in ended.stdout
     assert "not finite" in (root / "diverges/seed_0/log.txt").read_text()
     assert "| baseline | 1 |" in (root / "table.md").read_text()

@@ -93,7 +93,7 @@ def test_bad_studies(tmp_path: Path) -> None:
         load_study(str(tmp_path / "empty.py"))
     lost = "from quietstar_jax.studies.study import Study\ndef get_study():\n    return Study('x.py', {'a': {}}, 'b')\n"
     (tmp_path / "lost.py").write_text(lost)
-    with pytest.raises(ConfigError, match="the baseline 'b' is none of the variants a"):
+    with pytest.raises(ConfigError, match="the baseline 'b' is not one of the variants a"):
         load_study(str(tmp_path / "lost.py"))
 
 

@@ -90,7 +90,7 @@ def compiled_cost(control: str, policy_weight: float) -> tuple[float, float]:
     thought = ThoughtConfig(control=control, positions_per_chunk=16)
     config, vocabulary = Config(phases=(phase,), thought=thought), Vocabulary(0, (1, 2), (0,), (0,))
     params, graphdef = split(init_quiet_star(architecture, [0], [0], 100.0, jax.random.key(0)))
-    step = jax.jit(make_train_step(config, phase, graphdef, architecture, vocabulary))
+    step = jax.jit(make_train_step(config, phase, graphdef, vocabulary))
     batch = Batch(jnp.ones((2, 16), jnp.int32), jnp.ones((2, 16), bool))
     with jax.numpy_dtype_promotion("standard"):  # for optax
         compiled = step.lower(initial_state(params, config), batch, jax.random.key(0), jnp.int32(0)).compile()

@@ -28,7 +28,7 @@ from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.model import QuietStar, init_quiet_star
 from quietstar_jax.thoughts.objective import count_targets
 from quietstar_jax.thoughts.sample import Thoughts
-from quietstar_jax.thoughts.score import chain_hidden_states, talk
+from quietstar_jax.thoughts.score import chain_hidden_states, mix
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import here_and_ahead, read_text, real_ahead
 from tests.thoughts.cases import relative_error, worst_errors
@@ -217,7 +217,8 @@ def test_golden_last_logits(golden: Golden) -> None:
     def logits(model: QuietStar, tokens: jax.Array, mask: jax.Array, thoughts: jax.Array) -> jax.Array:
         text, positions = read_text(model.decoder, tokens, mask, dtype=s.dtype), jnp.arange(length)
         hidden = chain_hidden_states(model, text, positions, thoughts, s)[1]
-        return talk(model, text, positions, hidden, s)[0][..., -1, :]
+        base_hidden = here_and_ahead(text.hidden, positions, s.tokens_ahead)
+        return mix(model, base_hidden, hidden, s.config.mixing)[0][..., -1, :]
 
     actual = np.asarray(logits(build(golden), golden.tokens, golden.mask, golden.thoughts))
     expected = golden.arrays["talk_logits_last"]

@@ -219,12 +219,14 @@ def test_a_base_run_is_used_with_its_own_tokenizer_and_mixing(root):
     with pytest.raises(CheckpointError, match="revision"):
         go(dataclasses.replace(config, model=dataclasses.replace(config.model, revision="main")))
     (root / "empty/checkpoints").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         go(settings(root, **second | {"checkpoint": root / "empty"}))
     thinks, _ = start_run(root / "thinks", root / "hf")
     learned = dataclasses.replace(open_run(root / "thinks"), vocabulary=thinks.vocabulary._replace(start_tokens=()))
     other = dataclasses.replace(thinks.config, thought=dataclasses.replace(thinks.config.thought, mixing="none"))
-    with pytest.raises(ConfigError, match=r"config\.thought\.mixing is 'none', but .*thinks has learned"):
+    with pytest.raises(
+        ConfigError, match=r"config\.thought\.mixing is 'none', but .*thinks was trained with 'hidden_states'"
+    ):
         check_base(learned, other, thinks.tokenizer, (None, None))
 
 

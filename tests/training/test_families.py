@@ -35,7 +35,7 @@ def take_step(folder, phase, family, tied, compute_dtype):
     run = prepare(tiny_config(folder, model__compute_dtype=compute_dtype, data__sequence_length=6, **changes))
     batch = Batch(jnp.tile(jnp.arange(6, 12), (2, 1)), jnp.ones((2, 6), bool))
     before = first_state(run)
-    step = make_train_step(run.config, run.config.phases[phase], run.graphdef, run.architecture, run.vocabulary)
+    step = make_train_step(run.config, run.config.phases[phase], run.graphdef, run.vocabulary)
     after, metrics = jax.jit(step)(before, batch, run.key, jnp.int32(0))
     assert all(np.isfinite(value).all() for value in metrics.values())
     still = [name for name, value in after.params.items() if np.array_equal(value, before.params[name])]

@@ -26,7 +26,7 @@ def batch_of(run, rows=4):
 
 
 def step_of(run, phase):
-    step = make_train_step(run.config, phase, run.graphdef, run.architecture, run.vocabulary)
+    step = make_train_step(run.config, phase, run.graphdef, run.vocabulary)
     return jax.jit(step)(first_state(run), batch_of(run), run.key, jnp.int32(0))
 
 

@@ -41,16 +41,16 @@ def test_local_folders(text: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("memory://a/b", "memory: is no scheme"),
-        ("gcs://bucket/a", "gcs: is no scheme"),
-        ("GS://bucket/a", "GS: is no scheme"),
-        ("https://host/a", "https: is no scheme"),
-        ("hf://a/b", "hf: is no scheme"),
-        ("file://host/a", "file: is no scheme"),
-        ("s4:/a", "s4: is no scheme"),
-        ("gs:/bucket/a", "names no bucket. Write gs://BUCKET/FOLDER"),
-        ("gs://", "names no bucket"),
-        ("s3:///a", "names no bucket"),
+        ("memory://a/b", "memory: is not a supported scheme"),
+        ("gcs://bucket/a", "gcs: is not a supported scheme"),
+        ("GS://bucket/a", "GS: is not a supported scheme"),
+        ("https://host/a", "https: is not a supported scheme"),
+        ("hf://a/b", "hf: is not a supported scheme"),
+        ("file://host/a", "file: is not a supported scheme"),
+        ("s4:/a", "s4: is not a supported scheme"),
+        ("gs:/bucket/a", "has no bucket. Write gs://BUCKET/FOLDER"),
+        ("gs://", "has no bucket"),
+        ("s3:///a", "has no bucket"),
         ("/gs/a", "Choose another"),
         ("~nobody-of-this-name/a", "cannot be a path"),
         ("a\0b", "cannot be a path"),
@@ -110,7 +110,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, kind: str, monkeypat
             return real(self, mode, *rest, **named)
 
         monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(ConfigError, match=r"config.workdir .* cannot be written to: .*Choose another folder"):
+    with pytest.raises(ConfigError, match=r"config.workdir .* cannot be written: .*Choose another folder"):
         open_workdir(Config(workdir=str(tmp_path / path))).__enter__()
     assert (tmp_path / "file").read_text() == ""
 
@@ -146,7 +146,7 @@ def test_processes_that_do_not_share_their_work_directory_end_with_one_sentence(
             process.kill()
     for i, errors in enumerate(ended):
         assert processes[i].returncode == EXIT_USER_ERROR, errors[-2000:]
-        assert "is not one folder for all processes" in errors
+        assert "is not the same folder in all processes" in errors
         assert f"{socket.gethostname()} (process 1) did not see within 2 s" in errors
         assert "Traceback" not in errors
     assert list((tmp_path / "0").iterdir()) == []

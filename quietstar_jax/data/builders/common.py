@@ -44,7 +44,7 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
             except (KeyError, TypeError) as error:
                 reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
                 raise DataError(
-                    f"{where}: this is no row of {self.name}: {reason}; it has {', '.join(row)}. Check the file."
+                    f"{where}: this is not a row of {self.name}: {reason}; it has {', '.join(row)}. Check the file."
                 ) from error
 
     def example(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def read_input(spec: str, config: DataConfig) -> Input:
       DataError: the source is missing, empty, of an unknown kind, or already prepared.
     """
     if is_prepared(spec):
-        raise DataError(f"{spec} is prepared already: train on it as it is.")
+        raise DataError(f"{spec} is already prepared. Train on it directly.")
     if is_hub(spec):
         count = stream_parts(spec, config.text_key)
         streamed: list[Part] = [

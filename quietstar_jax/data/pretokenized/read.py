@@ -50,7 +50,9 @@ class PreparedDocuments:
         for shard in manifest["shards"]:
             file, count = one_file(str(folder / shard["file"])), shard["documents"]
             if file.size != shard["bytes"]:
-                raise DataError(f"{file.name} has {file.size} bytes, {MANIFEST} says {shard['bytes']}. {_AGAIN}")
+                raise DataError(
+                    f"{file.name} has {file.size} bytes, but {shard['bytes']} according to {MANIFEST}. {_AGAIN}"
+                )
             if count:
                 stretches.append(Stretch(file, 0, count, count))
         self._records = ArrayRecords(stretches)
@@ -128,10 +130,10 @@ def prepared_folder(spec: str) -> Path:
     """
     name = spec.removeprefix(PREPARED)
     if is_url(name):
-        raise DataError(f"{spec}: prepared documents are read from a disk. Copy or mount the folder.")
+        raise DataError(f"{spec}: prepared documents must be on a local disk. Copy or mount the folder.")
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise DataError(f"There is no folder {name!r}. Check the path (sources are relative to where you run).")
+        raise DataError(f"There is no folder {name!r}. Check the path (relative paths start in the current folder).")
     return folder
 
 
@@ -144,10 +146,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         if (folder / PLAN).is_file():
-            raise DataError(
-                f"The preparation of {folder} has not finished. Run the same command again: it goes on from there."
-            )
-        raise DataError(f"{folder} has no {MANIFEST}: it was not made by `python -m quietstar_jax.data.prepare`.")
+            raise DataError(f"The preparation of {folder} has not finished. Run the same command again: it resumes.")
+        raise DataError(f"{folder} has no {MANIFEST}: it was not written by `python -m quietstar_jax.data.prepare`.")
     try:
         manifest = json.loads(path.read_text("utf-8"))
         if manifest["format"] != FORMAT:
@@ -189,7 +189,7 @@ def check_tokenizer(folder: Path, prepared: Mapping[str, Any], tokenizer: Tokeni
     mine = describe_tokenizer(tokenizer)
     lacking = sorted(set(prepared["added_tokens"].items()) - set(mine["added_tokens"].items()))
     if prepared["fingerprint"] != mine["fingerprint"] or lacking:
-        reason = f"; it lacks {', '.join(token for token, _ in lacking[:5])}" if lacking else ""
+        reason = f"; missing tokens: {', '.join(token for token, _ in lacking[:5])}" if lacking else ""
         raise DataError(
             f"{folder} was prepared with the tokenizer {prepared.get('name')!r} ({prepared.get('vocab_size')} tokens, "
             f"fingerprint {prepared['fingerprint'][:12]}); the run uses {tokenizer.name!r} ({tokenizer.vocab_size} "

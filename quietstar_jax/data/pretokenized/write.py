@@ -137,7 +137,7 @@ def _check_known(sources: Sequence[str], parts: Sequence[Part], tokenizer: Token
         for part in looked_at
     )
     found = total(unknown_in_text(tokenizer, one) for one in texts)
-    setting = "max_unknown_fraction (--max-unknown-fraction)"
+    setting = "`data.max_unknown_fraction`"
     check_known([(", ".join(sources), found)], config.max_unknown_fraction, tokenizer, setting)
 
 
@@ -190,7 +190,7 @@ def _locked(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         (output / _LOCK).touch()
     except OSError as error:
-        raise DataError(f"The folder {output} cannot be written to: {error}. Choose another one.") from error
+        raise DataError(f"The folder {output} cannot be written: {error}. Choose another one.") from error
     with locked(output / _LOCK, busy):
         yield
 
@@ -202,7 +202,7 @@ def _begin(output: Path, plan: dict[str, Any]) -> None:
         try:
             found = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}. Remove the folder to begin anew.") from error
+            raise DataError(f"{path} cannot be read: {error}. Remove the folder to start again.") from error
         _require_same(output, found, plan)
         return
     names = (item.name for item in output.iterdir() if item.name != _LOCK)
@@ -217,9 +217,9 @@ def _require_same(output: Path, found: dict[str, Any], plan: dict[str, Any]) -> 
     changed = differences(found, plan, "preparation")
     if changed:
         raise DataError(
-            f"{output} was prepared, or is being prepared, in another way (there -> now):\n"
+            f"{output} was prepared, or is being prepared, with other settings (saved -> now):\n"
             + "\n".join(f"  - {line}" for line in changed)
-            + "\nSet these back to go on, remove the folder to begin anew, or choose another one."
+            + "\nRestore these settings to resume, remove the folder to start again, or choose another one."
         )
 
 
@@ -299,7 +299,9 @@ def _finish(output: Path, plan: dict[str, Any], shards: Sequence[Shard], tokeniz
     records = [json.loads(shard.done.read_text("utf-8")) for shard in shards]
     totals = {name: sum(record[name] for record in records) for name in ("documents", "tokens", "empty_documents")}
     if not totals["documents"]:
-        raise DataError(f"The sources {[item['source'] for item in plan['sources']]} hold no token. Check --text-key.")
+        raise DataError(
+            f"The sources {[item['source'] for item in plan['sources']]} contain no token. Check `data.text_key`."
+        )
     counts, begun = np.concatenate([np.load(shard.counts) for shard in shards], axis=1)
     write_array(output / COUNTS, counts)
     write_array(output / BEGUN, begun.astype(np.bool_))

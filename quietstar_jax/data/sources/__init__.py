@@ -62,9 +62,9 @@ def open_source(
     empty = sum(texts.empty for texts in found)
     if not sum(map(len, found)):
         what = f"no text: all of its {empty} documents are empty" if empty else "no records"
-        raise DataError(f"{spec} holds {what}. Check data.text_key (--text-key) and the files.")
+        raise DataError(f"{spec} contains {what}. Check `data.text_key` and the files.")
     if empty:
-        logging.warning("%s: %d empty documents are left out.", spec, empty)
+        logging.warning("%s: %d empty documents are omitted.", spec, empty)
     return concatenated(found)
 
 
@@ -113,16 +113,18 @@ def read_all(spec: str, kind: str) -> list[Record]:
         except UnicodeEncodeError as error:
             half = ord(error.object[error.start])
             raise DataError(
-                f"{record.where}: a text holds \\u{half:04x}, half of a character, which can be neither read as tokens "
-                "nor written. Remove it or complete its pair."
+                f"{record.where}: a text contains \\u{half:04x}, half of a surrogate pair, which cannot be encoded. "
+                "Remove it or complete the pair."
             ) from error
         except (TypeError, ValueError) as error:
             raise DataError(f"{record.where}: a field cannot be written as JSON: {error}. Remove it.") from error
         if size > FIELD_BYTES:
-            raise DataError(f"{spec} holds more than {FIELD_BYTES >> 30} GiB of {kind}. Cut it into several files.")
+            raise DataError(
+                f"{spec} contains more than {FIELD_BYTES >> 30} GiB of {kind}. Split it into several files."
+            )
         found.append(record._replace(fields=json.loads(text)))
     if not found:
-        raise DataError(f"{spec} is empty: it holds no {kind}.")
+        raise DataError(f"{spec} contains no {kind}.")
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from quietstar_jax.errors import DataError
 
 RECODE = "Convert it to UTF-8, for example with `iconv -t UTF-8`."
-SET_KEY = "Set data.text_key (--text-key) to the field that holds the text or the conversation."
+SET_KEY = "Set `data.text_key` to the field that contains the text or the conversation."
 KEPT_BYTES = 1 << 31  # decompressed files and parquet row groups cached by one process
 
 T = TypeVar("T")

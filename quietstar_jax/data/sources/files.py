@@ -23,8 +23,8 @@ KINDS = {
 }  # fmt: skip
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")  # for all kinds except parquet
 READABLE = (
-    "Readable are .jsonl, .ndjson and .json (lines, or one array), .csv, .tsv, .txt and .md, each also with .gz, .zst, "
-    ".xz or .bz2, and .parquet. The package `datasets` reads more: hf:FOLDER:SPLIT."
+    "Supported are .jsonl, .ndjson and .json (lines, or one array), .csv, .tsv, .txt and .md, each also with .gz, "
+    ".zst, .xz or .bz2, and .parquet. The package `datasets` supports more: hf:FOLDER:SPLIT."
 )
 SPLITS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
@@ -151,9 +151,9 @@ def find_files(spec: str) -> list[File]:
     found = _find_remote(spec) if is_url(spec) else _find_local(spec)
     for item in found:
         if kind_of(item.name) is None:
-            raise DataError(f"{item.name} is of a kind that cannot be read. {READABLE}")
+            raise DataError(f"{item.name} has an unsupported format. {READABLE}")
         if not item.size:
-            raise DataError(f"{item.name} is empty. Remove it, or write it anew.")
+            raise DataError(f"{item.name} is empty. Remove it, or write it again.")
     return found
 
 
@@ -166,7 +166,7 @@ def one_file(name: str) -> File:
     if not is_url(name):
         path = Path(name)
         if not path.is_file():
-            raise DataError(f"{name} is missing. Copy it again, or make it anew.")
+            raise DataError(f"{name} is missing. Copy it again, or create it again.")
         if not os.access(path, os.R_OK):
             raise DataError(f"{name} cannot be read: permission denied. Change its permissions, or copy it.")
         return File(name, path.stat().st_size)
@@ -185,10 +185,12 @@ def _find_local(spec: str) -> list[File]:
     if path.is_file():
         return [one_file(str(path))]
     if not has_magic(spec):
-        raise DataError(f"There is no file or folder {spec!r}. Check the path (sources are relative to where you run).")
+        raise DataError(
+            f"There is no file or folder {spec!r}. Check the path (relative paths start in the current folder)."
+        )
     found = sorted(item for item in map(Path, glob(str(path), recursive=True)) if item.is_file())
     if not found:
-        raise DataError(f"No file matches {spec!r}. Check the pattern; `**` stands for any depth of folders.")
+        raise DataError(f"No file matches {spec!r}. Check the pattern; `**` matches any number of nested folders.")
     return [one_file(str(item)) for item in found]
 
 
@@ -198,7 +200,9 @@ def _find_remote(spec: str) -> list[File]:
         if has_magic(path) and not system.exists(path):
             listed = system.glob(path, detail=True)
             if not any(entry["type"] == "file" for entry in listed.values()):
-                raise DataError(f"No file matches {spec!r}. Check the pattern; `**` stands for any depth of folders.")
+                raise DataError(
+                    f"No file matches {spec!r}. Check the pattern; `**` matches any number of nested folders."
+                )
         elif system.isfile(path):
             listed = {path: system.info(path)}
         elif system.isdir(path):
@@ -206,14 +210,14 @@ def _find_remote(spec: str) -> list[File]:
             inside = {name: name.removeprefix(path).strip("/").split("/") for name in listed}
             listed = {name: listed[name] for name in _of_folder(spec, inside)}
         else:
-            raise DataError(f"There is no file or folder {spec!r}. Check the URL, and that you may read it.")
+            raise DataError(f"There is no file or folder {spec!r}. Check the URL, and your permission to read it.")
     except DataError:
         raise
     except Exception as error:  # every file system has its own errors
         raise DataError(f"{spec} cannot be listed: {error}. Check the URL, the network, your credentials.") from error
     unsized = [name for name, entry in listed.items() if entry["type"] == "file" and entry["size"] is None]
     if unsized:
-        raise DataError(f"{unsized[0]}: the server does not say how large it is. Download it, and give the file.")
+        raise DataError(f"{unsized[0]}: the server does not report its size. Download it, and give the file.")
     return [
         File(system.unstrip_protocol(name), int(entry["size"]))
         for name, entry in sorted(listed.items())
@@ -238,21 +242,21 @@ def _of_folder(folder: str, inside: Mapping[str, Sequence[str]]) -> list[str]:
         if kind_of(name) and not any(p.startswith(".") for p in parts) and not DESCRIPTIONS.fullmatch(parts[-1])
     )
     if not found:
-        raise DataError(f"The folder {folder} holds no text. {READABLE}")
+        raise DataError(f"The folder {folder} contains no text. {READABLE}")
     root = folder.rstrip("/")
     kinds = _grouped(found, lambda name: str(kind_of(name)))
     if len(kinds) > 1:
         examples = ", ".join(PurePosixPath(bare_name(of_kind[0])).name for of_kind in kinds.values())
         endings = sorted({PurePosixPath(name).suffix for name in found})
         raise DataError(
-            f"The folder {folder} holds several kinds of text ({examples}). Say which is meant with a glob: "
+            f"The folder {folder} contains several kinds of text ({examples}). Select one with a glob: "
             f"{' or '.join(repr(f'{root}/**/*{ending}') for ending in endings)}."
         )
     splits = _grouped(found, lambda name: _split_of(inside[name])) if "text" not in kinds else {}
     if len(splits) > 1:
         globs = (f"{root}/{'/'.join([*inside[names[0]][:-1], _starred(names, inside)])}" for names in splits.values())
         raise DataError(
-            f"The folder {folder} holds several splits ({', '.join(splits)}). Say which is meant with a glob: "
+            f"The folder {folder} contains several splits ({', '.join(splits)}). Select one with a glob: "
             f"{' or '.join(map(repr, globs))}."
         )
     return found

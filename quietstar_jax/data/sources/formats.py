@@ -206,10 +206,10 @@ def parse_record(raw: bytes, where: str, start: int) -> Record:
     try:
         fields = json.loads(decoded(raw, where, start))
     except (ValueError, RecursionError) as error:
-        reason = "it holds NUL bytes, as a file has that was being written when a machine failed" if (
+        reason = "it contains NUL bytes; was the machine switched off while the file was written?" if (
             not raw.strip(b"\0 \r\n")
         ) else str(error)  # fmt: skip
-        raise DataError(f"{where}: broken JSON ({reason}). Every line holds one JSON object.") from error
+        raise DataError(f"{where}: broken JSON ({reason}). Every line must be one JSON object.") from error
     if not isinstance(fields, dict):
         raise DataError(
             f"{where}: a JSON {type(fields).__name__}, not an object. Write {{...}}, with a key for the text."
@@ -238,7 +238,7 @@ class ParquetRows:
         groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
         self._ends = list(itertools.accumulate(group.num_rows for group in groups))
         if not len(self):
-            raise DataError(f"{file.name} has no rows. Remove it, or write it anew.")
+            raise DataError(f"{file.name} has no rows. Remove it, or write it again.")
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -286,8 +286,8 @@ class ParquetRows:
         size = sum(columns.column(i).total_uncompressed_size for i in range(columns.num_columns))
         if size > GROUP_BYTES:
             raise DataError(
-                f"{self._file.name}: row group {number} takes {size >> 20} MiB, more than {GROUP_BYTES >> 20} MiB. "
-                "Write it anew with smaller row groups, or prepare it ahead."
+                f"{self._file.name}: row group {number} needs {size >> 20} MiB, more than {GROUP_BYTES >> 20} MiB. "
+                "Write it again with smaller row groups, or prepare the text in advance."
             )
         try:
             group = table.read_row_group(number, columns=self._columns)
@@ -311,4 +311,4 @@ def open_parquet(file: File) -> Any:
 
 
 def _broken_parquet(file: File, error: Exception) -> DataError:
-    return DataError(f"{file.name} cannot be read as parquet: {error} Write or copy it anew.")
+    return DataError(f"{file.name} cannot be read as parquet: {error} Write or copy it again.")

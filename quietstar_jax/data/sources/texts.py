@@ -24,8 +24,8 @@ Render = Callable[[list[dict[str, Any]]], str]  # converts a conversation to tex
 
 DOCUMENT_BYTES = 1 << 26  # maximum size of one document; its tokens need about fifty times as much memory
 TOO_LONG = (
-    f"is longer than {DOCUMENT_BYTES >> 20} MiB, the most that one document may have. Cut it into several documents "
-    "(of a text file: data.text_documents or --text-documents, paragraph or line)."
+    f"is longer than {DOCUMENT_BYTES >> 20} MiB, the maximum of one document. Split it into several documents (in a "
+    "text file: set `data.text_documents` to paragraph or line)."
 )
 LISTED = 20  # maximum number of fields in a message
 
@@ -59,7 +59,7 @@ class TextOf:
             return ""
         if not isinstance(value, str):
             held = "a list" if isinstance(value, list) else type(value).__name__
-            raise DataError(f"{record.where}: {self.key!r} holds {held}, not text. {SET_KEY}")
+            raise DataError(f"{record.where}: {self.key!r} contains {held}, not text. {SET_KEY}")
         if len(value) > DOCUMENT_BYTES:
             raise DataError(f"{record.where} {TOO_LONG}")
         if not value.isascii():
@@ -67,7 +67,7 @@ class TextOf:
                 value.encode("utf-8")
             except UnicodeEncodeError as error:  # JSON can contain surrogates, which no tokenizer accepts
                 raise DataError(
-                    f"{record.where}: character {error.start} is half of a surrogate pair. Repair the text."
+                    f"{record.where}: character {error.start} is half of a surrogate pair. Correct the text."
                 ) from error
         return "" if is_blank(value) else value
 
@@ -87,7 +87,7 @@ class TextOf:
 
     def _conversation(self, record: Record, messages: list[Any]) -> str:
         if self.render is None:
-            raise DataError(f"{record.where}: {self.key!r} holds a conversation, not text. {SET_KEY}")
+            raise DataError(f"{record.where}: {self.key!r} contains a conversation, not text. {SET_KEY}")
         try:
             return self.render([_message(message) for message in messages])
         except DataError:
@@ -160,7 +160,7 @@ class Texts:
 
     def _look_through(self) -> np.ndarray:
         name = ", ".join(piece.name for piece in self._records.pieces()[:1])
-        records = iter(tqdm(self._records, f"looking through {name}", len(self._records), disable=None, delay=5))
+        records = iter(tqdm(self._records, f"checking {name}", len(self._records), disable=None, delay=5))
         flags = (not self._text.is_empty(record) for record in records)
         found = []
         while chunk := list(itertools.islice(flags, 1 << 16)):

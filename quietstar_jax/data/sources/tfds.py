@@ -44,12 +44,12 @@ class TfdsExamples:
         self._records: Numbered[bytes]
         if stored == "array_record":
             if is_url(directory):
-                raise DataError(f"{spec}: array_record files are read from a disk. Copy or mount {directory}.")
+                raise DataError(f"{spec}: array_record files must be on a local disk. Copy or mount {directory}.")
             self._records = ArrayRecords(stretches)
         elif stored == "tfrecord":
             self._records = TfRecords(stretches, config.cache_dir)
         else:
-            raise DataError(f"{spec}: {directory} is stored as {stored}, which cannot be read here. {_PREPARE}")
+            raise DataError(f"{spec}: {directory} is stored as {stored}, which is not supported. {_PREPARE}")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -60,7 +60,7 @@ class TfdsExamples:
         try:
             fields = self._features.deserialize_example_np(self._records[index])
         except (DecodeError, KeyError) as error:
-            raise DataError(f"{where} cannot be read: {error}. Copy the files again, or prepare it anew.") from error
+            raise DataError(f"{where} cannot be read: {error}. Copy the files again, or prepare them again.") from error
         return Record(where, _plain(fields))
 
     def __iter__(self) -> Iterator[Record]:
@@ -154,9 +154,9 @@ def _prepared_directory(spec: str, name: str, data_dir: str) -> str:
         newest = max(wanted, key=lambda folder: [int(part) for part in re.findall(r"\d+", folder.rpartition("/")[2])])
         return str(system.unstrip_protocol(newest)) if is_url(data_dir) else newest
     there = f"prepared are {names(folder.removeprefix(f'{root}/') for folder in found)}" if found else (
-        "nothing of it is prepared"
+        "it is not prepared"
     )  # fmt: skip
-    raise DataError(f"{spec}: not found in {data_dir} (data.data_dir); {there}. {_PREPARE}")
+    raise DataError(f"{spec}: not found in {data_dir} (`data.data_dir`); {there}. {_PREPARE}")
 
 
 def _has_info(name: str) -> bool:

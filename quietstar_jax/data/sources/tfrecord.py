@@ -23,7 +23,7 @@ from quietstar_jax.data.sources.files import File
 from quietstar_jax.errors import DataError
 
 HEADER, FOOTER = 12, 4  # bytes before and after the data of a record
-COPY = "Copy the file again, or prepare the dataset anew."
+COPY = "Copy the file again, or prepare the dataset again."
 
 
 class Stretch(NamedTuple):
@@ -78,7 +78,8 @@ class TfRecords:
         starts = cached_array(self._cache_dir, f"tfrecord-{key}", lambda: _record_starts(file))
         if len(starts) - 1 != stretch.records:
             raise DataError(
-                f"{file.name} holds {len(starts) - 1} records, but the dataset's info says {stretch.records}. {COPY}"
+                f"{file.name} contains {len(starts) - 1} records, but {stretch.records} according to the dataset's "
+                f"info. {COPY}"
             )
         return starts
 

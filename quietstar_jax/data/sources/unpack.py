@@ -127,7 +127,7 @@ def lines_of(file: File, config: DataConfig) -> Iterator[bytes]:
         with open_unpacked(file) as stream:
             head = stream.peek(HEAD_BYTES)  # type: ignore[attr-defined]
             if not head and file.suffix in COMPRESSIONS:
-                raise DataError(f"{file.name} decompresses to nothing. Remove it, or write it anew.")
+                raise DataError(f"{file.name} is empty after decompression. Remove it, or write it again.")
             way = _way(head)
             if kind == "json" and way is None:
                 yield from _raw_lines(file, stream)
@@ -172,8 +172,9 @@ def unpacked(file: File, config: DataConfig) -> File:
                 _write(file, config, temporary)
         except OSError as error:
             raise DataError(
-                f"{file.name} cannot be unpacked to {path.parent}: {error}. Set data.cache_dir, or the environment "
-                "variable XDG_CACHE_HOME, to a folder with room; or prepare the text ahead, which needs none."
+                f"{file.name} cannot be unpacked to {path.parent}: {error}. Set `data.cache_dir`, or the environment "
+                "variable XDG_CACHE_HOME, to a folder with free space; or prepare the text in advance, which needs "
+                "none."
             ) from error
     return File(str(path), path.stat().st_size)
 
@@ -185,8 +186,8 @@ def _write(file: File, config: DataConfig, path: Path) -> None:
             written += stream.write(line)
             if written > UNPACKED_BYTES:
                 raise DataError(
-                    f"{file.name} unpacks to more than {UNPACKED_BYTES >> 30} GiB, the most that is kept of one file. "
-                    "Prepare it with `python -m quietstar_jax.data.prepare`, which reads it as a stream."
+                    f"{file.name} unpacks to more than {UNPACKED_BYTES >> 30} GiB, the limit for one file. Prepare it "
+                    "with `python -m quietstar_jax.data.prepare`, which reads it as a stream."
                 )
             if written - checked > CHECKED_BYTES:
                 checked = written
@@ -244,7 +245,7 @@ def _elements(file: File, text: IO[str]) -> Iterator[Any]:
         at = _BLANK.match(buffer, at).end()  # type: ignore[union-attr]
         if buffer[at : at + 1] == "]":
             if (buffer[at + 1 :] + text.read(CHUNK)).strip():
-                raise DataError(f"{file.name}: there is more behind the JSON array. Write one object to a line.")
+                raise DataError(f"{file.name}: text follows the JSON array. Write one object to a line.")
             return
         try:
             value, end = decoder.raw_decode(buffer, at)
@@ -278,11 +279,11 @@ def _rows(file: File, text: IO[str]) -> Iterator[dict[str, str]]:
             if len(row) != len(header):
                 raise DataError(
                     f"{file.name}, row {number} (line {reader.line_num}): {len(row)} fields, but the first line names "
-                    f"{len(header)}: {', '.join(header)}. Quote fields that hold a delimiter."
+                    f"{len(header)}: {', '.join(header)}. Quote fields that contain a delimiter."
                 )
             yield dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise DataError(f"{file.name}, line {reader.line_num}: broken table ({error}). Write it anew.") from error
+        raise DataError(f"{file.name}, line {reader.line_num}: broken table ({error}). Write it again.") from error
 
 
 def _documents(file: File, text: IO[str], documents: str) -> Iterator[str]:
@@ -312,5 +313,5 @@ def _documents(file: File, text: IO[str], documents: str) -> Iterator[str]:
 
 def _unreadable(file: File, error: Exception) -> DataError:
     if file.suffix in COMPRESSIONS:
-        return DataError(f"{file.name} cannot be decompressed: {error}. Compress or copy it anew.")
+        return DataError(f"{file.name} cannot be decompressed: {error}. Compress or copy it again.")
     return DataError(f"{file.name} cannot be read: {error}.")

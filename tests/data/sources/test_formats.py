@@ -47,9 +47,9 @@ def test_compressed(tmp_path: Path, name: str, pack: Any) -> None:
     large = opened(put(tmp_path / f"large-{name}", pack(lines(["x" * 100_000]))))
     assert len(large[0]) == 100_000
     assert len(pickle.dumps(large)) < 2000
-    fails(put(tmp_path / f"cut-{name}", pack(lines(DOCUMENTS))[:-6]), "cannot be decompressed: .*copy it anew")
+    fails(put(tmp_path / f"cut-{name}", pack(lines(DOCUMENTS))[:-6]), "cannot be decompressed: ")
     fails(put(tmp_path / f"not-{name}", b"plain text"), "cannot be decompressed")
-    fails(put(tmp_path / f"nothing-{name}", pack(b"")), "decompresses to nothing")
+    fails(put(tmp_path / f"nothing-{name}", pack(b"")), "empty after decompression")
     fails(put(tmp_path / f"bad-{name}", pack(lines(["a"]) + b"{\n")), "line 2: broken JSON")
 
 
@@ -67,7 +67,7 @@ def test_any_documents_at_any_scan_size(
         patch.setattr(formats, "cached_array", lambda directory, name, make: make())
         documents = [text for text in documents if not is_blank(text)]
         if not documents:
-            fails(path, "holds no text: all of its")
+            fails(path, "contains no text: all of its")
             return
         source = opened(path)
         assert [source[i] for i in range(len(source))] == documents
@@ -88,7 +88,7 @@ def test_ranges_of_bytes_have_every_line_once(
 def test_a_broken_line_of_a_range_is_named(tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl", lines(["a", "b", "c"]) + b'{"text": 1}\n' + lines(["d"]))
     (file,) = find_files(str(path))
-    with pytest.raises(DataError, match=r"a\.jsonl, line 4: 'text' holds int"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 4: 'text' contains int"):
         list(lines_between(file, file.size // 3, file.size, TextOf("text")))
 
 
@@ -111,16 +111,16 @@ def test_memory_keeps_what_was_used_last() -> None:
     ("content", "message"),
     [
         (b"", r"a\.jsonl is empty"),
-        (b"\n", r"a\.jsonl holds no records"),
-        (b'{"text": ""}\n{"text": null}\n', r"a\.jsonl holds no text: all of its 2 documents are empty"),
+        (b"\n", r"a\.jsonl contains no records"),
+        (b'{"text": ""}\n{"text": null}\n', r"a\.jsonl contains no text: all of its 2 documents are empty"),
         (b'[\n"a",\n"b"\n]\n', r"a\.jsonl, element 1 of the array: a JSON str, not an object"),
         (b'[{"text": "a"}, {"text": \n', r"a\.jsonl, element 2 of the array: broken JSON"),
-        (b'[{"text": "a"}]\n[{"text": "a"}]', r"a\.jsonl: there is more behind the JSON array"),
+        (b'[{"text": "a"}]\n[{"text": "a"}]', r"a\.jsonl: text follows the JSON array"),
         (b'"a"\n', r"a\.jsonl, line 1: a JSON str, not an object\. Write \{\.\.\.\}, with a key"),
-        (b'{"body": "a", "id": 1}\n', r"a\.jsonl, line 1: no field 'text'; it has body, id\. Set data\.text_key"),
+        (b'{"body": "a", "id": 1}\n', r"a\.jsonl, line 1: no field 'text'; it has body, id\. Set .data\.text_key"),
         (b'{"m": {"body": "a", "id": 1}}\n', r"a\.jsonl, line 1: no field 'text'; it has m\.body, m\.id\."),
-        (b'{"text": ["a"]}\n', r"a\.jsonl, line 1: 'text' holds a list, not text\. Set data\.text_key"),
-        (b'{"text": [{"role": "user", "content": "a"}]}\n', r"line 1: 'text' holds a conversation, not text\."),
+        (b'{"text": ["a"]}\n', r"a\.jsonl, line 1: 'text' contains a list, not text\. Set .data\.text_key"),
+        (b'{"text": [{"role": "user", "content": "a"}]}\n', r"line 1: 'text' contains a conversation, not text\."),
     ],
 )
 def test_broken_json_lines_at_the_door(tmp_path: Path, content: bytes, message: str) -> None:
@@ -130,8 +130,8 @@ def test_broken_json_lines_at_the_door(tmp_path: Path, content: bytes, message: 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "a"', r"a\.jsonl, line 2: broken JSON \(.*\)\. Every line holds one JSON object"),
-        (b"\0" * 20, r"a\.jsonl, line 2: broken JSON \(it holds NUL bytes"),
+        (b'{"text": "a"', r"a\.jsonl, line 2: broken JSON \(.*\)"),
+        (b"\0" * 20, r"a\.jsonl, line 2: broken JSON \(it contains NUL bytes"),
         (b'"text"', r"a\.jsonl, line 2: a JSON str, not an object"),
         (b'{"body": "a"}', r"a\.jsonl, line 2: no field 'text'; it has body"),
         (b'{"text": "\xff"}', r"a\.jsonl, line 2: not UTF-8 at byte 24\. Convert it"),
@@ -163,14 +163,14 @@ def test_errors_of_parquet(tmp_path: Path) -> None:
         pq.write_table(table(values, kind), tmp_path / "a.parquet")
         return tmp_path / "a.parquet"
 
-    fails(write(["a"]), r"no field 'body'; it has n, text\. Set data\.text_key", text_key="body")
-    fails(write([1]), r"row 1: 'text' holds int, not text\. Set data\.text_key")
+    fails(write(["a"]), r"no field 'body'; it has n, text\. Set .data\.text_key", text_key="body")
+    fails(write([1]), r"row 1: 'text' contains int, not text\. Set .data\.text_key")
     fails(write([], pa.string()), "has no rows")
     assert read(opened(write(["a", None, "b"], pa.string()))) == ["a", "b"]
     invalid = pa.Array.from_buffers(pa.string(), 1, pa.array([b"a\xff"]).buffers())
     pq.write_table(pa.table({"text": invalid}), tmp_path / "a.parquet")
     fails(tmp_path / "a.parquet", r"a\.parquet, row 1: not UTF-8 at byte 1 of the text", index=0)
-    fails(put(tmp_path / "a.parquet", b"PAR1 no"), "cannot be read as parquet: .*anew")
+    fails(put(tmp_path / "a.parquet", b"PAR1 no"), "cannot be read as parquet: ")
     fails(put(tmp_path / "a.parquet", b""), "is empty")
 
 

@@ -76,8 +76,8 @@ def test_errors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fails("hf:name", "is not `hf:NAME")
     fails(f"hf:{folder}:nope", "cannot be loaded: Unknown split .*Check name, configuration and split")
     fails(f"hf:{folder}/other:train", "cannot be loaded: BuilderConfig 'other' not found")
-    fails(f"hf:{folder}:train", "no field 'body'; it has text, n. Set data.text_key", text_key="body")
-    fails(f"hf:{folder}:train", "row 0: 'n' holds int, not text", index=0, text_key="n")
+    fails(f"hf:{folder}:train", "no field 'body'; it has text, n. Set .data.text_key", text_key="body")
+    fails(f"hf:{folder}:train", "row 0: 'n' contains int, not text", index=0, text_key="n")
     monkeypatch.setitem(sys.modules, "datasets", None)
     fails(f"hf:{folder}:train", "needs datasets: `pip install datasets`")
     assert DataConfig().text_key == "text"

@@ -1,0 +1,237 @@
+"""Scores of next tokens without thoughts and after thoughts: the one scorer of evaluation, measurements and reports.
+
+    tokens ──> read_text ──> think ──> thoughts [B, R, J, T] ──> score_given_thoughts ──> TokenScores
+
+Axis letters: B texts, L tokens per text, J positions, R thoughts per position, T tokens per thought, K tokens ahead,
+A candidates, N likeliest tokens, V vocabulary. Position j predicts the token x[j+1]. Losses, rewards and entropies are
+in nats, float32. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quietstar_jax.models.linear import cross_entropy
+from quietstar_jax.parallel.axes import constrain
+from quietstar_jax.thoughts.chunks import map_chunks, max_positions_per_chunk, max_sampled_positions_per_chunk
+from quietstar_jax.thoughts.controls import Uniforms, sample_or_control
+from quietstar_jax.thoughts.model import QuietStar
+from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
+from quietstar_jax.thoughts.score import score_thoughts
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.text import Text, entropy, gather_next_tokens, here_and_ahead, read_text, real_ahead
+
+DECILES = 10
+
+
+class Prediction(NamedTuple):
+    """Predictions of x[j+1]; the leading axes are [B, J] without thoughts and [B, R, J] after thoughts.
+
+    Attributes:
+      nll: [..] cross-entropy of x[j+1]; 0 where it is not real.
+      best: [..] the most likely id of those that are not forbidden.
+      correct: [..] bool, whether `best` is x[j+1]; False where that is not real.
+      candidates: [.., A] log-probabilities of the candidates; None unless requested.
+      top_ids, top_probabilities: [.., N] the likeliest ids of the whole vocabulary; None unless requested.
+    """
+
+    nll: Any
+    best: Any
+    correct: Any
+    candidates: Any = None
+    top_ids: Any = None
+    top_probabilities: Any = None
+
+
+class TokenScores(NamedTuple):
+    """Scores at J positions. The first three fields do not depend on thoughts; the others are None without thoughts.
+
+    Attributes:
+      real: [B, J] bool, x[j+1] exists, is not padding, and belongs to the same document as x[j].
+      base: predictions [B, J] without thoughts.
+      base_entropy: [B, J] entropy of these predictions; independent of x[j+1].
+      talk: `Prediction` [B, R, J] after each thought; exactly those without thoughts where the mixing weight is 0.
+      reward: [B, R, J] increase of the log-likelihood of the next K tokens due to the thought.
+      weight: [B, R, J] mixing weight of x[j+1].
+      thought_entropy: [B, R, J] mean entropy of the distributions that the thought's tokens were drawn from.
+      thoughts: [B, R, J, T] int32.
+    """
+
+    real: Any
+    base: Prediction
+    base_entropy: Any
+    talk: Any = None
+    reward: Any = None
+    weight: Any = None
+    thought_entropy: Any = None
+    thoughts: Any = None
+
+    @property
+    def thinks(self) -> bool:
+        """Whether there are thoughts."""
+        return self.thoughts is not None and self.thoughts.shape[-1] > 0
+
+    def of_text(self, row: int, positions: slice) -> TokenScores:
+        """Returns the scores of one text at some of its positions: [J] without thoughts, [R, J] after thoughts."""
+        without = jax.tree.map(lambda x: x[row, positions], self[:3])
+        return TokenScores(*without, *jax.tree.map(lambda x: x[row, :, positions], self[3:]))
+
+    def first_thought(self) -> TokenScores:
+        """Returns the scores with the first thought, [B, J] in all fields.
+
+        Without thoughts, predictions after them equal those without them, all other values are 0, and T is 0.
+        """
+        if self.talk is None:
+            zeros = np.zeros_like(self.base.nll)
+            return TokenScores(*self[:3], self.base, zeros, zeros, zeros, np.zeros((*zeros.shape, 0), np.int32))
+        return TokenScores(*self[:3], *jax.tree.map(lambda x: x[:, 0], self[3:]))
+
+
+def score_tokens(
+    model: QuietStar, tokens: jax.Array, mask: jax.Array, starts: jax.Array | None, positions: jax.Array,
+    uniforms: Uniforms, settings: ThoughtSettings, *, greedy: int = 1, **wanted: Any,
+) -> TokenScores:  # fmt: skip
+    """Scores x[j+1] at J positions without thoughts and after R thoughts; replicated on all devices.
+
+    Args:
+      tokens, mask, starts: [B, L] as in `Text`.
+      positions: [J].
+      uniforms: random numbers of thoughts at all L positions, [B, R, L, T]; T may be 0. Greedy thoughts use none, but
+        some controls do.
+      settings: its `num_thoughts` is not used.
+      greedy: how many of the R thoughts are greedy; these come first, the others are sampled.
+      wanted: optional results, see `score_given_thoughts`.
+    """
+    # Chunks are for R thoughts at any position. There is no backward pass, so a chunk needs memory for one layer only.
+    config = dataclasses.replace(settings.config, positions="all")
+    number = uniforms.tokens.shape[1]
+    settings = dataclasses.replace(settings, num_thoughts=number, rematerialize=True, config=config)
+    text = read_text(model.decoder, tokens, mask, starts, dtype=settings.dtype)
+    thoughts = think(model, text, positions, uniforms, settings, greedy) if settings.thought_length else None
+    return score_given_thoughts(model, text, positions, thoughts, settings, **wanted)
+
+
+def think(
+    model: QuietStar, text: Text, positions: jax.Array, uniforms: Uniforms, settings: ThoughtSettings, greedy: int
+) -> Thoughts:
+    """Returns R thoughts at J positions, or their replacement under the control; arguments as in `score_tokens`."""
+    shuffled = settings.config.control == "shuffled"  # needs the thoughts of all earlier positions
+    chosen = jnp.arange(text.tokens.shape[1]) if shuffled else positions
+    uniforms = jax.tree.map(lambda x: jnp.take(x, chosen, axis=2), uniforms)
+    largest = max_sampled_positions_per_chunk(model.decoder.architecture, settings, *text.tokens.shape)
+
+    def some(first: int, last: int, greedy: bool) -> Thoughts:
+        own = jax.tree.map(lambda x: x[:, first:last], uniforms)
+        several = dataclasses.replace(settings, num_thoughts=last - first)
+        return sample_or_control(model, text, chosen, own, several, min(largest, chosen.size), greedy=greedy)
+
+    parts = ((0, greedy, True), (greedy, settings.num_thoughts, False))
+    thoughts = [some(*part) for part in parts if part[0] < part[1]]
+    joined: Thoughts = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *thoughts)
+    return jax.tree.map(lambda x: jnp.take(x, positions, axis=2), joined) if shuffled else joined
+
+
+def score_given_thoughts(
+    model: QuietStar, text: Text, positions: jax.Array, thoughts: Thoughts | None, settings: ThoughtSettings, *,
+    forbidden: tuple[int, ...] = (), candidates: jax.Array | None = None, likeliest: int = 0,
+) -> TokenScores:  # fmt: skip
+    """Scores x[j+1] at J positions [J] without thoughts and after given ones; replicated on all devices.
+
+    Args:
+      thoughts: [B, R, J, T], sampled or from elsewhere; None = no thoughts.
+      settings: with R thoughts per position.
+      forbidden: ids that are never `Prediction.best`.
+      candidates: [B, A] ids whose log-probabilities are returned at every position.
+      likeliest: N, how many of the likeliest tokens are returned; 0 = none.
+    """
+    ahead, mixing = settings.tokens_ahead, settings.config.mixing
+
+    def of_chunk(operands: Any, positions: jax.Array, thoughts: Thoughts | None) -> TokenScores:
+        model, text, candidates = operands
+        real = real_ahead(text.mask, positions, ahead, text.starts)
+        targets = gather_next_tokens(text.tokens, positions, ahead, fill=0)
+        logits = model.decoder.logits(here_and_ahead(text.hidden, positions, ahead))  # [B, J, K, V]
+        base_nll = jnp.where(real, cross_entropy(logits, targets), 0.0)  # [B, J, K]
+        # `map_chunks` joins along axis 2, so results without thoughts have an axis of one thought here: [B, 1, J].
+        first, first_real, first_target = logits[:, None, :, 0], real[:, None, :, 0], targets[:, None, :, 0]
+
+        def predict(log_scores: jax.Array, nll: jax.Array, *, normalized: bool) -> Prediction:
+            """log_scores [B, R, J, V]: logits, or log-probabilities if `normalized`; nll [B, R, J]."""
+            best = mask_meta_tokens(log_scores, forbidden).argmax(axis=-1)
+            found = Prediction(nll, best, (best == first_target) & first_real)
+            total = 0.0 if normalized else jax.nn.logsumexp(log_scores, axis=-1, keepdims=True)
+            log_probs = log_scores - total
+            if candidates is not None:
+                at = candidates[:, None, None]
+                found = found._replace(candidates=jnp.take_along_axis(log_probs, at, axis=-1))
+            if likeliest:
+                top, ids = jax.lax.top_k(log_probs, likeliest)
+                found = found._replace(top_ids=ids, top_probabilities=jnp.exp(top))
+            return found
+
+        base = predict(first, base_nll[:, None, :, 0], normalized=False)
+        without = (first_real, base, entropy(first))
+        if thoughts is None:
+            return TokenScores(*without)
+        scores = score_thoughts(model, text, positions, thoughts.tokens, settings, base_nll)
+        talk = predict(scores.log_scores[..., 0, :], scores.nll[..., 0], normalized=mixing == "log_probabilities")
+        weight = scores.weight[..., 0]
+
+        def unless_unmoved(before: jax.Array, after: jax.Array) -> jax.Array:
+            # A weight of 0 leaves the prediction unchanged: any difference is rounding.
+            return jnp.where(jnp.expand_dims(weight == 0, tuple(range(3, after.ndim))), before, after)
+
+        talk = jax.tree.map(unless_unmoved, base, talk)
+        reward = (base_nll[:, None] - scores.nll).sum(axis=-1)
+        return TokenScores(*without, talk, reward, weight, thoughts.entropy.mean(axis=-1), thoughts.tokens)
+
+    largest = max_positions_per_chunk(model.decoder.architecture, settings, *text.tokens.shape)
+    chunk, operands = min(largest, positions.size), (model, text, candidates)
+    scores = map_chunks(of_chunk, operands, positions, chunk, thoughts, axis=2)
+    scores = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), scores)
+    return TokenScores(*jax.tree.map(lambda x: x[:, 0], scores[:3]), *scores[3:])
+
+
+def summarize(scores: TokenScores) -> dict[str, Any]:
+    """Returns means over all real tokens: losses in nats per token, rewards in nats, and rates.
+
+    `deciles` has one row per tenth of the tokens, from the lowest to the highest entropy of the prediction without
+    thoughts. Sorting by the loss without thoughts instead would select tokens by the quantity that is compared: any
+    change that only makes predictions less certain, such as a higher temperature, would seem to help the hard tokens.
+
+    Args:
+      scores: numpy arrays, as from `first_thought`.
+    """
+    real = scores.real
+    scores = jax.tree.map(lambda x: x[real], scores)
+    if not len(scores.real):
+        return {"tokens": 0}
+    base, talk, thoughts = scores.base, scores.talk, scores.thoughts
+    order = np.argsort(scores.base_entropy, kind="stable")
+    rows = [
+        {
+            "entropy_without_thoughts": float(scores.base_entropy[part].mean()),
+            "loss_without_thoughts": float(base.nll[part].mean()),
+            "loss_with_thoughts": float(talk.nll[part].mean()),
+            "mixing_weight": float(scores.weight[part].mean()),
+        }
+        for part in np.array_split(order, DECILES)
+        if part.size
+    ]
+    return {
+        "tokens": len(scores.real),
+        "loss_without_thoughts": float(base.nll.mean(dtype=np.float64)),
+        "loss_with_thoughts": float(talk.nll.mean(dtype=np.float64)),
+        "accuracy_without_thoughts": float(base.correct.mean()),
+        "accuracy_with_thoughts": float(talk.correct.mean()),
+        "mixing_weight": float(scores.weight.mean()),
+        "reward": float(scores.reward.mean()),
+        "thought_entropy": float(scores.thought_entropy.mean()),
+        "unique_thought_rate": len(np.unique(thoughts, axis=0)) / len(thoughts) if scores.thinks else 0.0,
+        "deciles": rows,
+    }
