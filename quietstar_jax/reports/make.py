@@ -61,7 +61,7 @@ class TextOptions:
 
 
 def report_checkpoint(
-    path: str, options: TextOptions, step: int | None = None, *, revision: str = "", dtype: str = "float32"
+    path: str, options: TextOptions, step: int | None = None, *, revision: str = "", dtype: ComputeDtype = "float32"
 ) -> str:
     """Returns the page of a model that has learned to think.
 

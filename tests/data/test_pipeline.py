@@ -75,7 +75,7 @@ def test_packed_is_the_stream_of_documents(corpus: str) -> None:
     assert first != second
 
 
-@EACH_PACKING
+@PACKINGS
 def test_documents_without_tokens_do_no_harm(tmp_path: Path, packing: str) -> None:
     """They have no number; what has nothing to predict is no span."""
     source = write(tmp_path / "gaps.jsonl", [[], [2, 3, 4], [], [], [5], [6, 7]])
@@ -100,7 +100,7 @@ def test_nothing_but_empty_documents(tmp_path: Path) -> None:
         sequences(write(tmp_path / "empty.jsonl", [[], []]))
 
 
-@EACH_PACKING
+@PACKINGS
 def test_seed_decides(corpus: str, packing: str) -> None:
     first = take(corpus, 30, packing=packing)
     same(first, take(corpus, 30, packing=packing))
@@ -108,7 +108,7 @@ def test_seed_decides(corpus: str, packing: str) -> None:
     take(corpus, 1, seed=2**40, packing=packing)
 
 
-@EACH_PACKING
+@PACKINGS
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_share_one_order(corpus: str, packing: str, count: int) -> None:
     parts = [take(corpus, 11, packing=packing, process=(index, count)) for index in range(count)]
