@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from quietstar_jax.config import DataConfig, TextDocuments
+from quietstar_jax.config import ComputeDtype, DataConfig, TextDocuments
 from quietstar_jax.data.documents import joined, open_documents
 from quietstar_jax.data.pipeline import VALIDATION_SEED
 from quietstar_jax.data.sources import SYNTHETIC
