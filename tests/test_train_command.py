@@ -62,7 +62,7 @@ def test_an_unknown_flag_is_refused(tmp_path):
     for setting, message in (
         ("--config.sede=1", "config.sede is not a setting; did you mean seed?"),
         ("--config.phases[7].steps=1", "config.phases[7] does not exist: config.phases is a list of 3"),
-        ("--confg=x", "unrecognized arguments: --confg=x"),
+        ("--confg=x", "Did you mean --config?"),
     ):
         ended = run(tmp_path, setting)
         assert ended.returncode == 2

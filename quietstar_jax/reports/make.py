@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from quietstar_jax.config import DataConfig, TextDocuments
+from quietstar_jax.config import ComputeDtype, DataConfig, TextDocuments
 from quietstar_jax.data.documents import joined, open_documents
 from quietstar_jax.data.pipeline import VALIDATION_SEED
 from quietstar_jax.data.sources import SYNTHETIC
@@ -61,7 +61,7 @@ class TextOptions:
 
 
 def report_checkpoint(
-    path: str, options: TextOptions, step: int | None = None, *, revision: str = "", dtype: str = "float32"
+    path: str, options: TextOptions, step: int | None = None, *, revision: str = "", dtype: ComputeDtype = "float32"
 ) -> str:
     """Returns the page of a model that has learned to think.
 
