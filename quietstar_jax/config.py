@@ -14,7 +14,7 @@ import enum
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import ml_collections
 
@@ -65,7 +65,8 @@ SameText = Annotated[T, OnResume.SAME_TEXT]
 SameWeights = Annotated[T, OnResume.SAME_WEIGHTS]
 
 if TYPE_CHECKING:
-    Reward = Advantage = str
+    Reward: TypeAlias = str
+    Advantage: TypeAlias = str
 else:  # the names in these registries
     Reward, Advantage = Literal[tuple(REWARDS)], Literal[tuple(ADVANTAGES)]
 ComputeDtype = Literal["float32", "bfloat16"]

@@ -37,9 +37,9 @@ class SpeedMeter:
     def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_: object) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILATION:
-            self._compilations.append(seconds)
+            self._compilations.append(duration_secs)
 
     @contextlib.contextmanager
     def leave_out(self) -> Iterator[None]:

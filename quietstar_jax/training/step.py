@@ -163,7 +163,7 @@ def make_train_step(
     some = config.thought.positions != "all"
 
     def chunks(model: QuietStar, batch: Batch) -> tuple[int, int]:
-        sizes = (model.decoder.architecture, settings, *batch.tokens.shape)
+        sizes: tuple[Any, ...] = (model.decoder.architecture, settings, *batch.tokens.shape)
         return max_positions_per_chunk(*sizes), max_sampled_positions_per_chunk(*sizes)
 
     def choose_there(draws: Draws) -> Choose:
@@ -209,8 +209,8 @@ def make_train_step(
         def reward(piece: tuple[Batch, Draws]) -> Rewarded:
             batch, draws = piece
             return reward_thoughts(
-                model, batch.tokens, batch.mask, think_there(batch, draws, reference), settings, chunks(model, batch)[0],
-                starts=batch.starts, choose=choose_there(draws),
+                model, batch.tokens, batch.mask, think_there(batch, draws, reference), settings,
+                chunks(model, batch)[0], starts=batch.starts, choose=choose_there(draws),
             )  # fmt: skip
 
         return map_microbatches(reward, rows, phase.microbatches)
