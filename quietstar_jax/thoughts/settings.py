@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from quietstar_jax.config import ThoughtConfig
+from quietstar_jax.config import Config, Phase, ThoughtConfig
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,32 @@ class Vocabulary(NamedTuple):
     end_tokens: tuple[int, ...]
     pause_id: int = 0
     unused: tuple[int, ...] = ()
+
+
+def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> ThoughtSettings:
+    """Returns `ThoughtSettings` from the settings that all thoughts of a run share, and from the fields in `shape`."""
+    return ThoughtSettings(
+        meta_tokens=(*vocabulary.meta_tokens, *vocabulary.unused),
+        pad_id=vocabulary.pad_id,
+        pause_id=vocabulary.pause_id,
+        compute_dtype=config.model.compute_dtype,
+        prefix_attention=config.model.prefix_attention,
+        config=config.thought,
+        **shape,
+    )
+
+
+def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> ThoughtSettings:
+    """Returns the thought settings of one phase."""
+    until_now = config.phases[: [item.name for item in config.phases].index(phase.name) + 1]
+    return thought_settings(
+        config,
+        vocabulary,
+        thought_length=phase.thought_length,
+        num_thoughts=phase.num_thoughts,
+        tokens_ahead=phase.tokens_ahead,
+        policy_weight=phase.policy_weight,
+        distill_weight=phase.distill_weight,
+        longest_thought=max(item.thought_length for item in until_now),
+        rematerialize=config.model.rematerialize,
+    )
