@@ -23,8 +23,9 @@ from quietstar_jax.models.parameters import split
 from quietstar_jax.thoughts.chunks import max_positions_per_chunk
 from quietstar_jax.thoughts.flops import step_flops
 from quietstar_jax.thoughts.model import init_quiet_star
-from quietstar_jax.thoughts.settings import Vocabulary
-from quietstar_jax.training.step import Batch, initial_state, make_train_step, phase_settings
+from quietstar_jax.thoughts.settings import Vocabulary, phase_settings
+from quietstar_jax.training.batch import Batch
+from quietstar_jax.training.step import initial_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,10 @@ import pytest
 
 from quietstar_jax.config import from_config_dict
 from quietstar_jax.thoughts.settings import Vocabulary
+from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer
 from quietstar_jax.training.setup import abstract_params, check_length
-from quietstar_jax.training.step import Batch, initial_state, make_train_step
+from quietstar_jax.training.step import initial_state, make_train_step
 
 CONFIGS = sorted(path for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
 

@@ -31,10 +31,9 @@ from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import GraphDef
 from quietstar_jax.parallel.mesh import check_kernels
 from quietstar_jax.settings import from_mapping, one_of, to_mapping
-from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, thought_settings
 from quietstar_jax.training.base import PUBLISHED_MIXING, PUBLISHED_SCALE, can_think
 from quietstar_jax.training.setup import abstract_params
-from quietstar_jax.training.step import thought_settings
 
 PUBLISHED_LENGTH = 9  # T of checkpoints whose config.json has none: the paper's main setting
 Layout = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]

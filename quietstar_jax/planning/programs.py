@@ -24,10 +24,11 @@ from quietstar_jax.planning.architectures import planned_architecture
 from quietstar_jax.planning.targets import Target
 from quietstar_jax.thoughts.chunks import max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.flops import Flops, decoder_flops, step_flops
-from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, phase_settings
+from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.evaluation import evaluation_settings
 from quietstar_jax.training.setup import abstract_state, abstract_structure, check_length
-from quietstar_jax.training.step import Batch, compile_train_step, phase_settings
+from quietstar_jax.training.step import compile_train_step
 
 # The values of these ids affect neither memory nor time.
 VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(1, 2), start_tokens=(1,), end_tokens=(2,))

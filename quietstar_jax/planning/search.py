@@ -16,7 +16,7 @@ from quietstar_jax.errors import ConfigError
 from quietstar_jax.planning.plan import plan
 from quietstar_jax.planning.programs import VOCABULARY, chunk_sizes, find_phase, passes, plan_mesh, with_mesh
 from quietstar_jax.planning.targets import Target
-from quietstar_jax.training.step import phase_settings
+from quietstar_jax.thoughts.settings import phase_settings
 
 SIZES = ("data", "fsdp", "tensor", "position")
 STATE_BYTES = 24  # per parameter, all in float32: weight, two moments, gradient of a chunk, sum of gradients, update

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from quietstar_jax.config import ThoughtConfig
+from quietstar_jax.config import Config, Phase, ThoughtConfig
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ThoughtSettings:
       tokens_ahead: K, true tokens scored after a thought.
       policy_weight: weight of the REINFORCE term in the loss.
       distill_weight: weight of the KL divergence from the prediction with thoughts to the one without.
-      longest_thought: largest thought length of the run, for `policy_reduction="sum_over_max"`; 0 = `thought_length`.
+      longest_thought: largest thought length until now, for `policy_reduction="sum_over_max"`; 0 = `thought_length`.
       meta_tokens: ids that are never sampled in a thought.
       pad_id: id used for tokens past the end of the text.
       pause_id: id that fills thoughts under the control `pause`.
@@ -47,7 +47,7 @@ class ThoughtSettings:
     @property
     def reinforced(self) -> bool:
         """Whether REINFORCE trains the thoughts. Pauses are all equal, so their rewards differ only by rounding."""
-        return self.policy_weight > 0 and self.config.control != "pause"
+        return self.thought_length > 0 and self.policy_weight > 0 and self.config.control != "pause"
 
     @property
     def chain_length(self) -> int:
@@ -83,3 +83,32 @@ class Vocabulary(NamedTuple):
     end_tokens: tuple[int, ...]
     pause_id: int = 0
     unused: tuple[int, ...] = ()
+
+
+def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> ThoughtSettings:
+    """Returns `ThoughtSettings` from the settings that all thoughts of a run share, and from the fields in `shape`."""
+    return ThoughtSettings(
+        meta_tokens=(*vocabulary.meta_tokens, *vocabulary.unused),
+        pad_id=vocabulary.pad_id,
+        pause_id=vocabulary.pause_id,
+        compute_dtype=config.model.compute_dtype,
+        prefix_attention=config.model.prefix_attention,
+        config=config.thought,
+        **shape,
+    )
+
+
+def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> ThoughtSettings:
+    """Returns the thought settings of one phase."""
+    until_now = config.phases[: [item.name for item in config.phases].index(phase.name) + 1]
+    return thought_settings(
+        config,
+        vocabulary,
+        thought_length=phase.thought_length,
+        num_thoughts=phase.num_thoughts,
+        tokens_ahead=phase.tokens_ahead,
+        policy_weight=phase.policy_weight,
+        distill_weight=phase.distill_weight,
+        longest_thought=max(item.thought_length for item in until_now),
+        rematerialize=config.model.rematerialize,
+    )

@@ -13,9 +13,9 @@ from quietstar_jax.config import Config
 from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.sharding import row_ways
 from quietstar_jax.thoughts.controls import draw_uniforms
-from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, thought_settings
 from quietstar_jax.thoughts.token_scores import TokenScores, score_tokens
-from quietstar_jax.training.step import Batch, thought_settings, to_device
+from quietstar_jax.training.batch import Batch, to_device
 
 Scorer = Callable[..., TokenScores]  # (params, batch, key = None); see `make_token_scorer`
 

@@ -26,8 +26,10 @@ from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.preemption import PreemptionNotice
 from quietstar_jax.parallel.sharding import ProcessBatchShard, find_process_shard
 from quietstar_jax.signals import NAMES
+from quietstar_jax.thoughts.settings import phase_settings
 from quietstar_jax.thoughts.token_scores import summarize
 from quietstar_jax.training.answers import measure_answers
+from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.collapse import CollapseCheck, Seen, seen_before
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches
 from quietstar_jax.training.metrics import MetricsWriter, read_metrics
@@ -35,7 +37,7 @@ from quietstar_jax.training.profile import StepProfile
 from quietstar_jax.training.resume import check_position, check_same_run, check_same_sources, saved_record
 from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare, start_optimizer
 from quietstar_jax.training.speed import SpeedMeter
-from quietstar_jax.training.step import Batch, TrainStep, compile_train_step, phase_settings
+from quietstar_jax.training.step import TrainStep, compile_train_step
 from quietstar_jax.training.summary import config_hash, most_helpful_thoughts
 from quietstar_jax.training.workdir import Workdir, open_workdir
 

@@ -17,8 +17,8 @@ from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import load_model
 from quietstar_jax.thoughts.controls import random_tokens
+from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.evaluation import make_token_scorer
-from quietstar_jax.training.step import Batch
 from tests.checkpoint.saved import edit
 from tests.hf.runs import start_run, write_tokenizer
 from tests.models.test_parity import VOCAB, random_model

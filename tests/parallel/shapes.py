@@ -21,8 +21,9 @@ from quietstar_jax.parallel.sharding import on_mesh
 from quietstar_jax.thoughts import text
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.thoughts.token_scores import TokenScores
+from quietstar_jax.training.batch import to_device
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches
-from quietstar_jax.training.step import compile_train_step, initial_state, state_specs, to_device
+from quietstar_jax.training.step import compile_train_step, initial_state, state_specs
 from tests.thoughts.cases import random_model, worst_errors
 
 ROWS, LENGTH = 16, 12

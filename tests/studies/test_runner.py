@@ -23,11 +23,12 @@ from quietstar_jax.studies.runner import plan, run_study
 from quietstar_jax.studies.study import Study
 from quietstar_jax.training.loop import train
 from quietstar_jax.training.metrics import read_metrics
+from tests.training.tiny import repeatable
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """
 from pathlib import Path
-from tests.training.tiny import phase, repeatable, tiny_config_dict
+from tests.training.tiny import phase, tiny_config_dict
 
 def get_config():
     config = tiny_config_dict(Path("set on the command line"))

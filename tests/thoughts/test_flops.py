@@ -20,8 +20,9 @@ from quietstar_jax.config import CONTROLS, Config, Phase, RateScales, ThoughtCon
 from quietstar_jax.models.parameters import split
 from quietstar_jax.thoughts.flops import Flops, decoder_flops, step_flops
 from quietstar_jax.thoughts.model import init_quiet_star
-from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
-from quietstar_jax.training.step import Batch, initial_state, make_train_step, phase_settings
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, phase_settings
+from quietstar_jax.training.batch import Batch
+from quietstar_jax.training.step import initial_state, make_train_step
 
 SMALL = Architecture(
     vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=3

@@ -15,8 +15,8 @@ from quietstar_jax.reports.observe import Window, observe
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.thoughts.token_scores import Prediction, TokenScores, score_given_thoughts, summarize
+from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.evaluation import make_token_scorer
-from quietstar_jax.training.step import Batch
 from tests.reports import cases
 from tests.thoughts.cases import Case, random_model
 

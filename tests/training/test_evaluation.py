@@ -8,9 +8,9 @@ from quietstar_jax.config import Phase
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.thoughts.token_scores import summarize
+from quietstar_jax.training.batch import Batch, to_device
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer
 from quietstar_jax.training.setup import first_state, prepare
-from quietstar_jax.training.step import Batch, to_device
 from quietstar_jax.training.summary import most_helpful_thoughts
 from tests.thoughts.test_token_scores import scores_of
 from tests.training.tiny import tiny_config

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from quietstar_jax.models.families import FAMILIES
+from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.setup import first_state, prepare
-from quietstar_jax.training.step import Batch, make_train_step
+from quietstar_jax.training.step import make_train_step
 from tests.training.tiny import tiny_config
 
 BOTH = ["float32", "bfloat16"]

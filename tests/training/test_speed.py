@@ -10,11 +10,10 @@ import pytest
 
 from quietstar_jax.parallel.chips import GPUS, TPUS, chip_of
 from quietstar_jax.thoughts.flops import step_flops
-from quietstar_jax.thoughts.settings import Vocabulary
+from quietstar_jax.thoughts.settings import Vocabulary, phase_settings
 from quietstar_jax.training import speed
 from quietstar_jax.training.loop import train
 from quietstar_jax.training.metrics import read_metrics
-from quietstar_jax.training.step import phase_settings
 from tests.training.tiny import tiny_config
 
 
