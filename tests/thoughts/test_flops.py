@@ -152,8 +152,9 @@ def test_what_a_setting_saves_is_what_the_compiler_saves(control: str, policy_we
     ids=["batch rewards", "reference", "distillation", "reference in batch rewards"],
 )  # fmt: skip
 def test_what_an_objective_adds_is_what_the_compiler_adds(distill_weight: float, objective: dict[str, Any]) -> None:
-    theirs, ours = compiled_cost("none", 1.0, distill_weight, **objective)
-    their_plain, our_plain = compiled_cost("none", 1.0)
+    """Without mixing, which computes the text's logits at the positions that think once more than is counted."""
+    theirs, ours = compiled_cost("none", 1.0, distill_weight, mixing="none", **objective)
+    their_plain, our_plain = compiled_cost("none", 1.0, mixing="none")
     assert ours - our_plain == pytest.approx(theirs - their_plain, rel=0.2)
     assert ours - our_plain > 0.05 * our_plain
 
