@@ -49,6 +49,10 @@ class DivergedError(UserError):
     """The loss became NaN or infinite."""
 
 
+class CollapsedError(UserError):
+    """Thoughts became almost constant, and the run was to stop then; it has saved its state."""
+
+
 class PreemptedError(UserError):
     """The run was asked to stop, and has saved its state."""
 

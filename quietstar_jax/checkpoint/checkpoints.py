@@ -21,7 +21,7 @@ from quietstar_jax.checkpoint.steps import absolute, damage, prune, remove_unfin
 from quietstar_jax.checkpoint.stored_arrays import UNREADABLE, first_line
 from quietstar_jax.checkpoint.train_state import OBJECTIVE, TrainState
 from quietstar_jax.config import CheckpointConfig
-from quietstar_jax.errors import CheckpointError, DivergedError, PreemptedError
+from quietstar_jax.errors import CheckpointError, CollapsedError, DivergedError, PreemptedError
 from quietstar_jax.io import disk_error
 from quietstar_jax.parallel.processes import any_process
 
@@ -73,8 +73,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Closing waits for the other processes. After an error in this process alone, it would wait forever.
-        if kind is None or issubclass(kind, (PreemptedError, DivergedError)):  # their messages name a saved step
+        # Closing waits for the other processes. After an error in this process alone, it would wait forever. The
+        # messages of these three name a saved step.
+        if kind is None or issubclass(kind, (PreemptedError, DivergedError, CollapsedError)):
             with self._disk_errors("The last checkpoint cannot be written"):
                 self._manager.close()
         elif jax.process_count() == 1:

@@ -98,7 +98,7 @@ def describe(config: Config, phase: Phase, step: int, values: Mapping[str, Any])
         f"config.logging.collapse_entropy = {limits.collapse_entropy:g} nats per token (now {values['entropy']:.3g}), "
         "and the share of positions at which all thoughts have the same reward was above "
         f"config.logging.collapse_zero_std = {limits.collapse_zero_std:g} (now {values['frac_reward_zero_std']:.3g}). "
-        "Equal thoughts give REINFORCE nothing to compare. Try a higher config.thought.sampling_temperature, "
-        "config.thought.entropy_bonus, entropy_target or kl_weight, more num_thoughts, or a lower policy_weight or "
-        "learning_rate of the phase."
+        "Equal thoughts give REINFORCE nothing to compare.\n"  # a command shortens long lines of an error
+        "Try a higher config.thought.sampling_temperature, entropy_bonus, entropy_target or kl_weight, more "
+        "num_thoughts, or a lower policy_weight or learning_rate of the phase."
     )

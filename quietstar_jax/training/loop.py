@@ -20,7 +20,7 @@ from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
 from quietstar_jax.data.unknown import SETTING, check_known
-from quietstar_jax.errors import EXIT_RETRY, STOPPED, DataError, DivergedError, PreemptedError, UserError
+from quietstar_jax.errors import EXIT_RETRY, STOPPED, CollapsedError, DataError, DivergedError, PreemptedError
 from quietstar_jax.io import folder_to_write, place, write_json
 from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.preemption import PreemptionNotice
@@ -221,12 +221,12 @@ class Trainer:
             )
 
     def _stop_if_collapsed(self, state: TrainState) -> None:
-        """Saves a checkpoint and raises UserError if thoughts have collapsed and the run is to stop then."""
+        """Saves a checkpoint and raises CollapsedError if thoughts have collapsed and the run is to stop then."""
         if self._run.config.logging.stop_on_collapse and self._collapse.collapsed:
             self._save(state)
-            raise UserError(
-                f"{self._collapse.warning} Training stopped because config.logging.stop_on_collapse is True; the state "
-                f"after step {int(state.step)} is saved. Start a run with other settings in a new workdir, or set "
+            raise CollapsedError(
+                f"{self._collapse.warning}\nTraining stopped because config.logging.stop_on_collapse is True; the "
+                f"state after step {int(state.step)} is saved. Start another run with other settings, or set "
                 "config.logging.stop_on_collapse=False to continue this one."
             )
 

@@ -140,6 +140,22 @@ def test_told_to_stop_all_save_the_same_step(tmp_path, number, heard_by, status)
             assert f"after step {latest(tmp_path)}, which is saved" in errors
 
 
+def test_all_stop_at_the_same_step_when_thoughts_collapse(tmp_path):
+    """The first process alone has the records of the metrics, and alone writes a profile."""
+    settings = ("--config.thought.sampling_temperature=1e-4", "--config.logging.stop_on_collapse=True",
+                "--config.phases[1].steps=9", "--config.checkpoint.every_steps=100",
+                "--config.logging.profile_steps=(5,20)")  # fmt: skip
+    for _ in range(2):  # the second time before the first step
+        with started(tmp_path, 2, *settings) as processes:
+            ended = [process.communicate(timeout=PATIENCE) for process in processes]
+            for process, (_, errors) in zip(processes, ended, strict=True):
+                assert process.returncode == EXIT_USER_ERROR, errors[-2000:]
+                assert "collapsed at step 6" in errors
+                assert "state after step 7 is saved" in errors
+        assert latest(tmp_path) == 7
+    assert len(list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))) == 1
+
+
 def test_processes_that_do_not_find_each_other_say_so(tmp_path):
     command = ("train", "--config", "tests/parallel/tiny_run.py", f"--config.workdir={tmp_path}")
     run = functools.partial(run_command, *command)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 import pytest
+from etils import epath
 
 from quietstar_jax.config import LoggingConfig
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.io import place
 from quietstar_jax.settings import from_mapping
 from quietstar_jax.training.loop import train
 from quietstar_jax.training.profile import StepProfile
@@ -23,7 +23,7 @@ def test_a_window_that_is_none_is_refused(window):
 
 
 def test_an_object_store_has_no_profile():
-    workdir = place("gs://bucket/run", "config.workdir")
+    workdir = epath.Path("gs://bucket/run")
     with pytest.raises(ConfigError, match=r"config\.logging\.profile_steps is \(1, 2\).*Set it to \(\)"):
         StepProfile(workdir, LoggingConfig(profile_steps=(1, 2)))
     StepProfile(workdir, LoggingConfig())
