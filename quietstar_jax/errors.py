@@ -93,13 +93,13 @@ def run_command(command: Callable[[], object]) -> NoReturn:
         except SystemExit as error:
             status = error.code
         except BaseException as error:
-            found = asked[0] if asked else error  # a library may have converted it to another error
-            line = _line(found)
+            cause = asked[0] if asked else error  # a library may have converted it to another error
+            line = _line(cause)
             if line is None:
                 raise
             with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
                 print(line, file=sys.stderr)
-            status = getattr(found, "status", EXIT_USER_ERROR)
+            status = getattr(cause, "status", EXIT_USER_ERROR)
     end_quietly(status if isinstance(status, int) else int(status is not None))
     sys.exit(status)  # type: ignore[arg-type]
 
@@ -113,8 +113,8 @@ def _line(error: BaseException) -> str | None:
     home = isinstance(error, RuntimeError) and "home directory" in reason(error)  # of `~NAME`, from pathlib
     if not isinstance(error, UserError | MemoryError) and not outside and not home:
         return None
-    said = f"not enough memory. {reason(error)}" if isinstance(error, MemoryError) else reason(error)
-    return f"error: {bounded(said)}"
+    message = f"not enough memory. {reason(error)}" if isinstance(error, MemoryError) else reason(error)
+    return f"error: {bounded(message)}"
 
 
 def system_error(error: BaseException, numbers: Sequence[int]) -> str | None:

@@ -51,8 +51,8 @@ def place(text: str, name: str) -> Any:
     Raises:
       ConfigError: the scheme is unknown, its package is missing, or the text cannot be a path.
     """
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
-    scheme = found[1] if found else ""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
+    scheme = match[1] if match else ""
     if scheme in STORES:
         if not re.match(rf"{scheme}://[^/]+", text):
             raise ConfigError(f"{name} {shown(text)} has no bucket. Write {scheme}://BUCKET/FOLDER.")
@@ -341,7 +341,7 @@ def disk_error(error: BaseException) -> str | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)

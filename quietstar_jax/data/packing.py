@@ -63,8 +63,8 @@ class Indexed:
 
     def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
         self.check()
-        own = self.sequences[start.sequences + self.share.process_index :: self.share.process_count]
-        with ahead(own, self.share.workers) as rows:
+        shard = self.sequences[start.sequences + self.share.process_index :: self.share.process_count]
+        with ahead(shard, self.share.workers) as rows:
             for taken, row in enumerate(rows, start=1):
                 yield row, Position(start.sequences + taken * self.share.process_count)
 
@@ -217,8 +217,10 @@ class PackedByCounts:
     def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
         sequences = PackedSequences(self.documents, self.order, self.length, start)
         sequences.require_tokens()
-        own = grain.MapDataset.source(sequences)[start.sequences + self.share.process_index :: self.share.process_count]
-        with ahead(own, self.share.workers) as rows:
+        shard = grain.MapDataset.source(sequences)[
+            start.sequences + self.share.process_index :: self.share.process_count
+        ]
+        with ahead(shard, self.share.workers) as rows:
             for taken, row in enumerate(rows, start=1):
                 yield row, sequences.position(start.sequences + taken * self.share.process_count)
 

@@ -132,13 +132,13 @@ class SequenceIterator:
         """Raises CheckpointError if the data has changed. States of earlier versions have no fingerprints."""
         if saved is None:
             return
-        found = [f"{len(saved)} sources -> {len(self._sources)} sources"] if len(saved) != len(self._sources) else []
+        lines = [f"{len(saved)} sources -> {len(self._sources)} sources"] if len(saved) != len(self._sources) else []
         for before, now, (_, documents) in zip(saved, self.fingerprints, self._sources, strict=False):
-            found += changes(before, now, documents.pieces())
-        if found:
+            lines += changes(before, now, documents.pieces())
+        if lines:
             raise CheckpointError(
                 "The training data has changed since the checkpoint was written (saved -> now):\n"
-                + "\n".join(f"  - {line}" for line in found)
+                + "\n".join(f"  - {line}" for line in lines)
                 + "\nThe saved position is invalid for the changed data. Restore the data, or start in a new workdir."
             )
 
@@ -218,17 +218,17 @@ def validation_batches(
         else:
             walk = _all_spans if config.packing == "consecutive_spans" else _rounds
             rows = walk(frame.spans(documents), length, pad_id, frame.span_begin)
-        given = 0
-        while not batches or given < batches:
+        yielded = 0
+        while not batches or yielded < batches:
             taken = list(itertools.islice(rows, process_count * batch_size))
             if not taken:
                 return
-            own = taken[process_index::process_count]
+            shard = taken[process_index::process_count]
             empty = spanned(np.zeros(0, np.int32), length, pad_id)
             if config.packing == "packed":
                 empty = (*empty, np.zeros(length, np.int32))
-            yield _stack(own + [empty] * (batch_size - len(own)), config.document_mask)
-            given += 1
+            yield _stack(shard + [empty] * (batch_size - len(shard)), config.document_mask)
+            yielded += 1
 
     return generate()
 
@@ -353,9 +353,9 @@ def _end_to_end(documents: Framed, length: int, pad_id: int) -> Iterator[Row]:
     left, numbers = np.zeros(0, np.int32), np.zeros(0, np.int64)
 
     def row(start: int) -> Row:
-        own = np.full(length, len(documents))  # padding counts as a separate document
-        own[: len(numbers) - start] = numbers[start : start + length]
-        return *spanned(left[start:], length, pad_id), document_starts(own)
+        documents_of_row = np.full(length, len(documents))  # padding counts as a separate document
+        documents_of_row[: len(numbers) - start] = numbers[start : start + length]
+        return *spanned(left[start:], length, pad_id), document_starts(documents_of_row)
 
     for index in range(len(documents)):
         tokens = documents[index]

@@ -157,31 +157,31 @@ def _place(host: np.ndarray, shardings: Mapping[str, jax.sharding.Sharding] | No
 
 def _check_names(source: TensorSource, entries: Sequence[Entry]) -> None:
     """Checks names, shapes and dtypes without reading weights, and reports all problems together."""
-    wanted = {entry.name: entry for entry in entries}
+    expected = {entry.name: entry for entry in entries}
     problems = [
-        f"{name}: missing, expected {list(e.shape)}" for name, e in wanted.items() if name not in source.tensors
+        f"{name}: missing, expected {list(e.shape)}" for name, e in expected.items() if name not in source.tensors
     ]
-    foreign = [name for name in source.tensors if name not in wanted and not HARMLESS.fullmatch(name)]
+    foreign = [name for name in source.tensors if name not in expected and not HARMLESS.fullmatch(name)]
     ignored = [name for name in foreign if not problems and IGNORED_HEADS.fullmatch(name)]
     for name, info in source.tensors.items():
-        if name not in wanted:
+        if name not in expected:
             if name in foreign and name not in ignored:
                 problems.append(f"{short(name, str)}: unexpected, shape {short(list(info.shape))} ({info.file})")
             continue
-        if tuple(info.shape) != wanted[name].shape:
-            shape = f"{short(list(info.shape))}, expected {list(wanted[name].shape)}"
+        if tuple(info.shape) != expected[name].shape:
+            shape = f"{short(list(info.shape))}, expected {list(expected[name].shape)}"
             problems.append(f"{name}: shape {shape} ({info.file})")
         if info.dtype not in FLOAT_DTYPES:
             problems.append(f"{name}: dtype {info.dtype}, supported are {', '.join(FLOAT_DTYPES)} ({info.file})")
     if problems:
-        found = describe_tensors(getattr(source, "config", {}), foreign)
-        if any(info.dtype not in FLOAT_DTYPES for name, info in source.tensors.items() if name in wanted):
-            found = "Use the unquantized checkpoint of this model."
-        if set(wanted) - set(source.tensors) == {LM_HEAD}:
-            found = "If head and embedding are one matrix, set tie_word_embeddings to true in config.json."
+        advice = describe_tensors(getattr(source, "config", {}), foreign)
+        if any(info.dtype not in FLOAT_DTYPES for name, info in source.tensors.items() if name in expected):
+            advice = "Use the unquantized checkpoint of this model."
+        if set(expected) - set(source.tensors) == {LM_HEAD}:
+            advice = "If head and embedding are one matrix, set tie_word_embeddings to true in config.json."
         raise CheckpointError(
             listing("The tensors do not fit what config.json describes:", problems)
-            + f"\n{found or 'Use config.json and weights of the same checkpoint.'}"
+            + f"\n{advice or 'Use config.json and weights of the same checkpoint.'}"
         )
     if ignored:
         file = source.tensors[ignored[0]].file

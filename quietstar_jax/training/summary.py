@@ -34,12 +34,12 @@ def most_helpful_thoughts(
     gain = np.where(scores.real, scores.base.nll - scores.talk.nll, -np.inf)
     best = gain.argmax(axis=1)
     rows = np.argsort(-gain[np.arange(len(gain)), best], kind="stable")[:count]
-    found = []
+    thoughts = []
     for row in rows:
         j = int(best[row])
         if not np.isfinite(gain[row, j]):
             continue
-        found.append(
+        thoughts.append(
             {
                 "context": tokenizer.decode(tokens[row, max(0, j + 1 - CONTEXT_TOKENS) : j + 1].tolist()),
                 "thought": tokenizer.decode(scores.thoughts[row, j].tolist()),
@@ -49,7 +49,7 @@ def most_helpful_thoughts(
                 "mixing_weight": float(scores.weight[row, j]),
             }
         )
-    return found
+    return thoughts
 
 
 def config_hash(config: Config) -> str:
