@@ -189,18 +189,14 @@ def validation_batches(
     *,
     batch_size: int,
     batches: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[Batch]:
     """Yields batches of the validation sources, once and in order.
 
     With `random_span`, the first span of L tokens of every document comes first, then the second span of each longer
     document, and so on. With `consecutive_spans`, all spans follow document by document; with `packed`, all tokens are
-    concatenated. Every process gets the same number of batches of `batch_size` sequences (its share of a global order,
-    as in training); the last batches are filled up with rows whose mask is all False.
+    concatenated. The last batch is filled up with rows whose mask is all False.
 
     Args:
-      batch_size: sequences per process.
       batches: maximum number of batches; 0 = all.
 
     Raises:
@@ -212,7 +208,6 @@ def validation_batches(
     length, pad_id = config.sequence_length, tokenizer.pad_id
 
     def generate() -> Iterator[Batch]:
-        # Every process iterates over all sequences, so that all know their number and stop at the same batch.
         if config.packing == "packed":
             rows = _end_to_end(frame.documents(documents), length, pad_id)
         else:
@@ -220,14 +215,13 @@ def validation_batches(
             rows = walk(frame.spans(documents), length, pad_id, frame.span_begin)
         yielded = 0
         while not batches or yielded < batches:
-            taken = list(itertools.islice(rows, process_count * batch_size))
+            taken = list(itertools.islice(rows, batch_size))
             if not taken:
                 return
-            shard = taken[process_index::process_count]
             empty = spanned(np.zeros(0, np.int32), length, pad_id)
             if config.packing == "packed":
                 empty = (*empty, np.zeros(length, np.int32))
-            yield _stack(shard + [empty] * (batch_size - len(shard)), config.document_mask)
+            yield _stack(taken + [empty] * (batch_size - len(taken)), config.document_mask)
             yielded += 1
 
     return generate()

@@ -1,6 +1,6 @@
 """Identifies folders and tensors that are not a causal language model in safetensors, and says what to do.
 
-A user who gives an adapter, a GGUF file or a reward model needs to know what it is and what to do next, not which
+A user who gives an adapter, a GGUF file or a reward model needs the kind of the folder and the next step, not which
 tensors are missing.
 """
 

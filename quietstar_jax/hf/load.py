@@ -17,14 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import CheckpointError, short
 from quietstar_jax.hf.canonical import LM_HEAD
 from quietstar_jax.hf.files import listing
 from quietstar_jax.hf.folder_kinds import IGNORED_HEADS, describe_tensors
-from quietstar_jax.hf.names import Entry, Shape, decoder_entries, parameter_shapes, to_ours
+from quietstar_jax.hf.names import Entry, Shape, parameter_shapes, to_ours
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES
-from quietstar_jax.models.decoder import Decoder
 
 HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)")  # buffers that old versions stored
 
@@ -50,29 +48,6 @@ class TensorSource(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
-def load_decoder(
-    source: TensorSource,
-    architecture: Architecture,
-    *,
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-) -> Decoder:
-    """Returns a decoder with the weights of a checkpoint, as float32 master weights.
-
-    Args:
-      architecture: the architecture in config.json (`architecture_from_hf`).
-      shardings: sharding of each parameter by dotted path. Each parameter is moved to its devices as soon as it is
-        complete, and its host copy is freed. None = the default device.
-
-    Raises:
-      CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype (checked before any is read), or
-        contain values that are not finite; the message lists these tensors.
-    """
-    return build(
-        lambda: Decoder(architecture, nnx.Rngs(0)),
-        load_parameters(source, decoder_entries(architecture), shardings=shardings),
-    )
-
-
 def load_parameters(
     source: TensorSource,
     entries: Sequence[Entry],
@@ -84,11 +59,13 @@ def load_parameters(
 
     Args:
       entries: `decoder_entries` or `quietstar_entries`.
-      shardings: as in `load_decoder`; contains every parameter.
+      shardings: sharding of each parameter. Each is moved to its devices as soon as it is complete, and its host copy
+        is freed. None = the default device.
       dtypes: dtype of each parameter; None = float32.
 
     Raises:
-      CheckpointError: as in `load_decoder`.
+      CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype (checked before any is read), or
+        contain values that are not finite; the message lists these tensors.
     """
     _check_names(source, entries)
     shapes = parameter_shapes(entries)
