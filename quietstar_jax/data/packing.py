@@ -229,8 +229,8 @@ class PackedByCounts:
 class PackedByReading:
     """Concatenated documents with unknown token counts.
 
-    The beginning of sequence n is known only after reading all documents before it. So every process reads all
-    documents and uses its share: tokenizing is much faster than a training step, and the position stays global.
+    The beginning of sequence n is known only after all documents before it are read. Every process therefore reads all
+    documents and uses its share. Tokenizing is much faster than a training step, and positions stay global.
     """
 
     documents: grain.MapDataset  # endless

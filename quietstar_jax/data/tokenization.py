@@ -260,12 +260,12 @@ class Tokenizer:
 
     @property
     def unk_id(self) -> int | None:
-        """Id of the unknown token, which stands for text that the tokenizer does not know, or None."""
+        """Id of the token that replaces unknown text, or None."""
         return self.fast.unk_token_id
 
     @functools.cached_property
     def unknown_ids(self) -> tuple[int, ...]:
-        """Ids that stand for text that the tokenizer does not know."""
+        """Ids that replace unknown text."""
         names = (getattr(self.fast.backend_tokenizer.model, "unk_token", None), self.fast.unk_token)
         return tuple({token for name in names if name for token in (self.token_id(name),) if token is not None})
 

@@ -29,7 +29,7 @@ class DecodeConfig:
 
     Attributes:
       thought: length (0 = none), meta tokens, mixing, compute dtype.
-      sampled, nucleus, thoughts_sampled: whether tokens are sampled, only from the nucleus, and also in thoughts.
+      sampled: whether tokens are sampled; nucleus: only from the nucleus; thoughts_sampled: in thoughts too.
       forbidden: ids that are never generated; eos_ids: ids that end a text.
       tokens_per_call: number of tokens of each sequence that one call generates.
     """

@@ -21,7 +21,7 @@ from quietstar_jax.thoughts.attention.mask import ChainMask
 
 
 def key_block() -> int:
-    """Cached keys per block of attention. On accelerators, a loop over small blocks costs more than their keys."""
+    """Cached keys per block of attention. On accelerators, more iterations cost more than some unneeded keys."""
     return 64 if jax.default_backend() == "cpu" else 2048
 
 

@@ -24,7 +24,7 @@ def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, inp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def linear(x: jax.Array, weight: jax.Array, inputs: int, dtype: jnp.dtype, transposed: bool = False) -> jax.Array:
-    """x [..., I] times weight [I, O] -> [..., O] in `dtype`; I stands for `inputs` axes, O for any number.
+    """x [..., I] times weight [I, O] -> [..., O] in `dtype`; I is `inputs` axes, O any number of axes.
 
     Args:
       transposed: the weight is [O, I]. Its gradient is computed in this layout: XLA would merge a transpose of the

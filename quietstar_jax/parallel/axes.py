@@ -78,7 +78,7 @@ def partition_spec(axes: Sequence[str | EllipsisType | None]) -> PartitionSpec:
 def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
     """Returns x, sharded over the mesh according to its logical axes; see `partition_spec`.
 
-    Mesh axes that are manual here (inside `shard_map`) are ignored. `...` stands for any number of dimensions.
+    Mesh axes that are manual here (inside `shard_map`) are ignored. `...` means any number of dimensions.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not mesh.auto_axes:

@@ -191,7 +191,7 @@ def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSetting
         a.intermediate_size // num_shards("mlp"),
         a.vocab_size // num_shards("vocab"),
     )
-    # Bytes of one chain token in one layer. `results` are saved: query, context, key, value; both outputs of width D;
+    # Bytes of a chain token in one layer. `results` are saved: query, context, key, value; both outputs of width D;
     # gate and up; the float32 log-sum-exp per head. `again` is recomputed, with float32 scores over a block of keys.
     width, head_values = settings.dtype.itemsize, 2 * (heads + a.num_kv_heads // num_shards("kv_heads")) * a.head_dim
     results = (2 * a.hidden_size + head_values + 2 * mlp) * width + 4 * heads

@@ -82,7 +82,7 @@ def candidates(
 
 
 def at_positions(values: jax.Array, positions: jax.Array) -> jax.Array:
-    """Values [B, R, L, ...] at all positions [L], or at positions [B, J] -> [B, R, J, ...]."""
+    """Returns values [B, R, L, ...] at positions [B, J], as [B, R, J, ...]; unchanged for all positions [L]."""
     if positions.ndim == 1:
         return values
     index = jnp.minimum(positions, values.shape[2] - 1)[:, None, :]

@@ -84,7 +84,8 @@ def base_vocabulary(base: Base | None) -> Mapping[str, Any]:
 
 
 def has_thought(base: Base | None) -> bool:
-    """Whether the mixing head and thought embeddings of a base are trained; for a run, by a phase with thoughts."""
+    """Whether the mixing head and thought embeddings of a base are trained; a phase with thoughts trains those of a
+    run."""
     if base is None:
         return False
     if isinstance(base, CheckpointFiles):

@@ -235,7 +235,7 @@ def _write_all(shards: Sequence[Shard], tokenizer: Tokenizer, workers: int) -> I
     try:
         for future in concurrent.futures.as_completed([pool.submit(_work, shard) for shard in shards]):
             yield future.result()
-    except BaseException:  # do not wait for shards in progress: they take minutes, and are written again
+    except BaseException:  # do not wait minutes for shards in progress: they are written again
         for worker in multiprocessing.active_children():
             worker.kill()
         raise

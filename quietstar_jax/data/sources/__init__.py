@@ -100,7 +100,7 @@ def read_all(spec: str, kind: str) -> list[Record]:
     """Returns all records of a source, with text decoded and all fields JSON-serializable.
 
     Args:
-      kind: what the records are, e.g. `prompts`; for messages.
+      kind: name of the records in messages, e.g. `prompts`.
 
     Raises:
       DataError: as in `read_records`; or there are no records, or they exceed the memory limit.

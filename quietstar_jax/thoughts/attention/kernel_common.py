@@ -43,7 +43,7 @@ def prefix_fwd(
     """As `prefix_xla.prefix_fwd`, where `forward(rows [B, G, N, H], keys, values, Range)` visits the prefix.
 
     The kernel returns the state of the prefix alone; this state and that of the chain are rescaled to the larger m and
-    added here. A row that sees no prefix key has the m MASKED, so its `added` is 0.
+    added here. A row that sees no prefix key has m = MASKED, so its `added` is 0.
     """
     state = forward(_as_rows(q), keys, values, _range(q, seen), interpret=interpret)
     prefix = SoftmaxState(*(x.reshape(like.shape) for x, like in zip(state, chain, strict=True)))

@@ -35,7 +35,7 @@ def forward(
 ) -> SoftmaxState:  # fmt: skip
     """Softmax of scaled queries [B, G, N, H] over keys and values [B, G, P, H]; `interpret` runs on any device.
 
-    A row that sees no key has the m `MASKED` and the l 0.
+    A row that sees no key has m = `MASKED` and l = 0.
     """
     rows, length = q.shape[2], keys.shape[2]
     q, keys, values, seen = pad(q, keys, values, seen, ROW_BLOCK, KEY_BLOCK)
@@ -222,7 +222,7 @@ def _spec(kind: str, width: int = 1, *, rows_last: bool = False) -> pl.BlockSpec
     """Returns the block of an array for one program of the grid (batch, head, block of rows, step over blocks of keys);
     with `rows_last`, of the grid (batch, head, block of keys, block of rows)."""
 
-    def place(b: Any, g: Any, x: Any, y: Any, first: Any, last: Any) -> tuple[Any, Any]:
+    def place(b: Any, x: Any, y: Any, first: Any, last: Any) -> tuple[Any, Any]:
         """Returns (block of rows, block of keys). Steps past the last block of keys repeat its index, so that Pallas
         fetches nothing for them."""
         if rows_last:
@@ -230,10 +230,10 @@ def _spec(kind: str, width: int = 1, *, rows_last: bool = False) -> pl.BlockSpec
         return x, jnp.clip(first[b, x] + y, 0, jnp.maximum(last[b, x], 0))
 
     shape, index = {
-        "rows": ((1, 1, ROW_BLOCK, width), lambda b, g, *at: (b, g, place(b, g, *at)[0], 0)),
-        "keys": ((1, 1, KEY_BLOCK, width), lambda b, g, *at: (b, g, place(b, g, *at)[1], 0)),
-        "row numbers": ((1, ROW_BLOCK, 1), lambda b, g, *at: (b, place(b, g, *at)[0], 0)),
-        "key numbers": ((1, 1, KEY_BLOCK), lambda b, g, *at: (b, 0, place(b, g, *at)[1])),
+        "rows": ((1, 1, ROW_BLOCK, width), lambda b, g, *at: (b, g, place(b, *at)[0], 0)),
+        "keys": ((1, 1, KEY_BLOCK, width), lambda b, g, *at: (b, g, place(b, *at)[1], 0)),
+        "row numbers": ((1, ROW_BLOCK, 1), lambda b, g, *at: (b, place(b, *at)[0], 0)),
+        "key numbers": ((1, 1, KEY_BLOCK), lambda b, g, *at: (b, 0, place(b, *at)[1])),
     }[kind]
     return pl.BlockSpec(shape, index)
 

@@ -53,7 +53,7 @@ LEAST = 16  # minimum size of each axis of a product
 def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, interpret: bool = False) -> SoftmaxState:
     """Softmax of scaled queries [B, G, N, H] over keys and values [B, G, P, H]; `interpret` runs on any device.
 
-    A row that sees no key has the m `MASKED` and the l 0.
+    A row that sees no key has m = `MASKED` and l = 0.
 
     Raises:
       ConfigError: heads are wider than the kernels' blocks.
