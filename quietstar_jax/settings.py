@@ -87,7 +87,7 @@ def marked(cls: type, mark: Any, root: str = "") -> tuple[str, ...]:
 
 
 def described(kind: Any) -> str:
-    """Says which values a type accepts."""
+    """Returns a description of the values that a type accepts."""
     kind, marks = unmarked(kind)
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))

@@ -260,7 +260,7 @@ class PackedByReading:
 
 
 class Mixture:
-    """Interleaves several endless orders: `[n] -> (order, number)` says which order sequence n comes from.
+    """Interleaves several endless orders: `[n] -> (order, number)` is the origin of sequence n.
 
     Up to any n, the number of sequences from each order is proportional to its weight, within less than one sequence
     per order. The numbers of each order are consecutive, so each source is read exactly once in each of its epochs.

@@ -362,6 +362,6 @@ def _end_to_end(documents: Framed, length: int, pad_id: int) -> Iterator[Row]:
 
 
 def _stack(rows: list[Row], starts: bool) -> Batch:
-    """Stacks rows into a batch; `starts` says whether to include the documents' starts."""
+    """Stacks rows into a batch; `starts`: whether to include the starts of documents."""
     names = ("tokens", "mask", "starts") if starts else ("tokens", "mask")
     return {name: np.stack(arrays) for name, arrays in zip(names, zip(*rows, strict=True), strict=False)}

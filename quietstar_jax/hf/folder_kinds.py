@@ -61,7 +61,7 @@ def describe_folder(folder: Path) -> str:
 
 
 def adapter_advice(folder: Path) -> str:
-    """Says how to merge an adapter."""
+    """Returns how to merge an adapter."""
     from quietstar_jax.hf.files import read_json  # imported here because hf.files imports this module
 
     config = read_json(folder / "adapter_config.json")

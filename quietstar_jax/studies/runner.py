@@ -58,7 +58,7 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
 
 
 def run_study(runs: Sequence[PlannedRun], selected: Callable[[PlannedRun], bool], log: Log) -> Iterator[PlannedRun]:
-    """Executes the runs that are wanted and not finished, one after another, each in its own process.
+    """Executes the selected runs that are not finished, one after another, each in its own process.
 
     A run resumes where it stopped. A new run reuses the phases that another run with its seed has done with the same
     settings: it starts from a copy of that run's checkpoint, with the same result as from scratch, bit for bit. A run

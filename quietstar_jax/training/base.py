@@ -77,7 +77,7 @@ def base_record(base: Base | None) -> dict[str, Any]:
 
 
 def base_vocabulary(base: Base | None) -> Mapping[str, Any]:
-    """Returns a mapping like config.json that may say which ids are not tokens."""
+    """Returns a mapping like config.json that may list the ids that are not tokens."""
     if base is None:
         return {}
     return {UNUSED: base.vocabulary.unused} if isinstance(base, RunCheckpoint) else base.config
