@@ -388,9 +388,9 @@ class Config:
 
     def conflicts(self) -> list[str]:
         length, names = self.data.sequence_length, [phase.name for phase in self.phases]
-        found = require(len(set(names)) == len(names), "phases", names, "a list of phases with different names")
+        problems = require(len(set(names)) == len(names), "phases", names, "a list of phases with different names")
         if self.total_steps >= 2**31:
-            found.append(f"phases has {self.total_steps} steps in total; it must have fewer than 2^31")
+            problems.append(f"phases has {self.total_steps} steps in total; it must have fewer than 2^31")
         groups: list[tuple[str, Phase | EvaluationConfig, int]] = [("evaluation", self.evaluation, 1)]
         groups += [(f"phases[{i}]", phase, phase.num_thoughts) for i, phase in enumerate(self.phases)]
         for i, phase in enumerate(self.phases):
@@ -407,16 +407,16 @@ class Config:
         for path, group, thoughts in groups:
             tokens, ahead = group.batch_size * length, group.tokens_ahead
             most = f"at most {MOST_TOKENS // length} with sequences of {length} tokens"
-            found += require(tokens <= MOST_TOKENS, f"{path}.batch_size", group.batch_size, most)
+            problems += require(tokens <= MOST_TOKENS, f"{path}.batch_size", group.batch_size, most)
             if (sampled := tokens * thoughts * (group.thought_length + ahead)) > MOST_THOUGHT_TOKENS:
-                found.append(
+                problems.append(
                     f"{path} has thoughts of {sampled} tokens in a batch; they must be at most {MOST_THOUGHT_TOKENS}. "
                     "Reduce batch_size, num_thoughts, thought_length or tokens_ahead"
                 )
             if group is self.evaluation or group.thought_length:
                 least = f"at least {path}.tokens_ahead + 2 = {ahead + 2}"
-                found += require(length >= ahead + 2, "data.sequence_length", length, least)
-        return found
+                problems += require(length >= ahead + 2, "data.sequence_length", length, least)
+        return problems
 
     def phase_spans(self) -> list[PhaseSpan]:
         """Returns the phases in order, each with the number of steps done when it begins and ends."""

@@ -1,6 +1,6 @@
 """Identifies folders and tensors that are not a causal language model in safetensors, and says what to do.
 
-A user who gives an adapter, a GGUF file or a reward model needs to know what it is and what to do next, not which
+A user who gives an adapter, a GGUF file or a reward model needs the kind of the folder and the next step, not which
 tensors are missing.
 """
 
@@ -61,7 +61,7 @@ def describe_folder(folder: Path) -> str:
 
 
 def adapter_advice(folder: Path) -> str:
-    """Says how to merge an adapter."""
+    """Returns how to merge an adapter."""
     from quietstar_jax.hf.files import read_json  # imported here because hf.files imports this module
 
     config = read_json(folder / "adapter_config.json")

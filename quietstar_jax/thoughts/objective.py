@@ -192,13 +192,13 @@ def ratio_metrics(
 ) -> dict[str, jax.Array]:
     """Returns `importance_ratio`, and `clip_ratio`, 1 where `policy_terms` limits the ratio; both [B, R, J, T]."""
     ratio, advantage = jnp.exp(log_probs - sampled_log_probs), advantage[..., None]
-    found = {"importance_ratio": ratio}
+    metrics = {"importance_ratio": ratio}
     if clip_epsilon:
         limited = ((ratio > 1 + clip_epsilon) & (advantage > 0)) | ((ratio < 1 - clip_epsilon) & (advantage < 0))
-        found["clip_ratio"] = limited.astype(jnp.float32)
+        metrics["clip_ratio"] = limited.astype(jnp.float32)
     elif importance_cap:
-        found["clip_ratio"] = (ratio > importance_cap).astype(jnp.float32)
-    return found
+        metrics["clip_ratio"] = (ratio > importance_cap).astype(jnp.float32)
+    return metrics
 
 
 def reduce_tokens(values: jax.Array, reduction: str, longest: int) -> jax.Array:

@@ -123,22 +123,14 @@ def chain_hidden_states(
        layers as from `run_layers`).
     """
     batch, count, chunk, length = thoughts.shape
-    scale, dtype = settings.config.embedding_scale, settings.dtype
-
-    def meta(embedding: jax.Array) -> jax.Array:
-        return jnp.broadcast_to((embedding * scale).astype(dtype), (batch, count, chunk, 1, embedding.size))
+    dtype = settings.dtype
+    start, end = (jnp.broadcast_to(x, (batch, count, chunk, 1, x.size)) for x in model.start_and_end(settings))
 
     # Teacher forcing: the K - 1 true tokens x[j+1] .. x[j+K-1], [B, J, K - 1] -> [B, R, J, K - 1].
     forced = gather_next_tokens(text.tokens, positions, settings.tokens_ahead - 1, fill=settings.pad_id)
     forced = jnp.broadcast_to(forced[:, None], (batch, count, *forced.shape[1:]))
     embeddings = jnp.concatenate(  # [B, R, J, C, D], C = 1 + T + 1 + (K - 1)
-        [
-            meta(model.start_embedding[...]),
-            model.decoder.embed(thoughts, dtype),
-            meta(model.end_embedding[...]),
-            model.decoder.embed(forced, dtype),
-        ],
-        axis=3,
+        [start, model.decoder.embed(thoughts, dtype), end, model.decoder.embed(forced, dtype)], axis=3
     )
     hidden, layers = chain_pass(
         model.decoder, embeddings, positions, text.prefix, text.mask, text.starts, rematerialize=settings.rematerialize,
