@@ -10,8 +10,30 @@ from flax import nnx
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.decoder import Decoder
-from quietstar_jax.models.parameters import parameter, zeros
-from quietstar_jax.thoughts.mixing import MixingHead
+from quietstar_jax.models.parameters import Initializer, parameter, zeros
+
+
+def uniform_fan_in(fan_in: int) -> Initializer:
+    """Initializer that is uniform within +-1/sqrt(fan_in), as in the published head."""
+    bound = fan_in**-0.5
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+class MixingHead(nnx.Module):
+    """MLP 2D -> D -> D -> 1 on [hidden state of the text, hidden state after the thought].
+
+    The first layer is stored as its two halves, so that the half on the text is computed once for all thoughts.
+    The last layer starts at zero, so that training starts as if there were no thoughts.
+    """
+
+    def __init__(self, hidden_size: int, rngs: nnx.Rngs):
+        d = hidden_size
+        self.base_in = parameter(rngs, (d, d), ("embed", "mixing"), uniform_fan_in(2 * d))
+        self.thought_in = parameter(rngs, (d, d), ("embed", "mixing"), uniform_fan_in(2 * d))
+        self.in_bias = parameter(rngs, (d,), ("mixing",), uniform_fan_in(2 * d))
+        self.hidden = parameter(rngs, (d, d), ("mixing", "embed"), uniform_fan_in(d))
+        self.hidden_bias = parameter(rngs, (d,), ("embed",), uniform_fan_in(d))
+        self.out = parameter(rngs, (d, 1), ("embed", None), zeros)
 
 
 class QuietStar(nnx.Module):
