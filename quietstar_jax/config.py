@@ -119,7 +119,7 @@ class ThoughtConfig:
     positive_only: Reinforce[bool] = True  # drop negative advantages
     policy_reduction: Reinforce[Literal["mean", "sum", "sum_over_max"]] = "mean"  # over the tokens of a thought:
     # `mean` as in the published code, `sum` as in the paper, `sum_over_max` = the sum divided by the longest thought
-    # length of the run
+    # length of this phase and those before
     importance_cap: Reinforce[NonNegative[float]] = 0.0  # weigh each thought token by min(ratio, cap), the ratio of its
     # probability in scoring to that in sampling, which corrects for different temperatures; 0 = off
     clip_epsilon: Reinforce[Below1] = 0.0  # clip this ratio to 1 - epsilon .. 1 + epsilon in PPO's surrogate; 0 = off
@@ -395,6 +395,17 @@ class Config:
             found.append(f"phases has {self.total_steps} steps in total; it must have fewer than 2^31")
         groups: list[tuple[str, Phase | EvaluationConfig, int]] = [("evaluation", self.evaluation, 1)]
         groups += [(f"phases[{i}]", phase, phase.num_thoughts) for i, phase in enumerate(self.phases)]
+        for i, phase in enumerate(self.phases):
+            trained = phase.thought_length and phase.policy_weight
+            needs_others = ADVANTAGES[self.thought.advantage].traits.get("one_thought_is_zero")
+            found += require(
+                not (trained and needs_others and phase.num_thoughts == 1), f"phases[{i}].num_thoughts", 1,
+                f"at least 2 with the advantage {self.thought.advantage}, which is 0 for a single thought",
+            )  # fmt: skip
+            found += require(
+                bool(phase.thought_length) or not phase.distill_weight, f"phases[{i}].distill_weight",
+                phase.distill_weight, "0 where thought_length is 0: without thoughts there is no teacher",
+            )  # fmt: skip
         for path, group, thoughts in groups:
             tokens, ahead = group.batch_size * length, group.tokens_ahead
             most = f"at most {MOST_TOKENS // length} with sequences of {length} tokens"

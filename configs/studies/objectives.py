@@ -15,9 +15,7 @@ THINKING = ("phases[1]", "phases[2]")
 def preset(module: Any, **phase: Any) -> dict[str, Any]:
     """The settings that a preset changes, in a run whose second phase opens the mixing head."""
     plain, changed = default_config(), module.objective(default_config())
-    found = {
-        f"thought.{name}": value for name, value in changed.thought.items() if value != plain.thought[name]
-    }
+    found = {f"thought.{name}": value for name, value in changed.thought.items() if value != plain.thought[name]}
     # Without a mixing head there is nothing to open: REINFORCE gets these steps too, so that the FLOPs stay equal.
     return found | {"phases[1].steps": 0, "phases[2].steps": 84} | {f"phases[2].{k}": v for k, v in phase.items()}
 

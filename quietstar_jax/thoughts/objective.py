@@ -207,7 +207,7 @@ def reduce_tokens(values: jax.Array, reduction: str, longest: int) -> jax.Array:
     Args:
       reduction: `mean` (published code), `sum` (paper), or `sum_over_max` (Dr. GRPO), the sum divided by `longest`, so
         that a token counts the same in phases with different thought lengths.
-      longest: largest thought length of the run.
+      longest: largest thought length of the phases until now.
     """
     total = values.sum(axis=-1)
     return total if reduction == "sum" else total / (values.shape[-1] if reduction == "mean" else longest)

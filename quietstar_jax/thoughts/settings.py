@@ -21,7 +21,7 @@ class ThoughtSettings:
       tokens_ahead: K, true tokens scored after a thought.
       policy_weight: weight of the REINFORCE term in the loss.
       distill_weight: weight of the KL divergence from the prediction with thoughts to the one without.
-      longest_thought: largest thought length of the run, for `policy_reduction="sum_over_max"`; 0 = `thought_length`.
+      longest_thought: largest thought length until now, for `policy_reduction="sum_over_max"`; 0 = `thought_length`.
       meta_tokens: ids that are never sampled in a thought.
       pad_id: id used for tokens past the end of the text.
       pause_id: id that fills thoughts under the control `pause`.
@@ -47,7 +47,7 @@ class ThoughtSettings:
     @property
     def reinforced(self) -> bool:
         """Whether REINFORCE trains the thoughts. Pauses are all equal, so their rewards differ only by rounding."""
-        return self.policy_weight > 0 and self.config.control != "pause"
+        return self.thought_length > 0 and self.policy_weight > 0 and self.config.control != "pause"
 
     @property
     def chain_length(self) -> int:

@@ -117,6 +117,7 @@ def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> Th
 
 def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> ThoughtSettings:
     """Returns the thought settings of one phase."""
+    until_now = config.phases[: [item.name for item in config.phases].index(phase.name) + 1]
     return thought_settings(
         config,
         vocabulary,
@@ -125,7 +126,7 @@ def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> Thou
         tokens_ahead=phase.tokens_ahead,
         policy_weight=phase.policy_weight,
         distill_weight=phase.distill_weight,
-        longest_thought=max(item.thought_length for item in config.phases),
+        longest_thought=max(item.thought_length for item in until_now),
         rematerialize=config.model.rematerialize,
     )
 

@@ -91,6 +91,31 @@ def test_more_steps_continue_the_last_phase(uninterrupted, tmp_path):
     assert loss == {record["step"]: record["loss"] for record in records(workdir) if record["kind"] == "train"}
 
 
+def test_the_state_of_the_objective_is_resumed_bit_for_bit(tmp_path):
+    """The adapted entropy bonus and the initial weights; the second phase resets the optimizer, not these."""
+    changes = {"thought__entropy_target": 4.7, "thought__entropy_bonus_step": 0.25, "thought__kl_weight": 0.5}
+    changes |= {"thought__advantage": "batch_std", "thought__importance_cap": 2.0, "thought__positive_only": False}
+
+    def config(workdir, steps):
+        config = tiny_config(workdir, **changes)
+        plain, thoughts = config.phases
+        return dataclasses.replace(
+            config, phases=(plain, dataclasses.replace(thoughts, steps=steps, fresh_optimizer=True))
+        )
+
+    train(config(tmp_path / "whole", 4))
+    for steps in (2, 4):
+        train(config(tmp_path / "parts", steps))
+    whole, parts = (
+        [record for record in records(tmp_path / name) if record["kind"] == "train"] for name in ("whole", "parts")
+    )
+    assert parts == whole
+    assert [record.get("entropy_bonus") for record in whole] == [None] * 3 + [0.0, 0.25, 0.5, 0.75]
+    assert all(record["kl"] > 0 for record in whole[3:])
+    with pytest.raises(CheckpointError, match=r"config\.thought\.kl_weight: 0\.5 -> 0\.0"):
+        train(tiny_config(tmp_path / "whole", **changes | {"thought__kl_weight": 0.0}))
+
+
 def test_a_changed_configuration_is_refused_with_its_differences(uninterrupted):
     workdir, _ = uninterrupted
     with pytest.raises(CheckpointError, match=r"config\.optimizer\.b1: 0\.9 -> 0\.5") as error:
