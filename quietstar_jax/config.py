@@ -36,6 +36,7 @@ from quietstar_jax.settings import (
     unknown,
 )
 from quietstar_jax.thoughts.advantages import ADVANTAGES
+from quietstar_jax.thoughts.mixing import MIXINGS
 from quietstar_jax.thoughts.rewards import REWARDS
 
 MOST_TOKENS = 2**31 - 1  # per batch
@@ -67,11 +68,11 @@ SameWeights = Annotated[T, OnResume.SAME_WEIGHTS]
 if TYPE_CHECKING:
     Reward: TypeAlias = str
     Advantage: TypeAlias = str
+    Mixing: TypeAlias = str
 else:  # the names in these registries
-    Reward, Advantage = Literal[tuple(REWARDS)], Literal[tuple(ADVANTAGES)]
+    Reward, Advantage, Mixing = (Literal[tuple(registry)] for registry in (REWARDS, ADVANTAGES, MIXINGS))
 ComputeDtype = Literal["float32", "bfloat16"]
 PrefixAttention = Literal["auto", "blocks", "triton"]
-Mixing = Literal["hidden_states", "log_probabilities", "none"]
 Control = Literal["none", "pause", "random", "shuffled"]
 TextDocuments = Literal["file", "paragraph", "line"]
 Packing = Literal["random_span", "consecutive_spans", "packed"]
@@ -134,7 +135,8 @@ class ThoughtConfig:
     talk_reduction: Thinking[Literal["mean", "log_mean_exp"]] = "mean"  # of the loss with thoughts over the thoughts
     # of a position: their mean as published, or the loss of their ensemble
     mixing: Thinking[Mixing] = "hidden_states"  # of predictions with and without thought: `hidden_states` as in the
-    # published code, `log_probabilities` as in the paper (weight through a sigmoid), `none` = the thought alone
+    # published code, `log_probabilities` as in the paper (weight through a sigmoid), `none` = the thought alone, see
+    # docs/objectives.md
     control: Thinking[Control] = "none"  # what replaces the thoughts, to measure their effect
     base_loss_weight: Thinking[Fraction] = 0.5  # weight of the loss without thoughts in the total
     talk_loss_weight: Thinking[TalkWeight] = -1.0  # weight of the loss with thoughts; -1 = 1 - `base_loss_weight`

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from quietstar_jax.thoughts.registry import Registry
 
 AdvantageFn = Callable[[jax.Array, jax.Array | None], jax.Array]
-ADVANTAGES: Registry[AdvantageFn] = Registry()
+ADVANTAGES: Registry[AdvantageFn] = Registry(one_thought_is_zero=False, needs_batch_std=False)
 EPSILON = 1e-6  # added to standard deviations
 
 

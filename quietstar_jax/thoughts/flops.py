@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import Config, Phase, RateScales
+from quietstar_jax.thoughts.mixing import MIXINGS
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 EVERYTHING_LEARNS = RateScales()
@@ -62,9 +63,9 @@ def step_flops(
     """FLOPs of one training step on `batch` sequences of `length` tokens.
 
     The count covers only what these settings compute: no sampling where the control needs none, no scores of thought
-    tokens without REINFORCE, no mixing head without mixing. The backward pass includes the gradients of weights that
-    learn and the gradients of activations on the path to them: with a frozen decoder, that path is through the chains
-    to the start and end embeddings, if they learn.
+    tokens without REINFORCE, no mixing head where the mixing has none. The backward pass includes the gradients of
+    weights that learn and the gradients of activations on the path to them: with a frozen decoder, that path is through
+    the chains to the start and end embeddings, if they learn.
     """
     head = 2.0 * a.hidden_size * a.vocab_size
     prefix = (length + 1) / 2
@@ -83,7 +84,7 @@ def step_flops(
     scoring = chains * c * decoder_flops(a, prefix + (c + 1) / 2)
     mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # without the half on the text, which all thoughts share
     mixing = chains * settings.tokens_ahead * mixing + thinking * 2.0 * a.hidden_size**2
-    mixing = 0.0 if settings.config.mixing == "none" else mixing
+    mixing = mixing if MIXINGS[settings.config.mixing].traits["head"] else 0.0
     heads = chains * ((settings.thought_length if settings.reinforced else 0) + settings.tokens_ahead) * head + mixing
     to_weights = mixing if rates.mixing_head else 0.0
     recomputation = 0.0

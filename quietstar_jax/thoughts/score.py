@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from quietstar_jax.models.decoder import Layers
 from quietstar_jax.models.linear import cross_entropy, pick
 from quietstar_jax.thoughts.chains import chain_pass
-from quietstar_jax.thoughts.mixing import mix_hidden_states, mix_log_probabilities, mixing_weight
+from quietstar_jax.thoughts.mixing import MIXINGS
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import mask_meta_tokens
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -71,7 +71,7 @@ def score_thoughts(
     base_hidden = here_and_ahead(text.hidden, positions, ahead)
     log_scores, weight = mix(model, base_hidden, talk_hidden, settings.config.mixing)
     targets = jnp.broadcast_to(gather_next_tokens(text.tokens, positions, ahead, fill=0)[:, None], weight.shape)
-    if settings.config.mixing == "log_probabilities":
+    if MIXINGS[settings.config.mixing].traits["log_probs"]:
         nll = -pick(log_scores, targets)
     else:
         nll = cross_entropy(log_scores, targets)
@@ -91,22 +91,13 @@ def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing
 
     Args:
       base_hidden: [B, J, K, D] hidden states of the text; talk_hidden: [B, R, J, K, D], from `chain_hidden_states`.
-      mixing: `hidden_states`, `log_probabilities` or `none`; see `ThoughtConfig.mixing`.
+      mixing: an entry of `MIXINGS`.
 
     Returns:
-      ([B, R, J, K, V] float32: logits, or the paper's log-probabilities, which do not sum to one;
+      ([B, R, J, K, V] float32: logits, or log-probabilities that need not be normalized if the entry has `log_probs`;
        mixing weights [B, R, J, K]).
     """
-    if mixing == "none":
-        return model.decoder.logits(talk_hidden), jnp.ones(talk_hidden.shape[:-1], jnp.float32)
-    weight = mixing_weight(model.mixing_head, base_hidden, talk_hidden)
-    if mixing == "log_probabilities":
-        weight = jax.nn.sigmoid(weight)
-        # base [B, 1, J, K, V] is computed once and broadcast over the R thoughts.
-        base = jax.nn.log_softmax(model.decoder.logits(base_hidden))[:, None]
-        after_thought = jax.nn.log_softmax(model.decoder.logits(talk_hidden))
-        return mix_log_probabilities(base, after_thought, weight[..., None]), weight
-    return mix_hidden_states(model.decoder, base_hidden, talk_hidden, weight), weight
+    return MIXINGS[mixing].fn(model, base_hidden, talk_hidden)
 
 
 def chain_hidden_states(

@@ -20,6 +20,7 @@ from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.thoughts.chunks import map_chunks, max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import Uniforms, sample_or_control
+from quietstar_jax.thoughts.mixing import MIXINGS
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
 from quietstar_jax.thoughts.score import score_thoughts
@@ -149,7 +150,7 @@ def score_given_thoughts(
       candidates: [B, A] ids whose log-probabilities are returned at every position.
       likeliest: N, how many of the likeliest tokens are returned; 0 = none.
     """
-    ahead, mixing = settings.tokens_ahead, settings.config.mixing
+    ahead, mixing = settings.tokens_ahead, MIXINGS[settings.config.mixing]
 
     def of_chunk(operands: Any, positions: jax.Array, thoughts: Thoughts | None) -> TokenScores:
         model, text, candidates = operands
@@ -179,7 +180,7 @@ def score_given_thoughts(
         if thoughts is None:
             return TokenScores(*without)
         scores = score_thoughts(model, text, positions, thoughts.tokens, settings, base_nll)
-        talk = predict(scores.log_scores[..., 0, :], scores.nll[..., 0], normalized=mixing == "log_probabilities")
+        talk = predict(scores.log_scores[..., 0, :], scores.nll[..., 0], normalized=mixing.traits["log_probs"])
         weight = scores.weight[..., 0]
 
         def unless_unmoved(before: jax.Array, after: jax.Array) -> jax.Array:

@@ -9,7 +9,8 @@ from flax import nnx
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.decoder import Decoder
-from quietstar_jax.thoughts.mixing import MixingHead, mix_hidden_states, mix_log_probabilities, mixing_weight
+from quietstar_jax.thoughts.mixing import mix_hidden_states, mix_log_probabilities, mixing_weight
+from quietstar_jax.thoughts.model import MixingHead
 
 ARCHITECTURE = Architecture(vocab_size=11, hidden_size=8, intermediate_size=8, num_layers=1)
 
