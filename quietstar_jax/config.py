@@ -20,6 +20,9 @@ import ml_collections
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.methods.advantages import ADVANTAGES
+from quietstar_jax.methods.mixings import MIXINGS
+from quietstar_jax.methods.rewards import REWARDS
 from quietstar_jax.settings import (
     Check,
     Fraction,
@@ -35,9 +38,6 @@ from quietstar_jax.settings import (
     to_mapping,
     unknown,
 )
-from quietstar_jax.thoughts.advantages import ADVANTAGES
-from quietstar_jax.thoughts.mixing import MIXINGS
-from quietstar_jax.thoughts.rewards import REWARDS
 
 MOST_TOKENS = 2**31 - 1  # per batch
 MOST_THOUGHT_TOKENS = 2**34  # per batch
@@ -155,7 +155,7 @@ class ThoughtConfig:
     @property
     def needs_batch_rewards(self) -> bool:
         """Whether advantages depend on all rewards of the batch, which costs one more forward pass."""
-        return self.advantage_scale == "batch" or bool(ADVANTAGES[self.advantage].traits.get("needs_batch_std"))
+        return self.advantage_scale == "batch" or bool(ADVANTAGES[self.advantage].traits["needs_batch_std"])
 
     @property
     def needs_reference(self) -> bool:
@@ -397,12 +397,12 @@ class Config:
         groups += [(f"phases[{i}]", phase, phase.num_thoughts) for i, phase in enumerate(self.phases)]
         for i, phase in enumerate(self.phases):
             trained = phase.thought_length and phase.policy_weight
-            needs_others = ADVANTAGES[self.thought.advantage].traits.get("one_thought_is_zero")
-            found += require(
+            needs_others = ADVANTAGES[self.thought.advantage].traits["one_thought_is_zero"]
+            problems += require(
                 not (trained and needs_others and phase.num_thoughts == 1), f"phases[{i}].num_thoughts", 1,
                 f"at least 2 with the advantage {self.thought.advantage}, which is 0 for a single thought",
             )  # fmt: skip
-            found += require(
+            problems += require(
                 bool(phase.thought_length) or not phase.distill_weight, f"phases[{i}].distill_weight",
                 phase.distill_weight, "0 where thought_length is 0: without thoughts there is no teacher",
             )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import Config, Phase, RateScales
-from quietstar_jax.thoughts.mixing import MIXINGS
+from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 EVERYTHING_LEARNS = RateScales()

@@ -14,8 +14,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.thoughts.advantages import ADVANTAGES, EPSILON
-from quietstar_jax.thoughts.rewards import REWARDS
+from quietstar_jax.methods.advantages import ADVANTAGES, EPSILON
+from quietstar_jax.methods.rewards import REWARDS
 from quietstar_jax.thoughts.text import real_ahead
 
 
@@ -126,7 +126,7 @@ def advantages(
         differ = (reward != reward[:, :1]).any(axis=1, keepdims=True)
         advantage = jnp.where(differ, entry.fn(reward, reward_std), 0.0)
     else:
-        advantage = jnp.zeros_like(reward) if entry.traits.get("one_thought_is_zero") else reward
+        advantage = jnp.zeros_like(reward) if entry.traits["one_thought_is_zero"] else reward
     if scale == "batch":
         assert advantage_std is not None
         advantage = advantage / (advantage_std + EPSILON)

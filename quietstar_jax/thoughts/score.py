@@ -20,10 +20,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.models.decoder import Layers
 from quietstar_jax.models.linear import cross_entropy, pick
 from quietstar_jax.thoughts.chains import chain_pass
-from quietstar_jax.thoughts.mixing import MIXINGS
+from quietstar_jax.thoughts.mixing import mixing_weight
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import mask_meta_tokens
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -97,7 +98,9 @@ def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing
       ([B, R, J, K, V] float32: logits, or log-probabilities that need not be normalized if the entry has `log_probs`;
        mixing weights [B, R, J, K]).
     """
-    return MIXINGS[mixing].fn(model, base_hidden, talk_hidden)
+    entry = MIXINGS[mixing]
+    weight = mixing_weight(model.mixing_head, base_hidden, talk_hidden) if entry.traits["head"] else None
+    return entry.fn(model.decoder.logits, base_hidden, talk_hidden, weight)
 
 
 def chain_hidden_states(

@@ -16,8 +16,7 @@ from quietstar_jax import config, settings
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import MODULE, ExportOptions, torch_mixings
-from quietstar_jax.thoughts.mixing import MIXINGS
-from quietstar_jax.thoughts.model import QuietStar
+from quietstar_jax.methods.mixings import MIXINGS, Logits
 from quietstar_jax.training.setup import prepare
 from tests.export_hf.exports import write_checkpoint
 from tests.hf.runs import our_predictions, start_run
@@ -27,13 +26,13 @@ from tests.training.tiny import tiny_config
 
 @pytest.fixture
 def average(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Registers the mixing `average`, as a function in thoughts/mixing.py is when the package is imported."""
+    """Registers the mixing `average`, as a function in methods/mixings.py is when the package is imported."""
 
     @MIXINGS.register(formula=r"\tfrac12 (x + x')", assumes="nothing", source="this test", head=False)
-    def average(model: QuietStar, base: jax.Array, talk: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def average(logits: Logits, base: jax.Array, talk: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         """The mean of the logits."""
         weight = jnp.full(talk.shape[:-1], 0.5, jnp.float32)
-        return (model.decoder.logits(base)[:, None] + model.decoder.logits(talk)) / 2, weight
+        return (logits(base)[:, None] + logits(talk)) / 2, weight
 
     with monkeypatch.context() as patch:
         patch.setattr(config, "Mixing", Literal[tuple(MIXINGS)])

@@ -12,8 +12,8 @@ import pytest
 
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import CLASSES, ExportOptions
+from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.models.families import FAMILIES
-from quietstar_jax.thoughts.mixing import MIXINGS
 from tests.hf.runs import END, START, our_predictions, start_run, write_tokenizer
 from tests.models.test_parity import LENGTH, VOCAB, random_model, their_logits
 

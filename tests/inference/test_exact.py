@@ -15,9 +15,9 @@ from quietstar_jax.inference.decode import generate_tokens, think_and_talk
 from quietstar_jax.inference.engine import Engine
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import load_model
+from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.chains import empty_chains
-from quietstar_jax.thoughts.mixing import MIXINGS
 from tests.hf.runs import our_predictions
 from tests.inference.models import PROMPT_LENGTHS, Thinker, prompts, thinker
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quietstar_jax.thoughts.advantages import ADVANTAGES
+from quietstar_jax.methods.advantages import ADVANTAGES
+from quietstar_jax.methods.rewards import REWARDS
 from quietstar_jax.thoughts.objective import (
     adapted_entropy_bonus,
     advantages,
@@ -26,7 +27,6 @@ from quietstar_jax.thoughts.objective import (
     talk_loss,
     with_batch_std,
 )
-from quietstar_jax.thoughts.rewards import REWARDS
 
 
 def test_counts_of_a_padded_batch() -> None:

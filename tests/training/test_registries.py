@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quietstar_jax.thoughts.advantages import ADVANTAGES
-from quietstar_jax.thoughts.mixing import MIXINGS
-from quietstar_jax.thoughts.registry import Registry
-from quietstar_jax.thoughts.rewards import REWARDS
+from quietstar_jax.methods.advantages import ADVANTAGES
+from quietstar_jax.methods.mixings import MIXINGS
+from quietstar_jax.methods.registry import Registry
+from quietstar_jax.methods.rewards import REWARDS
 from quietstar_jax.training.setup import prepare
 from tests.training.test_step import step_of
 from tests.training.tiny import tiny_config

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.thoughts.registry import Registry
+from quietstar_jax.methods.registry import Registry
 
 RewardFn = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
 REWARDS: Registry[RewardFn] = Registry(discounted=False)

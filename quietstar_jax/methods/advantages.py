@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.thoughts.registry import Registry
+from quietstar_jax.methods.registry import Registry
 
 AdvantageFn = Callable[[jax.Array, jax.Array | None], jax.Array]
 ADVANTAGES: Registry[AdvantageFn] = Registry(one_thought_is_zero=False, needs_batch_std=False)
