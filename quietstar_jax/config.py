@@ -368,6 +368,19 @@ class LoggingConfig:
     progress_bar: bool = True  # on a terminal
     tensorboard: bool = False  # also write metrics for TensorBoard, in the work directory
     wandb_project: str = ""  # also send metrics to this project of Weights & Biases; empty = no
+    profile_steps: tuple[Positive[int], ...] = ()  # (first, last) step to record with the profiler of JAX, into the
+    # folder `profile` of the work directory; () = none
+    collapse_entropy: NonNegative[float] = 0.05  # nats per token: warn if the `entropy` of thoughts is below this and
+    # `frac_reward_zero_std` above the next setting for 3 consecutive steps; 0 = never
+    collapse_zero_std: Fraction = 0.9  # see `collapse_entropy`
+    stop_on_collapse: bool = False  # save a checkpoint and stop with an error, instead of only warning
+
+    def conflicts(self) -> list[str]:
+        window = self.profile_steps
+        return require(
+            not window or (len(window) == 2 and window[0] <= window[1]), "profile_steps", window,
+            "() or two steps, the first and the last that are recorded, such as (10, 12)",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

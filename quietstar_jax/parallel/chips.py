@@ -53,9 +53,12 @@ _KINDS = {  # a part of `jax.Device.device_kind`, in lower case
     "v6": TPUS["v6e"], "v5 lite": TPUS["v5e"], "v5e": TPUS["v5e"], "v5": TPUS["v5p"], "v4": TPUS["v4"],
     "a100": GPUS["a100"], "h100": GPUS["h100"], "h200": GPUS["h200"],
 }  # fmt: skip
+_OTHERS = ("v4 lite", "h100 pcie", "h100 nvl", "h200 nvl")  # these have other rates
 
 
 def chip_of(device_kind: str) -> Chip | None:
     """Returns the chip that a JAX device is, or None if its rates are not in this table."""
     kind = device_kind.lower()
+    if any(name in kind for name in _OTHERS):
+        return None
     return next((chip for name, chip in _KINDS.items() if name in kind), None)

@@ -96,22 +96,41 @@ def _histogram(values: np.ndarray, title: str, split: float | None) -> str:
     return chart.x_axis(title + "; the outermost bars include all values beyond").svg()
 
 
-CURVES: dict[str, tuple[tuple[str, str], ...]] = {
+CURVES: dict[str, tuple[tuple[str, str], ...]] = {  # title -> (metric, kind of line); the last is always there
     "loss, nats per token": (("base_loss", "a"), ("talk_loss_1", "b")),
     "reward, nats": (("reward", "b"),),
+    "reward spread at a position, nats": (("reward_std", "b"),),
+    "positions with equal rewards, share": (("frac_reward_zero_std", "b"),),
     "mixing weight": (("mixing_weight", "b"),),
-    "thought entropy, nats per token": (("thought_entropy", "b"),),
+    "thought entropy, nats per token": (("entropy_p05", "a"), ("entropy_p95", "a"), ("entropy", "b")),
+    "distinct thoughts, share": (("unique_thought_rate", "b"),),
+    "KL to the initial weights, nats per token": (("kl", "b"),),
+    "importance ratio": (("importance_ratio", "b"),),
+    "limited importance ratios, share": (("clip_ratio", "b"),),
+    "tokens per second": (("tokens_per_second", "b"),),
+    "waiting for data, share of the time": (("data_wait_share", "b"),),
 }
+RENAMED = {"thought_entropy": "entropy", "reward_std_within_position": "reward_std"}  # metrics of old runs
 
 
 def training_curves(records: Sequence[Mapping[str, Any]]) -> str:
-    """Small charts, one row per phase, and the held-out figures at the end of each."""
-    train = [record for record in records if record["kind"] == "train"]
+    """Small charts, one row per phase, and the held-out figures at the end of each.
+
+    Args:
+      records: of `metrics.jsonl`; of the kinds train, speed and evaluation are drawn.
+    """
+    drawn = [
+        {RENAMED.get(name, name): value for name, value in record.items()}
+        for record in records
+        if record["kind"] in ("train", "speed")
+    ]
     parts = []
-    for phase in dict.fromkeys(record["phase"] for record in train):
-        own = [record for record in train if record["phase"] == phase]
-        charts = [_curve(own, phase, title, series) for title, series in CURVES.items() if series[-1][0] in own[0]]
-        charts = charts or [_curve(own, phase, "loss, nats per token", (("base_loss", "a"),))]
+    for phase in dict.fromkeys(record["phase"] for record in drawn):
+        own = [record for record in drawn if record["phase"] == phase]
+        known = {name for record in own for name in record}
+        charts = [_curve(own, phase, title, series) for title, series in CURVES.items() if series[-1][0] in known]
+        if "base_loss" in known and "talk_loss_1" not in known:
+            charts = [_curve(own, phase, "loss, nats per token", (("base_loss", "a"),)), *charts]
         parts.append(
             figure(
                 f"Phase “{phase}”, up to step {own[-1]['step']:,}", f'<div class="small">{"".join(charts)}</div>', ""

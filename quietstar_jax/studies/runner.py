@@ -131,7 +131,7 @@ def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], log: Log)
     records = [
         record
         for record in read_metrics(other.workdir / "metrics.jsonl")
-        if record["step"] <= step and (same or record["kind"] == "train")
+        if record["step"] <= step and (same or record["kind"] != "evaluation")
     ]
     write_metrics(run.workdir / "metrics.jsonl", records)
     write_json(run.workdir / "begun_from.json", {"run": f"{other.variant}/seed_{other.seed}", "step": step})

@@ -1,7 +1,7 @@
 """FLOPs of a training step, from formulas; a multiplication with its addition counts as two FLOPs.
 
 The count covers the matrix products that the algorithm needs at all positions that think, each once: only the causal
-half of attention, one base pass, no padding of chunks, no recomputation. Sliding windows are not subtracted.
+half of attention, no padding of chunks, no recomputation. Sliding windows are not subtracted.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ class Flops(NamedTuple):
 
     Attributes:
       base: forward pass over the text with its LM head; sampling: T steps of every chain with their LM head.
-      scoring: chains of the forward scoring pass; scoring_heads: LM and mixing heads on them.
+      scoring: chains of the forward scoring pass; scoring_heads: LM and mixing heads on them, and the LM head on the
+        text that distillation teaches.
       backward: gradients of base and scoring; twice their forward pass if all weights learn.
       recomputation: matrix products that `model.rematerialize` computes twice; not needed by the algorithm.
+      rewarding: text, chains and heads once more, where advantages depend on all rewards of the batch.
+      reference: text, chains and LM head under the initial weights, for the KL divergence.
     """
 
     base: float
@@ -32,6 +35,8 @@ class Flops(NamedTuple):
     scoring_heads: float
     backward: float
     recomputation: float
+    rewarding: float = 0.0
+    reference: float = 0.0
 
     @property
     def necessary(self) -> float:
@@ -51,8 +56,9 @@ def phase_flops(config: Config, phase: Phase) -> float:
     """Necessary FLOPs of all steps of a phase, in a run that starts from `model.architecture`."""
     a, length = config.model.architecture, config.data.sequence_length
     settings = ThoughtSettings(
-        phase.thought_length, phase.num_thoughts, phase.tokens_ahead, phase.policy_weight, config=config.thought
-    )
+        phase.thought_length, phase.num_thoughts, phase.tokens_ahead, phase.policy_weight, phase.distill_weight,
+        config=config.thought,
+    )  # fmt: skip
     step = step_flops(a, settings, phase.batch_size, length, phase.rates)
     return phase.steps * step.necessary
 
@@ -63,9 +69,9 @@ def step_flops(
     """FLOPs of one training step on `batch` sequences of `length` tokens.
 
     The count covers only what these settings compute: no sampling where the control needs none, no scores of thought
-    tokens without REINFORCE, no mixing head where the mixing has none. The backward pass includes the gradients of
-    weights that learn and the gradients of activations on the path to them: with a frozen decoder, that path is through
-    the chains to the start and end embeddings, if they learn.
+    tokens without REINFORCE, no mixing head where the mixing has none, a second forward pass only where the objective needs one.
+    The backward pass includes the gradients of weights that learn and the gradients of activations on the path to them:
+    with a frozen decoder, that path is through the chains to the start and end embeddings, if they learn.
     """
     head = 2.0 * a.hidden_size * a.vocab_size
     prefix = (length + 1) / 2
@@ -85,11 +91,19 @@ def step_flops(
     mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # without the half on the text, which all thoughts share
     mixing = chains * settings.tokens_ahead * mixing + thinking * 2.0 * a.hidden_size**2
     mixing = mixing if MIXINGS[settings.config.mixing].traits["head"] else 0.0
-    heads = chains * ((settings.thought_length if settings.reinforced else 0) + settings.tokens_ahead) * head + mixing
+    thought_heads = chains * settings.thought_length * head
+    talk_heads = chains * settings.tokens_ahead * head + mixing
+    heads = talk_heads + (thought_heads if settings.reinforced else 0.0)
+    distillation = thinking * head if settings.distill_weight else 0.0
+    rewarding = reference = 0.0
+    if settings.reinforced and settings.config.needs_batch_rewards:
+        rewarding = base + scoring + talk_heads + (thought_heads if settings.config.kl_in_reward else 0.0)
+    if settings.reinforced and settings.config.needs_reference:
+        reference = texts * decoder_flops(a, prefix) + scoring + thought_heads
     to_weights = mixing if rates.mixing_head else 0.0
     recomputation = 0.0
     if rates.decoder:
-        way = base + scoring + heads
+        way = base + scoring + heads + distillation
         to_weights += way - mixing
         recomputation = texts * decoder_flops(a, prefix) + scoring
     elif rates.thought_embeddings:
@@ -97,5 +111,6 @@ def step_flops(
     else:
         way = to_weights
     return Flops(
-        base, sampling, scoring, heads, way + to_weights, recomputation if settings.rematerialize else 0.0
+        base, sampling, scoring, heads + distillation, way + to_weights,
+        recomputation if settings.rematerialize else 0.0, rewarding, reference,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import signal
 from collections.abc import Callable, Mapping
@@ -19,19 +20,23 @@ from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
 from quietstar_jax.data.unknown import SETTING, check_known
-from quietstar_jax.errors import EXIT_RETRY, STOPPED, DataError, DivergedError, PreemptedError
+from quietstar_jax.errors import EXIT_RETRY, STOPPED, DataError, DivergedError, PreemptedError, UserError
 from quietstar_jax.io import folder_to_write, place, write_json
 from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.preemption import PreemptionNotice
 from quietstar_jax.parallel.sharding import ProcessBatchShard, find_process_shard
 from quietstar_jax.signals import NAMES
+from quietstar_jax.thoughts.settings import phase_settings
 from quietstar_jax.thoughts.token_scores import summarize
 from quietstar_jax.training.answers import measure_answers
 from quietstar_jax.training.batch import Batch
+from quietstar_jax.training.collapse import CollapseCheck, Seen, seen_before
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches
-from quietstar_jax.training.metrics import MetricsWriter
+from quietstar_jax.training.metrics import MetricsWriter, read_metrics
+from quietstar_jax.training.profile import StepProfile
 from quietstar_jax.training.resume import check_position, check_same_run, check_same_sources, saved_record
 from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare, start_optimizer
+from quietstar_jax.training.speed import SpeedMeter
 from quietstar_jax.training.step import TrainStep, compile_train_step
 from quietstar_jax.training.summary import config_hash, most_helpful_thoughts
 from quietstar_jax.training.workdir import Workdir, open_workdir
@@ -72,12 +77,19 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
                 with folder_to_write(folder / "tokenizer") as local:
                     run.tokenizer.save(local)
             write_json(folder / "config.json", run.record)
-        with MetricsWriter(
-            folder, config.logging, first_step=int(state.step), total_steps=config.total_steps,
-            run_config=run.record["config"], silent=not first,
-        ) as metrics:  # fmt: skip
+        with (
+            MetricsWriter(
+                folder, config.logging, first_step=int(state.step), total_steps=config.total_steps,
+                run_config=run.record["config"], silent=not first,
+            ) as metrics,
+            StepProfile(folder, config.logging, silent=not first) as profile,
+            SpeedMeter(config, run.architecture) as speed,
+        ):  # fmt: skip
+            collapse = CollapseCheck(config, _seen_before(config, folder, int(state.step)))
             notice = listening.enter_context(PreemptionNotice())
-            trainer = Trainer(run, reader, sequences, held_out, checkpoints, metrics, workdir, notice)
+            trainer = Trainer(
+                run, reader, sequences, held_out, checkpoints, metrics, workdir, notice, profile, speed, collapse
+            )
             try:
                 state = trainer.run_phases(state)
             finally:
@@ -108,6 +120,12 @@ def held_out_batches(run: Run) -> list[dict[str, np.ndarray]]:
     return batches
 
 
+def _seen_before(config: Config, folder: Path, step: int) -> Seen:
+    """Returns, on every process, what the metrics on the first process say about the thoughts up to a step."""
+    found = processes.from_first(lambda: json.dumps(seen_before(config, read_metrics(folder / "metrics.jsonl"), step)))
+    return Seen(*json.loads(found))
+
+
 def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceIterator) -> TrainState:
     """Restores the newest checkpoint and the position in the data; returns step 0 if there is no checkpoint."""
     step = checkpoints.newest_whole_step()
@@ -129,9 +147,11 @@ class Trainer:
     def __init__(
         self, run: Run, reader: ProcessBatchShard, sequences: SequenceIterator, held_out: list[Any],
         checkpoints: Checkpoints, metrics: MetricsWriter, workdir: Workdir, notice: PreemptionNotice,
+        profile: StepProfile, speed: SpeedMeter, collapse: CollapseCheck,
     ):  # fmt: skip
         self._run, self._reader, self._sequences, self._held_out = run, reader, sequences, held_out
         self._checkpoints, self._metrics, self._workdir, self._notice = checkpoints, metrics, workdir, notice
+        self._profile, self._speed, self._collapse = profile, speed, collapse
         self._scorer = make_token_scorer(run.graphdef, evaluation_settings(run.config, run.vocabulary))
         self._measured: Any = None  # (step, held-out metrics, token scores)
         self._unread: Callable[[], None] = lambda: None  # reads the metrics of the latest step
@@ -142,6 +162,7 @@ class Trainer:
         if 0 < int(state.step) < run.config.total_steps:
             self._metrics.log(f"resuming from step {int(state.step)} of {run.config.total_steps}")
         self._catch_up(state)
+        self._stop_if_collapsed(state)
         for phase, start, end in run.config.phase_spans():
             if int(state.step) >= end:
                 continue
@@ -156,25 +177,39 @@ class Trainer:
 
     def _run_phase(self, state: TrainState, phase: Phase, step_fn: TrainStep, start: int, end: int) -> TrainState:
         config = self._run.config
+        self._speed.begin(phase, phase_settings(config, phase, self._run.vocabulary))
         for done in range(int(state.step) + 1, end + 1):
-            rows = self._sequences.next_batch(phase.batch_size // self._reader.count)
-            batch = Batch(**{name: self._reader.place(value, self._run.mesh) for name, value in rows.items()})
-            state, values = step_fn(state, batch, self._run.key, jnp.int32(start))
+            if self._profile.starts_at(done):
+                self._read_metrics()
+                with self._speed.leave_out():
+                    self._profile.start(state)
+            with self._profile.step(done):
+                with self._speed.data_wait():
+                    rows = self._sequences.next_batch(phase.batch_size // self._reader.count)
+                batch = Batch(**{name: self._reader.place(value, self._run.mesh) for name, value in rows.items()})
+                state, values = step_fn(state, batch, self._run.key, jnp.int32(start))
             self._read_metrics()
             self._unread = functools.partial(self._log, values, done, phase)
+            if self._profile.stops_at(done):
+                self._read_metrics()
+                with self._speed.leave_out():
+                    self._profile.stop(state)
             # Evaluate before saving: a run that is killed in between repeats the evaluation.
             if self._is_evaluated(done, end):
                 self._read_metrics()
-                self._evaluate(state, phase, done)
+                with self._speed.leave_out():
+                    self._evaluate(state, phase, done)
             if done % config.checkpoint.every_steps == 0 or (done == end and config.checkpoint.keep_phase_ends):
                 self._save(state)
             self._leave_if_told(state)
+            self._stop_if_collapsed(state)
         return state
 
     def _save(self, state: TrainState) -> None:
         self._read_metrics()  # raises if a value is not finite: such a state is never saved
-        self._workdir.check()
-        self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
+        with self._speed.leave_out():
+            self._workdir.check()
+            self._checkpoints.save(state, self._sequences.get_state(), self._run.record)
 
     def _leave_if_told(self, state: TrainState) -> None:
         """Saves a checkpoint and raises PreemptedError if the run received a signal to stop."""
@@ -183,6 +218,16 @@ class Trainer:
             raise PreemptedError(
                 f"Stopped by {NAMES[number]} after step {int(state.step)}, which is saved. The same command resumes.",
                 STOPPED if number == signal.SIGINT else EXIT_RETRY,
+            )
+
+    def _stop_if_collapsed(self, state: TrainState) -> None:
+        """Saves a checkpoint and raises UserError if thoughts have collapsed and the run is to stop then."""
+        if self._run.config.logging.stop_on_collapse and self._collapse.collapsed:
+            self._save(state)
+            raise UserError(
+                f"{self._collapse.warning} Training stopped because config.logging.stop_on_collapse is True; the state "
+                f"after step {int(state.step)} is saved. Start a run with other settings in a new workdir, or set "
+                "config.logging.stop_on_collapse=False to continue this one."
             )
 
     def _is_evaluated(self, step: int, phase_end: int) -> bool:
@@ -208,8 +253,13 @@ class Trainer:
     def _log(self, values: dict[str, jax.Array], step: int, phase: Phase) -> None:
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
         self._check_finite(numbers, step, phase)
+        self._speed.step_done()
         if step % self._run.config.logging.every_steps == 0 or step == self._run.config.total_steps:
             self._metrics.write("train", step, phase.name, numbers)
+            self._metrics.write("speed", step, phase.name, self._speed.figures())
+        if warning := self._collapse.follow(step, phase, numbers):
+            self._metrics.say(f"warning: {warning['warning']}")
+            self._metrics.write("warning", step, phase.name, warning)
         self._metrics.advance(step, phase.name, numbers)
 
     def _check_finite(self, values: Mapping[str, Any], step: int, phase: Phase) -> None:
@@ -260,6 +310,7 @@ class Trainer:
             summary |= self._measure(state)
             scores = self._measured[2]
             summary["sample_thoughts"] = most_helpful_thoughts(scores, self._held_out, self._run.tokenizer)
+        summary["thoughts_collapsed_at_step"] = self._collapse.warned_at or None
         names = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "summary": "summary.json"}
         summary["config_hash"] = config_hash(self._run.config)
         summary["paths"] = {name: str(folder / file) for name, file in names.items()}

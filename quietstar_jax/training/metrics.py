@@ -54,7 +54,12 @@ class MetricsWriter:
         return (kind, step) in self._kept
 
     def write(self, kind: str, step: int, phase: str, values: Mapping[str, Any]) -> None:
-        """Writes one record `{"kind", "step", "phase", ...}`; `kind` is `train` or `evaluation`."""
+        """Writes one record `{"kind", "step", "phase", ...}`.
+
+        Args:
+          kind: `train`, `evaluation`, `warning`, or `speed`. Only records of the last kind differ between two runs with
+            the same configuration, and between an uninterrupted and a resumed run.
+        """
         if self._file:
             self._file.write({"kind": kind, "step": step, "phase": phase, **values})
         scalars = {name: value for name, value in values.items() if isinstance(value, int | float)}

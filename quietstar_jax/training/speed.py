@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 
@@ -14,21 +15,42 @@ from quietstar_jax.parallel.chips import chip_of
 from quietstar_jax.thoughts.flops import step_flops
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
-_COMPILATION = "/jax/core/compile/backend_compile_duration"
+_BACKEND_COMPILATION = "/jax/core/compile/backend_compile_duration"
+_COMPILATION = (  # tracing, lowering, and compilation by XLA or from the compilation cache
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    _BACKEND_COMPILATION,
+)
+
+
+class Spans:
+    """Spans of time of one thread, added in the order of their ends; a span within another counts once."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[float, float]] = []
+
+    def add(self, start: float, end: float) -> None:
+        while self._spans and self._spans[-1][1] > start:
+            start = min(start, self._spans.pop()[0])
+        self._spans.append((start, end))
+
+    def total(self) -> float:
+        return sum(end - start for start, end in self._spans)
 
 
 class SpeedMeter:
-    """Measures the time between the metrics of two steps. Use as a context manager.
+    """Measures the mean time of the steps between two records. Use as a context manager, in one thread.
 
     A step is dispatched while the one before it runs, so the time from the metrics of one step to those of the next is
-    the time of a step, whichever of device and host is slower. Evaluations and checkpoints are left out.
+    the time of a step, whichever of device and host is slower. `leave_out` and compilation, also that of the first step
+    of a phase, are not part of it.
     """
 
     def __init__(self, config: Config, architecture: Architecture):
         self._config, self._architecture = config, architecture
-        self._compilations: list[float] = []  # seconds of each
-        self._last = time.perf_counter()
-        self._left_out = self._waited = 0.0
+        self._compilations, self._compiling = 0, Spans()
+        self._thread = threading.get_ident()
+        self._restart(time.perf_counter())
 
     def __enter__(self) -> SpeedMeter:
         jax.monitoring.register_event_duration_secs_listener(self._listen)
@@ -38,17 +60,28 @@ class SpeedMeter:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event == _COMPILATION:
-            self._compilations.append(duration_secs)
+        if event in _COMPILATION and threading.get_ident() == self._thread:
+            end = time.perf_counter()
+            self._compilations += event == _BACKEND_COMPILATION
+            self._compiling.add(end - duration_secs, end)
+            self._left_out.add(end - duration_secs, end)
+
+    def _restart(self, now: float) -> None:
+        self._start, self._left_out, self._waited, self._steps = now, Spans(), 0.0, 0
+
+    def begin(self, phase: Phase, settings: ThoughtSettings) -> None:
+        """Starts to measure a phase, or the rest of it; no step may be running."""
+        self._phase, self._settings = phase, settings
+        self._restart(time.perf_counter())
 
     @contextlib.contextmanager
     def leave_out(self) -> Iterator[None]:
-        """Does not count the time in this context as part of a step."""
+        """Does not count the time in this context as part of a step. No step may be running."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._left_out += time.perf_counter() - start
+            self._left_out.add(start, time.perf_counter())
 
     @contextlib.contextmanager
     def data_wait(self) -> Iterator[None]:
@@ -59,26 +92,32 @@ class SpeedMeter:
         finally:
             self._waited += time.perf_counter() - start
 
-    def step_done(self, phase: Phase, settings: ThoughtSettings) -> dict[str, float]:
-        """Returns the figures of the step whose metrics have just been read.
+    def step_done(self) -> None:
+        """Counts a step, whose metrics have just been read."""
+        self._steps += 1
+
+    def figures(self) -> dict[str, float]:
+        """Returns means over the steps since the last call or the beginning of the phase; call after `step_done`.
 
         Returns:
-          `step_time` in seconds; `tokens_per_second` of text and `thought_tokens_per_second`, over all devices;
-          `data_wait_share` of the step time; `compilations` and `compile_seconds` since the start; and where they are
-          known, `mfu`, the necessary FLOPs over the peak of all chips, and `memory_gib`, `memory_peak_gib` of device 0.
+          `step_time` in seconds; `tokens_per_second` of text, padding included, and in phases with thoughts
+          `thought_tokens_per_second`, over all devices; `data_wait_share` of the step time; `compilations` and
+          `compile_seconds` in this process; and where they are known, `mfu`, the necessary FLOPs over the peak of all
+          chips, and `memory_gib`, `memory_peak_gib` of one device.
         """
-        now = time.perf_counter()
-        seconds = max(now - self._last - self._left_out, 1e-9)
-        waited, self._last, self._left_out, self._waited = self._waited, now, 0.0, 0.0
+        phase, settings, now = self._phase, self._settings, time.perf_counter()
+        seconds = max(now - self._start - self._left_out.total(), 1e-9) / self._steps
+        waited = self._waited / self._steps
+        self._restart(now)
         length, device = self._config.data.sequence_length, jax.local_devices()[0]
-        chains = phase.batch_size * settings.thinking_positions(length) * phase.num_thoughts
-        found = {
-            "step_time": seconds,
-            "tokens_per_second": phase.batch_size * length / seconds,
-            "thought_tokens_per_second": chains * phase.thought_length / seconds,
+        found = {"step_time": seconds, "tokens_per_second": phase.batch_size * length / seconds}
+        if phase.thought_length:
+            chains = phase.batch_size * settings.thinking_positions(length) * phase.num_thoughts
+            found["thought_tokens_per_second"] = chains * phase.thought_length / seconds
+        found |= {
             "data_wait_share": min(waited / seconds, 1.0),
-            "compilations": len(self._compilations),
-            "compile_seconds": sum(self._compilations),
+            "compilations": self._compilations,
+            "compile_seconds": self._compiling.total(),
         }
         if (chip := chip_of(device.device_kind)) is not None:
             flops = step_flops(self._architecture, settings, phase.batch_size, length, phase.rates).necessary

@@ -83,6 +83,8 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         lines.append(f"{'thoughts with the right steps, %':<34}{'':>18}{100 * summary['useful_thought_rate']:>16.1f}")
         sampled = 100 * summary["useful_sampled_thought_rate"]
         lines.append(f"{'    of sampled thoughts, %':<34}{'':>18}{sampled:>16.1f}")
+    if step := summary.get("thoughts_collapsed_at_step"):
+        lines += ["", f"Thoughts collapsed at step {step}; the record of kind `warning` in metrics.jsonl says more."]
     if summary.get("deciles"):
         lines += ["", "loss by tenth of the tokens, by entropy of the prediction without thoughts, lowest first:"]
         for i, decile in enumerate(summary["deciles"]):

@@ -86,6 +86,30 @@ def test_training_curves_of_phases() -> None:
     html = figures.training_curves(records)
     assert "Phase “plain &amp; simple”, up to step 2" in html
     assert html.count("<svg") == 1 + 4
+    assert "thought entropy, nats per token" in html
     assert all(len(line.split()) <= figures.POINTS for line in re.findall(r'points="([^"]*)"', html))
     assert "<td>1,002</td><td>2.0000</td><td>1.5000</td>" in html
     assert "<td>500</td>" not in html
+
+
+def test_training_curves_of_the_objective_and_of_speed() -> None:
+    values = {"base_loss": 2.0, "talk_loss_1": 1.0, "reward": 0.5, "mixing_weight": 0.1, "reward_std": 0.2,
+              "frac_reward_zero_std": 0.3, "unique_thought_rate": 0.9, "kl": 0.01, "importance_ratio": 1.0,
+              "clip_ratio": 0.1, "entropy": 1.0, "entropy_p05": 0.5, "entropy_p95": 1.5}  # fmt: skip
+    speed = {"tokens_per_second": 1e5, "data_wait_share": 0.01, "step_time": 0.1}
+    records = [
+        {"kind": kind, "step": step, "phase": "thoughts", **found}
+        for step in (1, 2, 3)
+        for kind, found in (("train", values), ("speed", speed))
+    ]
+    records.append({"kind": "warning", "step": 3, "phase": "thoughts", "warning": "text", "entropy": 0.0})
+    html = figures.training_curves(records)
+    assert html.count("<svg") == len(figures.CURVES)
+    assert all(title in html for title in figures.CURVES)
+    entropy = next(part for part in html.split("<svg") if 'aria-label="thought entropy' in part)
+    assert entropy.count('class="line-a"') == 2
+    assert entropy.count('class="line-b"') == 1
+    old = [{"kind": "train", "step": 1, "phase": "a", "reward_std_within_position": 0.1, "thought_entropy": 1.0}]
+    assert figures.training_curves(old).count("<svg") == 2
+    only_speed = figures.training_curves([record for record in records if record["kind"] == "speed"])
+    assert only_speed.count("<svg") == 2

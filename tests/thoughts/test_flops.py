@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,14 +82,50 @@ def test_only_what_is_computed_is_counted() -> None:
     assert cost(RateScales(0.0, 1.0, 1.0)).recomputation == whole.scoring
 
 
+def test_further_forward_passes_of_the_objective() -> None:
+    settings = ThoughtSettings(thought_length=2, num_thoughts=3, tokens_ahead=2, policy_weight=1.0)
+    text, thought_heads = 7 * decoder_flops(SMALL, 4), 7 * 3 * 2 * HEAD
+
+    def cost(rates: RateScales = RateScales(), weight: float = 1.0, distill: float = 0.0, **config: Any) -> Flops:  # noqa: B008
+        thought = ThoughtConfig(**config)
+        changed = dataclasses.replace(settings, policy_weight=weight, distill_weight=distill, config=thought)
+        return step_flops(SMALL, changed, 1, 7, rates)
+
+    plain = cost()
+    talking = plain.scoring + plain.scoring_heads - thought_heads
+    batch = cost(advantage_scale="batch")
+    assert batch == plain._replace(rewarding=plain.base + talking)
+    assert batch.necessary == plain.necessary + batch.rewarding
+    kl = cost(kl_weight=0.1)
+    assert kl == plain._replace(reference=text + plain.scoring + thought_heads)
+    assert kl.necessary == plain.necessary + kl.reference
+    both = cost(kl_in_reward=0.1, advantage_scale="batch")  # one reference for the thoughts, which are drawn once
+    assert both == kl._replace(rewarding=batch.rewarding + thought_heads)
+    assert cost(weight=0.0, kl_weight=0.1, advantage_scale="batch") == cost(weight=0.0)
+
+    taught = cost(distill=1.0)
+    assert taught.scoring_heads == plain.scoring_heads + 7 * HEAD
+    assert taught.necessary == plain.necessary + 3 * 7 * HEAD
+    frozen = RateScales(decoder=0.0)
+    assert cost(frozen, distill=1.0).necessary == cost(frozen).necessary + 7 * HEAD
+    every = cost(RateScales(0.0, 0.0, 0.0), distill=1.0, kl_weight=0.1, advantage_scale="batch")
+    assert every.necessary == sum(every) - every.recomputation
+    assert every.backward == 0
+
+
 @functools.cache
-def compiled_cost(control: str, policy_weight: float) -> tuple[float, float]:
+def compiled_cost(
+    control: str, policy_weight: float, distill_weight: float = 0.0, **objective: Any
+) -> tuple[float, float]:
     """FLOPs of a small training step as XLA counts them, and as we do."""
     architecture = dataclasses.replace(
         SMALL, vocab_size=3000, hidden_size=32, intermediate_size=64, num_layers=1, head_dim=16
     )
-    phase = Phase(batch_size=2, thought_length=3, num_thoughts=2, tokens_ahead=1, policy_weight=policy_weight)
-    thought = ThoughtConfig(control=control, positions_per_chunk=16)
+    phase = Phase(
+        batch_size=2, thought_length=3, num_thoughts=2, tokens_ahead=1, policy_weight=policy_weight,
+        distill_weight=distill_weight,
+    )  # fmt: skip
+    thought = ThoughtConfig(control=control, positions_per_chunk=16, **objective)
     config, vocabulary = Config(phases=(phase,), thought=thought), Vocabulary(0, (1, 2), (0,), (0,))
     params, graphdef = split(init_quiet_star(architecture, [0], [0], 100.0, jax.random.key(0)))
     step = jax.jit(make_train_step(config, phase, graphdef, vocabulary))
@@ -106,6 +143,19 @@ def test_what_a_setting_saves_is_what_the_compiler_saves(control: str, policy_we
     (theirs, ours), (all_theirs, all_ours) = compiled_cost(control, policy_weight), compiled_cost("none", 1.0)
     assert all_ours - ours == pytest.approx(all_theirs - theirs, rel=0.2)
     assert all_ours - ours > 0.05 * all_ours
+
+
+@pytest.mark.parametrize(
+    ("distill_weight", "objective"),
+    [(0.0, {"advantage_scale": "batch"}), (0.0, {"kl_weight": 0.1}), (1.0, {}),
+     (0.0, {"kl_in_reward": 0.1, "advantage_scale": "batch"})],
+    ids=["batch rewards", "reference", "distillation", "reference in batch rewards"],
+)  # fmt: skip
+def test_what_an_objective_adds_is_what_the_compiler_adds(distill_weight: float, objective: dict[str, Any]) -> None:
+    theirs, ours = compiled_cost("none", 1.0, distill_weight, **objective)
+    their_plain, our_plain = compiled_cost("none", 1.0)
+    assert ours - our_plain == pytest.approx(theirs - their_plain, rel=0.2)
+    assert ours - our_plain > 0.05 * our_plain
 
 
 def test_a_plain_step() -> None:

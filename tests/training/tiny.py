@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,8 @@ def tiny_config(workdir: Path, **changes: Any) -> Config:
     for path, value in changes.items():
         config.update_from_flattened_dict({path.replace("__", "."): value})
     return from_config_dict(config)
+
+
+def repeatable(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that a run repeats bit for bit: all but those of its speed."""
+    return [record for record in records if record["kind"] != "speed"]
