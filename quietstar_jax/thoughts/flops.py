@@ -69,9 +69,9 @@ def step_flops(
     """FLOPs of one training step on `batch` sequences of `length` tokens.
 
     The count covers only what these settings compute: no sampling where the control needs none, no scores of thought
-    tokens without REINFORCE, no mixing head where the mixing has none, a second forward pass only where the objective needs one.
-    The backward pass includes the gradients of weights that learn and the gradients of activations on the path to them:
-    with a frozen decoder, that path is through the chains to the start and end embeddings, if they learn.
+    tokens without REINFORCE, no mixing head where the mixing has none, a second forward pass only where the objective
+    needs one. The backward pass includes the gradients of weights that learn and the gradients of activations on the
+    path to them: with a frozen decoder, that path is through the chains to the start and end embeddings, if they learn.
     """
     head = 2.0 * a.hidden_size * a.vocab_size
     prefix = (length + 1) / 2

@@ -258,7 +258,7 @@ class Trainer:
             self._metrics.write("train", step, phase.name, numbers)
             self._metrics.write("speed", step, phase.name, self._speed.figures())
         if warning := self._collapse.follow(step, phase, numbers):
-            self._metrics.say(f"warning: {warning['warning']}")
+            self._metrics.log(f"warning: {warning['warning']}")
             self._metrics.write("warning", step, phase.name, warning)
         self._metrics.advance(step, phase.name, numbers)
 
