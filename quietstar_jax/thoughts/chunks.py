@@ -23,6 +23,10 @@ from quietstar_jax.thoughts.settings import ThoughtSettings
 
 Tree = TypeVar("Tree")
 PAST_THE_TEXT = 2**30  # position that fills incomplete chunks; no text is this long
+# Float32 arrays [V] counted for each predicted distribution: its logits, which `cross_entropy` saves, their gradient,
+# and one for intermediate results. Compiled for a CPU, scoring has 2.0 per thought token, and 3.3 to 4.8 per token
+# ahead, which has two distributions: without and with the thought. Sampling has 4.0 there, and is counted with 3 too.
+LOGITS_ALIVE = 3
 
 
 def chunk_starts(count: int, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -199,7 +203,7 @@ def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSetting
     # Every layer saves its input [D]; with `rematerialize`, only one layer at a time has the rest.
     layers = 1 if settings.rematerialize else a.num_layers
     per_token = a.num_layers * a.hidden_size * width + layers * results + again
-    logits = 3 * 4 * vocab * (settings.thought_length + 2 * settings.tokens_ahead)
+    logits = LOGITS_ALIVE * 4 * vocab * (settings.thought_length + 2 * settings.tokens_ahead)
     return _fitting(settings, batch * settings.num_thoughts * (settings.chain_length * per_token + logits), thinking)
 
 
@@ -222,7 +226,9 @@ def max_sampled_positions_per_chunk(
     a, width = architecture, settings.dtype.itemsize
     cache = 2 * a.num_layers * (a.num_kv_heads // num_shards("kv_heads")) * a.head_dim * settings.thought_length * width
     heads, mlp = a.num_heads // num_shards("heads"), a.intermediate_size // num_shards("mlp")
-    token = (6 * a.hidden_size + 4 * mlp) * width + 12 * heads * min(KEY_BLOCK, length) + 3 * 4 * a.vocab_size
+    token = (
+        (6 * a.hidden_size + 4 * mlp) * width + 12 * heads * min(KEY_BLOCK, length) + LOGITS_ALIVE * 4 * a.vocab_size
+    )
     return max(ahead, _fitting(settings, batch * settings.num_thoughts * (cache + token), thinking))
 
 
