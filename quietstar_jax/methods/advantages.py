@@ -52,8 +52,8 @@ def group_std(rewards: jax.Array, batch_std: jax.Array | None) -> jax.Array:
 
 
 @ADVANTAGES.register(
-    formula=r"(s_r - \bar s) / (\mathrm{std}_{batch}(s) + \epsilon)",
-    assumes="A batch large enough for its standard deviation. Costs one more forward pass over the chains.",
+    formula=r"(s_r - \bar s) / (\mathrm{std}_{\mathrm{batch}}(s) + \epsilon)",
+    assumes="A batch large enough for its standard deviation. Costs one more forward pass.",
     source='TRL, `scale_rewards="batch"`',
     needs_batch_std=True,
 )
@@ -77,7 +77,7 @@ def log_mean_exp(rewards: jax.Array, batch_std: jax.Array | None) -> jax.Array:
 
 
 @ADVANTAGES.register(
-    formula=r"w_r = \mathrm{softmax}_r(s)",
+    formula=r"w_r = e^{s_r} / \sum_q e^{s_q}",
     assumes="Rewards in nats. Never negative: every thought is made more likely, the better ones more.",
     source="EM, TRICE, BoLT",
 )

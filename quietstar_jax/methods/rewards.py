@@ -25,7 +25,7 @@ REWARDS: Registry[RewardFn] = Registry(discounted=False)
 
 
 @REWARDS.register(
-    formula=r"\sum_k \gamma^k (\mathrm{nll}^{base}_k - \mathrm{nll}^{talk}_{r,k})",
+    formula=r"\sum_k \gamma^k (\mathrm{nll}^{\mathrm{base}}_k - \mathrm{nll}^{\mathrm{talk}}_{r,k})",
     assumes="Any K and R. Nats are unbounded: one very unlikely token can dominate the position.",
     source="Quiet-STaR, RLP, JEPO",
     discounted=True,
@@ -39,7 +39,7 @@ def information_gain(base_nll: jax.Array, talk_nll: jax.Array, real: jax.Array, 
 
 
 @REWARDS.register(
-    formula=r"\exp(-\sum_k \mathrm{nll}^{talk}_{r,k})",
+    formula=r"\exp(-\sum_k \mathrm{nll}^{\mathrm{talk}}_{r,k})",
     assumes="Small K: the probability of many tokens together is near 0 for every thought.",
     source="VeriFree; for K = 1 the expectation of RPT's 0/1 reward",
 )
@@ -49,7 +49,7 @@ def probability(base_nll: jax.Array, talk_nll: jax.Array, real: jax.Array, disco
 
 
 @REWARDS.register(
-    formula=r"\frac1K \sum_k \exp(-\mathrm{nll}^{talk}_{r,k})",
+    formula=r"\frac1K \sum_k \exp(-\mathrm{nll}^{\mathrm{talk}}_{r,k})",
     assumes="Any K and R. Bounded; a token that is certain already gives no reward to any thought.",
     source="RLPR",
 )
