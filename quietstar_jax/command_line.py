@@ -231,7 +231,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--samples": dict(
         type=integer_from(0),
         metavar="N",
-        help="random samples, of the steps (evaluate) or of each thought (report) (default: %(default)s)",
+        help="random samples: of steps (*_cot; default: 8), of each thought (language_modeling: 0, report: 3)",
     ),
     "--seed": dict(type=integer_from(0), default=0, metavar="N", help="seed of all random numbers (default: 0)"),
     "--batch-size": dict(

@@ -55,14 +55,17 @@ class Scores(NamedTuple):
 
 def score_thoughts(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings,
-    base_nll: jax.Array | None = None, *, with_entropy: bool = False,
+    base_nll: jax.Array | None = None, *, with_entropy: bool = False, hide_text: bool = False,
 ) -> Scores:  # fmt: skip
     """Scores thoughts [B, R, J, T] at positions [J] or [B, J] of the text. All results are float32.
 
     Args:
       base_nll: [B, J, K] cross-entropy of x[j+1+k] without thoughts; None = that of the text.
+      hide_text: see `chain_hidden_states`. The prediction without the thought, with which the talk head mixes, still
+        depends on the text.
     """
-    thought_hidden, talk_hidden, layers = chain_hidden_states(model, text, positions, thoughts, settings)
+    chains = chain_hidden_states(model, text, positions, thoughts, settings, hide_text=hide_text)
+    thought_hidden, talk_hidden, layers = chains
     # log_probs: the logits [B, R, J, T, V] have the same mask as in sampling, but the temperature of scoring.
     logits = mask_meta_tokens(model.decoder.logits(thought_hidden), settings.meta_tokens)
     log_probs = -cross_entropy(logits / settings.config.score_temperature, thoughts)
@@ -104,12 +107,15 @@ def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing
 
 
 def chain_hidden_states(
-    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings
-) -> tuple[jax.Array, jax.Array, Layers]:
+    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings, *,
+    hide_text: bool = False,
+) -> tuple[jax.Array, jax.Array, Layers]:  # fmt: skip
     """Runs the chains of given thoughts and returns their hidden states; see the drawing at the top of this file.
 
     Args:
       positions: [J] or [B, J]; thoughts: [B, R, J, T] ids.
+      hide_text: no chain token, those of the thought included, attends to keys of the text. Hiding the text from the
+        tokens after the thought only would not suffice: the keys of the thought's tokens would still contain it.
 
     Returns:
       (hidden states [B, R, J, T, D] at `start, t_1 .. t_{T-1}`, which predict the thought tokens t_1 .. t_T,
@@ -126,8 +132,9 @@ def chain_hidden_states(
     embeddings = jnp.concatenate(  # [B, R, J, C, D], C = 1 + T + 1 + (K - 1)
         [start, model.decoder.embed(thoughts, dtype), end, model.decoder.embed(forced, dtype)], axis=3
     )
+    mask = jnp.zeros_like(text.mask) if hide_text else text.mask
     hidden, layers = chain_pass(
-        model.decoder, embeddings, positions, text.prefix, text.mask, text.starts, rematerialize=settings.rematerialize,
+        model.decoder, embeddings, positions, text.prefix, mask, text.starts, rematerialize=settings.rematerialize,
         prefix_attention=settings.prefix_attention,
     )  # fmt: skip
     return hidden[..., :length, :], hidden[..., length + 1 :, :], layers
