@@ -12,17 +12,15 @@ import numpy as np
 
 from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.reports.figures import (
-    ensemble_curve,
     gain_by_decile,
-    perturbation_curves,
     reward_histogram,
-    thought_only_bars,
     training_curves,
     weight_histogram,
 )
 from quietstar_jax.reports.observe import Window
 from quietstar_jax.reports.page import render, tiles
 from quietstar_jax.reports.pieces import Pieces, visible
+from quietstar_jax.reports.thought_use_figures import ensemble_curve, perturbation_curves, thought_only_bars
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.token_scores import TokenScores
 
