@@ -30,10 +30,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.installed-test
-	$(BIN)/mypy quietstar_jax docs/configuration.py
+	$(BIN)/mypy quietstar_jax docs
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/configuration.py > docs/configuration.md
+	$(BIN)/python docs/objectives.py
 
 install: $(VENV)/.installed
 

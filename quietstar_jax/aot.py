@@ -25,22 +25,20 @@ from quietstar_jax.planning.targets import Target, compile_only, find_target
 def main(arguments: Sequence[str]) -> int:
     """Compiles the program and prints the plan; returns 1 if it does not fit."""
     parser = make_parser()
-    given, config = parse_with_config(parser, arguments)
+    args, config = parse_with_config(parser, arguments)
     compile_only()
     result: dict[str, Any]
     with parser.naming_flags():
-        target = find_target(given.topology)
+        target = find_target(args.topology)
         config = planned_for(config, target)
-        if given.search:
-            plans = search(
-                config, target, given.phase, tries=given.tries, say=lambda line: print(line, file=sys.stderr)
-            )
+        if args.search:
+            plans = search(config, target, args.phase, tries=args.tries, log=lambda line: print(line, file=sys.stderr))
             fits, text = plans[0]["fits"], format_search(plans) + "\n\n" + format_plan(plans[0])
             result = {"plans": plans}
         else:
-            result = plan(_suited(config, target, given.phase), target, given.program, given.phase)
+            result = plan(_suited(config, target, args.phase), target, args.program, args.phase)
             fits, text = result["fits"], format_plan(result)
-    print(json.dumps(result) if given.json else text)
+    print(json.dumps(result) if args.json else text)
     return 0 if fits else 1
 
 
@@ -72,9 +70,9 @@ def _suited(config: Config, target: Target, phase: str) -> Config:
         most = config.thought.chunk_megabytes
         configs = candidates(config, target, phase)[0].configs
         guess = next((guess for guess in configs if guess.thought.chunk_megabytes <= most), configs[-1])
-        said = [f"--config.mesh.{name}={getattr(guess.mesh, name)}" for name in (*SIZES, "dcn_data", "dcn_fsdp")]
-        said.append(f"--config.thought.chunk_megabytes={guess.thought.chunk_megabytes}")
-        print(f"The default mesh does not suit {target.name}. The plan is for {' '.join(said)}", file=sys.stderr)
+        flags = [f"--config.mesh.{name}={getattr(guess.mesh, name)}" for name in (*SIZES, "dcn_data", "dcn_fsdp")]
+        flags.append(f"--config.thought.chunk_megabytes={guess.thought.chunk_megabytes}")
+        print(f"The default mesh does not suit {target.name}. The plan is for {' '.join(flags)}", file=sys.stderr)
         return guess
     return config
 

@@ -102,7 +102,7 @@ class CommandParser(argparse.ArgumentParser):
     def _with_flags(self, message: str) -> str:
         flags = {action.dest: action.option_strings[-1] for action in self._actions if action.option_strings}
         names = r"`(?:data\.)?([a-z_]+)`|^([a-z_]+)(?= is )"
-        return re.sub(names, lambda found: flags.get(found[1] or found[2], found[0]), message)
+        return re.sub(names, lambda match: flags.get(match[1] or match[2], match[0]), message)
 
     def _advice(self, flag: str) -> str:
         known = [name for name in self._option_string_actions if name.startswith("--")]
@@ -231,7 +231,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--samples": dict(
         type=integer_from(0),
         metavar="N",
-        help="random samples, of the steps (evaluate) or of each thought (report) (default: %(default)s)",
+        help="random samples: of steps (*_cot; default: 8), of each thought (language_modeling: 0, report: 3)",
     ),
     "--seed": dict(type=integer_from(0), default=0, metavar="N", help="seed of all random numbers (default: 0)"),
     "--batch-size": dict(
@@ -244,10 +244,10 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 
 
-def add_flags(parser: Any, *names: str, **own: Any) -> None:
-    """Adds flags of `SHARED` to a parser or a group of it; `own`: what differs, such as `required` or `default`."""
+def add_flags(parser: Any, *names: str, **options: Any) -> None:
+    """Adds flags of `SHARED` to a parser or a group of it; `options` override theirs, such as `required`."""
     for name in names:
-        parser.add_argument(name, **{**SHARED[name], **own})
+        parser.add_argument(name, **{**SHARED[name], **options})
 
 
 def add_checkpoint_flags(parser: Any, choice: Any = None, *, hub: bool = True) -> None:
@@ -305,13 +305,13 @@ def parse_with_config(parser: CommandParser, arguments: Sequence[str]) -> tuple[
             settings.append((name, value))
         else:
             rest.append(word)
-    given = parser.parse_args(rest)
+    args = parser.parse_args(rest)
     if not file:
         raise ConfigError("--config is missing: give a configuration file, as in --config configs/quickstart.py.")
     for text in (file, *(part for setting in settings for part in setting)):
         if problem := text_problem(text):
             raise ConfigError(f"The argument {shown(text)} {problem}.")
-    return given, read_config(file, settings)
+    return args, read_config(file, settings)
 
 
 def _value_of(word: str, name: str, words: Iterator[str]) -> str:

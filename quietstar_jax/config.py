@@ -20,6 +20,9 @@ import ml_collections
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.methods.advantages import ADVANTAGES
+from quietstar_jax.methods.mixings import MIXINGS
+from quietstar_jax.methods.rewards import REWARDS
 from quietstar_jax.settings import (
     Check,
     Fraction,
@@ -35,8 +38,6 @@ from quietstar_jax.settings import (
     to_mapping,
     unknown,
 )
-from quietstar_jax.thoughts.advantages import ADVANTAGES
-from quietstar_jax.thoughts.rewards import REWARDS
 
 MOST_TOKENS = 2**31 - 1  # per batch
 MOST_THOUGHT_TOKENS = 2**34  # per batch
@@ -67,11 +68,11 @@ SameWeights = Annotated[T, OnResume.SAME_WEIGHTS]
 if TYPE_CHECKING:
     Reward: TypeAlias = str
     Advantage: TypeAlias = str
+    Mixing: TypeAlias = str
 else:  # the names in these registries
-    Reward, Advantage = Literal[tuple(REWARDS)], Literal[tuple(ADVANTAGES)]
+    Reward, Advantage, Mixing = (Literal[tuple(registry)] for registry in (REWARDS, ADVANTAGES, MIXINGS))
 ComputeDtype = Literal["float32", "bfloat16"]
 PrefixAttention = Literal["auto", "blocks", "triton"]
-Mixing = Literal["hidden_states", "log_probabilities", "none"]
 Control = Literal["none", "pause", "random", "shuffled"]
 TextDocuments = Literal["file", "paragraph", "line"]
 Packing = Literal["random_span", "consecutive_spans", "packed"]
@@ -134,7 +135,8 @@ class ThoughtConfig:
     talk_reduction: Thinking[Literal["mean", "log_mean_exp"]] = "mean"  # of the loss with thoughts over the thoughts
     # of a position: their mean as published, or the loss of their ensemble
     mixing: Thinking[Mixing] = "hidden_states"  # of predictions with and without thought: `hidden_states` as in the
-    # published code, `log_probabilities` as in the paper (weight through a sigmoid), `none` = the thought alone
+    # published code, `log_probabilities` as in the paper (weight through a sigmoid), `none` = the thought alone, see
+    # docs/objectives.md
     control: Thinking[Control] = "none"  # what replaces the thoughts, to measure their effect
     base_loss_weight: Thinking[Fraction] = 0.5  # weight of the loss without thoughts in the total
     talk_loss_weight: Thinking[TalkWeight] = -1.0  # weight of the loss with thoughts; -1 = 1 - `base_loss_weight`
@@ -153,7 +155,7 @@ class ThoughtConfig:
     @property
     def needs_batch_rewards(self) -> bool:
         """Whether advantages depend on all rewards of the batch, which costs one more forward pass."""
-        return self.advantage_scale == "batch" or bool(ADVANTAGES[self.advantage].traits.get("needs_batch_std"))
+        return self.advantage_scale == "batch" or bool(ADVANTAGES[self.advantage].traits["needs_batch_std"])
 
     @property
     def needs_reference(self) -> bool:
@@ -401,35 +403,35 @@ class Config:
 
     def conflicts(self) -> list[str]:
         length, names = self.data.sequence_length, [phase.name for phase in self.phases]
-        found = require(len(set(names)) == len(names), "phases", names, "a list of phases with different names")
+        problems = require(len(set(names)) == len(names), "phases", names, "a list of phases with different names")
         if self.total_steps >= 2**31:
-            found.append(f"phases has {self.total_steps} steps in total; it must have fewer than 2^31")
+            problems.append(f"phases has {self.total_steps} steps in total; it must have fewer than 2^31")
         groups: list[tuple[str, Phase | EvaluationConfig, int]] = [("evaluation", self.evaluation, 1)]
         groups += [(f"phases[{i}]", phase, phase.num_thoughts) for i, phase in enumerate(self.phases)]
         for i, phase in enumerate(self.phases):
             trained = phase.thought_length and phase.policy_weight
-            needs_others = ADVANTAGES[self.thought.advantage].traits.get("one_thought_is_zero")
-            found += require(
+            needs_others = ADVANTAGES[self.thought.advantage].traits["one_thought_is_zero"]
+            problems += require(
                 not (trained and needs_others and phase.num_thoughts == 1), f"phases[{i}].num_thoughts", 1,
                 f"at least 2 with the advantage {self.thought.advantage}, which is 0 for a single thought",
             )  # fmt: skip
-            found += require(
+            problems += require(
                 bool(phase.thought_length) or not phase.distill_weight, f"phases[{i}].distill_weight",
                 phase.distill_weight, "0 where thought_length is 0: without thoughts there is no teacher",
             )  # fmt: skip
         for path, group, thoughts in groups:
             tokens, ahead = group.batch_size * length, group.tokens_ahead
             most = f"at most {MOST_TOKENS // length} with sequences of {length} tokens"
-            found += require(tokens <= MOST_TOKENS, f"{path}.batch_size", group.batch_size, most)
+            problems += require(tokens <= MOST_TOKENS, f"{path}.batch_size", group.batch_size, most)
             if (sampled := tokens * thoughts * (group.thought_length + ahead)) > MOST_THOUGHT_TOKENS:
-                found.append(
+                problems.append(
                     f"{path} has thoughts of {sampled} tokens in a batch; they must be at most {MOST_THOUGHT_TOKENS}. "
                     "Reduce batch_size, num_thoughts, thought_length or tokens_ahead"
                 )
             if group is self.evaluation or group.thought_length:
                 least = f"at least {path}.tokens_ahead + 2 = {ahead + 2}"
-                found += require(length >= ahead + 2, "data.sequence_length", length, least)
-        return found
+                problems += require(length >= ahead + 2, "data.sequence_length", length, least)
+        return problems
 
     def phase_spans(self) -> list[PhaseSpan]:
         """Returns the phases in order, each with the number of steps done when it begins and ends."""

@@ -109,8 +109,8 @@ def _blame(path: str, what: str) -> Iterator[None]:
         if isinstance(error, SyntaxError) and error.filename == path:
             lines.append(error.lineno)
         where = f"{path}, line {lines[-1]}" if lines and lines[-1] else path
-        said = reason(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {reason(error)}"
-        raise ConfigError(f"{where}: {what} cannot be used: {said}") from error
+        message = reason(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {reason(error)}"
+        raise ConfigError(f"{where}: {what} cannot be used: {message}") from error
 
 
 def is_file(path: str) -> bool:
@@ -122,16 +122,16 @@ def is_file(path: str) -> bool:
 
 
 def _arguments(get_config: Callable[..., Any], argument: str | None) -> tuple[str, ...]:
-    given = () if argument is None else (argument,)
+    arguments = () if argument is None else (argument,)
     try:
-        inspect.signature(get_config).bind(*given)
+        inspect.signature(get_config).bind(*arguments)
     except TypeError as error:
         form = "FILE:ARGUMENT" if argument is None else "FILE, without `:ARGUMENT`"
         raise _SettingError(
-            f"get_config{inspect.signature(get_config)} is called with {len(given)} arguments: {error}. Give it as "
+            f"get_config{inspect.signature(get_config)} is called with {len(arguments)} arguments: {error}. Give it as "
             f"--config {form}."
         ) from None
-    return given
+    return arguments
 
 
 def _replace(value: Any, kind: Any, parts: list[str], text: str, path: str) -> Any:

@@ -18,13 +18,15 @@ EXIT_RETRY = 75  # exit status: a restarted run resumes where it stopped (EX_TEM
 STOPPED = 130  # exit status: stopped with Ctrl-C; the same command resumes
 
 MOST_LINES, MOST_CHARACTERS, LONGEST_LINE = 25, 2000, 600  # of a message on the terminal
-OUTSIDE = frozenset(  # system errors that no change to this program would prevent
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
-     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# Errors of a disk or a path that are never a bug: full, over quota, read-only, failing, not permitted, impossible.
+DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ENOTDIR, errno.EACCES, errno.EPERM,
+    errno.ESTALE, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE,
 )  # fmt: skip
-
-# Those of them for which libraries raise exceptions of their own, recognized by the text.
-OUTSIDE_AS_TEXT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# A command reports these in one line. Any other OSError, such as a missing file, may be a bug and keeps its traceback.
+ONE_LINE = (*DISK, errno.EISDIR, errno.ENFILE, errno.ENOMEM)
+# The errors of a disk that libraries convert to other exceptions, recognized by their text.
+ONE_LINE_AS_TEXT = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class UserError(Exception):
@@ -97,13 +99,13 @@ def run_command(command: Callable[[], object]) -> NoReturn:
         except SystemExit as error:
             status = error.code
         except BaseException as error:
-            found = asked[0] if asked else error  # a library may have converted it to another error
-            line = _line(found)
+            cause = asked[0] if asked else error  # a library may have converted it to another error
+            line = _line(cause)
             if line is None:
                 raise
             with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal
                 print(line, file=sys.stderr)
-            status = getattr(found, "status", EXIT_USER_ERROR)
+            status = getattr(cause, "status", EXIT_USER_ERROR)
     end_quietly(status if isinstance(status, int) else int(status is not None))
     sys.exit(status)  # type: ignore[arg-type]
 
@@ -112,13 +114,13 @@ def _line(error: BaseException) -> str | None:
     """The line that a command prints for an error when it ends; None for a bug."""
     if isinstance(error, Interrupted | PreemptedError):
         return str(error)
-    outside = isinstance(error, OSError) and error.errno in OUTSIDE
-    outside |= isinstance(error, RuntimeError | ValueError) and system_error(error, OUTSIDE_AS_TEXT) is not None
+    outside = isinstance(error, OSError) and error.errno in ONE_LINE
+    outside |= isinstance(error, RuntimeError | ValueError) and system_error(error, ONE_LINE_AS_TEXT) is not None
     home = isinstance(error, RuntimeError) and "home directory" in reason(error)  # of `~NAME`, from pathlib
     if not isinstance(error, UserError | MemoryError) and not outside and not home:
         return None
-    said = f"not enough memory. {reason(error)}" if isinstance(error, MemoryError) else reason(error)
-    return f"error: {bounded(said)}"
+    message = f"not enough memory. {reason(error)}" if isinstance(error, MemoryError) else reason(error)
+    return f"error: {bounded(message)}"
 
 
 def system_error(error: BaseException, numbers: Sequence[int]) -> str | None:

@@ -21,6 +21,7 @@ from quietstar_jax.evals.questions import ANSWER_KEYS
 from quietstar_jax.evals.table import format_result
 from quietstar_jax.evals.tasks import TASKS
 from quietstar_jax.io import write_json
+from quietstar_jax.thoughts.perturbations import KINDS
 
 
 def main(arguments: list[str]) -> None:
@@ -79,6 +80,10 @@ def make_parser() -> CommandParser:
     text.add_argument(
         "--top", **number | {"default": Options.top}, help="tokens to list that thoughts helped or harmed most"
     )
+    text.add_argument(
+        "--perturb", default="", metavar="KIND",
+        help=f"also measure thoughts that are changed step by step: {', '.join(KINDS)}",
+    )  # fmt: skip
     votes = parser.add_argument_group("gsm8k_cot, numeric_cot")
     add_flags(votes, "--samples", default=Options.samples)
     add_flags(votes, "--temperature", default=Options.temperature)

@@ -16,11 +16,11 @@ from quietstar_jax.io import place
 def main(arguments: list[str]) -> None:
     """Exports a run, then prints where it is."""
     parser = make_parser()
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     with parser.naming_flags():
-        options = ExportOptions(given.format, given.dtype, given.max_shard_size)
-        run = export(place(given.checkpoint, "--checkpoint"), given.output, options, given.step)
-    print(f"Step {run.step} of {run.workdir} is in {given.output} ({given.format}, {given.dtype}).")
+        options = ExportOptions(args.format, args.dtype, args.max_shard_size)
+        run = export(place(args.checkpoint, "--checkpoint"), args.output, options, args.step)
+    print(f"Step {run.step} of {run.workdir} is in {args.output} ({args.format}, {args.dtype}).")
 
 
 def make_parser() -> CommandParser:

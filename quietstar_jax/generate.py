@@ -20,32 +20,32 @@ THOUGHTS = {"auto": None, "on": True, "off": False}
 def main(arguments: list[str]) -> None:
     """Generates to the terminal, or from file to file."""
     parser = make_parser()
-    given = parser.parse_args(arguments)
-    if (given.data is None) != (given.output is None):
+    args = parser.parse_args(arguments)
+    if (args.data is None) != (args.output is None):
         raise ConfigError("--data and --output must be given together: the prompts, and the file for their texts.")
-    if (given.data is None) == (not given.prompt):
+    if (args.data is None) == (not args.prompt):
         raise ConfigError("Give --prompt, or --data and --output.")
-    if given.thoughts not in THOUGHTS:
-        hint = " To print thoughts, add --show-thoughts." if given.thoughts == "show" else ""
-        raise ConfigError(f"--thoughts is {given.thoughts!r}; allowed: {', '.join(THOUGHTS)}.{hint}")
+    if args.thoughts not in THOUGHTS:
+        hint = " To print thoughts, add --show-thoughts." if args.thoughts == "show" else ""
+        raise ConfigError(f"--thoughts is {args.thoughts!r}; allowed: {', '.join(THOUGHTS)}.{hint}")
     with parser.naming_flags():
         generator = Generator.open(
-            given.checkpoint, step=given.step, revision=given.revision, dtype=given.dtype,
-            batch_size=given.batch_size or (1 if given.prompt else BATCH_SIZE), max_length=given.max_length,
+            args.checkpoint, step=args.step, revision=args.revision, dtype=args.dtype,
+            batch_size=args.batch_size or (1 if args.prompt else BATCH_SIZE), max_length=args.max_length,
         )  # fmt: skip
         job = generator.job(
-            1 if given.prompt else TOKENS_PER_CALL, given.max_tokens, THOUGHTS[given.thoughts], given.thought_length,
-            given.temperature, given.top_p, given.thought_temperature,
-            [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in given.stop],
+            1 if args.prompt else TOKENS_PER_CALL, args.max_tokens, THOUGHTS[args.thoughts], args.thought_length,
+            args.temperature, args.top_p, args.thought_temperature,
+            [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in args.stop],
         )  # fmt: skip
-        if given.data is None:
-            _to_terminal(generator, given.prompt, job, given.seed, given.show_thoughts)
+        if args.data is None:
+            _to_terminal(generator, args.prompt, job, args.seed, args.show_thoughts)
             return
         rows = generate_file(
-            generator, given.data, given.output, job, seed=given.seed, show_thoughts=given.show_thoughts,
-            quiet=given.quiet,
+            generator, args.data, args.output, job, seed=args.seed, show_thoughts=args.show_thoughts,
+            quiet=args.quiet,
         )  # fmt: skip
-    print(f"{rows} texts are in {given.output}.")
+    print(f"{rows} texts are in {args.output}.")
 
 
 def _to_terminal(generator: Generator, prompts: list[str], job: GenerationConfig, seed: int, show: bool) -> None:

@@ -27,7 +27,7 @@ from typing import IO, Any, TypeAlias
 from absl import logging
 from etils import epath
 
-from quietstar_jax.errors import ConfigError, system_error
+from quietstar_jax.errors import DISK, ConfigError, system_error
 from quietstar_jax.settings import shown
 
 AnyPath: TypeAlias = os.PathLike[str]  # local, or a URL of etils.epath
@@ -51,8 +51,8 @@ def place(text: str, name: str) -> Any:
     Raises:
       ConfigError: the scheme is unknown, its package is missing, or the text cannot be a path.
     """
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
-    scheme = found[1] if found else ""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
+    scheme = match[1] if match else ""
     if scheme in STORES:
         if not re.match(rf"{scheme}://[^/]+", text):
             raise ConfigError(f"{name} {shown(text)} has no bucket. Write {scheme}://BUCKET/FOLDER.")
@@ -72,7 +72,7 @@ def place(text: str, name: str) -> Any:
             raise ValueError("it contains a NUL byte")
     except (RuntimeError, ValueError) as error:  # RuntimeError: no such user
         raise ConfigError(f"{name} {shown(text)} cannot be a path: {error}.") from error
-    if path.absolute().parts[1:2] in (("gs",), ("s3",), ("az",), ("hf",)):  # etils takes it for a URL
+    if path.absolute().parts[1:2] in (("gs",), ("s3",), ("az",), ("hf",)):  # etils reads it as a URL
         raise ConfigError(
             f"{name} {shown(text)}: this top-level folder is mistaken for a URL of an object store. Choose another."
         )
@@ -134,9 +134,9 @@ def write_text(path: AnyPath, text: str) -> None:
         temporary.write_text(text, "utf-8")
 
 
-def write_json(path: AnyPath, value: Any, indent: int = 2) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Writes a JSON file completely or not at all."""
-    write_text(path, json.dumps(value, indent=indent) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json_lines(path: AnyPath) -> list[dict[str, Any]]:
@@ -326,10 +326,10 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-# Errors of the disk rather than of the request: full, over quota, read-only, failing, gone, or not permitted.
-DISK = ("ENOSPC", "EDQUOT", "EROFS", "EIO", "EFBIG", "ENOENT", "ENOTDIR", "EACCES", "EPERM", "ESTALE", "ENODEV",
-        "ENXIO", "ENOTCONN", "EHOSTDOWN", "ETIMEDOUT", "EEXIST", "ELOOP", "ENAMETOOLONG", "EMFILE")  # fmt: skip
-_DISK = tuple(getattr(errno, name) for name in DISK)
+# A write to a folder that existed before can also fail because the disk, or the folder, is gone or was replaced.
+_WRITE_FAILED = (
+    *DISK, errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EEXIST,
+)  # fmt: skip
 
 
 def disk_error(error: BaseException) -> str | None:
@@ -337,11 +337,11 @@ def disk_error(error: BaseException) -> str | None:
 
     None if the error was not caused by a disk.
     """
-    return next(filter(None, (system_error(cause, _DISK) for cause in _causes(error))), None)
+    return next(filter(None, (system_error(cause, _WRITE_FAILED) for cause in _causes(error))), None)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)

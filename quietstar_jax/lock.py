@@ -44,12 +44,12 @@ class Lock:
     Args:
       path: local or a URL; its folder must exist.
       name: of the folder, for messages.
-      say: called with a line when this process waits for another holder or takes over from it.
+      log: called with a line when this process waits for another holder or takes over from it.
     """
 
-    def __init__(self, path: io.AnyPath, name: str, say: Callable[[str], None]):
+    def __init__(self, path: io.AnyPath, name: str, log: Callable[[str], None]):
         self.nonce = uuid.uuid4().hex
-        self._path, self._name, self._say, self._url = path, name, say, io.is_url(path)
+        self._path, self._name, self._log, self._url = path, name, log, io.is_url(path)
         self._beats, self._taken_by, self._started = 0, "", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         self._stop, self._renewing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._beat_until_stopped, name="lock", daemon=True)
@@ -97,10 +97,10 @@ class Lock:
             if mark is None:  # released in between
                 continue
             if is_gone(holder):
-                self._say(f"{self._name}: {describe(holder)} has ended; this run takes over.")
+                self._log(f"{self._name}: {describe(holder)} has ended; this run takes over.")
             elif watched is None:
                 watched, until = mark, time.monotonic() + STALE_SECONDS
-                self._say(
+                self._log(
                     f"{self._name} is in use by {describe(holder)}. Waiting at most {STALE_SECONDS:.0f} s for it to "
                     "renew its lock; otherwise this run takes over."
                 )
@@ -116,7 +116,7 @@ class Lock:
                 time.sleep(0.2 if not self._url else 2)
                 continue
             else:
-                self._say(f"{self._name}: {describe(holder)} did not renew its lock; this run takes over.")
+                self._log(f"{self._name}: {describe(holder)} did not renew its lock; this run takes over.")
             if read(self._path)[1] == mark and self._write():
                 return
             watched = None

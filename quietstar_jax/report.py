@@ -16,24 +16,24 @@ from quietstar_jax.reports.page import write_page
 def main(arguments: list[str]) -> None:
     """Writes one page, then prints where it is."""
     parser = make_parser()
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     with parser.naming_flags():
-        html = report_study(given.workdir) if given.workdir else _of_checkpoint(given)
-    write_page(given.output, html)
-    for figure in write_drawings(given.figures, html) if given.figures else ():
+        html = report_study(args.workdir) if args.workdir else _of_checkpoint(args)
+    write_page(args.output, html)
+    for figure in write_drawings(args.figures, html) if args.figures else ():
         print(figure)
-    print(f"{given.output} ({len(html.encode()) / 2**20:.1f} MB)")
+    print(f"{args.output} ({len(html.encode()) / 2**20:.1f} MB)")
 
 
-def _of_checkpoint(given: argparse.Namespace) -> str:
-    if not given.data:
+def _of_checkpoint(args: argparse.Namespace) -> str:
+    if not args.data:
         raise ConfigError("--checkpoint needs --data: the text of the page, for example --data my_text.jsonl.")
     names = ("limit", "page_tokens", "sequence_length", "thought_length", "tokens_ahead", "samples", "seed",
              "text_key", "text_documents")  # fmt: skip
     options = TextOptions(
-        data=tuple(given.data), data_dir=str(given.data_dir or ""), **{name: getattr(given, name) for name in names}
+        data=tuple(args.data), data_dir=str(args.data_dir or ""), **{name: getattr(args, name) for name in names}
     )
-    return report_checkpoint(given.checkpoint, options, given.step, revision=given.revision, dtype=given.dtype)
+    return report_checkpoint(args.checkpoint, options, args.step, revision=args.revision, dtype=args.dtype)
 
 
 def make_parser() -> CommandParser:

@@ -76,18 +76,18 @@ def unmarked(kind: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def marked(cls: type, mark: Any, root: str = "") -> tuple[str, ...]:
     """Returns the paths of all settings and groups of settings that have this mark, each after the root."""
-    found: list[str] = []
+    paths: list[str] = []
     for name, hint in type_hints(cls).items():
         kind, marks = unmarked(hint)
         if mark in marks:
-            found.append(root + name)
+            paths.append(root + name)
         elif dataclasses.is_dataclass(kind):
-            found += marked(typing.cast(type, kind), mark, f"{root}{name}.")
-    return tuple(found)
+            paths += marked(typing.cast(type, kind), mark, f"{root}{name}.")
+    return tuple(paths)
 
 
 def described(kind: Any) -> str:
-    """Says which values a type accepts."""
+    """Returns a description of the values that a type accepts."""
     kind, marks = unmarked(kind)
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
@@ -173,11 +173,13 @@ def _build(cls: type, mapping: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(mapping, Mapping) and not hasattr(mapping, "items"):
         problems += require(False, path, mapping, f"a group of settings ({path}.NAME)")
         return None
-    given = dict(mapping.items())
+    entries = dict(mapping.items())
     hints = type_hints(cls)
-    problems += [unknown(path, key, list(hints)) for key in given if key not in hints]
+    problems += [unknown(path, key, list(hints)) for key in entries if key not in hints]
     values = {
-        name: _convert(hint, given[name], f"{path}.{name}", problems) for name, hint in hints.items() if name in given
+        name: _convert(hint, entries[name], f"{path}.{name}", problems)
+        for name, hint in hints.items()
+        if name in entries
     }
     # Defaults replace values that cannot be used, so that the others are checked too.
     built = cls(**{name: value for name, value in values.items() if value is not None})
@@ -199,18 +201,18 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         value = tuple(_convert(item_kind, item, f"{path}[{i}]", problems) for i, item in enumerate(value))
         if None in value:
             return None
-        found = []
+        conflicts = []
     elif typing.get_origin(kind) is Literal:
-        found = one_of(path, value, kind)
+        conflicts = one_of(path, value, kind)
     else:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value) if abs(value) < 1e300 else math.inf
-        found = _scalar_problems(hint, value, path)
+        conflicts = _scalar_problems(hint, value, path)
     for mark in marks:
-        if isinstance(mark, Check) and not found:
-            found = require(mark.holds(value), path, value, mark.text)
-    problems += found
-    return None if found else value
+        if isinstance(mark, Check) and not conflicts:
+            conflicts = require(mark.holds(value), path, value, mark.text)
+    problems += conflicts
+    return None if conflicts else value
 
 
 def _scalar_problems(hint: Any, value: Any, path: str) -> list[str]:

@@ -102,7 +102,7 @@ def end_quietly(status: int) -> None:
 
 
 def while_importing(package: str) -> None:
-    """Makes Ctrl-C end `python -m PACKAGE.COMMAND` with one line while its imports run, which take seconds.
+    """Makes Ctrl-C end `python -m PACKAGE.COMMAND` with one line during its imports, which last seconds.
 
     The terminal sends Ctrl-C to the worker processes of a command too; they ignore it, and the command ends them.
     """

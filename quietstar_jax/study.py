@@ -15,22 +15,22 @@ from quietstar_jax.studies.study import load_study
 
 def main(arguments: Sequence[str]) -> int:
     """Executes the missing runs, updates `study.json` and `table.md` after each, and prints the table."""
-    given = make_parser().parse_args(arguments)
-    study = load_study(given.study)
-    seeds = given.seeds or study.seeds
-    variants = given.variants or list(study.variants)
+    args = make_parser().parse_args(arguments)
+    study = load_study(args.study)
+    seeds = args.seeds or study.seeds
+    variants = args.variants or list(study.variants)
     unknown = sorted(set(variants) - set(study.variants))
     if unknown:
         raise UserError(f"--variants names unknown variants {unknown}; there are {', '.join(study.variants)}.")
     study = dataclasses.replace(study, seeds=tuple(dict.fromkeys((*study.seeds, *seeds))))
-    root = given.workdir
+    root = args.workdir
     runs = plan(study, root)
-    wanted = [run for run in runs if run.variant in variants and run.seed in seeds]
+    selected = [run for run in runs if run.variant in variants and run.seed in seeds]
     root.mkdir(parents=True, exist_ok=True)
-    for _ in run_study(runs, wanted.__contains__, lambda line: print(line, flush=True)):
+    for _ in run_study(runs, selected.__contains__, lambda line: print(line, flush=True)):
         write_results(root, collect(study, runs))
     print(write_results(root, collect(study, runs)))
-    return 0 if all(run.summary is not None for run in wanted) else 1
+    return 0 if all(run.summary is not None for run in selected) else 1
 
 
 def make_parser() -> CommandParser:

@@ -100,6 +100,39 @@ def test_language_modeling(folder, capsys):
     assert len(found["deciles"]) == 10
 
 
+def test_whether_thoughts_are_used(folder, capsys):
+    text = {"task": "language_modeling", "data": "text.jsonl"}
+    greedy = evaluate(capsys, folder, "--window", "32", "--perturb", "delete", **text)
+    rows = greedy["perturbed"]["delete"]
+    assert [row["percent"] for row in rows] == [0, 20, 40, 60, 80, 100]
+    assert rows[0]["nats_per_token"] == greedy["with_thoughts"]["nats_per_token"]
+    assert rows[5]["nats_per_token"] != rows[0]["nats_per_token"]
+    low, high = rows[5]["change"]["interval"]
+    assert low <= rows[5]["nats_per_token"] - rows[0]["nats_per_token"] + 1e-9
+    assert high >= rows[5]["nats_per_token"] - rows[0]["nats_per_token"] - 1e-9
+    assert greedy["thought_only_loss"] == greedy["thought_only"]["nats_per_token"]
+    assert "ensemble" not in greedy
+    one, several = (evaluate(capsys, folder, "--window", "32", "--samples", n, **text) for n in "13")
+    assert "perturbed" not in one
+    assert one["ensemble"]["nats_per_token"] == one["with_thoughts"]["nats_per_token"]
+    assert one["ensemble"]["gain_over_one_thought"]["interval"] == [0, 0]
+    assert several["ensemble"]["samples"] == 3
+    gain = several["with_thoughts"]["nats_per_token"] - several["ensemble"]["nats_per_token"]
+    assert several["ensemble"]["gain_over_one_thought"]["difference"] == pytest.approx(gain)
+    assert gain > 0
+    off = evaluate(capsys, folder, "--thoughts", "off", **text)
+    assert not {"thought_only", "thought_only_loss", "perturbed"} & set(off)
+
+
+def test_the_table_of_the_use_of_thoughts(folder, capsys):
+    main(["--checkpoint", str(folder / "run"), "--task", "language_modeling", "--data", str(folder / "text.jsonl"),
+          "--thought-length", "2", "--window", "32", "--perturb", "shuffle", "--samples", "2", "--quiet"])  # fmt: skip
+    printed = capsys.readouterr().out
+    for part in ("without the text", "2 sampled thoughts", "perturbed by shuffle", "100 % (2 tokens of each)"):
+        assert part in printed
+    assert max(map(len, printed.split("tokens that thoughts")[0].splitlines())) <= 120
+
+
 def test_the_table_for_people(folder, capsys):
     main(["--checkpoint", str(folder / "run"), "--task", "gsm8k", "--data", str(folder / "numbers.jsonl"),
           "--thought-length", "2", "--batch-size", "8"])  # fmt: skip
@@ -122,6 +155,14 @@ def test_refusals(folder, capsys):
         (ConfigError, "--output", {"args": ["--output", "/nowhere/at/all.json"]}),
         (ConfigError, "--window is 999", {"task": "language_modeling", "data": "text.jsonl",
                                           "args": ["--window", "999"]}),
+        (ConfigError, "--perturb is 'shufle'; .* Did you mean shuffle", {"args": ["--perturb", "shufle"]}),
+        (ConfigError, "--perturb is 'delete', but --task is gsm8k", {"args": ["--perturb", "delete"]}),
+        (ConfigError, "--perturb is 'delete', but --thoughts is off", {
+            "task": "language_modeling", "data": "text.jsonl", "args": ["--perturb", "delete", "--thoughts", "off"]}),
+        (ConfigError, "--samples is 2, but --thoughts is off", {
+            "task": "language_modeling", "data": "text.jsonl", "args": ["--samples", "2", "--thoughts", "off"]}),
+        (ConfigError, "--perturb is 'delete', but .*plain cannot think", {
+            "task": "language_modeling", "data": "text.jsonl", "args": ["--perturb", "delete"], "checkpoint": "plain"}),
     ]:  # fmt: skip
         arguments = more.pop("args", [])
         with pytest.raises(error, match=match):

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from quietstar_jax.checkpoint import manifest
-from quietstar_jax.checkpoint.steps import absolute, damage, prune, remove_unfinished, saved_steps, say_once, set_aside
+from quietstar_jax.checkpoint.steps import absolute, damage, log_once, prune, remove_unfinished, saved_steps, set_aside
 from quietstar_jax.checkpoint.stored_arrays import UNREADABLE, first_line
 from quietstar_jax.checkpoint.train_state import OBJECTIVE, TrainState
 from quietstar_jax.config import CheckpointConfig
@@ -103,15 +103,15 @@ class Checkpoints:
         steps = saved_steps(self._directory)
         part, parts = jax.process_index(), jax.process_count()
         for step in reversed(steps):
-            found = damage(self._directory, step, part=part, parts=parts)
-            if not any_process(bool(found)):
+            problem = damage(self._directory, step, part=part, parts=parts)
+            if not any_process(bool(problem)):
                 break
-            broken[step] = found or "another process names the file"
+            broken[step] = problem or "another process names the file"
         else:
             if broken:
                 raise CheckpointError(
                     "All checkpoints are damaged:\n"
-                    + "\n".join(f"  - {self._directory / str(step)}/{said}" for step, said in broken.items())
+                    + "\n".join(f"  - {self._directory / str(step)}/{problem}" for step, problem in broken.items())
                     + f"\nRestore the files, or remove {self._directory} to start from the beginning."
                 )
             return None
@@ -122,16 +122,16 @@ class Checkpoints:
     def _set_aside(self, broken: Mapping[int, str], whole: int) -> None:
         lines = []
         with self._disk_errors("A damaged checkpoint cannot be renamed"):
-            for step, found in broken.items():
-                line = f"The checkpoint of step {step} is damaged: {self._directory / str(step)}/{found}."
+            for step, problem in broken.items():
+                line = f"The checkpoint of step {step} is damaged: {self._directory / str(step)}/{problem}."
                 if jax.process_index() == 0:
                     line += f" It is kept as {set_aside(self._directory, step).name}: remove it when it is not needed."
                 lines.append(line)
         any_process(False)  # all processes wait for the first
         self._manager.reload()
         lines.append(f"Training resumes from step {whole}, the newest undamaged one.")
-        if jax.process_index() == 0 or any("another process" not in found for found in broken.values()):
-            say_once("\n".join(lines))
+        if jax.process_index() == 0 or any("another process" not in problem for problem in broken.values()):
+            log_once("\n".join(lines))
 
     def save(self, state: TrainState, data: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Writes a checkpoint named by its step, unless it already exists.
@@ -170,7 +170,7 @@ class Checkpoints:
           CheckpointError: the checkpoint is damaged or of another model.
         """
         objective = abstract.objective
-        found = self._restore(
+        items = self._restore(
             step,
             params=ocp.args.StandardRestore(abstract.params),
             opt_state=ocp.args.StandardRestore(abstract.opt_state),
@@ -178,9 +178,9 @@ class Checkpoints:
             progress=ocp.args.JsonRestore(),
             **({OBJECTIVE: ocp.args.StandardRestore(objective)} if objective else {}),
         )
-        done = jax.device_put(np.int32(found["progress"]["step"]), abstract.step.sharding)
-        rest = found[OBJECTIVE] if objective else {}
-        return Restored(TrainState(done, found["params"], found["opt_state"], **rest), found["data"])
+        done = jax.device_put(np.int32(items["progress"]["step"]), abstract.step.sharding)
+        rest = items[OBJECTIVE] if objective else {}
+        return Restored(TrainState(done, items["params"], items["opt_state"], **rest), items["data"])
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:

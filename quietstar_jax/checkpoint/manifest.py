@@ -86,8 +86,8 @@ def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), pa
             return f"{NAME}: it is of step {content['step']}, not {step}"
         read = [(path, *entry) for path, entry in content["files"].items() if path.partition("/")[0] not in leave_out]
         with ThreadPoolExecutor(THREADS) as pool:
-            found = [line for line in pool.map(lambda file: _compare(folder, *file), read[part::parts]) if line]
-        if not found and CONFIG in content["files"] and _config_hash(folder) != content["config"]:
+            problems = [line for line in pool.map(lambda file: _compare(folder, *file), read[part::parts]) if line]
+        if not problems and CONFIG in content["files"] and _config_hash(folder) != content["config"]:
             return f"{CONFIG}: it differs from the configuration in the manifest"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{PROGRESS}: {error}"
@@ -95,7 +95,7 @@ def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), pa
         if error.errno not in _UNREADABLE:
             raise
         return f"{_relative(folder, error)}: {error.strerror}"
-    return found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "") if found else ""
+    return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") if problems else ""
 
 
 def _compare(folder: epath.Path, path: str, size: int, checksum: int) -> str:
@@ -104,8 +104,8 @@ def _compare(folder: epath.Path, path: str, size: int, checksum: int) -> str:
         return f"{path}: it is missing"
     if not file.is_file():
         return f"{path}: it is not a file"
-    if (found := file.stat().length) != size:
-        return f"{path}: it has {found:,} bytes, not {size:,}"
+    if (length := file.stat().length) != size:
+        return f"{path}: it has {length:,} bytes, not {size:,}"
     try:
         same = _checksum(file) == [size, checksum]
     except OSError as error:

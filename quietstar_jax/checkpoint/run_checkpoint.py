@@ -54,7 +54,7 @@ class RunCheckpoint:
 class StoredParameters:
     """The parameters of an orbax checkpoint, read layer by layer.
 
-    Memory: for one parameter, the layers in one stored chunk.
+    Memory is needed only for the layers of a parameter that one stored chunk holds.
     """
 
     def __init__(self, folder: epath.Path):

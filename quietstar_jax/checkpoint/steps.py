@@ -17,7 +17,7 @@ from quietstar_jax.checkpoint.stored_arrays import unreadable
 from quietstar_jax.errors import CheckpointError
 
 REMOVED = ".removed"  # suffix of a step that is being removed
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
 def absolute(path: Path | epath.Path) -> epath.Path:
@@ -29,7 +29,7 @@ def saved_steps(folder: epath.Path) -> list[int]:
     """Returns the steps with a complete checkpoint, ascending; empty if the folder does not exist."""
     if not folder.is_dir():
         return []
-    return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(folder))
+    return sorted(entry.step for entry in ocp.path.step.standard_name_format().find_all(folder))
 
 
 def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), part: int = 0, parts: int = 1) -> str:
@@ -40,18 +40,18 @@ def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), pa
     """
     path = folder / str(step)
     try:
-        found = manifest.damage(path, step, leave_out=leave_out, part=part, parts=parts)
-        if found or manifest.exists(path):
-            return found
+        problem = manifest.damage(path, step, leave_out=leave_out, part=part, parts=parts)
+        if problem or manifest.exists(path):
+            return problem
         for item in {"params", "opt_state"} - set(leave_out):
-            if found := unreadable(path / item, part, parts):
-                return found
+            if problem := unreadable(path / item, part, parts):
+                return problem
     except OSError as error:
         raise CheckpointError(
             f"The checkpoint of step {step} in {folder} cannot be read now: {error.strerror or error}: "
             f"{error.filename or path}. Fix this, then run the same command again."
         ) from error
-    say_once(
+    log_once(
         f"{path} has no manifest: an earlier version wrote it, or the manifest was lost. It is used, but its bytes are "
         "not checked."
     )
@@ -75,7 +75,7 @@ def whole_step(folder: epath.Path, step: int | None = None, leave_out: Collectio
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
     step = steps[-1] if step is None else step
-    if found := damage(folder, step, leave_out=leave_out):
+    if problem := damage(folder, step, leave_out=leave_out):
         others = (
             other for other in reversed(steps) if other != step and not damage(folder, other, leave_out=leave_out)
         )
@@ -85,7 +85,7 @@ def whole_step(folder: epath.Path, step: int | None = None, leave_out: Collectio
             if whole is None
             else f"Step {whole} is the newest undamaged one: give `step` {whole}."
         )
-        raise CheckpointError(f"The checkpoint of step {step} is damaged: {folder / str(step)}/{found}. {advice}")
+        raise CheckpointError(f"The checkpoint of step {step} is damaged: {folder / str(step)}/{problem}. {advice}")
     return step
 
 
@@ -111,14 +111,14 @@ def prune(folder: epath.Path, kept: Callable[[Sequence[int]], Collection[int]]) 
         steps = saved_steps(folder)
         doomed = [folder / str(step) for step in steps if step not in kept(steps)]
     except OSError as error:
-        return say_once(f"{folder} cannot be listed: {error}. No old checkpoint is removed.")
+        return log_once(f"{folder} cannot be listed: {error}. No old checkpoint is removed.")
     for path in [*left_over, *doomed]:
         try:
             _remove(path)
         except OSError as error:
             renamed = path.with_name(path.name.removesuffix(REMOVED) + REMOVED)
             path = renamed if renamed.exists() else path
-            say_once(f"{path} cannot be removed: {error.strerror or error}. Remove it by hand; training continues.")
+            log_once(f"{path} cannot be removed: {error.strerror or error}. Remove it by hand; training continues.")
 
 
 def remove_unfinished(folder: epath.Path) -> None:
@@ -147,8 +147,8 @@ def _remove(path: epath.Path) -> None:
     path.rmtree()
 
 
-def say_once(line: str) -> None:
+def log_once(line: str) -> None:
     """Logs a warning, once per process."""
-    if line not in _said:
-        _said.add(line)
+    if line not in _logged:
+        _logged.add(line)
         logging.warning(line)

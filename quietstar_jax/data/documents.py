@@ -129,9 +129,9 @@ class TextDocuments:
     def _count(self, begin: tuple[int, ...]) -> np.ndarray:
         counts = np.zeros(len(self), np.int32)
         lengths = grain.MapDataset.source(self).map(_Length(begin))
-        with ahead(lengths, self._config.workers) as found:
+        with ahead(lengths, self._config.workers) as token_counts:
             # disable=None: no progress bar without a terminal
-            for i, count in enumerate(tqdm(found, f"counting tokens of {self._spec}", len(self), disable=None)):
+            for i, count in enumerate(tqdm(token_counts, f"counting tokens of {self._spec}", len(self), disable=None)):
                 counts[i] = count
         return counts
 

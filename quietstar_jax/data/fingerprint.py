@@ -41,14 +41,16 @@ def changes(saved: Mapping[str, Any], now: Fingerprint, pieces: Sequence[Piece])
         return []
     before, after = str(saved.get("marks")), now["marks"]
     if saved.get("pieces") != now["pieces"] or len(before) != len(after):
-        said = f"{_said(saved)} -> {_said(now)}"
+        change = f"{_summary(saved)} -> {_summary(now)}"
     else:
         spots = range(0, len(after), MARK)
         changed = [pieces[i // MARK].name for i in spots if before[i : i + MARK] != after[i : i + MARK]]
         more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
-        said = f"other content in {', '.join(changed[:NAMED])}{more} ({_said(saved)} -> {_said(now)})"
-    return [f"{now['source']}: {said}"]
+        change = f"other content in {', '.join(changed[:NAMED])}{more} ({_summary(saved)} -> {_summary(now)})"
+    return [f"{now['source']}: {change}"]
 
 
-def _said(found: Mapping[str, Any]) -> str:
-    return f"{found.get('pieces')} files, {found.get('bytes')} bytes, {found.get('documents')} documents"
+def _summary(fingerprint: Mapping[str, Any]) -> str:
+    return (
+        f"{fingerprint.get('pieces')} files, {fingerprint.get('bytes')} bytes, {fingerprint.get('documents')} documents"
+    )

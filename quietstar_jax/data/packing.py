@@ -63,8 +63,8 @@ class Indexed:
 
     def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
         self.check()
-        own = self.sequences[start.sequences + self.share.process_index :: self.share.process_count]
-        with ahead(own, self.share.workers) as rows:
+        shard = self.sequences[start.sequences + self.share.process_index :: self.share.process_count]
+        with ahead(shard, self.share.workers) as rows:
             for taken, row in enumerate(rows, start=1):
                 yield row, Position(start.sequences + taken * self.share.process_count)
 
@@ -217,8 +217,10 @@ class PackedByCounts:
     def rows(self, start: Position) -> Iterator[tuple[Row, Position]]:
         sequences = PackedSequences(self.documents, self.order, self.length, start)
         sequences.require_tokens()
-        own = grain.MapDataset.source(sequences)[start.sequences + self.share.process_index :: self.share.process_count]
-        with ahead(own, self.share.workers) as rows:
+        shard = grain.MapDataset.source(sequences)[
+            start.sequences + self.share.process_index :: self.share.process_count
+        ]
+        with ahead(shard, self.share.workers) as rows:
             for taken, row in enumerate(rows, start=1):
                 yield row, sequences.position(start.sequences + taken * self.share.process_count)
 
@@ -227,8 +229,8 @@ class PackedByCounts:
 class PackedByReading:
     """Concatenated documents with unknown token counts.
 
-    The beginning of sequence n is known only after reading all documents before it. So every process reads all
-    documents and uses its share: tokenizing is much faster than a training step, and the position stays global.
+    The beginning of sequence n is known only after all documents before it are read. Every process therefore reads all
+    documents and uses its share. Tokenizing is much faster than a training step, and positions stay global.
     """
 
     documents: grain.MapDataset  # endless
@@ -258,7 +260,7 @@ class PackedByReading:
 
 
 class Mixture:
-    """Interleaves several endless orders: `[n] -> (order, number)` says which order sequence n comes from.
+    """Interleaves several endless orders: `[n] -> (order, number)` is the origin of sequence n.
 
     Up to any n, the number of sequences from each order is proportional to its weight, within less than one sequence
     per order. The numbers of each order are consecutive, so each source is read exactly once in each of its epochs.

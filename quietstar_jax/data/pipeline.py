@@ -132,13 +132,13 @@ class SequenceIterator:
         """Raises CheckpointError if the data has changed. States of earlier versions have no fingerprints."""
         if saved is None:
             return
-        found = [f"{len(saved)} sources -> {len(self._sources)} sources"] if len(saved) != len(self._sources) else []
+        lines = [f"{len(saved)} sources -> {len(self._sources)} sources"] if len(saved) != len(self._sources) else []
         for before, now, (_, documents) in zip(saved, self.fingerprints, self._sources, strict=False):
-            found += changes(before, now, documents.pieces())
-        if found:
+            lines += changes(before, now, documents.pieces())
+        if lines:
             raise CheckpointError(
                 "The training data has changed since the checkpoint was written (saved -> now):\n"
-                + "\n".join(f"  - {line}" for line in found)
+                + "\n".join(f"  - {line}" for line in lines)
                 + "\nThe saved position is invalid for the changed data. Restore the data, or start in a new workdir."
             )
 
@@ -189,18 +189,14 @@ def validation_batches(
     *,
     batch_size: int,
     batches: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[Batch]:
     """Yields batches of the validation sources, once and in order.
 
     With `random_span`, the first span of L tokens of every document comes first, then the second span of each longer
     document, and so on. With `consecutive_spans`, all spans follow document by document; with `packed`, all tokens are
-    concatenated. Every process gets the same number of batches of `batch_size` sequences (its share of a global order,
-    as in training); the last batches are filled up with rows whose mask is all False.
+    concatenated. The last batch is filled up with rows whose mask is all False.
 
     Args:
-      batch_size: sequences per process.
       batches: maximum number of batches; 0 = all.
 
     Raises:
@@ -212,23 +208,21 @@ def validation_batches(
     length, pad_id = config.sequence_length, tokenizer.pad_id
 
     def generate() -> Iterator[Batch]:
-        # Every process iterates over all sequences, so that all know their number and stop at the same batch.
         if config.packing == "packed":
             rows = _end_to_end(frame.documents(documents), length, pad_id)
         else:
             walk = _all_spans if config.packing == "consecutive_spans" else _rounds
             rows = walk(frame.spans(documents), length, pad_id, frame.span_begin)
-        given = 0
-        while not batches or given < batches:
-            taken = list(itertools.islice(rows, process_count * batch_size))
+        yielded = 0
+        while not batches or yielded < batches:
+            taken = list(itertools.islice(rows, batch_size))
             if not taken:
                 return
-            own = taken[process_index::process_count]
             empty = spanned(np.zeros(0, np.int32), length, pad_id)
             if config.packing == "packed":
                 empty = (*empty, np.zeros(length, np.int32))
-            yield _stack(own + [empty] * (batch_size - len(own)), config.document_mask)
-            given += 1
+            yield _stack(taken + [empty] * (batch_size - len(taken)), config.document_mask)
+            yielded += 1
 
     return generate()
 
@@ -353,9 +347,9 @@ def _end_to_end(documents: Framed, length: int, pad_id: int) -> Iterator[Row]:
     left, numbers = np.zeros(0, np.int32), np.zeros(0, np.int64)
 
     def row(start: int) -> Row:
-        own = np.full(length, len(documents))  # padding counts as a separate document
-        own[: len(numbers) - start] = numbers[start : start + length]
-        return *spanned(left[start:], length, pad_id), document_starts(own)
+        documents_of_row = np.full(length, len(documents))  # padding counts as a separate document
+        documents_of_row[: len(numbers) - start] = numbers[start : start + length]
+        return *spanned(left[start:], length, pad_id), document_starts(documents_of_row)
 
     for index in range(len(documents)):
         tokens = documents[index]
@@ -368,6 +362,6 @@ def _end_to_end(documents: Framed, length: int, pad_id: int) -> Iterator[Row]:
 
 
 def _stack(rows: list[Row], starts: bool) -> Batch:
-    """Stacks rows into a batch; `starts` says whether to include the documents' starts."""
+    """Stacks rows into a batch; `starts`: whether to include the starts of documents."""
     names = ("tokens", "mask", "starts") if starts else ("tokens", "mask")
     return {name: np.stack(arrays) for name, arrays in zip(names, zip(*rows, strict=True), strict=False)}

@@ -15,21 +15,21 @@ from quietstar_jax.errors import ConfigError, run_command
 def main(arguments: list[str]) -> None:
     """Prepares the sources, then prints the result."""
     parser = make_parser()
-    given = parser.parse_args(arguments)
-    if not 0 <= given.max_unknown_fraction <= 1:
-        raise ConfigError(f"--max-unknown-fraction is {given.max_unknown_fraction}; it must be within 0 .. 1.")
+    args = parser.parse_args(arguments)
+    if not 0 <= args.max_unknown_fraction <= 1:
+        raise ConfigError(f"--max-unknown-fraction is {args.max_unknown_fraction}; it must be within 0 .. 1.")
     config = DataConfig(
-        text_key=given.text_key, text_documents=given.text_documents, data_dir=str(given.data_dir or ""),
-        cache_dir=str(given.cache_dir or ""), max_unknown_fraction=given.max_unknown_fraction,
+        text_key=args.text_key, text_documents=args.text_documents, data_dir=str(args.data_dir or ""),
+        cache_dir=str(args.cache_dir or ""), max_unknown_fraction=args.max_unknown_fraction,
     )  # fmt: skip
-    output = given.output
+    output = args.output
     with parser.naming_flags():
-        tokenizer = load_tokenizer(given.tokenizer, given.revision)
+        tokenizer = load_tokenizer(args.tokenizer, args.revision)
         manifest = prepare(
-            given.data, tokenizer, given.revision, output, config, shards=given.shards, workers=given.workers
+            args.data, tokenizer, args.revision, output, config, shards=args.shards, workers=args.workers
         )
     count = len(manifest["shards"])
-    fewer = f" ({given.shards} were requested: the sources cannot be split into more)" if count < given.shards else ""
+    fewer = f" ({args.shards} were requested: the sources cannot be split into more)" if count < args.shards else ""
     empty = f" ({manifest['empty_documents']:,} empty ones omitted)" if manifest["empty_documents"] else ""
     print(
         f"{manifest['documents']:,} documents{empty}, {manifest['tokens']:,} tokens in {count} shards{fewer}: "

@@ -261,8 +261,8 @@ def is_useful(document: Document, thought_words: Sequence[str]) -> bool:
     So a thought of exactly `STEPS` words must equal them, a longer one may have words before or after, and a shorter
     one never contains them.
     """
-    words, wanted = tuple(thought_words), document.steps
-    return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
+    words, steps = tuple(thought_words), document.steps
+    return any(words[i : i + len(steps)] == steps for i in range(len(words) - len(steps) + 1))
 
 
 def _useful_share(config: SyntheticConfig) -> float:

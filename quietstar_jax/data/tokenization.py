@@ -53,14 +53,14 @@ class Tokenizer:
         self.fast.backend_tokenizer.no_padding()
         eos = self.fast.eos_token
         if eos is None or self.token_id(eos) is None:
-            found = (
+            problem = (
                 "has no end-of-text token"
                 if eos is None
                 else f"names {eos!r} as its end of text, but does not contain it"
             )
             raise DataError(
-                f"The tokenizer {self.name!r} {found}. Documents are ended and padded with it: set `eos_token` in its "
-                "tokenizer_config.json to a token of the vocabulary."
+                f"The tokenizer {self.name!r} {problem}. Documents are ended and padded with it: set `eos_token` in "
+                "its tokenizer_config.json to a token of the vocabulary."
             )
 
     def encode(self, text: str) -> list[int]:
@@ -73,10 +73,10 @@ class Tokenizer:
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """Returns the token ids of several texts, using as many threads as there are cores."""
-        found = self.fast.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for one, text in zip(found, texts, strict=True) if self.rows else ():
+        encodings = self.fast.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for one, text in zip(encodings, texts, strict=True) if self.rows else ():
             self.check(one.ids, text)
-        return [one.ids for one in found]
+        return [one.ids for one in encodings]
 
     def render_conversation(self, messages: list[dict[str, Any]]) -> str:
         """Returns a conversation as text according to the tokenizer's chat template, with special tokens spelled out.
@@ -161,8 +161,8 @@ class Tokenizer:
         decoder = self.fast.backend_tokenizer.decoder
         if decoder is None or b"ByteFallback" not in decoder.__getstate__():
             return {}
-        found = ((self.token_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
-        return {token: byte for token, byte in found if token is not None}
+        pairs = ((self.token_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
+        return {token: byte for token, byte in pairs if token is not None}
 
     @functools.cached_property
     def _letter(self) -> int:
@@ -171,7 +171,7 @@ class Tokenizer:
 
     def _broken_bytes(self, ids: Sequence[int]) -> list[int]:
         """Returns the indices of byte tokens that are not part of a character."""
-        found: list[int] = []
+        broken: list[int] = []
         for is_byte, run in itertools.groupby(range(len(ids)), lambda place: ids[place] in self._bytes):
             places = list(run)
             if is_byte:
@@ -179,14 +179,14 @@ class Tokenizer:
                 at = 0
                 while at < len(spelled):
                     size = next((n for n in range(1, 5) if _is_character(spelled[at : at + n])), 0)
-                    found += [] if size else [places[at]]
+                    broken += [] if size else [places[at]]
                     at += size or 1
-        return found
+        return broken
 
     def token_id(self, token: str) -> int | None:
         """Returns the id of a single token; None if the vocabulary lacks it."""
-        found: int | None = self.fast.backend_tokenizer.token_to_id(token)
-        return found
+        token_id: int | None = self.fast.backend_tokenizer.token_to_id(token)
+        return token_id
 
     def shown(self, token: int) -> str:
         """Returns an id and its text, for messages."""
@@ -260,12 +260,12 @@ class Tokenizer:
 
     @property
     def unk_id(self) -> int | None:
-        """Id of the unknown token, which stands for text that the tokenizer does not know, or None."""
+        """Id of the token that replaces unknown text, or None."""
         return self.fast.unk_token_id
 
     @functools.cached_property
     def unknown_ids(self) -> tuple[int, ...]:
-        """Ids that stand for text that the tokenizer does not know."""
+        """Ids that replace unknown text."""
         names = (getattr(self.fast.backend_tokenizer.model, "unk_token", None), self.fast.unk_token)
         return tuple({token for name in names if name for token in (self.token_id(name),) if token is not None})
 
@@ -277,8 +277,8 @@ class Tokenizer:
     @property
     def _named_pad_id(self) -> int:
         """Like `pad_id`, but ignores whether the model has a row for it."""
-        found = None if self.fast.pad_token is None else self.token_id(self.fast.pad_token)
-        return self.eos_id if found is None else found
+        pad_id = None if self.fast.pad_token is None else self.token_id(self.fast.pad_token)
+        return self.eos_id if pad_id is None else pad_id
 
     def begin_with(self, begin: Sequence[int]) -> None:
         """Makes the tokenizer itself add `begin` before every text, also after it is saved and read by transformers."""

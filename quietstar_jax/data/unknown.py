@@ -68,33 +68,33 @@ def sampled(count: int) -> Sequence[int]:
 
 
 def check_known(
-    sources: Iterable[tuple[str, Unknown]], most: float, tokenizer: Tokenizer, setting: str, *, say: bool = True
+    sources: Iterable[tuple[str, Unknown]], most: float, tokenizer: Tokenizer, setting: str, *, log: bool = True
 ) -> None:
     """Prints the unknown fraction of each source to stderr, and checks it.
 
     Args:
       most: the maximum fraction.
       setting: the name of the setting for `most`, for messages.
-      say: whether to print; False on all processes but one.
+      log: whether to print; False on all processes but one.
 
     Raises:
       DataError: the unknown fraction of a source is larger than `most`.
     """
-    for spec, found in sources:
-        _check(spec, found, most, tokenizer, setting, say)
+    for spec, unknown in sources:
+        _check(spec, unknown, most, tokenizer, setting, log)
 
 
-def _check(spec: str, found: Unknown, most: float, tokenizer: Tokenizer, setting: str, say: bool) -> None:
+def _check(spec: str, unknown: Unknown, most: float, tokenizer: Tokenizer, setting: str, log: bool) -> None:
     """Checks one source; raises DataError if its unknown fraction is too large."""
-    examples = f" (such as {', '.join(f'{one[:20]!r}' for one in found.examples)})" if found.examples else ""
-    share = f"The tokenizer {tokenizer.name!r} has no tokens for {found.fraction:.1%} of {spec}{examples}"
-    if found.fraction > most:
+    examples = f" (such as {', '.join(f'{one[:20]!r}' for one in unknown.examples)})" if unknown.examples else ""
+    share = f"The tokenizer {tokenizer.name!r} has no tokens for {unknown.fraction:.1%} of {spec}{examples}"
+    if unknown.fraction > most:
         raise DataError(
             f"{share}: it was trained on other text, and a model cannot learn unknown text. Use a tokenizer for this "
-            f"text, or set {setting} to at least {found.fraction:.2g} to train with this one."
+            f"text, or set {setting} to at least {unknown.fraction:.2g} to train with this one."
         )
-    if say and found.tokens:
-        warning = "warning: " if found.fraction > WARNED else ""
+    if log and unknown.tokens:
+        warning = "warning: " if unknown.fraction > WARNED else ""
         print(f"{warning}{share}.", file=sys.stderr)
 
 

@@ -19,8 +19,9 @@ import numpy as np
 from quietstar_jax.data.sources import RandomAccessSource
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.errors import ConfigError, DataError
-from quietstar_jax.evals.statistics import compare_paired, confidence_interval
+from quietstar_jax.evals.statistics import compare_paired, interval_of_ratio
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer
+from quietstar_jax.evals.thought_use import summarize_use
 from quietstar_jax.thoughts.token_scores import TokenScores, summarize
 
 BATCHES_AT_ONCE = 4  # of windows, per update of the progress bar
@@ -60,7 +61,7 @@ class Moment(NamedTuple):
     order: int
     tail: Continuation
     place: int  # index in the tail's tokens
-    thought: tuple[int, ...]
+    thought: tuple[int, ...]  # the first of several
     nll: tuple[float, float]  # without and with the thought
     weight: float
 
@@ -79,7 +80,8 @@ def measure_text(
     Returns:
       `texts`, `tokens`, `bytes`; under `without_thoughts` and `with_thoughts` `nats_per_token` with its interval,
       `bits_per_byte`, and `accuracy` of the likeliest token; `comparison` over windows; `deciles` (see
-      `token_scores.summarize`); `helped` and `harmed`.
+      `token_scores.summarize`); `helped` and `harmed`; with a scorer that measures it, the use of thoughts (see
+      `thought_use.summarize_use`). With several random thoughts per position, figures are means over them.
 
     Raises:
       DataError: there is nothing to score.
@@ -98,6 +100,8 @@ def measure_text(
         raise DataError(f"The {texts} texts contain no token to score. Give other text.")
     found = {"texts": texts, "bytes": size, "window": windows.length, "context": windows.context}
     found |= summarize_windows(columns, size, seed)
+    if columns[0].use is not None:
+        found |= summarize_use(columns, seed, scorer.samples)
     return found | (moments.shown(tokenizer) if "with_thoughts" in found else {})
 
 
@@ -117,7 +121,7 @@ def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> d
     for mode, per_window in nll.items():
         found[mode] = {
             "nats_per_token": float(per_window.sum() / counts.sum()),
-            "nats_per_token_interval": _ratio_interval(per_window, counts, seed),
+            "nats_per_token_interval": interval_of_ratio(per_window, counts, seed),
             "bits_per_byte": float(per_window.sum() / math.log(2) / size),
             "accuracy": summary[f"accuracy_{mode}"],
         }
@@ -139,20 +143,14 @@ def text_bytes(source: RandomAccessSource, texts: int) -> int:
 def _windowed(
     source: RandomAccessSource, texts: int, tokenizer: Tokenizer, begin: Sequence[int], windows: Windows
 ) -> Iterator[tuple[Continuation, float]]:
-    """Yields the windows of all texts, each with its share of the bytes; one text is in memory at a time."""
+    """Yields the windows of all texts, numbered, each with its share of the bytes; one text is in memory at a time."""
+    windows_before = itertools.count()
     for number in range(texts):
         text = source[number]
         tokens = tokenizer.encode_text(text, begin)
         per_token = len(text.encode()) / max(1, len(tokens) - 1)
         for tail in windows.tails(tokens):
-            yield tail, tail.last * per_token
-
-
-def _ratio_interval(nll: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float] | None:
-    """Interval of total negative log-likelihood / total tokens, over windows (linearised around their mean length)."""
-    mean = nll.sum() / counts.sum()
-    found = confidence_interval((nll - mean * counts) / counts.mean(), seed)
-    return None if found is None else (float(mean + found[0]), float(mean + found[1]))
+            yield tail._replace(number=next(windows_before)), tail.last * per_token
 
 
 class _Extremes:

@@ -25,16 +25,18 @@ from quietstar_jax.evals.direct import measure_answers
 from quietstar_jax.evals.language_modeling import Windows, measure_text, text_bytes
 from quietstar_jax.evals.questions import Question, read_questions
 from quietstar_jax.evals.records import Records
-from quietstar_jax.evals.tails import ContinuationScorer, longest_text
+from quietstar_jax.evals.tails import ContinuationScorer, UseOptions, longest_text
 from quietstar_jax.evals.tasks import DIRECT, TEXT, VOTING, find_task, with_fields
 from quietstar_jax.evals.voting import ANSWER_TOKENS, CONCLUSION, STEPS, Sampling, measure_votes
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.inference.sampling import TEMPERATURES, is_temperature
+from quietstar_jax.thoughts.perturbations import check_kind
 
 MODES = ("auto", "on", "off", "both")
 PACKAGES = ("quietstar_jax", "jax", "jaxlib", "flax", "transformers", "numpy")
 WINDOW = 1024  # tokens, if the model has that many positions
+VOTES = 8  # samples of a majority vote
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Options:
     window: int = 0
     context: int = 0
     top: int = 10
-    samples: int = 8
+    perturb: str = ""
+    samples: int = 0
     temperature: float = 0.7
     max_tokens: int = 384
     records: str = ""
@@ -72,12 +75,38 @@ class Options:
         find_task(self.task)
         if self.thoughts not in MODES:
             raise ConfigError(f"thoughts is {self.thoughts!r}; it must be one of {', '.join(MODES)}.")
-        positive = ("batch_size", "samples", "max_tokens")
-        for name in (*positive, "thought_length", "limit", "max_length", "seed", "window", "context", "top"):
+        positive = ("batch_size", "max_tokens")
+        for name in (*positive, "samples", "thought_length", "limit", "max_length", "seed", "window", "context", "top"):
             if getattr(self, name) < (name in positive):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be {int(name in positive)} or more.")
         if not is_temperature(self.temperature):
             raise ConfigError(f"temperature is {self.temperature}; it must be {TEMPERATURES}.")
+        if self.perturb:
+            check_kind(self.perturb)
+            if find_task(self.task).kind != TEXT:
+                raise ConfigError(
+                    f"perturb is {self.perturb!r}, but `task` is {self.task}; it must be language_modeling."
+                )
+        for name, value in self._of_thoughts().items():
+            if self.thoughts == "off":
+                raise ConfigError(
+                    f"{name} is {value!r}, but `thoughts` is off, so there are no thoughts. Set `thoughts` to on or "
+                    f"both, or omit `{name}`."
+                )
+
+    def _of_thoughts(self) -> dict[str, Any]:
+        """The given options that need thoughts, by name."""
+        options = {"perturb": self.perturb, "samples": self.samples if find_task(self.task).kind == TEXT else 0}
+        return {name: value for name, value in options.items() if value}
+
+    def check_thoughts(self, model: LoadedModel, modes: tuple[str, ...]) -> None:
+        """Raises ConfigError if an option needs thoughts, and the measurement has none."""
+        for name, value in self._of_thoughts().items():
+            if "with_thoughts" not in modes:
+                raise ConfigError(
+                    f"{name} is {value!r}, but {model.path} cannot think (its thoughts have 0 tokens). Give a run or "
+                    f"an export that was trained with thoughts, or omit `{name}`."
+                )
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -100,6 +129,7 @@ def measure(options: Options) -> dict[str, Any]:
         prefix_attention=options.prefix_attention,
     )  # fmt: skip
     modes = thought_modes(options.thoughts, model)
+    options.check_thoughts(model, modes)
     kinds = {DIRECT: _answers, VOTING: _votes, TEXT: _text}
     found = kinds[task.kind](options, model, modes, questions)
     primary = found[modes[-1]]
@@ -135,10 +165,12 @@ def thought_modes(thoughts: str, model: LoadedModel) -> tuple[str, ...]:
     return {"off": ("without_thoughts",), "on": ("with_thoughts",)}.get(thoughts, ("without_thoughts", "with_thoughts"))
 
 
-def make_scorer(options: Options, model: LoadedModel, modes: tuple[str, ...]) -> ContinuationScorer:
-    """Returns the scorer for the texts of a measurement."""
+def make_scorer(
+    options: Options, model: LoadedModel, modes: tuple[str, ...], use: UseOptions | None = None
+) -> ContinuationScorer:
+    """Returns the scorer for the texts of a measurement; `use`: what else it measures if there are thoughts."""
     length = 0 if "with_thoughts" not in modes else options.thought_length or model.thought_length
-    return ContinuationScorer(model, model.settings(length), options.batch_size)
+    return ContinuationScorer(model, model.settings(length), options.batch_size, use if length else None)
 
 
 def versions() -> dict[str, str]:
@@ -165,7 +197,8 @@ def _votes(options: Options, model: LoadedModel, modes: tuple[str, ...], questio
     length = options.thought_length or model.thought_length
     settings = model.settings(length if "with_thoughts" in modes else 0)
     longest = longest_allowed(options, longest_text(model.architecture, settings.thought_length))
-    sampling = Sampling(options.samples, options.temperature, options.max_tokens, length, options.seed)
+    samples = options.samples or VOTES
+    sampling = Sampling(samples, options.temperature, options.max_tokens, length, options.seed)
     measurement = {
         "task": options.task,
         "data_hash": content_hash(options.data, _data_config(options)),
@@ -183,7 +216,7 @@ def _votes(options: Options, model: LoadedModel, modes: tuple[str, ...], questio
         progress(len(questions) * len(modes), "question", options, f"records: {path}") as done,
     ):
         found = measure_votes(questions, generator, sampling, modes, longest, records, done)
-    return {**found, "samples": options.samples, "temperature": options.temperature, "records": str(path)}
+    return {**found, "samples": samples, "temperature": options.temperature, "records": str(path)}
 
 
 def _records_file(task: str, measurement: Mapping[str, Any]) -> Path:
@@ -193,7 +226,8 @@ def _records_file(task: str, measurement: Mapping[str, Any]) -> Path:
 
 
 def _text(options: Options, model: LoadedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
-    scorer = make_scorer(options, model, modes)
+    kinds = (options.perturb,) if options.perturb else ()
+    scorer = make_scorer(options, model, modes, UseOptions(kinds, options.samples, options.seed))
     render = model.tokenizer.render_conversation
     source = open_source(options.data, _data_config(options), split="validation", seed=options.seed, render=render)
     texts = min(len(source), options.limit or len(source))

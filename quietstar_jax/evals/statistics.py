@@ -35,6 +35,20 @@ def confidence_interval(values: Sequence[float] | np.ndarray, seed: int) -> tupl
     return float(found.low), float(found.high)
 
 
+def interval_of_ratio(
+    totals: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray, seed: int
+) -> tuple[float, float] | None:
+    """95 % interval of sum(totals) / sum(counts) over units of unequal size, linearised around their mean size.
+
+    Args:
+      totals, counts: of each unit, such as the nats and the tokens of a window.
+    """
+    amount, size = np.asarray(totals, np.float64), np.asarray(counts, np.float64)
+    mean = amount.sum() / size.sum()
+    found = confidence_interval((amount - mean * size) / size.mean(), seed)
+    return None if found is None else (float(mean + found[0]), float(mean + found[1]))
+
+
 def interval_of_difference(better: int, worse: int, pairs: int) -> tuple[float, float]:
     """95 % interval of the difference of two paired rates (Agresti and Min, 2005: half a pair is added to each cell).
 
@@ -73,8 +87,8 @@ def compare_paired(
         p_value = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
         interval = interval_of_difference(better, worse, change.size)
         return {**result, "interval": interval, "p_value": float(p_value), "test": "McNemar, exact"}
-    if not change.any():
-        return {**result, "p_value": 1.0, "test": "sign flips"}
+    if not change.any():  # no rates: the exact interval of a rate of 0 has nothing to do with them
+        return {**result, "interval": (0.0, 0.0), "p_value": 1.0, "test": "sign flips"}
     found = stats.permutation_test(
         (change,), np.mean, permutation_type="samples", vectorized=True, n_resamples=9999,
         batch=max(1, 10**7 // change.size), rng=np.random.default_rng(seed),

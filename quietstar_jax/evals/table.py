@@ -27,6 +27,7 @@ def format_result(result: Mapping[str, Any]) -> str:
             lines.append(_row(name, [result[mode] for mode in modes]))
     lines += _votes(result, modes)
     lines += _comparison(result)
+    lines += _use(result)
     lines += _deciles(result, modes)
     for name, title in (("helped", "helped"), ("harmed", "harmed")):
         if result.get(name):
@@ -49,9 +50,8 @@ def _row(name: str, values: list[Mapping[str, Any]]) -> str:
     cells = []
     for value in values:
         interval = value.get(f"{name}_interval")
-        text = f"{scale * value[name]:.{digits}f}"
-        if interval is not None:
-            text += f" ({scale * interval[0]:.{digits}f} .. {scale * interval[1]:.{digits}f})"
+        interval = None if interval is None else (scale * interval[0], scale * interval[1])
+        text = _with_interval(scale * value[name], interval, f".{digits}f")
         cells.append(f"{text:>26}")
     return f"{(PERCENT | PLAIN)[name]:<36}" + "".join(cells)
 
@@ -75,6 +75,38 @@ def _comparison(result: Mapping[str, Any]) -> list[str]:
         label = (PERCENT | PLAIN)[name]
         lines.append(f"    {label}: {scale * found['difference']:+.4g} with thoughts{p_value}")
     return ["", "the same items with and without thoughts:", *lines] if lines else []
+
+
+def _use(result: Mapping[str, Any]) -> list[str]:
+    """Whether predictions use what the thoughts say: losses with their intervals, and differences with theirs."""
+    if "thought_only" not in result:
+        return []
+    alone, together = result["thought_only"], result.get("ensemble")
+    lines = ["", f"{'nats per token of the thought alone, without the text:':<68}{'gain':>32}"]
+    lines.append(_use_row("an empty thought", alone["empty_thought"]))
+    lines.append(_use_row("the thought", alone, alone["gain_over_empty_thought"]))
+    if together:
+        lines += ["", f"{'nats per token of ' + str(together['samples']) + ' sampled thoughts:':<68}{'gain':>32}"]
+        lines.append(_use_row("one of them, on average", together["one_thought"]))
+        lines.append(_use_row("their mean probability", together, together["gain_over_one_thought"]))
+        lines.append(_use_row("the same, against no thoughts", together, together["gain_over_no_thoughts"]))
+    for kind, rows in result.get("perturbed", {}).items():
+        lines += ["", f"{'nats per token with thoughts perturbed by ' + kind + ':':<68}{'change':>32}"]
+        for row in rows:
+            what = f"{row['percent']} % ({row['changed_tokens']} tokens of each)"
+            lines.append(_use_row(what, row, row["change"] if row["percent"] else None))
+    return lines
+
+
+def _use_row(what: str, loss: Mapping[str, Any], difference: Mapping[str, Any] | None = None) -> str:
+    cells = [_with_interval(loss["nats_per_token"], loss["nats_per_token_interval"], ".4f")]
+    if difference is not None:
+        cells.append(_with_interval(difference["difference"], difference["interval"], "+.4f"))
+    return f"{'    ' + what:<36}" + "".join(f"{cell:>32}" for cell in cells)
+
+
+def _with_interval(value: float, interval: tuple[float, float] | None, spell: str) -> str:
+    return f"{value:{spell}}" + ("" if interval is None else f" ({interval[0]:{spell}} .. {interval[1]:{spell}})")
 
 
 def _deciles(result: Mapping[str, Any], modes: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Scores the last tokens of texts, without thoughts and with greedy ones; used by all measurements but voting.
+"""Scores the last tokens of texts, without thoughts and with them; used by all measurements but voting.
 
 Texts are padded on the left, so that all texts of a batch end at the same position and only the scored positions think.
 An answer of four tokens after a prompt of a thousand needs four thoughts. Lengths are rounded up to a coarse grid, so
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,12 @@ from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.parallel.sharding import row_ways, shard_batch
-from quietstar_jax.thoughts.controls import draw_uniforms
+from quietstar_jax.thoughts.controls import Uniforms, draw_uniforms
+from quietstar_jax.thoughts.perturbations import PerturbationDraws, draw_perturbations
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.token_scores import TokenScores, score_tokens
+from quietstar_jax.thoughts.token_scores import TokenScores, UseWanted, score_tokens
 
+Drawn = TypeVar("Drawn", Uniforms, PerturbationDraws)
 SHORTEST = 16  # shortest text length of the grid
 
 
@@ -37,11 +39,27 @@ class Continuation(NamedTuple):
       tokens: ids, at least one more than are scored.
       last: how many tokens at the end are scored.
       candidates: ids whose log-probability is returned at every scored position.
+      number: of the text among all that are measured, 0 .. 2**31 - 1; its random numbers depend on the seed and on it.
     """
 
     tokens: Sequence[int]
     last: int
     candidates: Sequence[int] = ()
+    number: int = 0
+
+
+class UseOptions(NamedTuple):
+    """What else a scorer measures, see `thoughts.token_scores.ThoughtUse`.
+
+    Attributes:
+      kinds: of perturbations.
+      samples: R, random thoughts per position; 0 = the greedy thought only, which is what all other measurements use.
+      seed: of sampled thoughts and of perturbations.
+    """
+
+    kinds: tuple[str, ...] = ()
+    samples: int = 0
+    seed: int = 0
 
 
 def grid_length(length: int, shortest: int = SHORTEST) -> int:
@@ -63,18 +81,32 @@ class ContinuationScorer:
     Apart from rounding, each row of the result depends only on its own text, not on the batch or the devices.
     """
 
-    def __init__(self, model: LoadedModel, settings: ThoughtSettings, batch_size: int):
-        """Args: settings: from `model.settings`, length 0 = no thoughts; batch_size: texts over all devices."""
+    def __init__(
+        self, model: LoadedModel, settings: ThoughtSettings, batch_size: int, use: UseOptions | None = None
+    ):  # fmt: skip
+        """Initializes the scorer; nothing is compiled yet.
+
+        Args:
+          settings: from `model.settings`, length 0 = no thoughts.
+          batch_size: texts over all devices.
+          use: None = one greedy thought, and no `TokenScores.use`.
+        """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more.")
         self._mesh = make_mesh(MeshConfig(), model.architecture, jax.local_devices())
         ways = row_ways(self._mesh)
         self.batch_size = -(-batch_size // ways) * ways
         self._params = jax.device_put(model.params, NamedSharding(self._mesh, PartitionSpec()))
-        score = functools.partial(_score_tails, model.graphdef, settings, model.forbidden_ids)
+        score = functools.partial(_score_tails, model.graphdef, settings, model.forbidden_ids, use)
         self._score = jax.jit(score, static_argnames="count")
+        self._use = use
         self._pad_id = model.vocabulary.pad_id
         self.longest = longest_text(model.architecture, settings.thought_length)
+
+    @property
+    def samples(self) -> int:
+        """R, how many random thoughts each position has; 0 = one greedy thought."""
+        return self._use.samples if self._use else 0
 
     @property
     def programs(self) -> int:
@@ -85,7 +117,7 @@ class ContinuationScorer:
     def __call__(
         self, tails: Sequence[Continuation], done: Callable[[int], object] = lambda count: None
     ) -> list[TokenScores]:
-        """Returns the scores of each tail with its first thought, in the order given, as numpy arrays [P].
+        """Returns the scores of each tail, means over its thoughts, in the order given, as numpy arrays [P].
 
         Args:
           done: called with the number of tails just finished.
@@ -114,22 +146,29 @@ class ContinuationScorer:
                 rows = numbers[start : start + self.batch_size]
                 running = rows, self._run([tails[number] for number in rows], length, count, width)
                 if waiting:
-                    yield waiting[0], jax.device_get(waiting[1]).first_thought()
+                    yield waiting[0], self._fetch(waiting[1])
                 waiting = running
         if waiting:
-            yield waiting[0], jax.device_get(waiting[1]).first_thought()
+            yield waiting[0], self._fetch(waiting[1])
+
+    def _fetch(self, scores: TokenScores) -> TokenScores:
+        """Waits for the scores of a batch; returns means over its thoughts, [B, P], as numpy arrays."""
+        found: TokenScores = jax.device_get(scores)
+        return found.first_thought() if self._use is None else found.average_thought()
 
     def _run(self, tails: Sequence[Continuation], length: int, count: int, width: int) -> TokenScores:
         """Starts to score a batch; returns arrays on the devices without waiting for them."""
         tokens = np.full((self.batch_size, length), self._pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
         candidates = np.zeros((self.batch_size, width), np.int32)
+        numbers = np.zeros(self.batch_size, np.int32)
         for row, tail in enumerate(tails):
             tokens[row, length - len(tail.tokens) :] = tail.tokens
             mask[row, length - len(tail.tokens) :] = True
             candidates[row, : len(tail.candidates)] = tail.candidates
+            numbers[row] = tail.number
         with jax.set_mesh(self._mesh):
-            return self._score(self._params, *map(shard_batch, (tokens, mask, candidates)), count=count)
+            return self._score(self._params, *map(shard_batch, (tokens, mask, candidates, numbers)), count=count)
 
 
 def longest_text(architecture: Architecture, thought_length: int) -> int:
@@ -138,17 +177,49 @@ def longest_text(architecture: Architecture, thought_length: int) -> int:
 
 
 def _score_tails(
-    graphdef: GraphDef, settings: ThoughtSettings, forbidden: tuple[int, ...], params: Mapping[str, jax.Array],
-    tokens: jax.Array, mask: jax.Array, candidates: jax.Array, *, count: int,
+    graphdef: GraphDef, settings: ThoughtSettings, forbidden: tuple[int, ...], use: UseOptions | None,
+    params: Mapping[str, jax.Array], tokens: jax.Array, mask: jax.Array, candidates: jax.Array, numbers: jax.Array, *,
+    count: int,
 ) -> TokenScores:  # fmt: skip
-    """Scores the last P = `count` tokens of texts [B, L], with candidates [B, A]."""
+    """Scores the last P = `count` tokens of texts [B, L], with candidates [B, A]; numbers [B] as in `Continuation`."""
     length = tokens.shape[1]
     positions = length - 1 - count + jnp.arange(count)  # those that predict the scored tokens
-    # Controls draw by the index of a token in its own text, so that draws do not depend on the batch or the padding.
-    number = jnp.maximum(jnp.arange(length) - jnp.argmax(mask, axis=1)[:, None], 0)
-    drawn = draw_uniforms(jax.random.key(0), (1, 1, length, settings.thought_length))
-    uniforms = jax.tree.map(lambda x: x[0, 0][number][:, None], drawn)
-    model = merge(graphdef, params)
+    # All draws are by the index of a token in its own text, so that they do not depend on the batch or the padding.
+    index = jnp.maximum(jnp.arange(length) - jnp.argmax(mask, axis=1)[:, None], 0)
+    samples = use.samples if use else 0
+    wanted = None
+    if samples:
+        uniforms = _by_text(draw_uniforms, use.seed, 0, numbers, index, samples, settings.thought_length)
+    else:  # only controls draw
+        drawn = draw_uniforms(jax.random.key(0), (1, 1, length, settings.thought_length))
+        uniforms = jax.tree.map(lambda x: x[0, 0][index][:, None], drawn)
+    if use:
+        size = max(1, samples), settings.thought_length
+        draws = _by_text(draw_perturbations, use.seed, 1, numbers, index, *size) if use.kinds else None
+        wanted = UseWanted(use.kinds, draws)
     return score_tokens(
-        model, tokens, mask, None, positions, uniforms, settings, forbidden=forbidden, candidates=candidates
-    )
+        merge(graphdef, params), tokens, mask, None, positions, uniforms, settings, greedy=0 if samples else 1,
+        use=wanted, forbidden=forbidden, candidates=candidates,
+    )  # fmt: skip
+
+
+def _by_text(
+    draw: Callable[..., Drawn], seed: int, purpose: int, numbers: jax.Array, index: jax.Array, count: int, tokens: int
+) -> Drawn:
+    """Draws uniform numbers for R = `count` thoughts of T = `tokens` tokens at all L positions.
+
+    Args:
+      draw: function of a key and a shape; purpose: different numbers are independent.
+      numbers: [B], of each text; index: [B, L], of each token in its text.
+
+    Returns:
+      what `draw` returns, arrays [B, R, L, T] (or [B, R, L]).
+    """
+    key = jax.random.fold_in(jax.random.key(seed), purpose)
+
+    def of_text(number: jax.Array, index: jax.Array) -> Drawn:
+        # [1, L, R, T]: a longer padded length only adds numbers at the end.
+        drawn = draw(jax.random.fold_in(key, number), (1, index.size, count, tokens))
+        return jax.tree.map(lambda x: jnp.moveaxis(x[0][index], 1, 0), drawn)
+
+    return jax.vmap(of_text)(numbers, index)

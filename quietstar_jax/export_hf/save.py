@@ -9,6 +9,7 @@ ones, which stay the same bit for bit.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import json
@@ -99,8 +100,11 @@ def save(
     Raises:
       CheckpointError: the output exists or cannot be written, the parameters do not fit the architecture, or a value
         is not finite in the dtype of the export.
-      ConfigError, DataError: the shard size cannot be parsed, or start and end cannot become tokens.
+      ConfigError, DataError: the shard size cannot be parsed, start and end cannot become tokens, or the torch module
+        does not have the mixing.
     """
+    if options.format == "quietstar":
+        _check_mixing(thoughts.mixing)
     if _is_there(output, card):
         return
     _check_parameters(parameters, architecture)
@@ -264,6 +268,24 @@ def _is_there(output: Path, card: str) -> bool:
         if (output / "README.md").read_text("utf-8") == card:
             return True
     raise CheckpointError(f"{output} exists already. Remove it, or choose another folder.")
+
+
+def torch_mixings() -> tuple[str, ...]:
+    """Returns the mixings that the torch module has: the keys of its `MIXINGS`, read without torch."""
+    for node in ast.parse(MODULE.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MIXINGS":
+            return tuple(ast.literal_eval(key) for key in node.value.keys)  # type: ignore[attr-defined]
+    raise AssertionError(f"{MODULE} has no MIXINGS")
+
+
+def _check_mixing(mixing: str) -> None:
+    known = torch_mixings()
+    if mixing not in known:
+        raise ConfigError(
+            f"The mixing {mixing!r} cannot be exported: the torch module of an export has only {', '.join(known)}. Add "
+            f"a function that computes {mixing!r} to MIXINGS in {MODULE}, or set `format` to base, which exports the "
+            "decoder without thoughts."
+        )
 
 
 def _check_parameters(parameters: Parameters, architecture: Architecture) -> None:

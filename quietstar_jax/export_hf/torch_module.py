@@ -7,8 +7,8 @@
 This file depends only on torch and transformers, and is shipped with every exported checkpoint. Thoughts are greedy.
 After position j, the chain `start, t_1 .. t_T, end` runs at rotary positions j+1, j+2, ...; its tokens attend to the
 text up to j and to their own chain. The hidden states h[j] of the text and h' at `end` give the mixing weight w and the
-logits of the next token, logits(h) + w * logits(h' - h). The start and end tokens are never predicted, neither in
-thoughts nor in text.
+scores of the next token, by default logits(h) + w * logits(h' - h); see `MIXINGS`. The start and end tokens are never
+predicted, neither in thoughts nor in text.
 
 Letters: B sequences, Q tokens in this call, L tokens of text so far, P positions that think, T thought tokens,
 D hidden size, V vocabulary size with start and end.
@@ -60,8 +60,7 @@ class Thinking:
 
     thought_length: T; 0 = a plain language model.
     thought_embedding_scale: the start and end embeddings are stored divided by this number.
-    thought_mixing: `hidden_states`, `log_probabilities` (as in the paper; the weight is passed through a sigmoid), or
-        `none` (only the prediction after the thought).
+    thought_mixing: how predictions without and with thoughts are mixed, an entry of `MIXINGS`.
     thought_token_ids: ids of start and end, which are never predicted.
     text_vocab_size: size of the vocabulary in training; start and end may have ids beyond it.
     unused_token_ids: ids that are not tokens of the tokenizer used in training, never in a thought; optional.
@@ -81,6 +80,12 @@ class Thinking:
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]
+        mixing = getattr(config, "thought_mixing", None)
+        if mixing not in MIXINGS:
+            raise ValueError(
+                f"thought_mixing of config.json is {mixing!r}, but this module has only {', '.join(MIXINGS)}. "
+                "Add a function that computes it to MIXINGS."
+            )
         d = config.hidden_size
         self.talk_head = nn.ModuleList(
             [nn.Sequential(nn.Linear(2 * d, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU(), nn.Linear(d, 1, bias=False))]
@@ -277,19 +282,14 @@ class Thinking:
 
     def _mix(self, text: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states without and with thought [B, P, D] -> mixed scores over the text vocabulary, weights [B, P]."""
+        mixed, weight = MIXINGS[self.config.thought_mixing](self, text, after)
+        return mixed, weight[..., 0]
+
+    def _weight(self, text: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """The output [B, P, 1] of the mixing head."""
         head: Any = self.talk_head[0]
         hidden = head[:-1](torch.cat([text, after], -1))
-        weight = nn.functional.linear(hidden.float(), head[-1].weight.float())
-        if self.config.thought_mixing == "log_probabilities":
-            weight = weight.sigmoid()
-            base, thought = (self._text_logits(h).log_softmax(-1) for h in (text, after))
-            mixed = (1 - weight) * base + weight * thought
-        elif self.config.thought_mixing == "none":
-            weight = torch.ones_like(weight)
-            mixed = self._text_logits(after)
-        else:
-            mixed = self._text_logits(text) + weight * self._text_logits(after - text)
-        return mixed, weight[..., 0]
+        return nn.functional.linear(hidden.float(), head[-1].weight.float())
 
     def _text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)[..., : self.config.text_vocab_size].float()
@@ -305,6 +305,36 @@ class Thinking:
         """Scores over the text vocabulary -> [..., V], with start and end at the lowest number."""
         added = self.config.vocab_size - logits.shape[-1]
         return self._forbid(nn.functional.pad(logits, (0, added), value=torch.finfo(logits.dtype).min))
+
+
+def mix_hidden_states(model: Thinking, text: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the mixed hidden state, as in the published code."""
+    weight = model._weight(text, after)
+    return model._text_logits(text) + weight * model._text_logits(after - text), weight
+
+
+def mix_log_probabilities(
+    model: Thinking, text: torch.Tensor, after: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixed log-probabilities, as in the paper; the weight is passed through a sigmoid."""
+    weight = model._weight(text, after).sigmoid()
+    base, thought = (model._text_logits(h).log_softmax(-1) for h in (text, after))
+    return (1 - weight) * base + weight * thought, weight
+
+
+def mix_none(model: Thinking, text: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prediction after the thought alone."""
+    logits = model._text_logits(after)
+    return logits, torch.ones_like(logits[..., :1])
+
+
+# Functions of (model, hidden states without and with thought [B, P, D]) -> (scores [B, P, V], weights [B, P, 1]), by
+# the name of the mixing in training. The export reads the keys, and refuses a mixing that is not here.
+MIXINGS = {
+    "hidden_states": mix_hidden_states,
+    "log_probabilities": mix_log_probabilities,
+    "none": mix_none,
+}
 
 
 class QuietStarLlamaForCausalLM(Thinking, LlamaForCausalLM):

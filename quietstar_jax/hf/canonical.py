@@ -21,7 +21,7 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Name components that wrappers add; no supported model has a module with such a name.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 ANCHOR = "layers.0.input_layernorm.weight"  # exists in every family, and only in decoders
-OWN = ("embed_tokens.", "layers.", "norm.")  # prefixes of the names in a decoder
+DECODER_PREFIXES = ("embed_tokens.", "layers.", "norm.")  # prefixes of the names in a decoder
 Tensors = dict[str, TensorInfo]
 
 
@@ -54,7 +54,7 @@ def canonical_names(folder: Path, tensors: Mapping[str, TensorInfo]) -> Tensors:
         logging.warning("%s: the model's tensors are those that begin with %r.", folder, root)
 
     def renamed(name: str) -> str:
-        inside = name.startswith(root) and name.removeprefix(root).startswith(OWN)
+        inside = name.startswith(root) and name.removeprefix(root).startswith(DECODER_PREFIXES)
         return f"model.{name.removeprefix(root)}" if inside else name.removeprefix(outer)
 
     return {renamed(name): info for name, info in plain.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -17,19 +16,16 @@ from quietstar_jax.errors import CheckpointError, short
 from quietstar_jax.hf.canonical import canonical_names, tie
 from quietstar_jax.hf.folder_kinds import adapter_advice, describe_folder
 from quietstar_jax.hf.generation import LEGACY_GENERATION
+from quietstar_jax.hf.json_file import MAX_JSON_BYTES, read_json
 from quietstar_jax.hf.safetensors_file import (
-    DuplicateNamesError,
     TensorInfo,
-    file_size,
     read_header,
     read_tensor,
-    unique_keys,
 )
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-MAX_JSON_BYTES = 100_000_000  # far larger than any config.json or index; the whole file is read into memory
 TEXT_FILES = (
     "config.json", "generation_config.json", "*.index.json", "adapter_config.json", "tokenizer*", "*.model", "*.jinja",
     "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json",
@@ -207,31 +203,3 @@ def _shard(folder: Path, tensor: str, file: Any) -> Path:
             "inside the folder: do not trust this checkpoint."
         )
     return folder / path
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
-
-    Raises:
-      CheckpointError: the file is missing, not regular, too large or unreadable, repeats a name, or is not an object.
-    """
-    try:
-        size = file_size(file)
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{file} has {size} bytes; at most {MAX_JSON_BYTES} are read. It is not the JSON file of a model: "
-                "fetch it again."
-            )
-        with file.open("rb") as stream:
-            value = json.loads(stream.read(size).decode("utf-8-sig"), object_pairs_hook=unique_keys)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing. Give a complete Hugging Face folder.") from error
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except DuplicateNamesError as error:
-        raise CheckpointError(f"{file} is ambiguous: {error}. Remove all but one of each.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({short(error, str)}). Fetch it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is not a JSON object. Fetch it again.")
-    return value

@@ -1,6 +1,6 @@
 """Identifies folders and tensors that are not a causal language model in safetensors, and says what to do.
 
-A user who gives an adapter, a GGUF file or a reward model needs to know what it is and what to do next, not which
+A user who gives an adapter, a GGUF file or a reward model needs the kind of the folder and the next step, not which
 tensors are missing.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quietstar_jax.errors import short
+from quietstar_jax.hf.json_file import read_json
 
 SAVE = "load it with transformers and write it with `save_pretrained(FOLDER)`"
 # (pattern of a file or folder name, kind of the folder, advice). The first match is reported.
@@ -61,9 +62,7 @@ def describe_folder(folder: Path) -> str:
 
 
 def adapter_advice(folder: Path) -> str:
-    """Says how to merge an adapter."""
-    from quietstar_jax.hf.files import read_json  # imported here because hf.files imports this module
-
+    """Returns how to merge an adapter."""
     config = read_json(folder / "adapter_config.json")
     base, method = (short(config.get(key, "?"), str) for key in ("base_model_name_or_path", "peft_type"))
     return (

@@ -65,8 +65,8 @@ def generation_config(
 
 
 def _ids(generation: Mapping[str, Any], name: str, where: object) -> tuple[int, ...]:
-    given = generation.get(name)
-    ids = given if isinstance(given, list) else [] if given is None else [given]
+    value = generation.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise CheckpointError(f"{where}: {name} is {short(given)}; it must be a token id or a list of token ids.")
+        raise CheckpointError(f"{where}: {name} is {short(value)}; it must be a token id or a list of token ids.")
     return tuple(ids)

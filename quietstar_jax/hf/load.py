@@ -17,14 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import CheckpointError, short
 from quietstar_jax.hf.canonical import LM_HEAD
 from quietstar_jax.hf.files import listing
 from quietstar_jax.hf.folder_kinds import IGNORED_HEADS, describe_tensors
-from quietstar_jax.hf.names import Entry, Shape, decoder_entries, parameter_shapes, to_ours
+from quietstar_jax.hf.names import Entry, Shape, parameter_shapes, to_ours
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES
-from quietstar_jax.models.decoder import Decoder
 
 HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)")  # buffers that old versions stored
 
@@ -50,29 +48,6 @@ class TensorSource(Protocol):
     def read(self, name: str) -> np.ndarray: ...
 
 
-def load_decoder(
-    source: TensorSource,
-    architecture: Architecture,
-    *,
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-) -> Decoder:
-    """Returns a decoder with the weights of a checkpoint, as float32 master weights.
-
-    Args:
-      architecture: the architecture in config.json (`architecture_from_hf`).
-      shardings: sharding of each parameter by dotted path. Each parameter is moved to its devices as soon as it is
-        complete, and its host copy is freed. None = the default device.
-
-    Raises:
-      CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype (checked before any is read), or
-        contain values that are not finite; the message lists these tensors.
-    """
-    return build(
-        lambda: Decoder(architecture, nnx.Rngs(0)),
-        load_parameters(source, decoder_entries(architecture), shardings=shardings),
-    )
-
-
 def load_parameters(
     source: TensorSource,
     entries: Sequence[Entry],
@@ -84,11 +59,13 @@ def load_parameters(
 
     Args:
       entries: `decoder_entries` or `quietstar_entries`.
-      shardings: as in `load_decoder`; contains every parameter.
+      shardings: sharding of each parameter. Each is moved to its devices as soon as it is complete, and its host copy
+        is freed. None = the default device.
       dtypes: dtype of each parameter; None = float32.
 
     Raises:
-      CheckpointError: as in `load_decoder`.
+      CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype (checked before any is read), or
+        contain values that are not finite; the message lists these tensors.
     """
     _check_names(source, entries)
     shapes = parameter_shapes(entries)
@@ -157,31 +134,31 @@ def _place(host: np.ndarray, shardings: Mapping[str, jax.sharding.Sharding] | No
 
 def _check_names(source: TensorSource, entries: Sequence[Entry]) -> None:
     """Checks names, shapes and dtypes without reading weights, and reports all problems together."""
-    wanted = {entry.name: entry for entry in entries}
+    expected = {entry.name: entry for entry in entries}
     problems = [
-        f"{name}: missing, expected {list(e.shape)}" for name, e in wanted.items() if name not in source.tensors
+        f"{name}: missing, expected {list(e.shape)}" for name, e in expected.items() if name not in source.tensors
     ]
-    foreign = [name for name in source.tensors if name not in wanted and not HARMLESS.fullmatch(name)]
+    foreign = [name for name in source.tensors if name not in expected and not HARMLESS.fullmatch(name)]
     ignored = [name for name in foreign if not problems and IGNORED_HEADS.fullmatch(name)]
     for name, info in source.tensors.items():
-        if name not in wanted:
+        if name not in expected:
             if name in foreign and name not in ignored:
                 problems.append(f"{short(name, str)}: unexpected, shape {short(list(info.shape))} ({info.file})")
             continue
-        if tuple(info.shape) != wanted[name].shape:
-            shape = f"{short(list(info.shape))}, expected {list(wanted[name].shape)}"
+        if tuple(info.shape) != expected[name].shape:
+            shape = f"{short(list(info.shape))}, expected {list(expected[name].shape)}"
             problems.append(f"{name}: shape {shape} ({info.file})")
         if info.dtype not in FLOAT_DTYPES:
             problems.append(f"{name}: dtype {info.dtype}, supported are {', '.join(FLOAT_DTYPES)} ({info.file})")
     if problems:
-        found = describe_tensors(getattr(source, "config", {}), foreign)
-        if any(info.dtype not in FLOAT_DTYPES for name, info in source.tensors.items() if name in wanted):
-            found = "Use the unquantized checkpoint of this model."
-        if set(wanted) - set(source.tensors) == {LM_HEAD}:
-            found = "If head and embedding are one matrix, set tie_word_embeddings to true in config.json."
+        advice = describe_tensors(getattr(source, "config", {}), foreign)
+        if any(info.dtype not in FLOAT_DTYPES for name, info in source.tensors.items() if name in expected):
+            advice = "Use the unquantized checkpoint of this model."
+        if set(expected) - set(source.tensors) == {LM_HEAD}:
+            advice = "If head and embedding are one matrix, set tie_word_embeddings to true in config.json."
         raise CheckpointError(
             listing("The tensors do not fit what config.json describes:", problems)
-            + f"\n{found or 'Use config.json and weights of the same checkpoint.'}"
+            + f"\n{advice or 'Use config.json and weights of the same checkpoint.'}"
         )
     if ignored:
         file = source.tensors[ignored[0]].file

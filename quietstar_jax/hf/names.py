@@ -8,7 +8,7 @@ numpy functions, `to_ours` and `to_theirs`, implement this for all entries.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,11 +129,6 @@ def parameter_shapes(entries: Sequence[Entry]) -> dict[str, Shape]:
         if target.layer is not None:
             layers[target.path] = max(layers.get(target.path, 0), target.layer + 1)
     return {path: (layers[path], *shape) if path in layers else shape for path, shape in shapes.items()}
-
-
-def collect(entry: Entry, parameters: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns their tensor of one entry, made from our stacked parameters."""
-    return to_theirs(entry, [np.asarray(parameters[target.path][target.index]) for target in entry.targets])
 
 
 def _single(name: str, shape: Shape, path: str, transpose: bool = False) -> Entry:

@@ -160,11 +160,11 @@ class DuplicateNamesError(ValueError):
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Returns a JSON object; raises DuplicateNamesError if a name occurs twice (hook for `json.loads`)."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         twice = sorted(short(name, str) for name, times in Counter(name for name, _ in pairs).items() if times > 1)
         raise DuplicateNamesError(f"it gives {', '.join(twice[:5])} more than once")
-    return found
+    return values
 
 
 def _tensor_info(file: Path, start: int, name: str, fields: Any) -> TensorInfo:

@@ -86,16 +86,16 @@ class Batch:
     ):
         self._engine, self._tokenizer, self._requests, self._job = engine, tokenizer, requests, job
         self._cache_length = cache_length
-        self._wanted = np.arange(engine.batch_size) < len(requests)
+        self._alive = np.arange(engine.batch_size) < len(requests)
         self._texts = [TextStream(tokenizer, request.tokens, job.stop) for request in requests]
         self._tokens: list[list[Token]] = [[] for _ in requests]
         self._reasons = [""] * len(requests)
 
     def __iter__(self) -> Iterator[tuple[int, Token]]:
         job = self._job
-        for emitted in self._engine.run(self._requests, job.plan, job.sampling, self._wanted, self._cache_length):
+        for emitted in self._engine.run(self._requests, job.plan, job.sampling, self._alive, self._cache_length):
             for ids, thoughts, weights in zip(*emitted, strict=True):
-                for row in np.flatnonzero(self._wanted).tolist():
+                for row in np.flatnonzero(self._alive).tolist():
                     yield row, self._take(row, int(ids[row]), thoughts[row].tolist(), float(weights[row]))
 
     def finish(self) -> list[Generation]:
@@ -117,7 +117,7 @@ class Batch:
             if len(self._tokens[row]) + 1 == self._requests[row].limit:
                 piece, reason = piece + text.finish(), "length"
         reason = "stop" if text.stopped else reason
-        self._reasons[row], self._wanted[row] = reason, not reason
+        self._reasons[row], self._alive[row] = reason, not reason
         thought = self._tokenizer.decode(thought_ids) if thought_ids else ""
         token = Token(token_id, piece, thought, tuple(thought_ids), weight)
         self._tokens[row].append(token)

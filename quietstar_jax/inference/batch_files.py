@@ -78,12 +78,12 @@ def generate_file(
         done = _resume(file, partial, record)
         with _bar(len(rows), done, quiet) as bar:
             for first in range(done, len(rows), size):
-                found = generator.run(requests[first : first + size], job).finish()
-                for (_, row), one in zip(rows[first : first + size], found, strict=True):
+                generations = generator.run(requests[first : first + size], job).finish()
+                for (_, row), one in zip(rows[first : first + size], generations, strict=True):
                     file.write(json.dumps({**row} | _fields(one, show_thoughts), ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-                bar.update(len(found))
+                bar.update(len(generations))
         os.replace(partial, output)
         _record_file(partial).unlink()
     return len(rows)

@@ -29,7 +29,7 @@ class DecodeConfig:
 
     Attributes:
       thought: length (0 = none), meta tokens, mixing, compute dtype.
-      sampled, nucleus, thoughts_sampled: whether tokens are sampled, only from the nucleus, and also in thoughts.
+      sampled: whether tokens are sampled; nucleus: only from the nucleus; thoughts_sampled: in thoughts too.
       forbidden: ids that are never generated; eos_ids: ids that end a text.
       tokens_per_call: number of tokens of each sequence that one call generates.
     """
@@ -86,23 +86,23 @@ def read_prompt(decoder: Decoder, cache: KeyValues, tokens: jax.Array, start: ja
     Entries past the end of a short sequence are overwritten before any token attends to them.
     """
     batch, count = tokens.shape
-    own = empty_chains(decoder, batch, 1, 1, count, dtype)
+    chain_kv = empty_chains(decoder, batch, 1, 1, count, dtype)
     positions = jnp.full(batch, start - 1, jnp.int32)
-    _, own = cached_pass(decoder, decoder.embed(tokens, dtype), jnp.int32(0), positions, cache, own)
+    _, chain_kv = cached_pass(decoder, decoder.embed(tokens, dtype), jnp.int32(0), positions, cache, chain_kv)
 
     def write(cached: jax.Array, chain: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(cached, chain[:, :, :, 0, 0], start, axis=3)
 
-    return KeyValues(write(cache.keys, own.keys), write(cache.values, own.values))
+    return KeyValues(write(cache.keys, chain_kv.keys), write(cache.values, chain_kv.values))
 
 
 def generate_tokens(
-    model: QuietStar, state: State, wanted: jax.Array, knobs: SamplingParams, plan: DecodeConfig
+    model: QuietStar, state: State, alive: jax.Array, knobs: SamplingParams, plan: DecodeConfig
 ) -> tuple[State, DecodeOutput]:
     """Generates up to `plan.tokens_per_call` tokens of every sequence that has not ended; stops when all have.
 
     Args:
-      wanted: [B] bool, False ends a sequence before this call.
+      alive: [B] bool, False ends a sequence before this call.
     """
     batch, count = state.token.size, plan.tokens_per_call
     emitted = DecodeOutput(
@@ -119,7 +119,7 @@ def generate_tokens(
         state, new = next_token(model, state, knobs, plan)
         return n + 1, state, jax.tree.map(lambda all, one: all.at[n].set(one), emitted, new)
 
-    state = state._replace(left=jnp.where(wanted, state.left, 0))
+    state = state._replace(left=jnp.where(alive, state.left, 0))
     _, state, emitted = jax.lax.while_loop(more, step, (jnp.int32(0), state, emitted))
     return state, emitted
 
@@ -127,13 +127,13 @@ def generate_tokens(
 def next_token(model: QuietStar, state: State, knobs: SamplingParams, plan: DecodeConfig) -> tuple[State, DecodeOutput]:
     """Generates one token of every sequence; `DecodeOutput` has no axis N."""
     length = plan.thought.thought_length
-    own = empty_chains(model.decoder, state.token.size, 1, 1, length + 3 if length else 1, plan.thought.dtype)
+    chain_kv = empty_chains(model.decoder, state.token.size, 1, 1, length + 3 if length else 1, plan.thought.dtype)
     drawn = plan.sampled or plan.thoughts_sampled
     uniforms = _uniforms(knobs.keys if drawn else None, state.position, length + 1)
     if length:
-        scores, weight, thoughts, own = think_and_talk(model, state, own, uniforms[:, :length], knobs, plan)
+        scores, weight, thoughts, chain_kv = think_and_talk(model, state, chain_kv, uniforms[:, :length], knobs, plan)
     else:
-        hidden, own = _pass(model, _embed(model, state.token, plan), 0, state, own)
+        hidden, chain_kv = _pass(model, _embed(model, state.token, plan), 0, state, chain_kv)
         scores = model.decoder.logits(hidden[:, 0])
         weight, thoughts = jnp.zeros(state.token.shape), jnp.zeros((state.token.size, 0), jnp.int32)
     if plan.forbidden:
@@ -144,7 +144,7 @@ def next_token(model: QuietStar, state: State, knobs: SamplingParams, plan: Deco
     alive = state.left > 0
     ended = jnp.isin(token, jnp.array(plan.eos_ids, jnp.int32))
     after = State(
-        cache=append(state.cache, own, state.position - 1),
+        cache=append(state.cache, chain_kv, state.position - 1),
         token=jnp.where(alive, token, state.token),
         position=jnp.where(alive, state.position + 1, state.position),
         left=jnp.where(alive & ~ended, state.left - 1, 0),
@@ -153,44 +153,41 @@ def next_token(model: QuietStar, state: State, knobs: SamplingParams, plan: Deco
 
 
 def think_and_talk(
-    model: QuietStar, state: State, own: KeyValues, uniforms: jax.Array, knobs: SamplingParams, plan: DecodeConfig
+    model: QuietStar, state: State, chain_kv: KeyValues, uniforms: jax.Array, knobs: SamplingParams, plan: DecodeConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array, KeyValues]:
     """Runs the chain that starts with the newest token of every sequence.
 
     Args:
-      own: empty keys and values for its T + 3 tokens, including the newest one; uniforms: [B, T].
+      chain_kv: empty keys and values for its T + 3 tokens, including the newest one; uniforms: [B, T].
 
     Returns:
-      (mixed scores [B, V] as from `thoughts.score.mix`, mixing weights [B], thoughts [B, T], own).
+      (mixed scores [B, V] as from `thoughts.score.mix`, mixing weights [B], thoughts [B, T], chain_kv).
     """
     settings = plan.thought
-
-    def meta(embedding: jax.Array) -> jax.Array:
-        scaled = (embedding * settings.config.embedding_scale).astype(settings.dtype)
-        return jnp.broadcast_to(scaled, (state.token.size, 1, scaled.size))
+    start, end = (jnp.broadcast_to(x, (state.token.size, 1, x.size)) for x in model.start_and_end(settings))
 
     def think(hidden: jax.Array, uniforms: jax.Array) -> jax.Array:
         logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
         return choose(logits, uniforms if plan.thoughts_sampled else None, knobs.thought_temperature)
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
-        token, own = carry
+        token, chain_kv = carry
         offset, uniforms = inputs
-        hidden, own = _pass(model, _embed(model, token, plan), offset, state, own)
+        hidden, chain_kv = _pass(model, _embed(model, token, plan), offset, state, chain_kv)
         following = think(hidden[:, 0], uniforms)
-        return (following, own), following
+        return (following, chain_kv), following
 
-    newest = [_embed(model, state.token, plan), meta(model.start_embedding[...])]
-    hidden, own = _pass(model, jnp.concatenate(newest, axis=1), 0, state, own)
+    newest = [_embed(model, state.token, plan), start]
+    hidden, chain_kv = _pass(model, jnp.concatenate(newest, axis=1), 0, state, chain_kv)
     base, first = hidden[:, 0], think(hidden[:, 1], uniforms[:, 0])
     offsets = jnp.arange(2, settings.thought_length + 1)
-    (last, own), others = jax.lax.scan(step, (first, own), (offsets, uniforms[:, 1:].T))
-    ending = [_embed(model, last, plan), meta(model.end_embedding[...])]
-    hidden, own = _pass(model, jnp.concatenate(ending, axis=1), settings.thought_length + 1, state, own)
+    (last, chain_kv), others = jax.lax.scan(step, (first, chain_kv), (offsets, uniforms[:, 1:].T))
+    ending = [_embed(model, last, plan), end]
+    hidden, chain_kv = _pass(model, jnp.concatenate(ending, axis=1), settings.thought_length + 1, state, chain_kv)
 
     base, talk = base[:, None, None], hidden[:, None, None, 1:]  # [B, J, K, D] and [B, R, J, K, D]
     scores, weight = mix(model, base, talk, settings.config.mixing)
-    return scores[:, 0, 0, 0], weight[:, 0, 0, 0], jnp.concatenate([first[None], others]).T, own
+    return scores[:, 0, 0, 0], weight[:, 0, 0, 0], jnp.concatenate([first[None], others]).T, chain_kv
 
 
 def _embed(model: QuietStar, tokens: jax.Array, plan: DecodeConfig) -> jax.Array:
@@ -198,9 +195,11 @@ def _embed(model: QuietStar, tokens: jax.Array, plan: DecodeConfig) -> jax.Array
 
 
 def _pass(
-    model: QuietStar, embeddings: jax.Array, offset: jax.Array | int, state: State, own: KeyValues
+    model: QuietStar, embeddings: jax.Array, offset: jax.Array | int, state: State, chain_kv: KeyValues
 ) -> tuple[jax.Array, KeyValues]:
-    return cached_pass(model.decoder, embeddings, jnp.asarray(offset, jnp.int32), state.position - 1, state.cache, own)
+    return cached_pass(
+        model.decoder, embeddings, jnp.asarray(offset, jnp.int32), state.position - 1, state.cache, chain_kv
+    )
 
 
 def _uniforms(keys: jax.Array | None, positions: jax.Array, count: int) -> jax.Array:

@@ -51,10 +51,10 @@ class TextStream:
 
     def _release(self, piece: str, *, last: bool) -> str:
         text = self._held + piece
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
+        places = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if places:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(places)]
         kept = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]

@@ -80,25 +80,25 @@ class Engine:
         return length
 
     def run(
-        self, requests: Sequence[Request], plan: DecodeConfig, sampling: Sampling, wanted: np.ndarray, cache_length: int
+        self, requests: Sequence[Request], plan: DecodeConfig, sampling: Sampling, alive: np.ndarray, cache_length: int
     ) -> Iterator[DecodeOutput]:
         """Generates until every text has ended; yields numpy arrays while the device computes the next tokens.
 
         Args:
           requests: up to `batch_size`; row b of the output belongs to request b.
-          wanted: [batch_size] bool, which the caller may change: a row set to False gets no more tokens.
+          alive: [batch_size] bool, which the caller may change: a row set to False gets no more tokens.
           cache_length: from `cache_length()`, for the longest of the requests.
         """
-        yield from self.decode(self.start(requests, cache_length), self.knobs(requests, sampling), plan, wanted)
+        yield from self.decode(self.start(requests, cache_length), self.knobs(requests, sampling), plan, alive)
 
     def decode(
-        self, state: State, knobs: SamplingParams, plan: DecodeConfig, wanted: np.ndarray
+        self, state: State, knobs: SamplingParams, plan: DecodeConfig, alive: np.ndarray
     ) -> Iterator[DecodeOutput]:
         """As `run`, from the state that `start` returns; the state is donated."""
         step, left = self.step(plan), np.asarray(state.left)
         pending: DecodeOutput | None = None
-        while (wanted & (left > 0)).any():
-            state, emitted = step(self.params, state, wanted.copy(), knobs)
+        while (alive & (left > 0)).any():
+            state, emitted = step(self.params, state, alive.copy(), knobs)
             if pending is not None:
                 tokens = jax.device_get(pending)
                 left = self._left_after(left, tokens.tokens, plan)
@@ -136,8 +136,8 @@ class Engine:
         """Returns the compiled `generate_tokens` of a plan; the state is donated."""
         if plan not in self._steps:
 
-            def step(params: Any, state: State, wanted: jax.Array, knobs: SamplingParams) -> tuple[State, DecodeOutput]:
-                return generate_tokens(merge(self.graphdef, params), state, wanted, knobs, plan)
+            def step(params: Any, state: State, alive: jax.Array, knobs: SamplingParams) -> tuple[State, DecodeOutput]:
+                return generate_tokens(merge(self.graphdef, params), state, alive, knobs, plan)
 
             self._steps[plan] = jax.jit(step, donate_argnums=1, out_shardings=self._place)
         return self._steps[plan]

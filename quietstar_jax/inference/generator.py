@@ -123,14 +123,14 @@ class Generator:
                 f"seed is {seed!r}; it must be 0 or more, or a list with one such number for each prompt."
             )
         requests, seen = [], Counter[tuple[int, tuple[int, ...]]]()
-        for number, (prompt, own) in enumerate(zip(prompts, seeds, strict=True), start=1):
+        for number, (prompt, prompt_seed) in enumerate(zip(prompts, seeds, strict=True), start=1):
             try:
                 tokens = self.encode(prompt)
                 limit = self.limit(len(tokens), job)
             except UserError as error:
                 raise DataError(f"Prompt {number}: {error}" if len(prompts) > 1 else str(error)) from error
-            requests.append(Request(tokens, limit, _key(own, tokens, seen[own, tokens])))
-            seen[own, tokens] += 1
+            requests.append(Request(tokens, limit, _key(prompt_seed, tokens, seen[prompt_seed, tokens])))
+            seen[prompt_seed, tokens] += 1
         return requests
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -168,9 +168,9 @@ class Generator:
         positions = self.model.architecture.max_positions - tokens - (thought + 1 if thought else -1)
         room = positions if self.max_length is None else min(positions, self.max_length - tokens)
         if room < 1:
-            given = "the model's positions" if room == positions else "max_length"
+            bound = "the model's positions" if room == positions else "max_length"
             raise DataError(
-                f"The prompt is too long: it has {tokens} tokens, {1 - room} more than {given} allow"
+                f"The prompt is too long: it has {tokens} tokens, {1 - room} more than {bound} allow"
                 f"{' with thoughts' if thought else ''}. Shorten it."
             )
         return min(job.max_tokens, room)
@@ -232,15 +232,15 @@ def _ids(prompt: Sequence[int] | np.ndarray) -> tuple[int, ...]:
         raise wrong if np.ndim(prompt) == 0 else DataError(f"A prompt is [tokens], not of shape {np.shape(prompt)}.")
     if isinstance(prompt, bytes | bytearray | memoryview):
         raise wrong
-    found = []
+    ids = []
     for value in prompt:
         if isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == np.bool_:
             raise DataError(f"A prompt of token ids contains {value!r}, which is not an integer.")
         try:
-            found.append(operator.index(value))
+            ids.append(operator.index(value))
         except TypeError as error:
             raise DataError(f"A prompt of token ids contains {value!r:.80}, which is not an integer.") from error
-    return tuple(found)
+    return tuple(ids)
 
 
 def _key(seed: int, tokens: tuple[int, ...], occurrence: int) -> np.ndarray:

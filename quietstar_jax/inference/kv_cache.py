@@ -21,7 +21,7 @@ from quietstar_jax.thoughts.attention.mask import ChainMask
 
 
 def key_block() -> int:
-    """Cached keys per block of attention. On accelerators, a loop over small blocks costs more than their keys."""
+    """Cached keys per block of attention. On accelerators, more iterations cost more than some unneeded keys."""
     return 64 if jax.default_backend() == "cpu" else 2048
 
 
@@ -35,16 +35,21 @@ def empty_cache(
 
 
 def cached_pass(
-    decoder: Decoder, embeddings: jax.Array, offset: jax.Array, positions: jax.Array, cache: KeyValues, own: KeyValues
+    decoder: Decoder,
+    embeddings: jax.Array,
+    offset: jax.Array,
+    positions: jax.Array,
+    cache: KeyValues,
+    chain_kv: KeyValues,
 ) -> tuple[jax.Array, KeyValues]:
     """Runs the decoder over the next C tokens of the chain that follows the cache.
 
     Args:
       embeddings: [B, C, D]; offset: scalar, how many tokens of the chain came before; positions: [B], of the last
-        cached token that each sequence attends to, -1 = none; own: keys and values of the chain (`empty_chains`).
+        cached token that each sequence attends to, -1 = none; chain_kv: keys and values from `empty_chains`.
 
     Returns:
-      (final-norm hidden states [B, C, D], own with these tokens written).
+      (final-norm hidden states [B, C, D], chain_kv with these tokens written).
     """
     tokens = embeddings.shape[1]
     offsets = offset + jnp.arange(tokens)
@@ -61,11 +66,11 @@ def cached_pass(
 
     rotary = positions[:, None, None, None] + 1 + offsets
     layers = jnp.arange(decoder.architecture.num_layers)
-    hidden, own, _ = run_layers(decoder, embeddings[:, None, None], rotary, attend, (layers, own))
-    return hidden[:, 0, 0], own
+    hidden, chain_kv, _ = run_layers(decoder, embeddings[:, None, None], rotary, attend, (layers, chain_kv))
+    return hidden[:, 0, 0], chain_kv
 
 
-def append(cache: KeyValues, own: KeyValues, positions: jax.Array) -> KeyValues:
+def append(cache: KeyValues, chain_kv: KeyValues, positions: jax.Array) -> KeyValues:
     """Returns the cache with the first token of each chain written after its position [B]."""
     rows = jnp.arange(positions.size)
 
@@ -73,4 +78,4 @@ def append(cache: KeyValues, own: KeyValues, positions: jax.Array) -> KeyValues:
         token = chain[:, :, :, 0, 0, 0].swapaxes(0, 1)  # [B, layers, G, H]
         return cached.at[:, rows, :, positions + 1].set(token)
 
-    return KeyValues(write(cache.keys, own.keys), write(cache.values, own.values))
+    return KeyValues(write(cache.keys, chain_kv.keys), write(cache.values, chain_kv.values))

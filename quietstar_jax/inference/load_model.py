@@ -301,13 +301,13 @@ class _TextRows:
 
 def _thought_config(files: CheckpointFiles, tokenizer: Tokenizer, meta: tuple[int, ...]) -> ThoughtConfig:
     """The settings of thoughts in config.json."""
-    given = {
+    settings = {
         "mixing": files.config.get("thought_mixing", PUBLISHED_MIXING),
         "embedding_scale": files.config.get("thought_embedding_scale", PUBLISHED_SCALE),
     }
     if len(meta) == 2:
-        given |= dict(zip(("start_token", "end_token"), (tokenizer.decode([i]) for i in meta), strict=True))
-    return from_mapping(ThoughtConfig, given, root=f"{files.folder}/config.json: thought")
+        settings |= dict(zip(("start_token", "end_token"), (tokenizer.decode([i]) for i in meta), strict=True))
+    return from_mapping(ThoughtConfig, settings, root=f"{files.folder}/config.json: thought")
 
 
 def _thought_length(files: CheckpointFiles) -> int:
@@ -322,12 +322,12 @@ def _meta_tokens(files: CheckpointFiles, tokenizer: Tokenizer) -> tuple[int, ...
     ids = files.config.get("thought_token_ids")
     if ids is not None:
         return _ids(files, "config.json: thought_token_ids", ids)
-    found = (tokenizer.token_id(token) for token in (ThoughtConfig.start_token, ThoughtConfig.end_token))
-    return tuple(token for token in found if token is not None)
+    token_ids = (tokenizer.token_id(token) for token in (ThoughtConfig.start_token, ThoughtConfig.end_token))
+    return tuple(token for token in token_ids if token is not None)
 
 
-def _ids(files: CheckpointFiles, name: str, given: Any) -> tuple[int, ...]:
-    ids = given if isinstance(given, list) else [given]
+def _ids(files: CheckpointFiles, name: str, value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise CheckpointError(f"{files.folder}/{name} is {given!r}; it must be a list of token ids.")
+        raise CheckpointError(f"{files.folder}/{name} is {value!r}; it must be a list of token ids.")
     return tuple(ids)

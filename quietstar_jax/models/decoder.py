@@ -138,18 +138,18 @@ def run_layers(
         weights, window, layer_state = inputs
         w = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(weights, nnx.Param)).items()}
         q, k, v = project(a, w, rms_norm(x, w["attention_norm"], a.rms_norm_eps), cos, sin)
-        context, handed_back = attend_fn(q, k, v, window, layer_state)
+        context, ys = attend_fn(q, k, v, window, layer_state)
         x = x + dense(context, w["output"], w.get("output_bias"), inputs=2)
         x = x + feed_forward(a, w, rms_norm(x, w["mlp_norm"], a.rms_norm_eps))
-        return constrain(x, "batch", ..., "hidden"), handed_back
+        return constrain(x, "batch", ..., "hidden"), ys
 
     layers, windows = decoder.layers, attention_windows(a)
     if rematerialize:
-        x, handed_back, layers = scan_layers(layer, x, layers, windows, state)
+        x, ys, layers = scan_layers(layer, x, layers, windows, state)
     else:
         body = jax.checkpoint(layer, policy=REMAT_POLICY, prevent_cse=False)
-        x, handed_back = jax.lax.scan(body, x, (layers, windows, state))
-    return rms_norm(x, decoder.final_norm[...], a.rms_norm_eps), handed_back, layers
+        x, ys = jax.lax.scan(body, x, (layers, windows, state))
+    return rms_norm(x, decoder.final_norm[...], a.rms_norm_eps), ys, layers
 
 
 def attention_windows(a: Architecture) -> jax.Array:

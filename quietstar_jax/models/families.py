@@ -244,10 +244,10 @@ def _size(config: Mapping[str, Any], key: str, default: int, most: int = 2**31 -
 
 
 def _refuse_quantized(config: Mapping[str, Any]) -> None:
-    found = [key for key in ("quantization_config", "quantization", "compression_config") if config.get(key)]
-    if found:
+    keys = [key for key in ("quantization_config", "quantization", "compression_config") if config.get(key)]
+    if keys:
         raise ConfigError(
-            f"config.json has a {found[0]}: the weights are quantized. Only float weights (float16, "
+            f"config.json has a {keys[0]}: the weights are quantized. Only float weights (float16, "
             "bfloat16, float32, float64) are supported: use the unquantized checkpoint of this model."
         )
 
@@ -282,8 +282,8 @@ def _windows(config: Mapping[str, Any], family: Family, layers: int) -> tuple[in
         return (config["sliding_window"] or 0 if "sliding_window" in config else family.window), ()
     if not family.window_by_layer:
         return 0, ()
-    wanted = _get(config, "use_sliding_window", False)
-    window = (config["sliding_window"] or 0 if "sliding_window" in config else family.window) if wanted else 0
+    used = _get(config, "use_sliding_window", False)
+    window = (config["sliding_window"] or 0 if "sliding_window" in config else family.window) if used else 0
     kinds = config.get("layer_types")
     if kinds is None:
         first = _get(config, "max_window_layers", 28)

@@ -38,34 +38,34 @@ def scan_layers(layer: Layer, x: jax.Array, weights: Any, fixed: Any, state: Any
 
     @jax.custom_vjp
     def scan(x: jax.Array, weights: Any, fixed: Any, state: Any) -> tuple[jax.Array, Any, Any]:
-        x, handed_back = jax.lax.scan(layer, x, (weights, fixed, state))
-        return x, handed_back, weights
+        x, ys = jax.lax.scan(layer, x, (weights, fixed, state))
+        return x, ys, weights
 
     def forward(x: jax.Array, weights: Any, fixed: Any, state: Any) -> tuple[tuple[jax.Array, Any, Any], Any]:
         def keep(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-            out, handed_back = layer(x, inputs)
-            return out, (handed_back, x)
+            out, ys = layer(x, inputs)
+            return out, (ys, x)
 
         # Saved per layer: its input only. Weights, fixed and state exist anyway.
-        out, (handed_back, inputs) = jax.lax.scan(keep, x, (weights, fixed, state))
-        return (out, handed_back, weights), (inputs, weights, fixed, state)
+        out, (ys, inputs) = jax.lax.scan(keep, x, (weights, fixed, state))
+        return (out, ys, weights), (inputs, weights, fixed, state)
 
     def backward(saved: Any, cotangents: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, None, Any]:
         inputs, weights, fixed, state = saved
         # Cotangents of the last output, of the stacked further outputs, and of the returned weights (0 if not used).
-        gradient, to_handed_back, sums = cotangents
+        gradient, to_ys, sums = cotangents
 
         def step(carry: tuple[jax.Array, Any], this: Any) -> tuple[tuple[jax.Array, Any], Any]:
             gradient, sums = carry
-            i, x, weights, fixed, state, to_handed_back = this
+            i, x, weights, fixed, state, to_ys = this
             # `jax.vjp` runs the layer again; its activations exist only during this step. The sums are a carry of the
             # scan, not an output, so that XLA can add to row i in place.
             again = jax.vjp(lambda x, weights, state: layer(x, (weights, fixed, state)), x, weights, state)[1]
-            gradient, to_weights, to_state = again((gradient, to_handed_back))
+            gradient, to_weights, to_state = again((gradient, to_ys))
             return (gradient, jax.tree.map(lambda total, g: total.at[i].add(g), sums, to_weights)), to_state
 
         count = jnp.arange(len(inputs))
-        this = (count, inputs, weights, fixed, state, to_handed_back)
+        this = (count, inputs, weights, fixed, state, to_ys)
         (gradient, sums), to_state = jax.lax.scan(step, (gradient, sums), this, reverse=True)
         return gradient, sums, None, to_state
 

@@ -24,7 +24,7 @@ def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, inp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def linear(x: jax.Array, weight: jax.Array, inputs: int, dtype: jnp.dtype, transposed: bool = False) -> jax.Array:
-    """x [..., I] times weight [I, O] -> [..., O] in `dtype`; I stands for `inputs` axes, O for any number.
+    """x [..., I] times weight [I, O] -> [..., O] in `dtype`; I is `inputs` axes, O any number of axes.
 
     Args:
       transposed: the weight is [O, I]. Its gradient is computed in this layout: XLA would merge a transpose of the
@@ -88,7 +88,7 @@ def _look_up_forward(table: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> t
         return psum(psum(jnp.where(here[..., None], rows, 0), "tensor"), "group")
 
     ids, (table_axes, token_axes, id_axes, row_axes) = jnp.arange(len(table)), _look_up_axes(tokens)
-    return manual_shard_map(read, _WEIGHTS_LIE, (table_axes, token_axes, id_axes), row_axes)(table, tokens, ids), (
+    return manual_shard_map(read, _WEIGHT_MESH_AXES, (table_axes, token_axes, id_axes), row_axes)(table, tokens, ids), (
         table,
         tokens,
     )
@@ -106,13 +106,13 @@ def _look_up_backward(dtype: jnp.dtype, saved: tuple, gradient: jax.Array) -> tu
         return psum(rows, "data")
 
     ids, (table_axes, token_axes, id_axes, row_axes) = jnp.arange(len(table)), _look_up_axes(tokens)
-    return manual_shard_map(write, _WEIGHTS_LIE, (row_axes, token_axes, id_axes), table_axes)(
+    return manual_shard_map(write, _WEIGHT_MESH_AXES, (row_axes, token_axes, id_axes), table_axes)(
         gradient, tokens, ids
     ), None
 
 
 _look_up_parts.defvjp(_look_up_forward, _look_up_backward)
-_WEIGHTS_LIE = ("data", "fsdp", "tensor", "group")
+_WEIGHT_MESH_AXES = ("data", "fsdp", "tensor", "group")
 
 
 def _look_up_axes(tokens: jax.Array) -> tuple[Axes, Axes, Axes, Axes]:

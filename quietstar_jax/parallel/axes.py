@@ -78,7 +78,7 @@ def partition_spec(axes: Sequence[str | EllipsisType | None]) -> PartitionSpec:
 def constrain(x: jax.Array, *axes: str | EllipsisType | None) -> jax.Array:
     """Returns x, sharded over the mesh according to its logical axes; see `partition_spec`.
 
-    Mesh axes that are manual here (inside `shard_map`) are ignored. `...` stands for any number of dimensions.
+    Mesh axes that are manual here (inside `shard_map`) are ignored. `...` means any number of dimensions.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not mesh.auto_axes:
@@ -122,29 +122,29 @@ def manual_shard_map(fn: Callable[..., Any], over: Sequence[str], in_axes: Any, 
     def psum(tree: Tree, axis: str) -> Tree:
         return jax.lax.psum(tree, axis) if axis in manual and mesh.shape[axis] > 1 else tree
 
-    own = functools.partial(fn, psum)
+    local = functools.partial(fn, psum)
     if all(mesh.shape[axis] == 1 for axis in manual):
-        return own
+        return local
     specs = [
         jax.tree.map(lambda axes: _only(partition_spec(axes), manual), tree, is_leaf=_is_axes)
         for tree in (in_axes, out_axes)
     ]
     # Axes of one device split nothing, but kernels cannot be compiled while any axis is left to the compiler.
     alone = {axis for axis in mesh.auto_axes if mesh.shape[axis] == 1}
-    return jax.shard_map(own, in_specs=specs[0], out_specs=specs[1], axis_names=manual | alone, check_vma=False)
+    return jax.shard_map(local, in_specs=specs[0], out_specs=specs[1], axis_names=manual | alone, check_vma=False)
 
 
 def split_microbatches(x: jax.Array, pieces: int) -> jax.Array:
     """[B, ...] -> [pieces, B / pieces, ...]; every piece has equally many rows of each device, and no row moves."""
-    own, rows = num_shards("batch"), x.shape[0] // pieces
-    parts = x.reshape(own, pieces, rows // own, *x.shape[1:]).swapaxes(0, 1)
+    shards, rows = num_shards("batch"), x.shape[0] // pieces
+    parts = x.reshape(shards, pieces, rows // shards, *x.shape[1:]).swapaxes(0, 1)
     return constrain(parts.reshape(pieces, rows, *x.shape[1:]), None, "batch", ...)
 
 
 def merge_microbatches(x: jax.Array) -> jax.Array:
     """The inverse of `split_microbatches`: [pieces, B / pieces, ...] -> [B, ...]."""
-    (pieces, rows), own = x.shape[:2], num_shards("batch")
-    parts = x.reshape(pieces, own, rows // own, *x.shape[2:]).swapaxes(0, 1)
+    (pieces, rows), shards = x.shape[:2], num_shards("batch")
+    parts = x.reshape(pieces, shards, rows // shards, *x.shape[2:]).swapaxes(0, 1)
     return constrain(parts.reshape(pieces * rows, *x.shape[2:]), "batch", ...)
 
 

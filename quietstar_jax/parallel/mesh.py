@@ -48,11 +48,11 @@ def resolve(config: MeshConfig, devices: int) -> dict[str, int]:
     if -1 in sizes.values() and devices % fixed == 0:
         sizes = {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != devices:
-        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        written = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ConfigError(
-            f"config.mesh is {given}, but there are {devices} devices (processes: {jax.process_count()}): the product "
-            f"of the sizes must be {devices}. Change the sizes; one of them may be -1, for the remaining devices. To "
-            "try a mesh on a CPU, set JAX_NUM_CPU_DEVICES."
+            f"config.mesh is {written}, but there are {devices} devices (processes: {jax.process_count()}): the "
+            f"product of the sizes must be {devices}. Change the sizes; one of them may be -1, for the remaining "
+            "devices. To try a mesh on a CPU, set JAX_NUM_CPU_DEVICES."
         )
     return sizes
 
@@ -129,13 +129,13 @@ def _arrange(config: MeshConfig, shape: tuple[int, ...], devices: list[Any]) -> 
     if math.prod(outer) == 1 and len(slices) == 1:
         return _create(shape, devices)
     by_process = len(slices) == 1
-    found = len({device.process_index for device in devices}) if by_process else len(slices)
+    groups = len({device.process_index for device in devices}) if by_process else len(slices)
     inner = tuple(size // ways for size, ways in zip(shape, outer, strict=True))
-    if math.prod(outer) != found or any(size % ways for size, ways in zip(shape, outer, strict=True)):
+    if math.prod(outer) != groups or any(size % ways for size, ways in zip(shape, outer, strict=True)):
         raise ConfigError(
             f"config.mesh.dcn_data is {config.dcn_data} and dcn_fsdp {config.dcn_fsdp}, but the devices are "
-            f"{found} {'processes' if by_process else 'slices'} that a slower network connects: the product of the "
-            f"two must be {found}, and they must divide data ({shape[0]}) and fsdp ({shape[2]})."
+            f"{groups} {'processes' if by_process else 'slices'} that a slower network connects: the product of the "
+            f"two must be {groups}, and they must divide data ({shape[0]}) and fsdp ({shape[2]})."
         )
     return mesh_utils.create_hybrid_device_mesh(
         inner, outer, devices, process_is_granule=by_process, allow_split_physical_axes=True

@@ -26,7 +26,7 @@ class PreemptionNotice:
 
     def __init__(self) -> None:
         self._asked = self._signal = 0
-        self._said = False
+        self._shared = False
         self._listening = contextlib.ExitStack()
         self._terminals: list[int] = []
 
@@ -40,14 +40,14 @@ class PreemptionNotice:
     ) -> None:
         self._listening.close()
 
-    def given(self) -> int:
+    def signal_now(self) -> int:
         """Returns the signal for which to stop now, or 0. Every process must call this equally often."""
         self._asked += 1
         if jax.process_count() == 1:
             return self._signal
         store: Any = distributed.global_state.client
-        if self._signal and not self._said:
-            self._said = True
+        if self._signal and not self._shared:
+            self._shared = True
             store.key_value_set(f"{NOTICES}{jax.process_index()}", f"{self._asked + AHEAD} {self._signal}")
         notices = [tuple(map(int, notice.split())) for _, notice in store.key_value_dir_get(NOTICES)]
         due = [number for point, number in notices if point <= self._asked]

@@ -33,30 +33,30 @@ def start(config: DistributedConfig) -> None:
     """
     if config.processes == "single" or jax.distributed.is_initialized():
         return
-    given = config.processes == "given"
+    by_address = config.processes == "given"
     jax.config.update("jax_enable_preemption_service", False)  # `parallel.preemption` listens for SIGTERM instead
-    if given and config.process_id:
+    if by_address and config.process_id:
         _reach(config.coordinator, config.start_seconds)
     try:
         jax.distributed.initialize(
-            coordinator_address=config.coordinator if given else None,
-            num_processes=config.num_processes if given else None,
-            process_id=config.process_id if given else None,
-            cluster_detection_method="deactivate" if given else None,
+            coordinator_address=config.coordinator if by_address else None,
+            num_processes=config.num_processes if by_address else None,
+            process_id=config.process_id if by_address else None,
+            cluster_detection_method="deactivate" if by_address else None,
             initialization_timeout=config.start_seconds,
             heartbeat_timeout_seconds=config.heartbeat_seconds,
         )
     except (ValueError, RuntimeError) as error:
-        said = str(error).splitlines()[0]
-        if given:
+        message = str(error).splitlines()[0]
+        if by_address:
             raise ConfigError(
                 f"Process {config.process_id} of {config.num_processes} did not find the other processes at "
-                f"{config.coordinator} within {config.start_seconds} s: {said} Check config.distributed, and that all "
-                "processes were started."
+                f"{config.coordinator} within {config.start_seconds} s: {message} Check config.distributed, and that "
+                "all processes were started."
             ) from error
         raise ConfigError(
-            f"config.distributed.processes is 'cluster', but no cluster could be joined: {said} A TPU pod, SLURM, Open "
-            "MPI or a Kubernetes job is recognised by its environment variables; otherwise set it to 'given', and "
+            f"config.distributed.processes is 'cluster', but no cluster could be joined: {message} A TPU pod, SLURM, "
+            "Open MPI or a Kubernetes job is recognised by its environment variables; otherwise set it to 'given', and "
             "also set coordinator, num_processes and process_id."
         ) from error
 
@@ -103,13 +103,13 @@ def from_first(make: Callable[[], str]) -> str:
     Raises:
       UserError: `make` raised it on the first process; the others raise it with the same message and status.
     """
-    said, raised = ["", ""], None
+    outcome, raised = ["", ""], None
     if is_primary():
         try:
-            said = ["", make()]
+            outcome = ["", make()]
         except UserError as error:
-            said, raised = [str(error.status), str(error)], error
-    status, text = json.loads(gather(json.dumps(said))[0])
+            outcome, raised = [str(error.status), str(error)], error
+    status, text = json.loads(gather(json.dumps(outcome))[0])
     if raised:
         raise raised
     if status:
@@ -168,9 +168,9 @@ def stop_together() -> Iterator[None]:
 
 def _is_lost_touch(error: Exception) -> bool:
     """Returns whether communication or a device failed. If JAX also compiles in that call, it raises a ValueError."""
-    said = str(error)
+    message = str(error)
     # orbax raises a TimeoutError if a process does not reach a barrier.
     failed = isinstance(error, jax.errors.JaxRuntimeError | TimeoutError) or (
-        isinstance(error, ValueError) and said.startswith(("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "ABORTED: "))
+        isinstance(error, ValueError) and message.startswith(("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "ABORTED: "))
     )
-    return failed and "RESOURCE_EXHAUSTED" not in said  # a retry would run out of memory again
+    return failed and "RESOURCE_EXHAUSTED" not in message  # a retry would run out of memory again

@@ -107,8 +107,8 @@ def find_process_shard(mesh: Mesh) -> ProcessBatchShard:
     indices: Mapping[Any, Any] = NamedSharding(mesh, ROWS).devices_indices_map((ways,))
     for device, index in indices.items():
         held.setdefault(device.process_index, set()).add(index[0].start or 0)
-    parts = sorted({tuple(sorted(own)) for own in held.values()})
-    if sum(map(len, parts)) != ways or len({len(own) for own in parts}) > 1:
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != ways or len({len(rows) for rows in parts}) > 1:
         raise ConfigError(
             f"config.mesh divides the sequences into {ways} parts (data {mesh.shape['data']} x fsdp "
             f"{mesh.shape['fsdp']}), which do not coincide with the processes. Choose sizes of data and fsdp whose "

@@ -45,14 +45,14 @@ def collectives(text: str, devices: int) -> dict[str, Collective]:
     """
     bodies, entry = _computations(text)
     turns, unknown = _turns(bodies, entry)
-    found: dict[str, Collective] = defaultdict(Collective)
+    totals: dict[str, Collective] = defaultdict(Collective)
     for kind, sent, at in _instances(bodies, turns, devices):
         times = turns[at]
-        before = found[kind]
-        found[kind] = Collective(
+        before = totals[kind]
+        totals[kind] = Collective(
             before.times + times, before.sent + sent * times, before.unknown + (times if at in unknown else 0)
         )
-    return {kind: found[kind] for kind in KINDS if kind in found}
+    return {kind: totals[kind] for kind in KINDS if kind in totals}
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -154,7 +154,7 @@ def sent_bytes(kind: str, size: float, group: int, *, scattered: bool = False) -
 
 def _result_bytes(line: str, match: re.Match) -> float:
     result = line[line.index("=") + 1 : match.start()].strip()
-    arrays = [_bytes(*found) for found in _ARRAY.findall(result)]
+    arrays = [_bytes(*array) for array in _ARRAY.findall(result)]
     if match.group(2) and match.group(1) != "all-reduce":
         return max(arrays)  # the start of an asynchronous one also returns its operands
     return sum(arrays)

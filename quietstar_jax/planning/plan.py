@@ -69,9 +69,9 @@ def plan(config: Config, target: Target, program: str = "train", phase: str = ""
         result["out_of_memory"] = f"{total / 1e9:.1f} GB are needed, {chip.name} has {chip.hbm / 1e9:.1f} GB."
         result["suggestions"] = suggestions(config, result)
     sent = collectives(compiled.as_text(), len(target.devices))
-    result["collectives"] = {kind: found._asdict() for kind, found in sent.items()}
+    result["collectives"] = {kind: totals._asdict() for kind, totals in sent.items()}
     if chip.flops:
-        result |= seconds(built, chip, len(target.devices), sum(found.sent for found in sent.values()))
+        result |= seconds(built, chip, len(target.devices), sum(totals.sent for totals in sent.values()))
     return result
 
 

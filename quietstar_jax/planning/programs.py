@@ -79,8 +79,8 @@ def generate_program(config: Config, target: Target, phase_name: str = "") -> Pr
             keys = jax.random.wrap_key_data(jnp.zeros((batch, 2), jnp.uint32), impl="threefry2x32")
             return State(cache, rows, rows, rows), rows > 0, SamplingParams(scalar, scalar, scalar, keys)
 
-        state, wanted, knobs = jax.tree.map(lambda x: _abstract(x, everywhere), jax.eval_shape(inputs))
-        lowered = engine.step(DecodeConfig(thought=settings)).lower(params, state, wanted, knobs)
+        state, alive, knobs = jax.tree.map(lambda x: _abstract(x, everywhere), jax.eval_shape(inputs))
+        lowered = engine.step(DecodeConfig(thought=settings)).lower(params, state, alive, knobs)
     tokens = 1 + (settings.thought_length + 1 if settings.thought_length else 0)
     head = 2.0 * architecture.hidden_size * architecture.vocab_size
     gathered = sum(math.prod(x.shape) for x in params.values()) * settings.dtype.itemsize
@@ -181,16 +181,18 @@ def chunk_sizes(config: Config, phase: Phase, architecture: Architecture) -> dic
     }
 
 
-def passes(settings: ThoughtSettings, microbatches: int, chunks: dict[str, int], own: int) -> tuple[int, int]:
+def passes(
+    settings: ThoughtSettings, microbatches: int, chunks: dict[str, int], local_positions: int
+) -> tuple[int, int]:
     """Number of forward passes through all layers in a step: (without a gradient, with a gradient).
 
     Args:
-      own: number of thinking positions on a device.
+      local_positions: number of thinking positions on a device.
     """
     if not settings.thought_length:
         return 0, microbatches
-    sampled = settings.thought_length * math.ceil(own / chunks["sampled_positions_per_chunk"])
-    return microbatches * sampled, microbatches * (1 + math.ceil(own / chunks["positions_per_chunk"]))
+    sampled = settings.thought_length * math.ceil(local_positions / chunks["sampled_positions_per_chunk"])
+    return microbatches * sampled, microbatches * (1 + math.ceil(local_positions / chunks["positions_per_chunk"]))
 
 
 def bytes_per_device(tree: Any) -> float:
@@ -204,8 +206,8 @@ def _weight_reads(
     state: TrainState, settings: ThoughtSettings, phase: Phase, mesh: Mesh, chunks: dict[str, int], length: int
 ) -> float:
     """Bytes: every pass reads all gathered weights in the compute dtype; the update reads and writes the state."""
-    own = math.ceil(settings.thinking_positions(length) / mesh.shape["position"])
-    without, with_gradient = passes(settings, phase.microbatches, chunks, own)
+    local_positions = math.ceil(settings.thinking_positions(length) / mesh.shape["position"])
+    without, with_gradient = passes(settings, phase.microbatches, chunks, local_positions)
     each = without + with_gradient * (4 if settings.rematerialize else 3)
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     gathered = count * settings.dtype.itemsize / (mesh.shape["tensor"] * mesh.shape["group"])

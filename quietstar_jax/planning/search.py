@@ -32,7 +32,7 @@ class Candidate(NamedTuple):
 
 
 def search(
-    config: Config, target: Target, phase: str = "", *, tries: int, say: Callable[[str], object] = lambda line: None
+    config: Config, target: Target, phase: str = "", *, tries: int, log: Callable[[str], object] = lambda line: None
 ) -> list[dict[str, Any]]:
     """Compiles up to `tries` configurations and returns their plans: those that fit first, fastest first.
 
@@ -43,18 +43,18 @@ def search(
     Raises:
       ConfigError: no mesh shape suits model, batch and devices.
     """
-    found: list[dict[str, Any]] = []
+    plans: list[dict[str, Any]] = []
     for candidate in candidates(config, target, phase):
         for attempt in candidate.configs:
-            if len(found) == tries:
-                return ranked(found)
+            if len(plans) == tries:
+                return ranked(plans)
             tried = plan(attempt, target, "train", phase)
-            found.append(tried)
-            say(f"{len(found)}/{tries}: mesh {tried['mesh']}, chunk {tried['chunk_megabytes']} MB: "
+            plans.append(tried)
+            log(f"{len(plans)}/{tries}: mesh {tried['mesh']}, chunk {tried['chunk_megabytes']} MB: "
                 f"{'fits' if tried['fits'] else 'does not fit'}")  # fmt: skip
             if tried["fits"]:
                 break
-    return ranked(found)
+    return ranked(plans)
 
 
 def candidates(config: Config, target: Target, phase: str = "") -> list[Candidate]:
@@ -63,13 +63,13 @@ def candidates(config: Config, target: Target, phase: str = "") -> list[Candidat
     Raises:
       ConfigError: there is no such mesh.
     """
-    found = sorted(_meshes(config, target, phase), key=lambda candidate: candidate.guess)
-    if not found:
+    meshes = sorted(_meshes(config, target, phase), key=lambda candidate: candidate.guess)
+    if not meshes:
         raise ConfigError(
             f"No mesh of {len(target.devices)} devices suits the model and its batch, or each device would need too "
             "much memory. Use more devices, or a batch size that they can share evenly."
         )
-    return found
+    return meshes
 
 
 def ranked(plans: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -78,9 +78,9 @@ def _memory_rows(plan: dict[str, Any]) -> list[str]:
 
 def _collective_rows(plan: dict[str, Any]) -> list[str]:
     lines = ["sent per chip             times        GB"]
-    for kind, found in plan["collectives"].items():
-        remark = f"  {found['unknown']} of them in loops of unknown length" if found["unknown"] else ""
-        lines.append(f"  {kind:<20}{found['times']:>9,}{found['sent'] / 1e9:10.2f}{remark}")
+    for kind, totals in plan["collectives"].items():
+        remark = f"  {totals['unknown']} of them in loops of unknown length" if totals["unknown"] else ""
+        lines.append(f"  {kind:<20}{totals['times']:>9,}{totals['sent'] / 1e9:10.2f}{remark}")
     return lines if len(lines) > 1 else ["nothing is sent between chips"]
 
 

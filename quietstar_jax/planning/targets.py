@@ -100,10 +100,10 @@ def _tpu_devices(name: str, generation: str, shape: str, slices: int) -> Sequenc
     if min(sizes[:2]) < 2:
         options["chips_per_host_bounds"] = (min(sizes[0], 2), min(sizes[1], 2), 1)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{shape}", **options)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{shape}", **options)
     except Exception as error:  # of several types, none of them public
         raise _unknown(name) from error
-    return found.devices
+    return topology.devices
 
 
 def _cpu_devices(count: int) -> Sequence[Any]:

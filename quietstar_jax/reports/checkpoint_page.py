@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 import numpy as np
 
 from quietstar_jax.inference.load_model import LoadedModel
-from quietstar_jax.reports.figures import gain_by_decile, reward_histogram, training_curves, weight_histogram
+from quietstar_jax.reports.figures import (
+    gain_by_decile,
+    reward_histogram,
+    training_curves,
+    weight_histogram,
+)
 from quietstar_jax.reports.observe import Window
 from quietstar_jax.reports.page import render, tiles
 from quietstar_jax.reports.pieces import Pieces, visible
+from quietstar_jax.reports.thought_use_figures import ensemble_curve, perturbation_curves, thought_only_bars
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.token_scores import TokenScores
 
@@ -33,6 +39,7 @@ class Observed:
     observations: Sequence[TokenScores]  # of each window, as from `observe`
     about: str  # the kind of text, if the reader may not know it
     notes: Sequence[str]  # how the page was made, and what was left out
+    use: Mapping[str, Any] = field(default_factory=dict)  # as from `measure_use`; empty = not measured
 
 
 def checkpoint_page(observed: Observed, metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -63,6 +70,7 @@ def checkpoint_page(observed: Observed, metrics: Sequence[Mapping[str, Any]]) ->
         ),
         weight_histogram(np.concatenate([scores.weight.reshape(-1) for scores in seen])),
         "</div>",
+        _use(observed.use),
         _training(metrics),
         "<footer>" + "".join(f'<p class="note">{escape(note)}</p>' for note in observed.notes) + "</footer>",
     ]
@@ -235,6 +243,24 @@ def _examples(observed: Observed, pieces: Pieces, gain: np.ndarray) -> str:
     helped, harmed = order[gain[order] >= LEVELS[0]], order[::-1][gain[order[::-1]] <= -LEVELS[0]]
     columns = column("helped most, nats", helped) + column("harmed most, nats", harmed)
     return f'<h2>Where thoughts changed most</h2><div class="examples">{columns}</div>'
+
+
+def _use(use: Mapping[str, Any]) -> str:
+    if not use:
+        return ""
+    ensemble = [ensemble_curve(use["ensembles"])] if "ensembles" in use else []
+    return "\n".join(
+        [
+            "<h2>Is a thought used?</h2>",
+            "<p>A prediction may gain from the additional computation of a thought alone, whatever the thought says. "
+            "These measurements tell whether what it says matters.</p>",
+            perturbation_curves(use["perturbed"], use["without_thoughts"], use["tokens"]),
+            '<div class="charts">',
+            thought_only_bars(use),
+            *ensemble,
+            "</div>",
+        ]
+    )
 
 
 def _training(metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -25,7 +25,7 @@ def gain_by_decile(base_entropy: np.ndarray, base_nll: np.ndarray, gain: np.ndar
     errors = [float(gain[part].std(ddof=1) / np.sqrt(part.size)) if part.size > 1 else 0.0 for part in parts]
     tops = [mean + error for mean, error in zip(means, errors, strict=True)]
     bottoms = [mean - error for mean, error in zip(means, errors, strict=True)]
-    span = _padded(min(0.0, *bottoms), max(0.0, *tops))
+    span = padded(min(0.0, *bottoms), max(0.0, *tops))
     chart = Chart("Mean gain by tenth of the tokens", (0, len(parts)), span, bottom=62).y_axis("gain, nats")
     for i, part in enumerate(parts):
         loss, uncertainty = float(base_nll[part].mean()), float(base_entropy[part].mean())
@@ -152,7 +152,7 @@ def _curve(
     low, high = np.quantile(values, [0.01, 0.99])
     steps = (lines[0][1][0][0], lines[0][1][-1][0])
     label = f"{title}, {phase}"
-    chart = Chart(label, steps, _padded(float(low), float(high)), width=300, height=190, left=52).y_axis()
+    chart = Chart(label, steps, padded(float(low), float(high)), width=300, height=190, left=52).y_axis()
     for kind, points in lines:
         chart.line(points, f"raw-{kind}")
     for kind, points in smooth:
@@ -202,6 +202,6 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     return [(x, float(np.mean(ys[max(0, i - half) : i + half + 1]))) for i, (x, _) in enumerate(points)]
 
 
-def _padded(low: float, high: float) -> Range:
+def padded(low: float, high: float) -> Range:
     room = 0.06 * (high - low) or 0.5
     return (low if low == 0 else low - room, high if high == 0 else high + room)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 from quietstar_jax.config import ComputeDtype, DataConfig, TextDocuments
 from quietstar_jax.data.documents import joined, open_documents
 from quietstar_jax.data.pipeline import VALIDATION_SEED
 from quietstar_jax.data.sources import SYNTHETIC
 from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.evals.thought_use import ensembles, summarize_use
 from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.io import place
 from quietstar_jax.reports.checkpoint_page import Observed, checkpoint_page
-from quietstar_jax.reports.observe import cut_windows, longest_window, observe
+from quietstar_jax.reports.observe import Window, cut_windows, longest_window, observe
 from quietstar_jax.reports.study_page import study_page
 from quietstar_jax.studies.results import read_results
+from quietstar_jax.thoughts.perturbations import KINDS
+from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.token_scores import TokenScores
 from quietstar_jax.training.metrics import read_metrics
 
+USE_TOKENS = 1000  # of the first windows, for perturbed thoughts: these need many passes
 MOST_TOKENS = 20_000  # on one page: about 10 MB with four thoughts of six tokens
 SYNTHETIC_TEXT = (
     "The text is a synthetic corpus of small problems that need several steps: sums, little stories of gain and loss, "
@@ -93,10 +102,41 @@ def report_checkpoint(
     windows = cut_windows(model, source, documents=documents, max_tokens=options.page_tokens, length=length)
     seen = observe(model, settings, windows, samples=options.samples, seed=options.seed)
     about = SYNTHETIC_TEXT if SYNTHETIC in options.data else ""
+    use = measure_use(model, settings, windows, seen, options.seed)
     notes = _notes(model, options, length, shown=windows[-1].document + 1, available=len(source))
     folder = place(str(path), "The model")
     metrics = [record for record in _metrics(folder) if model.step is None or record["step"] <= model.step]
-    return checkpoint_page(Observed(model, settings, windows, seen, about, notes), metrics)
+    return checkpoint_page(Observed(model, settings, windows, seen, about, notes, use), metrics)
+
+
+def measure_use(
+    model: LoadedModel, settings: ThoughtSettings, windows: Sequence[Window], seen: Sequence[TokenScores], seed: int
+) -> dict[str, Any]:
+    """Measures whether the thoughts are used.
+
+    Returns:
+      the figures of `thought_use.summarize_use` for greedy thoughts in the first windows of at most about `USE_TOKENS`
+      tokens, with every perturbation, under `tokens`, `without_thoughts` and `with_thoughts` their number and losses;
+      with sampled thoughts, `ensembles` of them in all windows.
+    """
+    ends = np.cumsum([len(window.tokens) - 1 for window in windows])
+    some = max(1, int((ends <= USE_TOKENS).sum()))
+    greedy = [
+        TokenScores(*scores[:3], *jax.tree.map(lambda x: x[0], scores[3:]))
+        for scores in observe(model, settings, windows[:some], samples=0, seed=seed, kinds=KINDS)
+    ]
+    found = {"tokens": int(ends[some - 1])} | {
+        mode: float(np.concatenate(nll).mean(dtype=np.float64))
+        for mode, nll in (
+            ("without_thoughts", [scores.base.nll for scores in greedy]),
+            ("with_thoughts", [scores.talk.nll for scores in greedy]),
+        )
+    }
+    found |= summarize_use(greedy, seed)
+    if len(seen[0].thoughts) > 1:
+        sampled = [TokenScores(*scores[:3], *jax.tree.map(lambda x: x[1:], scores[3:])) for scores in seen]
+        found["ensembles"] = ensembles(sampled, seed)
+    return found
 
 
 def report_study(root: Path) -> str:

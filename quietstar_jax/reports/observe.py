@@ -16,8 +16,9 @@ from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.controls import draw_uniforms
+from quietstar_jax.thoughts.perturbations import draw_perturbations
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.token_scores import TokenScores, score_tokens
+from quietstar_jax.thoughts.token_scores import TokenScores, UseWanted, score_tokens
 
 LIKELIEST = 5  # number of next tokens that are kept
 ROWS = 8  # windows per batch
@@ -69,9 +70,13 @@ def longest_window(model: LoadedModel, settings: ThoughtSettings, wanted: int) -
 
 
 def observe(
-    model: LoadedModel, settings: ThoughtSettings, windows: Sequence[Window], *, samples: int, seed: int
-) -> list[TokenScores]:
+    model: LoadedModel, settings: ThoughtSettings, windows: Sequence[Window], *, samples: int, seed: int,
+    kinds: Sequence[str] | None = None,
+) -> list[TokenScores]:  # fmt: skip
     """Thinks at every position of every window: once greedily, and `samples` times at random.
+
+    Args:
+      kinds: of perturbations; given, the scores have `use`.
 
     Returns:
       For each window of n tokens the scores of its n - 1 predictions, [n-1] without and [R, n-1] with thoughts, with
@@ -81,10 +86,13 @@ def observe(
 
     @jax.jit
     def score(params: Any, tokens: jax.Array, mask: jax.Array, key: jax.Array) -> TokenScores:
-        uniforms = draw_uniforms(key, (ROWS, 1 + samples, length, settings.thought_length))
+        shape = (ROWS, 1 + samples, length, settings.thought_length)
+        uniforms, use = draw_uniforms(key, shape), None
+        if kinds is not None:
+            use = UseWanted(tuple(kinds), draw_perturbations(jax.random.fold_in(key, 2), shape))
         return score_tokens(
             merge(model.graphdef, params), tokens, mask, None, jnp.arange(length), uniforms, settings,
-            likeliest=LIKELIEST,
+            use=use, likeliest=LIKELIEST,
         )  # fmt: skip
 
     found = []

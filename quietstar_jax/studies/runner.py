@@ -22,7 +22,7 @@ from quietstar_jax.training.metrics import read_metrics, write_metrics
 from quietstar_jax.training.resume import MARKED, incompatible_changes
 from quietstar_jax.training.summary import config_hash
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def plan(study: Study, root: Path) -> list[PlannedRun]:
     return [PlannedRun(*place, configuration(study, *place), command(study, *place)) for place in places]
 
 
-def run_study(runs: Sequence[PlannedRun], wanted: Callable[[PlannedRun], bool], say: Say) -> Iterator[PlannedRun]:
-    """Executes the runs that are wanted and not finished, one after another, each in its own process.
+def run_study(runs: Sequence[PlannedRun], selected: Callable[[PlannedRun], bool], log: Log) -> Iterator[PlannedRun]:
+    """Executes the selected runs that are not finished, one after another, each in its own process.
 
     A run resumes where it stopped. A new run reuses the phases that another run with its seed has done with the same
     settings: it starts from a copy of that run's checkpoint, with the same result as from scratch, bit for bit. A run
@@ -67,32 +67,32 @@ def run_study(runs: Sequence[PlannedRun], wanted: Callable[[PlannedRun], bool], 
     Yields:
       every run that was started, once it has ended.
     """
-    for run in filter(wanted, runs):
+    for run in filter(selected, runs):
         run.workdir.mkdir(parents=True, exist_ok=True)
-        with _alone(run.workdir, say) as lock:
+        with _alone(run.workdir, log) as lock:
             if run.summary is not None:
                 continue
             if not _saved_steps(run.workdir):
-                _begin_from_another(run, [other for other in runs if other.seed == run.seed], say)
-            say(f"{run.variant}, seed {run.seed}: {run.workdir}")
-            with (run.workdir / "log.txt").open("a", encoding="utf-8") as log:
-                status_of_run = _run(run.command, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock,))
+                _begin_from_another(run, [other for other in runs if other.seed == run.seed], log)
+            log(f"{run.variant}, seed {run.seed}: {run.workdir}")
+            with (run.workdir / "log.txt").open("a", encoding="utf-8") as output:
+                status_of_run = _run(run.command, stdout=output, stderr=subprocess.STDOUT, pass_fds=(lock,))
             if status_of_run or run.summary is None:
                 status = f"FAILED with status {status_of_run}"
                 if not status_of_run:  # the study's files, or this program, changed during the run
                     status = "ended, but its summary.json has another configuration: run the study again"
-                say(f"{run.variant}, seed {run.seed} {status}; see {run.workdir / 'log.txt'}")
+                log(f"{run.variant}, seed {run.seed} {status}; see {run.workdir / 'log.txt'}")
         yield run
 
 
 @contextlib.contextmanager
-def _alone(workdir: Path, say: Say) -> Iterator[int]:
+def _alone(workdir: Path, log: Log) -> Iterator[int]:
     """Locks the work directory; yields a file descriptor that keeps the lock as long as any process has it open.
 
     A killed study may have left a training process running: the next study waits for it.
     """
     with locked(
-        workdir / "lock", lambda: say(f"{workdir} is in use by another process; waiting until it ends.")
+        workdir / "lock", lambda: log(f"{workdir} is in use by another process; waiting until it ends.")
     ) as lock:
         yield lock
 
@@ -112,15 +112,15 @@ def _saved_steps(workdir: Path) -> list[int]:
     return saved_steps(absolute(workdir / "checkpoints"))
 
 
-def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say) -> None:
+def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], log: Log) -> None:
     """Copies the checkpoint at the end of the longest shared sequence of phases, if there is one."""
     best: tuple[int, PlannedRun, dict[str, Any]] | None = None
     for other in others:
         for step in _phase_ends(run.config).intersection(_saved_steps(other.workdir)):
-            found = _saved_config(other.workdir, step)
-            better = found and (best is None or step > best[0]) and _same_until(found, run.config, step)
+            saved_config = _saved_config(other.workdir, step)
+            better = saved_config and (best is None or step > best[0]) and _same_until(saved_config, run.config, step)
             if better and not damage(absolute(other.workdir / "checkpoints"), step):
-                best = step, other, found  # type: ignore[assignment]
+                best = step, other, saved_config  # type: ignore[assignment]
     if best is None:
         return
     step, other, saved = best
@@ -140,7 +140,7 @@ def _begin_from_another(run: PlannedRun, others: Sequence[PlannedRun], say: Say)
     shutil.copytree(other.workdir / "checkpoints" / str(step), partial)
     (run.workdir / "checkpoints").mkdir(exist_ok=True)
     os.rename(partial, run.workdir / "checkpoints" / str(step))  # last: only now has the run begun
-    say(f"{run.variant}, seed {run.seed} starts from step {step} of {other.variant}")
+    log(f"{run.variant}, seed {run.seed} starts from step {step} of {other.variant}")
 
 
 def _phase_ends(config: Config) -> set[int]:
@@ -158,11 +158,11 @@ def _saved_config(workdir: Path, step: int) -> dict[str, Any] | None:
     return config
 
 
-def _same_until(saved: Mapping[str, Any], wanted: Config, step: int) -> bool:
+def _same_until(saved: Mapping[str, Any], config: Config, step: int) -> bool:
     """Whether the saved run did exactly the phases of the wanted run up to this step, at which a phase of both ends."""
     if step not in _phase_ends(from_mapping(Config, saved)):
         return False
-    return not incompatible_changes(saved, to_mapping(wanted), step)
+    return not incompatible_changes(saved, to_mapping(config), step)
 
 
 def _evaluated_length(saved: Mapping[str, Any]) -> int:

@@ -74,8 +74,8 @@ def _are(values: Any, kind: type) -> bool:
 
 def settings(study: Study, variant: str, seed: int, workdir: Path) -> dict[str, Any]:
     """Returns the settings of one run on top of the base."""
-    own = {"workdir": str(workdir), "seed": seed, "logging.progress_bar": False, "checkpoint.keep_phase_ends": True}
-    return own | dict(study.variants[variant])
+    of_run = {"workdir": str(workdir), "seed": seed, "logging.progress_bar": False, "checkpoint.keep_phase_ends": True}
+    return of_run | dict(study.variants[variant])
 
 
 def command(study: Study, variant: str, seed: int, workdir: Path) -> list[str]:

@@ -26,8 +26,14 @@ def compare(results: Results, baseline: str, metrics: Sequence[str]) -> list[dic
             if not values:
                 continue
             sample = np.array(list(values.values()))
-            own = {seed: float(run[metric]) for seed, run in results[baseline].items() if metric in run}
-            differences = np.array([values[seed] - own[seed] for seed in values if seed in own and variant != baseline])
+            baseline_values = {seed: float(run[metric]) for seed, run in results[baseline].items() if metric in run}
+            differences = np.array(
+                [
+                    values[seed] - baseline_values[seed]
+                    for seed in values
+                    if seed in baseline_values and variant != baseline
+                ]
+            )
             rows.append(
                 {
                     "variant": variant,
@@ -44,17 +50,17 @@ def compare(results: Results, baseline: str, metrics: Sequence[str]) -> list[dic
 def paired_test(differences: np.ndarray) -> dict[str, Any]:
     """Returns the fields of `compare` that describe pairs, from one difference per pair."""
     pairs = len(differences)
-    found: dict[str, Any] = {"pairs": pairs, "difference": float(differences.mean()) if pairs else None}
-    found |= dict.fromkeys(("low", "high", "p_value"))
+    result: dict[str, Any] = {"pairs": pairs, "difference": float(differences.mean()) if pairs else None}
+    result |= dict.fromkeys(("low", "high", "p_value"))
     if pairs < 2:
-        return found
+        return result
     if not differences.any():
-        return found | {"p_value": 1.0}
+        return result | {"p_value": 1.0}
     if np.ptp(differences) <= 1e-12 * np.abs(differences).max():
-        return found
+        return result
     test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(0.95)
-    return found | {"low": float(low), "high": float(high), "p_value": float(test.pvalue)}
+    return result | {"low": float(low), "high": float(high), "p_value": float(test.pvalue)}
 
 
 def format_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], baseline: str) -> str:
@@ -63,9 +69,9 @@ def format_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], base
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     lines = ["| variant | n | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 2) + "|"]
     for variant in variants:
-        own = [cells.get((variant, metric)) for metric in metrics]
-        runs = max(row["runs"] for row in own if row)
-        lines.append(f"| {variant} | {runs} | " + " | ".join(map(_cell, own)) + " |")
+        line = [cells.get((variant, metric)) for metric in metrics]
+        runs = max(row["runs"] for row in line if row)
+        lines.append(f"| {variant} | {runs} | " + " | ".join(map(_cell, line)) + " |")
     lines += [
         "",
         f"Mean ± standard error over n seeds. p: paired two-sided t-test against `{baseline}` over the seeds that both "

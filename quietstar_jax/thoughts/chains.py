@@ -34,8 +34,8 @@ def chain_pass(
     offsets, first = jnp.arange(embeddings.shape[3]), _first(starts, positions)
 
     def attend_chain(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, base: KeyValues) -> Any:
-        own, seen = (to_chain_layout(k), to_chain_layout(v)), ChainMask(mask, positions, offsets, window, first)
-        return attend_chains(q, base.keys, base.values, *own, seen, prefix_attention), None
+        chain_kv, seen = (to_chain_layout(k), to_chain_layout(v)), ChainMask(mask, positions, offsets, window, first)
+        return attend_chains(q, base.keys, base.values, *chain_kv, seen, prefix_attention), None
 
     rotary = positions[..., None, :, None] + 1 + offsets
     hidden, _, layers = run_layers(decoder, embeddings, rotary, attend_chain, prefix, rematerialize=rematerialize)
@@ -56,16 +56,16 @@ def empty_chains(decoder: Decoder, batch: int, count: int, positions: int, lengt
 
 def chain_step(
     decoder: Decoder, embeddings: jax.Array, offset: jax.Array, positions: jax.Array, prefix: KeyValues,
-    mask: jax.Array, own: KeyValues, starts: jax.Array | None = None, *, prefix_attention: str = "auto",
+    mask: jax.Array, chain_kv: KeyValues, starts: jax.Array | None = None, *, prefix_attention: str = "auto",
 ) -> tuple[jax.Array, KeyValues]:  # fmt: skip
     """Runs one token of every chain.
 
     Args:
       embeddings: [B, R, J, D]; offset: scalar c of these tokens; positions, prefix, mask, starts, prefix_attention: as
-        in `chain_pass`; own: keys and values of tokens 0 .. c - 1.
+        in `chain_pass`; chain_kv: keys and values of tokens 0 .. c - 1.
 
     Returns:
-      (final-norm hidden states [B, R, J, D], own with token c written).
+      (final-norm hidden states [B, R, J, D], chain_kv with token c written).
     """
 
     first = _first(starts, positions)
@@ -80,5 +80,5 @@ def chain_step(
         return attend_chains(q, base.keys, base.values, *written, seen, prefix_attention), written
 
     rotary = positions[..., None, :, None] + 1 + offset
-    hidden, own, _ = run_layers(decoder, embeddings[..., None, :], rotary, attend_step, (prefix, own))
-    return hidden[..., 0, :], own
+    hidden, chain_kv, _ = run_layers(decoder, embeddings[..., None, :], rotary, attend_step, (prefix, chain_kv))
+    return hidden[..., 0, :], chain_kv

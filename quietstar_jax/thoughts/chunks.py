@@ -23,6 +23,10 @@ from quietstar_jax.thoughts.settings import ThoughtSettings
 
 Tree = TypeVar("Tree")
 PAST_THE_TEXT = 2**30  # position that fills incomplete chunks; no text is this long
+# Float32 arrays [V] counted for each predicted distribution: its logits, which `cross_entropy` saves, their gradient,
+# and one for intermediate results. Compiled for a CPU, scoring has 2.0 per thought token, and 3.3 to 4.8 per token
+# ahead, which has two distributions: without and with the thought. Sampling has 4.0 there, and is counted with 3 too.
+LOGITS_ALIVE = 3
 
 
 def chunk_starts(count: int, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -64,7 +68,7 @@ def map_chunks(
     """
     count = positions.shape[-1]
 
-    def own_chunks(_: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Tree:
+    def local_chunks(_: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Tree:
         positions, inputs = constants
 
         def one(start: jax.Array) -> Tree:
@@ -81,7 +85,7 @@ def map_chunks(
         x = x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
         return jax.lax.slice_in_dim(x, 0, count, axis=axis)
 
-    mapped = _on_own_positions(own_chunks, (None,) * (axis + 1) + ("positions",))
+    mapped = _on_local_positions(local_chunks, (None,) * (axis + 1) + ("positions",))
     return jax.tree.map(join, mapped(operands, (positions, inputs), *chunk_starts(count, chunk)))
 
 
@@ -113,17 +117,17 @@ def sum_chunks(
     """
 
     def total(operands: Any, constants: Any) -> tuple[jax.Array, Any]:
-        def own(psum: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Any:
+        def local(psum: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Any:
             def add(carry: Any, start: jax.Array) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, carry, fn(operands, constants, start + offset[0])[:2]), None
 
             sums = jax.lax.scan(add, _zeros(jax.eval_shape(fn, operands, constants, starts[0])[:2]), starts)[0]
             return psum(sums, "position")
 
-        return _on_own_positions(own, ())(operands, constants, *chunk_starts(count, chunk))
+        return _on_local_positions(local, ())(operands, constants, *chunk_starts(count, chunk))
 
     def forward(operands: Any, constants: Any) -> tuple[tuple[jax.Array, Any], Any]:
-        def own(psum: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Any:
+        def local(psum: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Any:
             def lay_out(gradients: Any) -> Any:
                 return gradients if axes is None else constrain_tree(gradients, axes)
 
@@ -150,7 +154,7 @@ def sum_chunks(
             gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), operands)
             return psum(jax.lax.scan(add, (sums, lay_out(gradients)), starts)[0], "position")
 
-        out, gradients = _on_own_positions(own, ())(operands, constants, *chunk_starts(count, chunk))
+        out, gradients = _on_local_positions(local, ())(operands, constants, *chunk_starts(count, chunk))
         return out, jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, operands)
 
     def backward(gradients: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, None]:
@@ -161,7 +165,7 @@ def sum_chunks(
     return summed(operands, constants)
 
 
-def _on_own_positions(fn: Callable[..., Any], out_axes: Any) -> Callable[..., Any]:
+def _on_local_positions(fn: Callable[..., Any], out_axes: Any) -> Callable[..., Any]:
     """Runs `fn(operands, constants, starts, offset)` on each device along the position axis with its own offset [1]."""
     return manual_shard_map(fn, ("position",), ((), (), (), ("positions",)), out_axes)
 
@@ -191,7 +195,7 @@ def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSetting
         a.intermediate_size // num_shards("mlp"),
         a.vocab_size // num_shards("vocab"),
     )
-    # Bytes of one chain token in one layer. `results` are saved: query, context, key, value; both outputs of width D;
+    # Bytes of a chain token in one layer. `results` are saved: query, context, key, value; both outputs of width D;
     # gate and up; the float32 log-sum-exp per head. `again` is recomputed, with float32 scores over a block of keys.
     width, head_values = settings.dtype.itemsize, 2 * (heads + a.num_kv_heads // num_shards("kv_heads")) * a.head_dim
     results = (2 * a.hidden_size + head_values + 2 * mlp) * width + 4 * heads
@@ -199,7 +203,7 @@ def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSetting
     # Every layer saves its input [D]; with `rematerialize`, only one layer at a time has the rest.
     layers = 1 if settings.rematerialize else a.num_layers
     per_token = a.num_layers * a.hidden_size * width + layers * results + again
-    logits = 3 * 4 * vocab * (settings.thought_length + 2 * settings.tokens_ahead)
+    logits = LOGITS_ALIVE * 4 * vocab * (settings.thought_length + 2 * settings.tokens_ahead)
     return _fitting(settings, batch * settings.num_thoughts * (settings.chain_length * per_token + logits), thinking)
 
 
@@ -222,7 +226,9 @@ def max_sampled_positions_per_chunk(
     a, width = architecture, settings.dtype.itemsize
     cache = 2 * a.num_layers * (a.num_kv_heads // num_shards("kv_heads")) * a.head_dim * settings.thought_length * width
     heads, mlp = a.num_heads // num_shards("heads"), a.intermediate_size // num_shards("mlp")
-    token = (6 * a.hidden_size + 4 * mlp) * width + 12 * heads * min(KEY_BLOCK, length) + 3 * 4 * a.vocab_size
+    token = (
+        (6 * a.hidden_size + 4 * mlp) * width + 12 * heads * min(KEY_BLOCK, length) + LOGITS_ALIVE * 4 * a.vocab_size
+    )
     return max(ahead, _fitting(settings, batch * settings.num_thoughts * (cache + token), thinking))
 
 

@@ -54,11 +54,11 @@ def sample_or_control(
     """
     control = settings.config.control
     if control == "pause":
-        return _given(jnp.full(uniforms.tokens.shape, settings.pause_id, jnp.int32), 1)
+        return _uniform_thoughts(jnp.full(uniforms.tokens.shape, settings.pause_id, jnp.int32), 1)
     if control == "random":
         vocab_size = model.decoder.architecture.vocab_size
         drawn = random_tokens(uniforms.tokens, vocab_size, settings.meta_tokens)
-        return _given(drawn, vocab_size - len(set(settings.meta_tokens)))
+        return _uniform_thoughts(drawn, vocab_size - len(set(settings.meta_tokens)))
     tokens = None if greedy else uniforms.tokens
     thoughts = sample_thoughts(model, text, positions, tokens, settings, positions_per_chunk)
     if control == "shuffled":
@@ -99,6 +99,6 @@ def earlier_places(uniforms: jax.Array, real: jax.Array, starts: jax.Array | Non
     return jnp.where(real[:, None] & (before > 0), source, jnp.arange(real.shape[1]))
 
 
-def _given(tokens: jax.Array, choices: int) -> Thoughts:
+def _uniform_thoughts(tokens: jax.Array, choices: int) -> Thoughts:
     """Thoughts that no model sampled: each token is one of equally likely choices."""
     return Thoughts(tokens, jnp.zeros(tokens.shape, jnp.float32), jnp.full(tokens.shape, -math.log(choices)))

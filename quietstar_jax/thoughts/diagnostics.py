@@ -46,10 +46,12 @@ def histogram_quantiles(histogram: jax.Array, vocab_size: int) -> dict[str, jax.
     """Returns `entropy_p05`, `entropy_p50`, `entropy_p95` in nats, interpolated within a bin of `entropy_histogram`."""
     edges = math.log(vocab_size) * (jnp.arange(BINS + 1, dtype=jnp.float32) / BINS) ** 2
     cumulative = jnp.concatenate([jnp.zeros(1), jnp.cumsum(histogram)])
-    found = {}
+    quantiles = {}
     for quantile in QUANTILES:
         target = quantile * cumulative[-1]
         at = jnp.clip(jnp.searchsorted(cumulative, target, side="right") - 1, 0, BINS - 1)
         inside = (target - cumulative[at]) / jnp.maximum(histogram[at], 1e-9)
-        found[f"entropy_p{round(100 * quantile):02}"] = edges[at] + jnp.clip(inside, 0, 1) * (edges[at + 1] - edges[at])
-    return found
+        quantiles[f"entropy_p{round(100 * quantile):02}"] = edges[at] + jnp.clip(inside, 0, 1) * (
+            edges[at + 1] - edges[at]
+        )
+    return quantiles

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import Config, Phase, RateScales
+from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 EVERYTHING_LEARNS = RateScales()
@@ -68,9 +69,9 @@ def step_flops(
     """FLOPs of one training step on `batch` sequences of `length` tokens.
 
     The count covers only what these settings compute: no sampling where the control needs none, no scores of thought
-    tokens without REINFORCE, no mixing head without mixing, a second forward pass only where the objective needs one.
-    The backward pass includes the gradients of weights that learn and the gradients of activations on the path to them:
-    with a frozen decoder, that path is through the chains to the start and end embeddings, if they learn.
+    tokens without REINFORCE, no mixing head where the mixing has none, a second forward pass only where the objective
+    needs one. The backward pass includes the gradients of weights that learn and the gradients of activations on the
+    path to them: with a frozen decoder, that path is through the chains to the start and end embeddings, if they learn.
     """
     head = 2.0 * a.hidden_size * a.vocab_size
     prefix = (length + 1) / 2
@@ -89,7 +90,7 @@ def step_flops(
     scoring = chains * c * decoder_flops(a, prefix + (c + 1) / 2)
     mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # without the half on the text, which all thoughts share
     mixing = chains * settings.tokens_ahead * mixing + thinking * 2.0 * a.hidden_size**2
-    mixing = 0.0 if settings.config.mixing == "none" else mixing
+    mixing = mixing if MIXINGS[settings.config.mixing].traits["head"] else 0.0
     thought_heads = chains * settings.thought_length * head
     talk_heads = chains * settings.tokens_ahead * head + mixing
     heads = talk_heads + (thought_heads if settings.reinforced else 0.0)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.linear import dense, linear
 from quietstar_jax.models.parameters import Initializer, parameter, zeros
 
@@ -47,29 +46,3 @@ def mixing_weight(head: MixingHead, base_hidden: jax.Array, thought_hidden: jax.
     x = jax.nn.relu(from_text[:, None] + dense(thought_hidden, head.thought_in[...]))
     x = jax.nn.relu(dense(x, head.hidden[...], head.hidden_bias[...]))
     return linear(x, head.out[...], 1, jnp.float32)[..., 0]
-
-
-def mix_hidden_states(
-    decoder: Decoder, base_hidden: jax.Array, thought_hidden: jax.Array, weight: jax.Array
-) -> jax.Array:
-    """Returns the logits of the mixed hidden state (1 - w) h + w h', as the published code mixes.
-
-    The LM head is linear, so the logits are computed as logits(h) + w logits(h' - h): in bfloat16, adding a small w h'
-    to h would round it away, and with it nearly every early reward.
-
-    Args:
-      base_hidden: [B, J, K, D]; thought_hidden: [B, R, J, K, D]; weight: [B, R, J, K] float32.
-
-    Returns:
-      [B, R, J, K, V] float32.
-    """
-    change = decoder.logits(thought_hidden - base_hidden[:, None])
-    return decoder.logits(base_hidden)[:, None] + weight[..., None] * change
-
-
-def mix_log_probabilities(base: jax.Array, after_thought: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns the paper's mixture, (1 - w) log p + w log p', which is not renormalised.
-
-    The weight must be within 0 .. 1: otherwise the cross-entropy has no lower bound.
-    """
-    return (1.0 - weight) * base + weight * after_thought

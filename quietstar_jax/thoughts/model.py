@@ -12,6 +12,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.parameters import parameter, zeros
 from quietstar_jax.thoughts.mixing import MixingHead
+from quietstar_jax.thoughts.settings import ThoughtSettings
 
 
 class QuietStar(nnx.Module):
@@ -29,6 +30,11 @@ class QuietStar(nnx.Module):
         self.end_embedding = parameter(rngs, end.shape, ("embed",), lambda key, shape: end)
         self.start_spare = parameter(rngs, start.shape, ("embed",), zeros)
         self.end_spare = parameter(rngs, end.shape, ("embed",), zeros)
+
+    def start_and_end(self, settings: ThoughtSettings) -> tuple[jax.Array, jax.Array]:
+        """Returns the start and end embeddings, [D] each in the compute dtype, as input of the decoder."""
+        scale, dtype = settings.config.embedding_scale, settings.dtype
+        return (self.start_embedding[...] * scale).astype(dtype), (self.end_embedding[...] * scale).astype(dtype)
 
 
 def initialize(

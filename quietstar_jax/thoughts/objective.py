@@ -14,8 +14,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.thoughts.advantages import ADVANTAGES, EPSILON
-from quietstar_jax.thoughts.rewards import REWARDS
+from quietstar_jax.methods.advantages import ADVANTAGES, EPSILON
+from quietstar_jax.methods.rewards import REWARDS
 from quietstar_jax.thoughts.text import real_ahead
 
 
@@ -126,7 +126,7 @@ def advantages(
         differ = (reward != reward[:, :1]).any(axis=1, keepdims=True)
         advantage = jnp.where(differ, entry.fn(reward, reward_std), 0.0)
     else:
-        advantage = jnp.zeros_like(reward) if entry.traits.get("one_thought_is_zero") else reward
+        advantage = jnp.zeros_like(reward) if entry.traits["one_thought_is_zero"] else reward
     if scale == "batch":
         assert advantage_std is not None
         advantage = advantage / (advantage_std + EPSILON)
@@ -192,13 +192,13 @@ def ratio_metrics(
 ) -> dict[str, jax.Array]:
     """Returns `importance_ratio`, and `clip_ratio`, 1 where `policy_terms` limits the ratio; both [B, R, J, T]."""
     ratio, advantage = jnp.exp(log_probs - sampled_log_probs), advantage[..., None]
-    found = {"importance_ratio": ratio}
+    metrics = {"importance_ratio": ratio}
     if clip_epsilon:
         limited = ((ratio > 1 + clip_epsilon) & (advantage > 0)) | ((ratio < 1 - clip_epsilon) & (advantage < 0))
-        found["clip_ratio"] = limited.astype(jnp.float32)
+        metrics["clip_ratio"] = limited.astype(jnp.float32)
     elif importance_cap:
-        found["clip_ratio"] = (ratio > importance_cap).astype(jnp.float32)
-    return found
+        metrics["clip_ratio"] = (ratio > importance_cap).astype(jnp.float32)
+    return metrics
 
 
 def reduce_tokens(values: jax.Array, reduction: str, longest: int) -> jax.Array:

@@ -59,11 +59,11 @@ def count_chosen(
     mask: jax.Array, draws: jax.Array, settings: ThoughtSettings, starts: jax.Array | None = None
 ) -> jax.Array:
     """Returns how many positions of each sequence `choose` returns, int32 [B]; does not depend on the base pass."""
-    found = candidates(mask, draws, settings, starts).sum(axis=1)
+    count = candidates(mask, draws, settings, starts).sum(axis=1)
     if settings.config.positions == "stride":
-        return found
-    wanted = jnp.ceil(settings.config.position_fraction * found.astype(jnp.float32) - 1e-4).astype(jnp.int32)
-    return jnp.minimum(wanted, settings.thinking_positions(mask.shape[1]))
+        return count
+    chosen = jnp.ceil(settings.config.position_fraction * count.astype(jnp.float32) - 1e-4).astype(jnp.int32)
+    return jnp.minimum(chosen, settings.thinking_positions(mask.shape[1]))
 
 
 def candidates(
@@ -82,7 +82,7 @@ def candidates(
 
 
 def at_positions(values: jax.Array, positions: jax.Array) -> jax.Array:
-    """Values [B, R, L, ...] at all positions [L], or at positions [B, J] -> [B, R, J, ...]."""
+    """Returns values [B, R, L, ...] at positions [B, J], as [B, R, J, ...]; unchanged for all positions [L]."""
     if positions.ndim == 1:
         return values
     index = jnp.minimum(positions, values.shape[2] - 1)[:, None, :]

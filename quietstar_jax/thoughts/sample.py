@@ -59,25 +59,25 @@ def _sample_chunk(
     model: QuietStar, text: Text, positions: jax.Array, uniforms: jax.Array | None, settings: ThoughtSettings
 ) -> Thoughts:
     batch, count, length = text.tokens.shape[0], settings.num_thoughts, settings.thought_length
-    start = (model.start_embedding[...] * settings.config.embedding_scale).astype(settings.dtype)
+    start, _ = model.start_and_end(settings)
     shape = (batch, count, positions.shape[-1], start.size)
-    own = empty_chains(model.decoder, *shape[:3], length, settings.dtype)
+    chain_kv = empty_chains(model.decoder, *shape[:3], length, settings.dtype)
 
     def step(carry, inputs):
-        embeddings, own = carry
+        embeddings, chain_kv = carry
         offset, draws = inputs
-        hidden, own = chain_step(
-            model.decoder, embeddings, offset, positions, text.prefix, text.mask, own, text.starts,
+        hidden, chain_kv = chain_step(
+            model.decoder, embeddings, offset, positions, text.prefix, text.mask, chain_kv, text.starts,
             prefix_attention=settings.prefix_attention,
         )  # fmt: skip
         logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
         logits = constrain(logits / settings.config.sampling_temperature, "batch", ..., None)  # whole where drawn from
         tokens = jnp.argmax(logits, axis=-1) if draws is None else draw_tokens(logits, draws)
         thought = Thoughts(tokens, entropy(logits), -cross_entropy(logits, tokens))
-        return (model.decoder.embed(tokens, settings.dtype), own), thought
+        return (model.decoder.embed(tokens, settings.dtype), chain_kv), thought
 
     draws = None if uniforms is None else jnp.moveaxis(uniforms, -1, 0)
-    _, thoughts = jax.lax.scan(step, (jnp.broadcast_to(start, shape), own), (jnp.arange(length), draws))
+    _, thoughts = jax.lax.scan(step, (jnp.broadcast_to(start, shape), chain_kv), (jnp.arange(length), draws))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), thoughts)
 
 

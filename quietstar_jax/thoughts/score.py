@@ -20,10 +20,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.models.decoder import Layers
 from quietstar_jax.models.linear import cross_entropy, pick
 from quietstar_jax.thoughts.chains import chain_pass
-from quietstar_jax.thoughts.mixing import mix_hidden_states, mix_log_probabilities, mixing_weight
+from quietstar_jax.thoughts.mixing import mixing_weight
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import mask_meta_tokens
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -54,14 +55,17 @@ class Scores(NamedTuple):
 
 def score_thoughts(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings,
-    base_nll: jax.Array | None = None, *, with_entropy: bool = False,
+    base_nll: jax.Array | None = None, *, with_entropy: bool = False, hide_text: bool = False,
 ) -> Scores:  # fmt: skip
     """Scores thoughts [B, R, J, T] at positions [J] or [B, J] of the text. All results are float32.
 
     Args:
       base_nll: [B, J, K] cross-entropy of x[j+1+k] without thoughts; None = that of the text.
+      hide_text: see `chain_hidden_states`. The prediction without the thought, with which the talk head mixes, still
+        depends on the text.
     """
-    thought_hidden, talk_hidden, layers = chain_hidden_states(model, text, positions, thoughts, settings)
+    chains = chain_hidden_states(model, text, positions, thoughts, settings, hide_text=hide_text)
+    thought_hidden, talk_hidden, layers = chains
     # log_probs: the logits [B, R, J, T, V] have the same mask as in sampling, but the temperature of scoring.
     logits = mask_meta_tokens(model.decoder.logits(thought_hidden), settings.meta_tokens)
     log_probs = -cross_entropy(logits / settings.config.score_temperature, thoughts)
@@ -71,7 +75,7 @@ def score_thoughts(
     base_hidden = here_and_ahead(text.hidden, positions, ahead)
     log_scores, weight = mix(model, base_hidden, talk_hidden, settings.config.mixing)
     targets = jnp.broadcast_to(gather_next_tokens(text.tokens, positions, ahead, fill=0)[:, None], weight.shape)
-    if settings.config.mixing == "log_probabilities":
+    if MIXINGS[settings.config.mixing].traits["log_probs"]:
         nll = -pick(log_scores, targets)
     else:
         nll = cross_entropy(log_scores, targets)
@@ -91,31 +95,27 @@ def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing
 
     Args:
       base_hidden: [B, J, K, D] hidden states of the text; talk_hidden: [B, R, J, K, D], from `chain_hidden_states`.
-      mixing: `hidden_states`, `log_probabilities` or `none`; see `ThoughtConfig.mixing`.
+      mixing: an entry of `MIXINGS`.
 
     Returns:
-      ([B, R, J, K, V] float32: logits, or the paper's log-probabilities, which do not sum to one;
+      ([B, R, J, K, V] float32: logits, or log-probabilities that need not be normalized if the entry has `log_probs`;
        mixing weights [B, R, J, K]).
     """
-    if mixing == "none":
-        return model.decoder.logits(talk_hidden), jnp.ones(talk_hidden.shape[:-1], jnp.float32)
-    weight = mixing_weight(model.mixing_head, base_hidden, talk_hidden)
-    if mixing == "log_probabilities":
-        weight = jax.nn.sigmoid(weight)
-        # base [B, 1, J, K, V] is computed once and broadcast over the R thoughts.
-        base = jax.nn.log_softmax(model.decoder.logits(base_hidden))[:, None]
-        after_thought = jax.nn.log_softmax(model.decoder.logits(talk_hidden))
-        return mix_log_probabilities(base, after_thought, weight[..., None]), weight
-    return mix_hidden_states(model.decoder, base_hidden, talk_hidden, weight), weight
+    entry = MIXINGS[mixing]
+    weight = mixing_weight(model.mixing_head, base_hidden, talk_hidden) if entry.traits["head"] else None
+    return entry.fn(model.decoder.logits, base_hidden, talk_hidden, weight)
 
 
 def chain_hidden_states(
-    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings
-) -> tuple[jax.Array, jax.Array, Layers]:
+    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings, *,
+    hide_text: bool = False,
+) -> tuple[jax.Array, jax.Array, Layers]:  # fmt: skip
     """Runs the chains of given thoughts and returns their hidden states; see the drawing at the top of this file.
 
     Args:
       positions: [J] or [B, J]; thoughts: [B, R, J, T] ids.
+      hide_text: no chain token, those of the thought included, attends to keys of the text. Hiding the text from the
+        tokens after the thought only would not suffice: the keys of the thought's tokens would still contain it.
 
     Returns:
       (hidden states [B, R, J, T, D] at `start, t_1 .. t_{T-1}`, which predict the thought tokens t_1 .. t_T,
@@ -123,25 +123,18 @@ def chain_hidden_states(
        layers as from `run_layers`).
     """
     batch, count, chunk, length = thoughts.shape
-    scale, dtype = settings.config.embedding_scale, settings.dtype
-
-    def meta(embedding: jax.Array) -> jax.Array:
-        return jnp.broadcast_to((embedding * scale).astype(dtype), (batch, count, chunk, 1, embedding.size))
+    dtype = settings.dtype
+    start, end = (jnp.broadcast_to(x, (batch, count, chunk, 1, x.size)) for x in model.start_and_end(settings))
 
     # Teacher forcing: the K - 1 true tokens x[j+1] .. x[j+K-1], [B, J, K - 1] -> [B, R, J, K - 1].
     forced = gather_next_tokens(text.tokens, positions, settings.tokens_ahead - 1, fill=settings.pad_id)
     forced = jnp.broadcast_to(forced[:, None], (batch, count, *forced.shape[1:]))
     embeddings = jnp.concatenate(  # [B, R, J, C, D], C = 1 + T + 1 + (K - 1)
-        [
-            meta(model.start_embedding[...]),
-            model.decoder.embed(thoughts, dtype),
-            meta(model.end_embedding[...]),
-            model.decoder.embed(forced, dtype),
-        ],
-        axis=3,
+        [start, model.decoder.embed(thoughts, dtype), end, model.decoder.embed(forced, dtype)], axis=3
     )
+    mask = jnp.zeros_like(text.mask) if hide_text else text.mask
     hidden, layers = chain_pass(
-        model.decoder, embeddings, positions, text.prefix, text.mask, text.starts, rematerialize=settings.rematerialize,
+        model.decoder, embeddings, positions, text.prefix, mask, text.starts, rematerialize=settings.rematerialize,
         prefix_attention=settings.prefix_attention,
     )  # fmt: skip
     return hidden[..., :length, :], hidden[..., length + 1 :, :], layers

@@ -57,12 +57,12 @@ def read_text(
         return cross_entropy(logits, targets), entropy(jax.lax.stop_gradient(logits)) if with_entropy else None
 
     row_bytes = 4 * length * decoder.architecture.vocab_size // (num_shards("text") * num_shards("vocab"))
-    rows, own = max(1, LOGITS_BYTES // row_bytes), batch // num_shards("batch")
-    if rows >= own:
+    rows, local_batch = max(1, LOGITS_BYTES // row_bytes), batch // num_shards("batch")
+    if rows >= local_batch:
         nll, spread = predict(hidden, targets)
     else:
         score = jax.checkpoint(predict)
-        by_row = jax.tree.map(lambda x: split_microbatches(x, own), (hidden, targets))
+        by_row = jax.tree.map(lambda x: split_microbatches(x, local_batch), (hidden, targets))
         scored = jax.lax.map(lambda row: score(*row), by_row, batch_size=rows)
         nll, spread = jax.tree.map(merge_microbatches, scored)
     nll = jnp.where(real_ahead(mask, jnp.arange(length), 1, starts)[..., 0], nll, 0.0)

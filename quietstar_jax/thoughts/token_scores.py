@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.thoughts.chunks import map_chunks, max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import Uniforms, sample_or_control
 from quietstar_jax.thoughts.model import QuietStar
+from quietstar_jax.thoughts.perturbations import PERCENTS, PerturbationDraws, changed_tokens, perturb
 from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -48,6 +50,23 @@ class Prediction(NamedTuple):
     top_probabilities: Any = None
 
 
+class ThoughtUse(NamedTuple):
+    """Whether predictions use what a thought says: cross-entropies of x[j+1], [B, R, J]; 0 where it is not real.
+
+    Attributes:
+      thought_only: of the prediction after the thought alone (not mixed), where the chain does not attend to the text:
+        only what the thought's tokens say can help.
+      empty_only: the same with an empty thought, which says nothing: `start` and `end` only.
+      perturbed: by kind, with thoughts perturbed at each share of `PERCENTS`, mixed as always.
+      ensemble: [B, J] of the mean of the R predicted probabilities of x[j+1]; only in `TokenScores.average_thought`.
+    """
+
+    thought_only: Any
+    empty_only: Any
+    perturbed: dict[str, tuple[Any, ...]]
+    ensemble: Any = None
+
+
 class TokenScores(NamedTuple):
     """Scores at J positions. The first three fields do not depend on thoughts; the others are None without thoughts.
 
@@ -60,6 +79,7 @@ class TokenScores(NamedTuple):
       weight: [B, R, J] mixing weight of x[j+1].
       thought_entropy: [B, R, J] mean entropy of the distributions that the thought's tokens were drawn from.
       thoughts: [B, R, J, T] int32.
+      use: `ThoughtUse`; None unless requested.
     """
 
     real: Any
@@ -70,6 +90,7 @@ class TokenScores(NamedTuple):
     weight: Any = None
     thought_entropy: Any = None
     thoughts: Any = None
+    use: ThoughtUse | None = None
 
     @property
     def thinks(self) -> bool:
@@ -91,10 +112,53 @@ class TokenScores(NamedTuple):
             return TokenScores(*self[:3], self.base, zeros, zeros, zeros, np.zeros((*zeros.shape, 0), np.int32))
         return TokenScores(*self[:3], *jax.tree.map(lambda x: x[:, 0], self[3:]))
 
+    def average_thought(self) -> TokenScores:
+        """Returns means over the R thoughts, [B, J] in all fields, and the loss of their ensemble in `use.ensemble`.
+
+        `thoughts` and the ids of predictions are those of the first thought. Without thoughts, as `first_thought`.
+
+        Returns:
+          numpy arrays, if the scores are numpy arrays with `use`.
+        """
+        first = self.first_thought()
+        if self.talk is None:
+            return first
+
+        def mean(x: np.ndarray) -> np.ndarray:
+            return x.mean(axis=1)
+
+        talk = first.talk._replace(nll=mean(self.talk.nll), correct=mean(self.talk.correct))
+        ensemble = ensemble_nll(self.talk.nll, axis=1)
+        use = None if self.use is None else jax.tree.map(mean, self.use)._replace(ensemble=ensemble)
+        rest = map(mean, (self.reward, self.weight, self.thought_entropy))
+        return TokenScores(*self[:3], talk, *rest, first.thoughts, use)
+
+
+def ensemble_nll(nll: np.ndarray, axis: int) -> np.ndarray:
+    """Cross-entropies of the mean of R predicted probabilities, -log mean_r exp(-nll_r); exactly `nll` where R = 1.
+
+    Args:
+      nll: cross-entropies, with R thoughts along `axis`, which the result does not have.
+    """
+    found: np.ndarray = np.log(nll.shape[axis]).astype(nll.dtype) - np.logaddexp.reduce(-nll, axis=axis)
+    return found
+
+
+class UseWanted(NamedTuple):
+    """What `score_use` computes besides the losses of thoughts alone.
+
+    Attributes:
+      kinds: perturbations, of `perturbations.KINDS`; draws: for thoughts at all L positions, [B, R, L, T] each; None if
+        there are no kinds.
+    """
+
+    kinds: tuple[str, ...] = ()
+    draws: PerturbationDraws | None = None
+
 
 def score_tokens(
     model: QuietStar, tokens: jax.Array, mask: jax.Array, starts: jax.Array | None, positions: jax.Array,
-    uniforms: Uniforms, settings: ThoughtSettings, *, greedy: int = 1, **wanted: Any,
+    uniforms: Uniforms, settings: ThoughtSettings, *, greedy: int = 1, use: UseWanted | None = None, **wanted: Any,
 ) -> TokenScores:  # fmt: skip
     """Scores x[j+1] at J positions without thoughts and after R thoughts; replicated on all devices.
 
@@ -105,6 +169,7 @@ def score_tokens(
         some controls do.
       settings: its `num_thoughts` is not used.
       greedy: how many of the R thoughts are greedy; these come first, the others are sampled.
+      use: what is computed in `TokenScores.use`; nothing where T is 0.
       wanted: optional results, see `score_given_thoughts`.
     """
     # Chunks are for R thoughts at any position. There is no backward pass, so a chunk needs memory for one layer only.
@@ -113,7 +178,46 @@ def score_tokens(
     settings = dataclasses.replace(settings, num_thoughts=number, rematerialize=True, config=config)
     text = read_text(model.decoder, tokens, mask, starts, dtype=settings.dtype)
     thoughts = think(model, text, positions, uniforms, settings, greedy) if settings.thought_length else None
-    return score_given_thoughts(model, text, positions, thoughts, settings, **wanted)
+    scores = score_given_thoughts(model, text, positions, thoughts, settings, **wanted)
+    if use is None or thoughts is None:
+        return scores
+    return scores._replace(use=score_use(model, text, positions, thoughts.tokens, scores.talk.nll, use, settings))
+
+
+def score_use(
+    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, nll: jax.Array, wanted: UseWanted,
+    settings: ThoughtSettings,
+) -> ThoughtUse:  # fmt: skip
+    """Scores x[j+1] at J positions [J] after perturbed thoughts and after thoughts alone.
+
+    The thoughts are given once and not sampled again. Each number of changed tokens is one more pass over the chains.
+
+    Args:
+      thoughts: [B, R, J, T], T > 0; nll: [B, R, J] cross-entropy with them.
+      settings: with R thoughts per position.
+    """
+    length, alone = thoughts.shape[-1], dataclasses.replace(settings.config, mixing="none")
+
+    def score(tokens: jax.Array, settings: ThoughtSettings, *, hide_text: bool = False) -> jax.Array:
+        given = Thoughts(tokens, jnp.zeros(tokens.shape, jnp.float32))
+        settings = dataclasses.replace(settings, thought_length=tokens.shape[-1])
+        return score_given_thoughts(model, text, positions, given, settings, hide_text=hide_text).talk.nll
+
+    def curve(kind: str) -> tuple[jax.Array, ...]:
+        draws = jax.tree.map(lambda x: jnp.take(x, positions, axis=2), wanted.draws)
+        own, found = dict(vocab_size=model.decoder.architecture.vocab_size, meta_tokens=settings.meta_tokens), {0: nll}
+        counts = [changed_tokens(length, percent) for percent in PERCENTS]
+        for count in counts:
+            if count not in found:
+                found[count] = score(perturb(thoughts, draws, kind, count, **own), settings)
+        return tuple(found[count] for count in counts)
+
+    unmixed = dataclasses.replace(settings, config=alone)
+    return ThoughtUse(
+        score(thoughts, unmixed, hide_text=True),
+        score(thoughts[..., :0], unmixed, hide_text=True),
+        {kind: curve(kind) for kind in wanted.kinds},
+    )
 
 
 def think(
@@ -138,7 +242,7 @@ def think(
 
 def score_given_thoughts(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: Thoughts | None, settings: ThoughtSettings, *,
-    forbidden: tuple[int, ...] = (), candidates: jax.Array | None = None, likeliest: int = 0,
+    forbidden: tuple[int, ...] = (), candidates: jax.Array | None = None, likeliest: int = 0, hide_text: bool = False,
 ) -> TokenScores:  # fmt: skip
     """Scores x[j+1] at J positions [J] without thoughts and after given ones; replicated on all devices.
 
@@ -148,8 +252,9 @@ def score_given_thoughts(
       forbidden: ids that are never `Prediction.best`.
       candidates: [B, A] ids whose log-probabilities are returned at every position.
       likeliest: N, how many of the likeliest tokens are returned; 0 = none.
+      hide_text: the chains do not attend to the text, see `score.chain_hidden_states`.
     """
-    ahead, mixing = settings.tokens_ahead, settings.config.mixing
+    ahead, mixing = settings.tokens_ahead, MIXINGS[settings.config.mixing]
 
     def of_chunk(operands: Any, positions: jax.Array, thoughts: Thoughts | None) -> TokenScores:
         model, text, candidates = operands
@@ -178,8 +283,8 @@ def score_given_thoughts(
         without = (first_real, base, entropy(first))
         if thoughts is None:
             return TokenScores(*without)
-        scores = score_thoughts(model, text, positions, thoughts.tokens, settings, base_nll)
-        talk = predict(scores.log_scores[..., 0, :], scores.nll[..., 0], normalized=mixing == "log_probabilities")
+        scores = score_thoughts(model, text, positions, thoughts.tokens, settings, base_nll, hide_text=hide_text)
+        talk = predict(scores.log_scores[..., 0, :], scores.nll[..., 0], normalized=mixing.traits["log_probs"])
         weight = scores.weight[..., 0]
 
         def unless_unmoved(before: jax.Array, after: jax.Array) -> jax.Array:
@@ -188,7 +293,8 @@ def score_given_thoughts(
 
         talk = jax.tree.map(unless_unmoved, base, talk)
         reward = (base_nll[:, None] - scores.nll).sum(axis=-1)
-        return TokenScores(*without, talk, reward, weight, thoughts.entropy.mean(axis=-1), thoughts.tokens)
+        spread = thoughts.entropy.sum(axis=-1) / max(1, thoughts.entropy.shape[-1])  # 0 of an empty thought
+        return TokenScores(*without, talk, reward, weight, spread, thoughts.tokens)
 
     largest = max_positions_per_chunk(model.decoder.architecture, settings, *text.tokens.shape)
     chunk, operands = min(largest, positions.size), (model, text, candidates)

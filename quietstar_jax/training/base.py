@@ -77,14 +77,15 @@ def base_record(base: Base | None) -> dict[str, Any]:
 
 
 def base_vocabulary(base: Base | None) -> Mapping[str, Any]:
-    """Returns a mapping like config.json that may say which ids are not tokens."""
+    """Returns a mapping like config.json that may list the ids that are not tokens."""
     if base is None:
         return {}
     return {UNUSED: base.vocabulary.unused} if isinstance(base, RunCheckpoint) else base.config
 
 
 def has_thought(base: Base | None) -> bool:
-    """Whether the mixing head and thought embeddings of a base are trained; for a run, by a phase with thoughts."""
+    """Whether the mixing head and thought embeddings of a base are trained; a phase with thoughts trains those of a
+    run."""
     if base is None:
         return False
     if isinstance(base, CheckpointFiles):

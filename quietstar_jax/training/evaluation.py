@@ -55,10 +55,10 @@ def score_batches(
     ways, parts = row_ways(jax.sharding.get_mesh()), []
     for i, batch in enumerate(batches):
         between()
-        own_key = None if key is None else jax.random.fold_in(key, i)
+        batch_key = None if key is None else jax.random.fold_in(key, i)
         rows = len(batch["tokens"])
         missing = -rows % ways  # pad with empty rows, so that the batch divides evenly over the devices
         full = {name: np.pad(value, ((0, missing), (0, 0))) for name, value in batch.items()}
-        scores = jax.device_get(scorer(params, to_device(full), own_key)).first_thought()
+        scores = jax.device_get(scorer(params, to_device(full), batch_key)).first_thought()
         parts.append(jax.tree.map(lambda x, rows=rows: x[:rows], scores))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)

@@ -63,7 +63,7 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
     sequences = training_sequences(
         config.data, run.tokenizer, seed=config.seed, process_index=reader.index, process_count=reader.count
     )
-    check_known(sequences.unknown(), config.data.max_unknown_fraction, run.tokenizer, SETTING, say=first)
+    check_known(sequences.unknown(), config.data.max_unknown_fraction, run.tokenizer, SETTING, log=first)
     held_out = held_out_batches(run)
     ends = [span.end for span in config.phase_spans()] if config.checkpoint.keep_phase_ends else []
     # From the first step until the last checkpoint is written, signals are handled only between steps.
@@ -160,7 +160,7 @@ class Trainer:
         """Runs all remaining steps and returns the final state."""
         run = self._run
         if 0 < int(state.step) < run.config.total_steps:
-            self._metrics.say(f"resuming from step {int(state.step)} of {run.config.total_steps}")
+            self._metrics.log(f"resuming from step {int(state.step)} of {run.config.total_steps}")
         self._catch_up(state)
         self._stop_if_collapsed(state)
         for phase, start, end in run.config.phase_spans():
@@ -213,7 +213,7 @@ class Trainer:
 
     def _leave_if_told(self, state: TrainState) -> None:
         """Saves a checkpoint and raises PreemptedError if the run received a signal to stop."""
-        if number := self._notice.given():
+        if number := self._notice.signal_now():
             self._save(state)
             raise PreemptedError(
                 f"Stopped by {NAMES[number]} after step {int(state.step)}, which is saved. The same command resumes.",
@@ -258,7 +258,7 @@ class Trainer:
             self._metrics.write("train", step, phase.name, numbers)
             self._metrics.write("speed", step, phase.name, self._speed.figures())
         if warning := self._collapse.follow(step, phase, numbers):
-            self._metrics.say(f"warning: {warning['warning']}")
+            self._metrics.log(f"warning: {warning['warning']}")
             self._metrics.write("warning", step, phase.name, warning)
         self._metrics.advance(step, phase.name, numbers)
 
@@ -289,7 +289,7 @@ class Trainer:
                 f"useful thoughts {values['useful_thought_rate']:.1%} "
                 f"({values['useful_sampled_thought_rate']:.1%} of sampled ones)"
             )
-        self._metrics.say(f"{line} ({values['tokens']:,} held-out tokens)")
+        self._metrics.log(f"{line} ({values['tokens']:,} held-out tokens)")
 
     def _measure(self, state: TrainState) -> dict[str, Any]:
         """Returns the held-out metrics of a state; those of the latest state are cached."""

@@ -75,7 +75,7 @@ class MetricsWriter:
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
         self._bar.update(step - self._bar.n)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Prints a line above the progress bar."""
         if not self._silent:
             tqdm.write(line)

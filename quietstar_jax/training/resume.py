@@ -111,29 +111,29 @@ def _token_changes(before: Tokenizer | None, now: Tokenizer) -> str:
     return f" (ids of tokens: {', '.join(changed[:3])}{more})"
 
 
-def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> None:
+def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], step: int) -> None:
     """Checks that the settings that determined the saved weights are unchanged (see `incompatible_changes`).
 
     Args:
-      saved, wanted: `Run.record` of the checkpoint and of the current run.
+      saved, current: `Run.record` of the checkpoint and of the current run.
       step: step of the checkpoint.
 
     Raises:
       CheckpointError: a setting changed; the message lists the differences.
     """
-    changed = incompatible_changes(saved["config"], wanted["config"], step)
+    changed = incompatible_changes(saved["config"], current["config"], step)
     # With a base, these settings are not used; without a base, they define the architecture.
     settings = "config.model.architecture"
-    architecture = "architecture" if wanted["config"].get("model", {}).get("checkpoint") else settings
+    architecture = "architecture" if current["config"].get("model", {}).get("checkpoint") else settings
     changed = [line for line in changed if not line.startswith(settings)]
     for part, name in (("architecture", architecture), ("model_commit", "model_commit"), ("vocabulary", "vocabulary")):
-        changed += differences(saved[part], wanted[part], name)
+        changed += differences(saved[part], current[part], name)
     free = MARKED[OnResume.SAME_TEXT]
-    if saved.get("base") and saved["base"] == wanted.get("base"):
+    if saved.get("base") and saved["base"] == current.get("base"):
         free += (*MARKED[OnResume.SAME_WEIGHTS], "model_commit")
     changed = [line for line in changed if not line.startswith(free)]
     if changed:
-        workdir = wanted["config"].get("workdir", "the work directory")
+        workdir = current["config"].get("workdir", "the work directory")
         raise CheckpointError(
             f"{workdir} contains a run at step {step} that was trained with other settings (saved -> now):\n"
             + bounded(changed)
@@ -144,13 +144,13 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: in
         )
 
 
-def check_same_sources(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_same_sources(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Checks the training text of a checkpoint of an early version, which records only names.
 
     Raises:
       CheckpointError: the names have changed.
     """
-    names = [list(record["config"]["data"]["train"]) for record in (saved, wanted)]
+    names = [list(record["config"]["data"]["train"]) for record in (saved, current)]
     if names[0] != names[1]:
         raise CheckpointError(
             f"config.data.train was {names[0]} and is {names[1]}; this checkpoint has no record of its text, by which "
@@ -175,19 +175,19 @@ def check_position(saved: Mapping[str, Any], data: Mapping[str, Any], step: int,
     for phase in saved["config"]["phases"]:
         read += phase["batch_size"] * min(max(step - start, 0), phase["steps"])
         start += phase["steps"]
-    found = []
+    problems = []
     if done != step:
-        found.append(f"according to it, {done} steps are done")
+        problems.append(f"according to it, {done} steps are done")
     if step > start:
-        found.append(f"its configuration has only {start} steps")
+        problems.append(f"its configuration has only {start} steps")
     elif data.get("sequences") != read:
-        found.append(f"it has read {data.get('sequences')} sequences of text, where {step} steps read {read}")
+        problems.append(f"it has read {data.get('sequences')} sequences of text, where {step} steps read {read}")
     if data.get("packing") != "packed" and (data.get("document") or data.get("offset")):
-        found.append(f"it is at document {data.get('document')}, which only packed text has")
-    if found:
+        problems.append(f"it is at document {data.get('document')}, which only packed text has")
+    if problems:
         raise CheckpointError(
-            f"The checkpoint {folder} is damaged: {'; '.join(found)}. Move this folder elsewhere: the run then resumes "
-            "from the checkpoint before it, or starts again if there is none."
+            f"The checkpoint {folder} is damaged: {'; '.join(problems)}. Move this folder elsewhere: the run then "
+            "resumes from the checkpoint before it, or starts again if there is none."
         )
 
 
@@ -198,28 +198,28 @@ def bounded(lines: Sequence[str]) -> str:
     return "\n".join(shown[:MOST_LINES] + more)
 
 
-def incompatible_changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], step: int) -> list[str]:
-    """Returns lines `setting: saved -> wanted` for all differences between two configurations that matter up to a step.
+def incompatible_changes(saved: Mapping[str, Any], current: Mapping[str, Any], step: int) -> list[str]:
+    """Returns lines `setting: saved -> now` for all differences between two configurations that matter up to a step.
 
-    The marks `OnResume` in `Config` say which settings may differ.
+    The marks `OnResume` in `Config` state which settings may differ.
     """
-    saved, wanted = _completed(saved), _completed(wanted)
-    before, after = _begun(saved["phases"], step), _begun(wanted["phases"], step)
+    saved, current = _completed(saved), _completed(current)
+    before, after = _begun(saved["phases"], step), _begun(current["phases"], step)
     thinking = [phase for phase in (*before, *after) if phase["thought_length"]]
     free = MARKED[OnResume.UNRELATED] + MARKED[OnResume.MEASURED]
     free += () if thinking else MARKED[OnResume.THINKING]
     free += () if any(phase["policy_weight"] for phase in thinking) else MARKED[OnResume.REINFORCE]
-    found = differences({**saved, "phases": before}, {**wanted, "phases": after})
-    return [line for line in found if not line.startswith(free)]
+    changed = differences({**saved, "phases": before}, {**current, "phases": after})
+    return [line for line in changed if not line.startswith(free)]
 
 
 def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Adds settings of later versions to a saved configuration, with values that match the earlier versions."""
 
-    def complete(known: Any, found: Any) -> Any:
-        if isinstance(known, Mapping) and isinstance(found, Mapping):
-            return {**known, **{name: complete(known.get(name), value) for name, value in found.items()}}
-        return found
+    def complete(known: Any, saved_value: Any) -> Any:
+        if isinstance(known, Mapping) and isinstance(saved_value, Mapping):
+            return {**known, **{name: complete(known.get(name), value) for name, value in saved_value.items()}}
+        return saved_value
 
     phases = [complete(to_mapping(Phase()), phase) for phase in saved["phases"]]
     completed = complete(to_mapping(Config()), saved) | {"phases": phases}

@@ -18,10 +18,11 @@ from quietstar_jax.thoughts.token_scores import TokenScores
 from quietstar_jax.training.resume import MARKED
 
 CONTEXT_TOKENS = 24
+MOST_HELPFUL = 3
 
 
 def most_helpful_thoughts(
-    scores: TokenScores, batches: Sequence[Mapping[str, np.ndarray]], tokenizer: Tokenizer, count: int = 3
+    scores: TokenScores, batches: Sequence[Mapping[str, np.ndarray]], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """Returns the thoughts that increased the likelihood of the true next token the most, at most one per sequence.
 
@@ -33,13 +34,13 @@ def most_helpful_thoughts(
     tokens = np.concatenate([batch["tokens"] for batch in batches])
     gain = np.where(scores.real, scores.base.nll - scores.talk.nll, -np.inf)
     best = gain.argmax(axis=1)
-    rows = np.argsort(-gain[np.arange(len(gain)), best], kind="stable")[:count]
-    found = []
+    rows = np.argsort(-gain[np.arange(len(gain)), best], kind="stable")[:MOST_HELPFUL]
+    thoughts = []
     for row in rows:
         j = int(best[row])
         if not np.isfinite(gain[row, j]):
             continue
-        found.append(
+        thoughts.append(
             {
                 "context": tokenizer.decode(tokens[row, max(0, j + 1 - CONTEXT_TOKENS) : j + 1].tolist()),
                 "thought": tokenizer.decode(scores.thoughts[row, j].tolist()),
@@ -49,7 +50,7 @@ def most_helpful_thoughts(
                 "mixing_weight": float(scores.weight[row, j]),
             }
         )
-    return found
+    return thoughts
 
 
 def config_hash(config: Config) -> str:

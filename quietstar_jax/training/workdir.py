@@ -60,7 +60,7 @@ def open_workdir(config: Config) -> Iterator[Workdir]:
             nonlocal lock
             try:
                 path.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(Lock(path / LOCK, name, _say))
+                lock = stack.enter_context(Lock(path / LOCK, name, _log))
             except UserError:
                 raise
             except Exception as error:  # from any file system: a file of that name, no permission, full disk, no bucket
@@ -81,7 +81,7 @@ def open_workdir(config: Config) -> Iterator[Workdir]:
         yield Workdir(path, lock)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

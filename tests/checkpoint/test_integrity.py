@@ -41,7 +41,7 @@ def workdir(whole, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _all_warnings_are_new(monkeypatch):
-    monkeypatch.setattr(steps, "_said", set())
+    monkeypatch.setattr(steps, "_logged", set())
 
 
 def step_files(workdir: Path, step: int) -> list[Path]:

@@ -72,7 +72,7 @@ def test_a_little_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], fo
     tokenizer = words(unk=True)
     config = DataConfig(train=(corpus(tmp_path / "a.jsonl", foreign),), sequence_length=8)
     unknown = training_sequences(config, tokenizer, seed=0).unknown()
-    check_known(unknown, 0.2, tokenizer, "setting", say=False)
+    check_known(unknown, 0.2, tokenizer, "setting", log=False)
     assert capsys.readouterr().err == ""
     check_known(unknown, 0.2, tokenizer, "setting")
     error = capsys.readouterr().err

@@ -52,23 +52,17 @@ def expected_rows(texts: Sequence[Sequence[int]], packing: str) -> list[list[int
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8),
     size=st.integers(1, 4),
     limit=st.integers(0, 3),
-    count=st.integers(1, 3),
 )
 def test_validation_is_everything_in_order(
-    tmp_path_factory: pytest.TempPathFactory, packing: str, lengths: list[int], size: int, limit: int, count: int
+    tmp_path_factory: pytest.TempPathFactory, packing: str, lengths: list[int], size: int, limit: int
 ) -> None:
     source = write(tmp_path_factory.mktemp("validation") / "a.jsonl", documents([1, *lengths]))
     settings_, sizes = config(source, packing=packing), {"batch_size": size, "batches": limit}
-    expected = expected_rows([text for text in documents([1, *lengths]) if text], packing)[
-        : limit * size * count or None
-    ]
-    parts = []
-    for index in range(count):
-        batches = list(validation_batches(settings_, TOKENIZER, **sizes, process_index=index, process_count=count))
-        assert all(batch["tokens"].shape == (size, LENGTH) for batch in batches)
-        assert len(batches) == -(-len(expected) // (size * count))
-        parts.append(rows_of(iter(batches)))
-        assert parts[-1] == expected[index::count]
+    expected = expected_rows([text for text in documents([1, *lengths]) if text], packing)[: limit * size or None]
+    batches = list(validation_batches(settings_, TOKENIZER, **sizes))
+    assert all(batch["tokens"].shape == (size, LENGTH) for batch in batches)
+    assert len(batches) == -(-len(expected) // size)
+    assert rows_of(iter(batches)) == expected
 
 
 def test_validation_of_the_embedded_corpus() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import CLASSES, ExportOptions
+from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.models.families import FAMILIES
 from tests.hf.runs import END, START, our_predictions, start_run, write_tokenizer
 from tests.models.test_parity import LENGTH, VOCAB, random_model, their_logits
@@ -166,12 +167,8 @@ def test_more_positions_than_think_at_once(case):
     assert (whole - pieces).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("known", "mixing"),
-    [((), "log_probabilities"), ((START, END), "log_probabilities"), ((), "none")],
-    ids=["new tokens", "known tokens", "thought alone"],
-)
-def test_other_ways_of_mixing(known, mixing, tmp_path):
+@pytest.mark.parametrize(("known", "mixing"), [((START, END), "log_probabilities"), *(((), name) for name in MIXINGS)])
+def test_every_mixing(known, mixing, tmp_path):
     run, state, _, folder = exported(tmp_path, "llama", known, mixing=mixing, embedding_scale=7.0)
     ids = [run.tokenizer.token_id(token) for token in known]
     assert run.vocabulary.meta_tokens == tuple(ids)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import CheckpointError
 from quietstar_jax.hf.files import open_checkpoint
-from quietstar_jax.hf.load import load_decoder
+from quietstar_jax.hf.load import TensorSource, build, load_parameters
 from quietstar_jax.hf.names import decoder_entries
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf, architecture_to_hf
@@ -60,6 +62,12 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> None:
 def load(folder: Path) -> Decoder:
     opened = open_checkpoint(str(folder))
     return load_decoder(opened, architecture_from_hf(opened.config))
+
+
+def load_decoder(source: TensorSource, architecture: Architecture, **options: Any) -> Decoder:
+    """The decoder alone, with the weights of a checkpoint; options as of `load_parameters`."""
+    parameters = load_parameters(source, decoder_entries(architecture), **options)
+    return build(lambda: Decoder(architecture, nnx.Rngs(0)), parameters)
 
 
 def refusal(folder: Path) -> str:

@@ -17,8 +17,7 @@ from safetensors.numpy import load_file, save_file
 from quietstar_jax.errors import CheckpointError
 from quietstar_jax.hf import files as hf_files
 from quietstar_jax.hf.files import open_checkpoint
-from quietstar_jax.hf.load import load_decoder
-from tests.hf.checkpoints import TINY, random_tensors, refusal, write, write_index, write_sharded
+from tests.hf.checkpoints import TINY, load_decoder, random_tensors, refusal, write, write_index, write_sharded
 
 
 def test_quantized_tensors_are_refused(tmp_path):

@@ -18,15 +18,20 @@ from safetensors.numpy import save_file
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.hf.files import open_checkpoint
-from quietstar_jax.hf.load import build, load_decoder, load_parameters
-from quietstar_jax.hf.names import collect, decoder_entries, parameter_shapes, quietstar_entries, to_ours, to_theirs
+from quietstar_jax.hf.load import build, load_parameters
+from quietstar_jax.hf.names import Entry, decoder_entries, parameter_shapes, quietstar_entries, to_ours, to_theirs
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import named_parameters
 from quietstar_jax.thoughts.model import QuietStar
-from tests.hf.checkpoints import ARCHITECTURES, TINY, load, random_tensors, refusal, write, write_sharded
+from tests.hf.checkpoints import ARCHITECTURES, TINY, load, load_decoder, random_tensors, refusal, write, write_sharded
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.npz"))
+
+
+def collect(entry: Entry, parameters: dict[str, np.ndarray]) -> np.ndarray:
+    """Their tensor of one entry, made from our stacked parameters."""
+    return to_theirs(entry, [parameters[target.path][target.index] for target in entry.targets])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -155,7 +160,7 @@ def test_tied_embeddings_with_a_head_in_the_file(tmp_path):
 MEASURE = """
 import sys, jax, numpy as np
 from quietstar_jax.hf.files import open_checkpoint
-from quietstar_jax.hf.load import load_decoder
+from quietstar_jax.hf.load import load_parameters
 from quietstar_jax.hf.names import decoder_entries, parameter_shapes
 from quietstar_jax.models.families import architecture_from_hf
 
@@ -173,9 +178,9 @@ half = lambda shape: jax.sharding.NamedSharding(mesh, jax.P(*[None] * (len(shape
 shardings = {path: half(shape) for path, shape in shapes.items()} if sharded else None
 jax.block_until_ready(jax.device_put(np.zeros(8, np.float32)))
 before = megabytes("VmHWM")
-decoder = load_decoder(files, architecture, shardings=shardings)
-jax.block_until_ready(jax.tree.leaves(decoder))
-total = sum(float(np.abs(shard.data).sum()) for x in jax.tree.leaves(decoder) for shard in x.addressable_shards)
+parameters = load_parameters(files, decoder_entries(architecture), shardings=shardings)
+jax.block_until_ready(parameters)
+total = sum(float(np.abs(shard.data).sum()) for x in parameters.values() for shard in x.addressable_shards)
 print(megabytes("VmHWM") - before, total)
 """
 

@@ -15,6 +15,7 @@ from quietstar_jax.inference.decode import generate_tokens, think_and_talk
 from quietstar_jax.inference.engine import Engine
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import load_model
+from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.chains import empty_chains
 from tests.hf.runs import our_predictions
@@ -101,9 +102,9 @@ def test_without_thoughts_it_is_the_greedy_text_of_transformers(case):
         assert not any(one.thoughts)
 
 
-@pytest.mark.parametrize("mixing", ["log_probabilities", "none"])
+@pytest.mark.parametrize("mixing", MIXINGS)
 def test_an_export_writes_here_what_it_writes_in_torch(mixing, tmp_path):
-    """The other two ways of mixing, through a folder that transformers loads, prompts padded left there."""
+    """Every mixing, through a folder that transformers loads, prompts padded left there."""
     made = thinker(tmp_path, "qwen2 mixed windows", mixing=mixing, embedding_scale=7.0)
     export(tmp_path / "run", tmp_path / "out", ExportOptions())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()

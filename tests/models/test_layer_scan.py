@@ -18,14 +18,14 @@ def layer(x, inputs):
 
 
 def plain(layer, x, weights, fixed, state):
-    out, handed_back = jax.lax.scan(layer, x, (weights, fixed, state))
-    return out, handed_back, weights
+    out, ys = jax.lax.scan(layer, x, (weights, fixed, state))
+    return out, ys, weights
 
 
 def use(run, x, weights, fixed, state):
     """Weights are used before, in and after the scan, and all it gives matters."""
-    out, handed_back, after = run(layer, x + weights[1].sum(), weights, fixed, state)
-    seen = handed_back["seen"] * jnp.arange(12.0).reshape(LAYERS, WIDTH)
+    out, ys, after = run(layer, x + weights[1].sum(), weights, fixed, state)
+    seen = ys["seen"] * jnp.arange(12.0).reshape(LAYERS, WIDTH)
     return (out**2).sum() + seen.sum() + 0.3 * sum((w**3).sum() for w in after)
 
 

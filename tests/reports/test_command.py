@@ -47,6 +47,10 @@ def test_a_page_of_a_run(run: Path, tmp_path: Path) -> None:
     assert html.count('<section class="doc">') == 3
     assert "Phase “thoughts”, up to step 4" in html
     assert "synthetic corpus" in html
+    assert html.count('aria-label="Loss with thoughts') == 4
+    assert 'aria-label="Loss of the thought alone"' in html
+    assert 'aria-label="Loss of several thoughts together"' in html
+    assert not re.search("nan|inf", "".join(re.findall(r"<svg.*?</svg>", html)))
     entry = data_of(page)["tokens"][0]
     assert [len(thought[3]) for thought in entry["k"]] == [2, 2, 2, 2]  # as long as trained, greedy and three sampled
 
@@ -63,6 +67,7 @@ def test_other_text_and_other_thoughts(run: Path, tmp_path: Path) -> None:
     assert len(data["tokens"]) == 6 + 1  # the second document is cut after two tokens
     assert [len(thought[3]) for thought in data["tokens"][0]["k"]] == [3]
     assert 'type="radio"' not in html
+    assert "Loss of several thoughts together" not in html
     assert "the first 2 of 2 documents" in html
 
 

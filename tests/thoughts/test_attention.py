@@ -10,7 +10,7 @@ import pytest
 from quietstar_jax.models.attention import MASKED, split_heads
 from quietstar_jax.thoughts.attention import prefix_xla
 from quietstar_jax.thoughts.attention.chain_attention import attend_chains, to_chain_layout
-from quietstar_jax.thoughts.attention.mask import ChainMask, own_visible, prefix_visible
+from quietstar_jax.thoughts.attention.mask import ChainMask, chain_visible, prefix_visible
 
 UNLIMITED = jnp.int32(2**31 - 1)
 
@@ -33,22 +33,22 @@ def test_what_chain_tokens_see() -> None:
     assert drawing(prefix_visible(second, keys)[0, 0]) == ["..##.."] * 3
     windowed = everything._replace(window=jnp.int32(3))
     assert drawing(prefix_visible(windowed, keys)[0, 0]) == ["..##..", "...#..", "......"]
-    assert drawing(own_visible(everything, 4)) == ["#...", "##..", "###."]
-    assert drawing(own_visible(windowed._replace(window=jnp.int32(2)), 4)) == ["#...", "##..", ".##."]
+    assert drawing(chain_visible(everything, 4)) == ["#...", "##..", "###."]
+    assert drawing(chain_visible(windowed._replace(window=jnp.int32(2)), 4)) == ["#...", "##..", ".##."]
 
 
-def all_at_once(queries, prefix_keys, prefix_values, own_keys, own_values, seen: ChainMask) -> jax.Array:
+def all_at_once(queries, prefix_keys, prefix_values, chain_keys, chain_values, seen: ChainMask) -> jax.Array:
     """The same attention by one softmax over every key, own keys and values [B, R, J, E, G, H]."""
     q = split_heads(queries * queries.shape[-1] ** -0.5, prefix_keys.shape[-2])
     prefix = jnp.einsum("brjcgmh,bpgh->bgmrjcp", q, prefix_keys)
-    own = jnp.einsum("brjcgmh,brjegh->bgmrjce", q, own_keys)
+    chain = jnp.einsum("brjcgmh,brjegh->bgmrjce", q, chain_keys)
     visible = prefix_visible(seen, jnp.arange(prefix_keys.shape[1]))[:, None, None, None]
-    own_seen = jnp.broadcast_to(own_visible(seen, own_keys.shape[3]), own.shape)
-    both = jnp.concatenate([jnp.where(visible, prefix, MASKED), jnp.where(own_seen, own, MASKED)], axis=-1)
+    chain_seen = jnp.broadcast_to(chain_visible(seen, chain_keys.shape[3]), chain.shape)
+    both = jnp.concatenate([jnp.where(visible, prefix, MASKED), jnp.where(chain_seen, chain, MASKED)], axis=-1)
     weights = jax.nn.softmax(both, axis=-1)
     split = prefix_keys.shape[1]
     context = jnp.einsum("bgmrjcp,bpgh->brjcgmh", weights[..., :split], prefix_values)
-    context += jnp.einsum("bgmrjce,brjegh->brjcgmh", weights[..., split:], own_values)
+    context += jnp.einsum("bgmrjce,brjegh->brjcgmh", weights[..., split:], chain_values)
     return context.reshape(queries.shape)
 
 
@@ -57,16 +57,16 @@ def equal_one_softmax(scale: float, window: int, positions: tuple[int, ...], fir
     batch, count, tokens, prefix, heads, groups, width = 2, 2, 3, 7, 4, 2, 6
     queries = scale * normal(0, batch, count, 3, tokens, heads, width)
     base = [normal(seed, batch, prefix, groups, width) for seed in (1, 2)]
-    own = [normal(seed, batch, count, 3, tokens, groups, width) for seed in (3, 4)]
+    chain = [normal(seed, batch, count, 3, tokens, groups, width) for seed in (3, 4)]
     mask = jnp.array([[1, 1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0]], bool)
     seen = ChainMask(mask, jnp.array(positions), jnp.arange(tokens), jnp.int32(window), first)
     cotangent = normal(5, *queries.shape)
 
-    def blocks(queries, keys, values, own_keys, own_values):
-        return attend_chains(queries, keys, values, to_chain_layout(own_keys), to_chain_layout(own_values), seen)
+    def blocks(queries, keys, values, chain_keys, chain_values):
+        return attend_chains(queries, keys, values, to_chain_layout(chain_keys), to_chain_layout(chain_values), seen)
 
-    found, back = jax.vjp(blocks, queries, *base, *own)
-    wanted, wanted_back = jax.vjp(lambda *x: all_at_once(*x, seen), queries, *base, *own)
+    found, back = jax.vjp(blocks, queries, *base, *chain)
+    wanted, wanted_back = jax.vjp(lambda *x: all_at_once(*x, seen), queries, *base, *chain)
     tolerance = 1e-3 if scale > 1 else 2e-5
     np.testing.assert_allclose(found, wanted, atol=tolerance)
     for name, x, y in zip(("q", "k", "v", "own k", "own v"), back(cotangent), wanted_back(cotangent), strict=True):
@@ -98,14 +98,16 @@ def test_blocks_out_of_sight_are_not_computed_in_either_pass(window: int) -> Non
     number = jnp.arange(256)[None, :, None, None]
     rubbish = (number >= 192) | ((number < 64) & (window < 256))
     seen = ChainMask(jnp.ones((1, 256), bool), jnp.arange(150, 160), jnp.arange(1), jnp.int32(window))
-    queries, own = normal(2, 1, 1, 10, 1, 2, 4), normal(3, 1, 1, 1, 10, 1, 4)
+    queries, chain = normal(2, 1, 1, 10, 1, 2, 4), normal(3, 1, 1, 1, 10, 1, 4)
 
-    def loss(queries, keys, values, own):
-        return (attend_chains(queries, keys, values, own, own, seen) ** 2).sum()
+    def loss(queries, keys, values, chain):
+        return (attend_chains(queries, keys, values, chain, chain, seen) ** 2).sum()
 
     gradient = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))
     dirty = [jnp.where(rubbish, jnp.nan, x) for x in (keys, values)]
-    jax.tree.map(np.testing.assert_array_equal, gradient(queries, *dirty, own), gradient(queries, keys, values, own))
+    jax.tree.map(
+        np.testing.assert_array_equal, gradient(queries, *dirty, chain), gradient(queries, keys, values, chain)
+    )
 
 
 def test_bfloat16_gradients_are_those_of_float32_to_rounding() -> None:
@@ -130,9 +132,9 @@ def test_bfloat16_scores_and_sums_are_float32() -> None:
     values = jnp.where(jnp.arange(size)[None, :, None, None] < size // 2, 1, 0) * jnp.ones((1, 1, 1, 2))
     keys = jnp.zeros_like(values)
     seen = ChainMask(jnp.ones((1, size), bool), jnp.array([size - 1]), jnp.arange(1), UNLIMITED)
-    own = jnp.zeros((1, 1, 1, 1, 1, 2), dtype)
+    chain = jnp.zeros((1, 1, 1, 1, 1, 2), dtype)
     context = attend_chains(
-        jnp.ones((1, 1, 1, 1, 1, 2), dtype), keys.astype(dtype), values.astype(dtype), own, own, seen
+        jnp.ones((1, 1, 1, 1, 1, 2), dtype), keys.astype(dtype), values.astype(dtype), chain, chain, seen
     )
     assert context.dtype == dtype
     np.testing.assert_allclose(context.astype(jnp.float32), 0.5, atol=3e-3)

@@ -8,8 +8,9 @@ import numpy as np
 from flax import nnx
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.methods.mixings import hidden_states, log_probabilities
 from quietstar_jax.models.decoder import Decoder
-from quietstar_jax.thoughts.mixing import MixingHead, mix_hidden_states, mix_log_probabilities, mixing_weight
+from quietstar_jax.thoughts.mixing import MixingHead, mixing_weight
 
 ARCHITECTURE = Architecture(vocab_size=11, hidden_size=8, intermediate_size=8, num_layers=1)
 
@@ -23,7 +24,7 @@ def test_a_fresh_head_gives_weight_zero_and_the_base_logits_exactly() -> None:
     base, thought = hidden(2, 1, 3, 2), hidden(3, 1, 4, 3, 2)
     weight = mixing_weight(head, base, thought)
     np.testing.assert_array_equal(weight, np.zeros((1, 4, 3, 2), np.float32))
-    mixed = mix_hidden_states(decoder, base, thought, weight)
+    mixed = hidden_states(decoder.logits, base, thought, weight)[0]
     np.testing.assert_array_equal(mixed, jnp.broadcast_to(decoder.logits(base)[:, None], mixed.shape))
 
 
@@ -33,19 +34,21 @@ def test_mixed_logits_are_those_of_the_mixed_hidden_state() -> None:
     weight = jax.random.normal(jax.random.key(4), (1, 4, 3, 2))
     state = (1 - weight[..., None]) * base[:, None] + weight[..., None] * thought
     np.testing.assert_allclose(
-        mix_hidden_states(decoder, base, thought, weight), decoder.logits(state), rtol=1e-5, atol=1e-6
+        hidden_states(decoder.logits, base, thought, weight)[0], decoder.logits(state), rtol=1e-5, atol=1e-6
     )
 
 
 def test_bfloat16_keeps_a_small_weight() -> None:
     decoder = Decoder(ARCHITECTURE, nnx.Rngs(0))
     base, thought = hidden(2, 1, 3, 2, dtype="bfloat16"), hidden(3, 1, 4, 3, 2, dtype="bfloat16")
-    without = mix_hidden_states(decoder, base, thought, jnp.zeros((1, 4, 3, 2)))
-    change = mix_hidden_states(decoder, base, thought, jnp.full((1, 4, 3, 2), 1e-4)) - without
+    without = hidden_states(decoder.logits, base, thought, jnp.zeros((1, 4, 3, 2)))[0]
+    change = hidden_states(decoder.logits, base, thought, jnp.full((1, 4, 3, 2), 1e-4))[0] - without
     exact = 1e-4 * decoder.logits((thought - base[:, None]).astype("float32"))
     np.testing.assert_allclose(change, exact, rtol=0.1, atol=1e-7)
 
 
 def test_log_probabilities_by_hand() -> None:
-    mixed = mix_log_probabilities(jnp.log(jnp.array(0.25)), jnp.log(jnp.array(1.0)), jnp.array(0.5))
-    np.testing.assert_allclose(mixed, np.log(0.5), rtol=1e-6)
+    base, thought = jnp.log(jnp.array([[[[0.25, 0.75]]]])), jnp.log(jnp.array([[[[[0.5, 0.5]]]]]))
+    mixed, weight = log_probabilities(lambda x: x, base, thought, jnp.zeros((1, 1, 1, 1)))
+    assert float(weight[0, 0, 0, 0]) == 0.5
+    np.testing.assert_allclose(mixed[0, 0, 0, 0], np.log([0.25, 0.75]) / 2 + np.log(0.5) / 2, rtol=1e-6)

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quietstar_jax.thoughts.advantages import ADVANTAGES
+from quietstar_jax.methods.advantages import ADVANTAGES
+from quietstar_jax.methods.mixings import MIXINGS
+from quietstar_jax.methods.rewards import REWARDS
 from quietstar_jax.thoughts.objective import (
     adapted_entropy_bonus,
     advantages,
@@ -26,7 +28,6 @@ from quietstar_jax.thoughts.objective import (
     talk_loss,
     with_batch_std,
 )
-from quietstar_jax.thoughts.rewards import REWARDS
 
 
 def test_counts_of_a_padded_batch() -> None:
@@ -214,6 +215,19 @@ def test_what_is_common_to_all_thoughts_cancels_and_order_does_not_matter(
         np.testing.assert_allclose(of_group(4 * s), 4 * found, rtol=1e-4, atol=1e-4)
 
 
+def test_a_baseline_changes_batch_std_by_one_factor() -> None:
+    reward = jnp.array([[[1.5, 0.1], [-0.3, 0.0], [0.6, -0.1]]])
+    scored, counts = jnp.ones((1, 2), bool), count_targets(jnp.ones((1, 5), bool), 2)
+
+    def found(reward: jax.Array) -> jax.Array:
+        std = with_batch_std(counts, reward, scored, "batch_std").reward_std
+        return advantages(reward, name="batch_std", positive_only=False, reward_std=std)
+
+    before, after = found(reward), found(reward + jnp.array([2.0, -1.0]))  # another number at each position
+    np.testing.assert_allclose(after, before * after[0, 0, 0] / before[0, 0, 0], atol=1e-6)
+    assert 0 < float(after[0, 0, 0] / before[0, 0, 0]) < 0.9
+
+
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_one_thought_keeps_its_reward_unless_there_must_be_others(name: str) -> None:
     found = advantages(jnp.array([[[3.0, -2.0]]]), name=name, positive_only=False, reward_std=jnp.float32(0.7))
@@ -227,5 +241,5 @@ def test_a_position_without_real_tokens_has_no_reward(name: str) -> None:
 
 
 def test_every_entry_says_what_it_assumes() -> None:
-    for entry in (*REWARDS.values(), *ADVANTAGES.values()):
+    for entry in (*REWARDS.values(), *ADVANTAGES.values(), *MIXINGS.values()):
         assert all((entry.assumes, entry.source, entry.formula, entry.fn.__doc__))

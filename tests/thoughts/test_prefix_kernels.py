@@ -14,7 +14,7 @@ from quietstar_jax.thoughts.attention import kernel_common, prefix_mosaic, prefi
 from quietstar_jax.thoughts.attention.kernel_common import Range
 from quietstar_jax.thoughts.attention.mask import ChainMask
 from quietstar_jax.thoughts.attention.prefix_triton import Blocks
-from quietstar_jax.thoughts.attention.prefix_xla import Sums
+from quietstar_jax.thoughts.attention.prefix_xla import SoftmaxState
 
 MASK = jnp.array(np.random.default_rng(0).random((2, 21)) > 0.2)
 CASES = {
@@ -52,16 +52,19 @@ def test_kernels_equal_the_blocks(kernel: Any, name: str, scale: float) -> None:
     shape = (batch, groups, 2, positions.shape[-1], rows, width)
     text = (normal(1, batch, groups, length, width), normal(2, batch, groups, length, width))
     seen = ChainMask(MASK, positions, jnp.tile(jnp.arange(3), 2), jnp.int32(window), first)
-    q, own = scale * normal(0, *shape), Sums(normal(3, *shape)[..., :1], jnp.ones((*shape[:-1], 1)), normal(4, *shape))
+    q, chain = (
+        scale * normal(0, *shape),
+        SoftmaxState(normal(3, *shape)[..., :1], jnp.ones((*shape[:-1], 1)), normal(4, *shape)),
+    )
     tolerance = 1e-3 if scale > 1 else 2e-5
 
     def check(found: Any, wanted: Any) -> None:
         for x, y in zip(found, wanted, strict=True):
             np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(y).max())))
 
-    sums = prefix_xla.prefix_fwd(q, *text, seen, own)
-    check(kernel_common.prefix_fwd(kernel.forward, q, *text, seen, own, interpret=True), sums)
-    saved = (sums.peak + jnp.log(sums.total), normal(5, *shape)[..., :1], normal(6, *shape))
+    sums = prefix_xla.prefix_fwd(q, *text, seen, chain)
+    check(kernel_common.prefix_fwd(kernel.forward, q, *text, seen, chain, interpret=True), sums)
+    saved = (sums.m + jnp.log(sums.l), normal(5, *shape)[..., :1], normal(6, *shape))
     gradients = prefix_xla.prefix_bwd(q, *text, seen, *saved)
     check(kernel_common.prefix_bwd(kernel.backward, q, *text, seen, *saved, interpret=True), gradients)
     assert all(np.any(x) for x in gradients)
@@ -70,9 +73,9 @@ def test_kernels_equal_the_blocks(kernel: Any, name: str, scale: float) -> None:
 def test_a_row_without_keys_adds_nothing(kernel: Any) -> None:
     seen = Range(jnp.array([[0, 5, 3]]), jnp.array([[4, 4, 3]]), jnp.ones((1, 9), bool).at[0, 3].set(False))
     sums = kernel.forward(normal(0, 1, 1, 3, 4), normal(1, 1, 1, 9, 4), normal(2, 1, 1, 9, 4), seen, interpret=True)
-    assert sums.total[0, 0, :, 0].tolist()[1:] == [0.0, 0.0]
-    np.testing.assert_array_equal(sums.context[0, 0, 1:], 0.0)
-    assert np.all(np.asarray(sums.peak[0, 0, 1:]) <= -1e29)
+    assert sums.l[0, 0, :, 0].tolist()[1:] == [0.0, 0.0]
+    np.testing.assert_array_equal(sums.acc[0, 0, 1:], 0.0)
+    assert np.all(np.asarray(sums.m[0, 0, 1:]) <= -1e29)
 
 
 def test_blocks_that_no_row_sees_are_not_computed(kernel: Any) -> None:

@@ -21,7 +21,7 @@ from quietstar_jax.thoughts.attention.chain_attention import attend_chains
 from quietstar_jax.thoughts.attention.kernel_common import Range
 from quietstar_jax.thoughts.attention.mask import ChainMask, prefix_visible
 from quietstar_jax.thoughts.attention.prefix_triton import BACKWARD, FORWARD, STAGES, Blocks
-from quietstar_jax.thoughts.attention.prefix_xla import Sums
+from quietstar_jax.thoughts.attention.prefix_xla import SoftmaxState
 
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
 TRITON, MOSAIC = "__gpu$xla.gpu.triton", "tpu_custom_call"
@@ -34,15 +34,15 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def one_softmax(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, chain: SoftmaxState
 ) -> tuple[jax.Array, jax.Array]:
-    """(context, log-sum-exp) over the prefix and what `own` has summed, all at once."""
+    """(context, log-sum-exp) over the prefix and the keys that `chain` has visited, in one softmax."""
     visible = prefix_visible(seen, jnp.arange(keys.shape[2]))[:, None, None]
     scores = jnp.where(visible, jnp.einsum("bgrjxh,bgph->bgrjxp", q, keys), MASKED)
-    peak = jnp.maximum(own.peak, scores.max(axis=-1, keepdims=True))
-    weights, kept = jnp.where(visible, jnp.exp(scores - peak), 0), jnp.exp(own.peak - peak)
-    total = own.total * kept + weights.sum(axis=-1, keepdims=True)
-    context = own.context * kept + jnp.einsum("bgrjxp,bgph->bgrjxh", weights, values)
+    peak = jnp.maximum(chain.m, scores.max(axis=-1, keepdims=True))
+    weights, kept = jnp.where(visible, jnp.exp(scores - peak), 0), jnp.exp(chain.m - peak)
+    total = chain.l * kept + weights.sum(axis=-1, keepdims=True)
+    context = chain.acc * kept + jnp.einsum("bgrjxp,bgph->bgrjxh", weights, values)
     return context / total, peak + jnp.log(total)
 
 
@@ -61,16 +61,16 @@ def test_values_and_gradients_equal_one_softmax(monkeypatch, width, dtype, toler
     seen = ChainMask(mask, positions, jnp.tile(jnp.arange(2), 3), jnp.int32(window))
     shape = (2, 2, 1, 5, 6, width)
     narrow = [width**-0.5 * normal(0, *shape, dtype=dtype), *(normal(i, 2, 2, 37, width, dtype=dtype) for i in (1, 2))]
-    own = Sums(normal(3, *shape)[..., :1], jnp.ones((*shape[:-1], 1)), normal(4, *shape))
+    chain = SoftmaxState(normal(3, *shape)[..., :1], jnp.ones((*shape[:-1], 1)), normal(4, *shape))
     gradient = normal(5, *shape, dtype=dtype)
     wide = [x.astype(jnp.float32) for x in narrow]
-    (context, lse), back = jax.vjp(lambda *x: one_softmax(*x, seen, own), *wide)
+    (context, lse), back = jax.vjp(lambda *x: one_softmax(*x, seen, chain), *wide)
     wanted = back((gradient.astype(jnp.float32), jnp.zeros_like(lse)))
 
-    sums = kernel_common.prefix_fwd(prefix_triton.forward, *narrow, seen, own, interpret=True)
+    sums = kernel_common.prefix_fwd(prefix_triton.forward, *narrow, seen, chain, interpret=True)
     mean = (gradient.astype(jnp.float32) * context).sum(axis=-1, keepdims=True)
     found = kernel_common.prefix_bwd(prefix_triton.backward, *narrow, seen, lse, mean, gradient, interpret=True)
-    pairs = {"context": (sums.context / sums.total, context), "lse": (sums.peak + jnp.log(sums.total), lse)}
+    pairs = {"context": (sums.acc / sums.l, context), "lse": (sums.m + jnp.log(sums.l), lse)}
     pairs |= dict(zip(("q", "keys", "values"), zip(found, wanted, strict=True), strict=True))
     for name, (x, y) in pairs.items():
         assert (x.dtype, x.shape) == (jnp.float32, y.shape), name

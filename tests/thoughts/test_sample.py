@@ -123,10 +123,12 @@ def test_chain_steps_equal_the_chain_pass(model: QuietStar, dtype: jnp.dtype) ->
     shape = (CASE.batch, 2, positions.size, length, CASE.decoder.hidden_size)
     embeddings = jax.random.normal(jax.random.key(0), shape).astype(dtype)
     at_once, _ = chain_pass(model.decoder, embeddings, positions, text.prefix, mask)
-    own = empty_chains(model.decoder, *shape[:4], dtype)
+    chain_kv = empty_chains(model.decoder, *shape[:4], dtype)
     step = jax.jit(chain_step)
     for c in range(length):
-        hidden, own = step(model.decoder, embeddings[..., c, :], jnp.int32(c), positions, text.prefix, mask, own)
+        hidden, chain_kv = step(
+            model.decoder, embeddings[..., c, :], jnp.int32(c), positions, text.prefix, mask, chain_kv
+        )
         error = np.abs(np.asarray(hidden - at_once[..., c, :], np.float32)).max()
         assert error < (1e-5 if dtype == jnp.float32 else 0.1), (c, error)
     assert hidden.dtype == at_once.dtype == dtype

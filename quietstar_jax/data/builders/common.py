@@ -20,10 +20,10 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     EXAMPLE: ClassVar[dict[str, Any]]  # feature -> type
     HOMEPAGE: ClassVar[str]
 
-    def __init__(self, *, sources: Mapping[str, str] | None = None, **given: Any):
+    def __init__(self, *, sources: Mapping[str, str] | None = None, **options: Any):
         """Accepts the arguments of every builder, and `sources`: split -> files as in `data.train`, or `hf:...`."""
         self._sources = dict(sources or self.HUB)
-        super().__init__(**{"file_format": "array_record", **given})
+        super().__init__(**{"file_format": "array_record", **options})
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(

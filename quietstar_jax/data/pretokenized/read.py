@@ -104,12 +104,12 @@ class PreparedDocuments:
         """Returns the content of a file with one number per document."""
         path = self._folder / name
         try:
-            found: np.ndarray = np.load(path, mmap_mode="r")
+            array: np.ndarray = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path} cannot be read: {error}. {_AGAIN}") from error
-        if found.shape != (len(self),):
+        if array.shape != (len(self),):
             raise DataError(f"{path} does not fit {MANIFEST}. {_AGAIN}")
-        return found
+        return array
 
 
 def is_prepared(spec: str) -> bool:

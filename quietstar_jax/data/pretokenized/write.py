@@ -109,7 +109,7 @@ def prepare(
     _check_known(sources, parts, tokenizer, config)
     with _locked(output):
         _begin(output, plan)
-        wanted = [
+        planned = [
             Shard(
                 output,
                 f"tokens-{i:05}-of-{len(groups):05}",
@@ -121,11 +121,11 @@ def prepare(
             )
             for i, group in enumerate(groups)
         ]
-        missing = [shard for shard in wanted if not shard.done.is_file()]
-        with tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc="shards", disable=None) as bar:
+        missing = [shard for shard in planned if not shard.done.is_file()]
+        with tqdm(total=len(planned), initial=len(planned) - len(missing), desc="shards", disable=None) as bar:
             for _ in _write_all(missing, tokenizer, workers):
                 bar.update()
-        return _finish(output, plan, wanted, tokenizer)
+        return _finish(output, plan, planned, tokenizer)
 
 
 def _check_known(sources: Sequence[str], parts: Sequence[Part], tokenizer: Tokenizer, config: DataConfig) -> None:
@@ -136,9 +136,9 @@ def _check_known(sources: Sequence[str], parts: Sequence[Part], tokenizer: Token
         itertools.islice(part.documents(text), SAMPLED_DOCUMENTS // min(len(looked_at), SAMPLED_PARTS))
         for part in looked_at
     )
-    found = total(unknown_in_text(tokenizer, one) for one in texts)
+    unknown = total(unknown_in_text(tokenizer, one) for one in texts)
     setting = "`data.max_unknown_fraction`"
-    check_known([(", ".join(sources), found)], config.max_unknown_fraction, tokenizer, setting)
+    check_known([(", ".join(sources), unknown)], config.max_unknown_fraction, tokenizer, setting)
 
 
 def _cut(inputs: Sequence[Input], shards: int) -> list[Part]:
@@ -200,10 +200,10 @@ def _begin(output: Path, plan: dict[str, Any]) -> None:
     path = output / PLAN
     if path.is_file():
         try:
-            found = json.loads(path.read_text("utf-8"))
+            saved = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read: {error}. Remove the folder to start again.") from error
-        _require_same(output, found, plan)
+        _require_same(output, saved, plan)
         return
     names = (item.name for item in output.iterdir() if item.name != _LOCK)
     there = sorted(name for name in names if not (name.startswith(".") and name.endswith(TEMPORARY)))
@@ -213,8 +213,8 @@ def _begin(output: Path, plan: dict[str, Any]) -> None:
     write_json(path, plan)
 
 
-def _require_same(output: Path, found: dict[str, Any], plan: dict[str, Any]) -> None:
-    changed = differences(found, plan, "preparation")
+def _require_same(output: Path, saved: dict[str, Any], plan: dict[str, Any]) -> None:
+    changed = differences(saved, plan, "preparation")
     if changed:
         raise DataError(
             f"{output} was prepared, or is being prepared, with other settings (saved -> now):\n"
@@ -235,7 +235,7 @@ def _write_all(shards: Sequence[Shard], tokenizer: Tokenizer, workers: int) -> I
     try:
         for future in concurrent.futures.as_completed([pool.submit(_work, shard) for shard in shards]):
             yield future.result()
-    except BaseException:  # do not wait for shards in progress: they take minutes, and are written again
+    except BaseException:  # do not wait minutes for shards in progress: they are written again
         for worker in multiprocessing.active_children():
             worker.kill()
         raise

@@ -54,18 +54,18 @@ def open_source(
     text = TextOf(config.text_key, render)
     if spec.startswith(TFDS):
         examples = TfdsExamples(spec, config)
-        found = [Texts(examples, text, config.cache_dir, len(examples) <= LOOKED_THROUGH)]
+        parts = [Texts(examples, text, config.cache_dir, len(examples) <= LOOKED_THROUGH)]
     elif is_hub(spec):
-        found = [Texts(hub.HubRows(spec, config.text_key), text, config.cache_dir)]
+        parts = [Texts(hub.HubRows(spec, config.text_key), text, config.cache_dir)]
     else:
-        found = [Texts(records, text, config.cache_dir) for records in _of_files(find_files(spec), config)]
-    empty = sum(texts.empty for texts in found)
-    if not sum(map(len, found)):
+        parts = [Texts(records, text, config.cache_dir) for records in _of_files(find_files(spec), config)]
+    empty = sum(texts.empty for texts in parts)
+    if not sum(map(len, parts)):
         what = f"no text: all of its {empty} documents are empty" if empty else "no records"
         raise DataError(f"{spec} contains {what}. Check `data.text_key` and the files.")
     if empty:
         logging.warning("%s: %d empty documents are omitted.", spec, empty)
-    return concatenated(found)
+    return concatenated(parts)
 
 
 def _of_files(files: list[File], config: DataConfig) -> Iterator[Numbered[Record]]:
@@ -100,12 +100,12 @@ def read_all(spec: str, kind: str) -> list[Record]:
     """Returns all records of a source, with text decoded and all fields JSON-serializable.
 
     Args:
-      kind: what the records are, e.g. `prompts`; for messages.
+      kind: name of the records in messages, e.g. `prompts`.
 
     Raises:
       DataError: as in `read_records`; or there are no records, or they exceed the memory limit.
     """
-    found, size = [], 0
+    records, size = [], 0
     for record in read_records(spec, DataConfig()):
         try:
             text = json.dumps(record.fields, ensure_ascii=False, default=_as_text)
@@ -122,10 +122,10 @@ def read_all(spec: str, kind: str) -> list[Record]:
             raise DataError(
                 f"{spec} contains more than {FIELD_BYTES >> 30} GiB of {kind}. Split it into several files."
             )
-        found.append(record._replace(fields=json.loads(text)))
-    if not found:
+        records.append(record._replace(fields=json.loads(text)))
+    if not records:
         raise DataError(f"{spec} contains no {kind}.")
-    return found
+    return records
 
 
 def content_hash(spec: str, config: DataConfig) -> str:

@@ -133,9 +133,9 @@ def decoded(raw: bytes, where: str, start: int = 0) -> str:
         raise DataError(f"{where}: not UTF-8 at byte {start + error.start}. {RECODE}") from error
 
 
-def names(found: Iterable[Any]) -> str:
+def names(items: Iterable[Any]) -> str:
     """Returns a list for messages."""
-    return ", ".join(map(str, found)) or "nothing"
+    return ", ".join(map(str, items)) or "nothing"
 
 
 def optional_module(name: str, needed_by: str) -> Any:

@@ -72,8 +72,8 @@ class File:
                 stream.seek(start)
                 return stream.read(end - start)
         system, path = file_system(self.name)
-        found: bytes = system.cat_file(path, start=start, end=end)
-        return found
+        content: bytes = system.cat_file(path, start=start, end=end)
+        return content
 
     def identity(self, samples: int) -> bytes:
         """Returns size and checksum if a remote file system stores one, otherwise a hash of size and content samples.
@@ -148,13 +148,13 @@ def find_files(spec: str) -> list[File]:
     Raises:
       DataError: there are no files, one is empty or cannot be read, or a folder has several kinds of text or splits.
     """
-    found = _find_remote(spec) if is_url(spec) else _find_local(spec)
-    for item in found:
+    files = _find_remote(spec) if is_url(spec) else _find_local(spec)
+    for item in files:
         if kind_of(item.name) is None:
             raise DataError(f"{item.name} has an unsupported format. {READABLE}")
         if not item.size:
             raise DataError(f"{item.name} is empty. Remove it, or write it again.")
-    return found
+    return files
 
 
 def one_file(name: str) -> File:
@@ -188,10 +188,10 @@ def _find_local(spec: str) -> list[File]:
         raise DataError(
             f"There is no file or folder {spec!r}. Check the path (relative paths start in the current folder)."
         )
-    found = sorted(item for item in map(Path, glob(str(path), recursive=True)) if item.is_file())
-    if not found:
+    paths = sorted(item for item in map(Path, glob(str(path), recursive=True)) if item.is_file())
+    if not paths:
         raise DataError(f"No file matches {spec!r}. Check the pattern; `**` matches any number of nested folders.")
-    return [one_file(str(item)) for item in found]
+    return [one_file(str(item)) for item in paths]
 
 
 def _find_remote(spec: str) -> list[File]:
@@ -236,37 +236,37 @@ def _of_folder(folder: str, inside: Mapping[str, Sequence[str]]) -> list[str]:
     Raises:
       DataError: there are no such files, or several kinds or splits; the message says how to choose.
     """
-    found = sorted(
+    texts = sorted(
         name
         for name, parts in inside.items()
         if kind_of(name) and not any(p.startswith(".") for p in parts) and not DESCRIPTIONS.fullmatch(parts[-1])
     )
-    if not found:
+    if not texts:
         raise DataError(f"The folder {folder} contains no text. {READABLE}")
     root = folder.rstrip("/")
-    kinds = _grouped(found, lambda name: str(kind_of(name)))
+    kinds = _grouped(texts, lambda name: str(kind_of(name)))
     if len(kinds) > 1:
         examples = ", ".join(PurePosixPath(bare_name(of_kind[0])).name for of_kind in kinds.values())
-        endings = sorted({PurePosixPath(name).suffix for name in found})
+        endings = sorted({PurePosixPath(name).suffix for name in texts})
         raise DataError(
             f"The folder {folder} contains several kinds of text ({examples}). Select one with a glob: "
             f"{' or '.join(repr(f'{root}/**/*{ending}') for ending in endings)}."
         )
-    splits = _grouped(found, lambda name: _split_of(inside[name])) if "text" not in kinds else {}
+    splits = _grouped(texts, lambda name: _split_of(inside[name])) if "text" not in kinds else {}
     if len(splits) > 1:
         globs = (f"{root}/{'/'.join([*inside[names[0]][:-1], _starred(names, inside)])}" for names in splits.values())
         raise DataError(
             f"The folder {folder} contains several splits ({', '.join(splits)}). Select one with a glob: "
             f"{' or '.join(map(repr, globs))}."
         )
-    return found
+    return texts
 
 
 def _grouped(names: Sequence[str], key: Callable[[str], str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(key(name), []).append(name)
-    return found
+        groups.setdefault(key(name), []).append(name)
+    return groups
 
 
 def _split_of(parts: Sequence[str]) -> str:

@@ -128,14 +128,14 @@ class JsonLines:
     def _load(self, block: int) -> tuple[list[tuple[int, int, bytes]], int]:
         """Returns (line number, first byte, content) of the non-blank lines of a block, and their approximate size."""
         (start, _, number), end = self._marks[block].tolist(), int(self._marks[block + 1, 0])
-        found = []
+        lines = []
         for raw in io.BytesIO(self._plain().read(start, end)):
             number += 1
             raw = raw if start else raw.removeprefix(codecs.BOM_UTF8)
             if raw.strip():
-                found.append((number, start, raw))
+                lines.append((number, start, raw))
             start += len(raw)
-        return found, end - start + 200 * len(found)
+        return lines, end - start + 200 * len(lines)
 
     def _find_marks(self) -> np.ndarray:
         """Returns first byte, and records and lines before it, of each block and of the end: int64 [blocks + 1, 3]."""
@@ -168,15 +168,15 @@ def lines_between(file: File, start: int, end: int, text: TextOf) -> Iterator[st
             try:
                 if len(raw) > DOCUMENT_BYTES:
                     raise DataError(TOO_LONG)
-                found = text(parse_record(content, file.name, position)) if content.strip() else None
+                document = text(parse_record(content, file.name, position)) if content.strip() else None
             except DataError as error:
                 where = f"{file.name}, line {_newlines(file, position) + 1}"
                 if len(raw) > DOCUMENT_BYTES:
                     raise DataError(f"{where} {TOO_LONG}") from error
                 text(parse_record(content, where, position))
                 raise
-            if found is not None:
-                yield found
+            if document is not None:
+                yield document
             position += len(raw)
 
 
@@ -193,12 +193,12 @@ def _skip_line(stream: IO[bytes]) -> int:
 
 def _newlines(file: File, end: int) -> int:
     """Returns the number of newlines before byte `end`."""
-    found, position = 0, 0
+    count, position = 0, 0
     with file.open() as stream:
         while position < end and (chunk := stream.read(min(1 << 24, end - position))):
-            found += chunk.count(b"\n")
+            count += chunk.count(b"\n")
             position += len(chunk)
-    return found
+    return count
 
 
 def parse_record(raw: bytes, where: str, start: int) -> Record:

@@ -30,11 +30,11 @@ class HubRows:
     def __init__(self, spec: str, key: str):
         """Loads the split; reads only the column with the field `key`."""
         self._spec = spec
-        found = _load(spec, streaming=False)
-        column = _column(spec, found.column_names, key)
-        if not len(found):
+        dataset = _load(spec, streaming=False)
+        column = _column(spec, dataset.column_names, key)
+        if not len(dataset):
             raise DataError(f"{spec} has no rows. Choose another split.")
-        self._rows = found.select_columns([column])
+        self._rows = dataset.select_columns([column])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -59,16 +59,16 @@ def stream_parts(spec: str, key: str) -> int:
     Raises:
       DataError: the dataset cannot be loaded, or lacks the column.
     """
-    found = _load(spec, streaming=True)
-    _column(spec, found.column_names or list(next(iter(found), {})), key)
-    return int(found.num_shards)
+    dataset = _load(spec, streaming=True)
+    _column(spec, dataset.column_names or list(next(iter(dataset), {})), key)
+    return int(dataset.num_shards)
 
 
 def stream(spec: str, key: str, part: int, parts: int) -> Iterator[Record]:
     """Yields the rows of one of `parts` parts, with only the column of the field `key`; streams the data."""
-    found = _load(spec, streaming=True)
-    column = _column(spec, found.column_names or list(next(iter(found), {})), key)
-    for number, row in enumerate(found.select_columns([column]).shard(num_shards=parts, index=part)):
+    dataset = _load(spec, streaming=True)
+    column = _column(spec, dataset.column_names or list(next(iter(dataset), {})), key)
+    for number, row in enumerate(dataset.select_columns([column]).shard(num_shards=parts, index=part)):
         yield Record(f"{spec}, row {number} of part {part}", row)
 
 
@@ -121,12 +121,12 @@ def _load(spec: str, *, streaming: bool) -> Any:
 
 def _saved(datasets: Any, name: Name, streaming: bool) -> Any:
     """Loads a split from a folder written by `save_to_disk`."""
-    found = datasets.load_from_disk(name.path)
-    if isinstance(found, datasets.DatasetDict):
-        if name.split not in found:
-            raise ValueError(f"no split {name.split!r}; it has {names(found)}")
-        found = found[name.split]
-    return found.to_iterable_dataset() if streaming else found
+    dataset = datasets.load_from_disk(name.path)
+    if isinstance(dataset, datasets.DatasetDict):
+        if name.split not in dataset:
+            raise ValueError(f"no split {name.split!r}; it has {names(dataset)}")
+        dataset = dataset[name.split]
+    return dataset.to_iterable_dataset() if streaming else dataset
 
 
 def _column(spec: str, columns: list[str], key: str) -> str:

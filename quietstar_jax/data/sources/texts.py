@@ -162,11 +162,11 @@ class Texts:
         name = ", ".join(piece.name for piece in self._records.pieces()[:1])
         records = iter(tqdm(self._records, f"checking {name}", len(self._records), disable=None, delay=5))
         flags = (not self._text.is_empty(record) for record in records)
-        found = []
+        chunks = []
         while chunk := list(itertools.islice(flags, 1 << 16)):
-            found.append((np.packbits(chunk), all(chunk)))
-        full = all(of_chunk for _, of_chunk in found)
-        return np.concatenate([np.zeros(0, np.uint8), *(() if full else (bits for bits, _ in found))])
+            chunks.append((np.packbits(chunk), all(chunk)))
+        full = all(of_chunk for _, of_chunk in chunks)
+        return np.concatenate([np.zeros(0, np.uint8), *(() if full else (bits for bits, _ in chunks))])
 
 
 def _content(piece: Piece) -> str:
@@ -192,5 +192,5 @@ def _paths(fields: Mapping[str, Any]) -> Iterator[str]:
             else:
                 yield f"{above}{name}"
 
-    found = list(itertools.islice(walk(fields, ""), LISTED + 1))
-    return iter([*found[:LISTED], "..."] if len(found) > LISTED else found)
+    paths = list(itertools.islice(walk(fields, ""), LISTED + 1))
+    return iter([*paths[:LISTED], "..."] if len(paths) > LISTED else paths)

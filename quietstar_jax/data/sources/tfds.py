@@ -86,7 +86,7 @@ def _builder(tfds: Any, spec: str, directory: str) -> Any:
                 for name in (INFO, FEATURES):
                     (Path(folder) / name).write_bytes(system.cat_file(f"{path}/{name}"))
             local = folder if is_url(directory) else directory
-            _require_own_features(tfds, spec, f"{directory}/{FEATURES}", Path(local) / FEATURES)
+            _require_known_features(tfds, spec, f"{directory}/{FEATURES}", Path(local) / FEATURES)
             return tfds.builder_from_directory(local)
     except DataError:
         raise
@@ -94,7 +94,7 @@ def _builder(tfds: Any, spec: str, directory: str) -> Any:
         raise DataError(f"{spec}: {directory} cannot be read as a dataset: {error}. {_PREPARE}") from error
 
 
-def _require_own_features(tfds: Any, spec: str, name: str, path: Path) -> None:
+def _require_known_features(tfds: Any, spec: str, name: str, path: Path) -> None:
     """Rejects feature classes of other packages: tensorflow_datasets would import any class that the file names.
 
     Raises:
@@ -102,11 +102,11 @@ def _require_own_features(tfds: Any, spec: str, name: str, path: Path) -> None:
     """
     base = tfds.features.FeatureConnector
     exported = (kind for kind in vars(tfds.features).values() if isinstance(kind, type) and issubclass(kind, base))
-    own = {f"{kind.__module__}.{kind.__name__}" for kind in exported}
-    for found in _feature_classes(json.loads(path.read_text("utf-8"))):
-        if found not in own:
+    known = {f"{kind.__module__}.{kind.__name__}" for kind in exported}
+    for feature in _feature_classes(json.loads(path.read_text("utf-8"))):
+        if feature not in known:
             raise DataError(
-                f"{spec}: {name} names the feature class {found!r}, which is not one of tensorflow_datasets. Classes "
+                f"{spec}: {name} names the feature class {feature!r}, which is not one of tensorflow_datasets. Classes "
                 "of other packages are code and are not imported. Prepare the dataset with features of "
                 "tensorflow_datasets, or export its text as JSON lines."
             )
@@ -130,8 +130,8 @@ def _stretches(spec: str, builder: Any, split: str, directory: str) -> list[Stre
     try:
         instructions = builder.info.splits[split].file_instructions
     except (ValueError, KeyError) as error:
-        found = names(builder.info.splits)
-        raise DataError(f"{spec}: split {split!r} cannot be read; there are {found}. ({error})") from error
+        splits = names(builder.info.splits)
+        raise DataError(f"{spec}: split {split!r} cannot be read; there are {splits}. ({error})") from error
     if not sum(item.take for item in instructions):
         raise DataError(f"{spec}: split {split!r} cannot be read: it is empty.")
     files = (one_file(f"{directory}/{Path(item.filename).name}") for item in instructions)
@@ -147,13 +147,15 @@ def _prepared_directory(spec: str, name: str, data_dir: str) -> str:
         return name if is_url(name) else str(Path(name).expanduser())
     path, _, version = name.partition(":")
     system, root = file_system(data_dir) if is_url(data_dir) else file_system(str(Path(data_dir).expanduser()))
-    found = [folder.rpartition("/")[0] for folder in sorted(system.glob(f"{root}/{path}/**/{INFO}"))]
-    versions = [folder for folder in found if folder.rpartition("/")[0] == f"{root}/{path}"]
-    wanted = [folder for folder in versions if not version or folder.endswith(f"/{version}")]
-    if wanted:
-        newest = max(wanted, key=lambda folder: [int(part) for part in re.findall(r"\d+", folder.rpartition("/")[2])])
+    folders = [folder.rpartition("/")[0] for folder in sorted(system.glob(f"{root}/{path}/**/{INFO}"))]
+    versions = [folder for folder in folders if folder.rpartition("/")[0] == f"{root}/{path}"]
+    candidates = [folder for folder in versions if not version or folder.endswith(f"/{version}")]
+    if candidates:
+        newest = max(
+            candidates, key=lambda folder: [int(part) for part in re.findall(r"\d+", folder.rpartition("/")[2])]
+        )
         return str(system.unstrip_protocol(newest)) if is_url(data_dir) else newest
-    there = f"prepared are {names(folder.removeprefix(f'{root}/') for folder in found)}" if found else (
+    there = f"prepared are {names(folder.removeprefix(f'{root}/') for folder in folders)}" if folders else (
         "it is not prepared"
     )  # fmt: skip
     raise DataError(f"{spec}: not found in {data_dir} (`data.data_dir`); {there}. {_PREPARE}")

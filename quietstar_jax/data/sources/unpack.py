@@ -136,15 +136,15 @@ def lines_of(file: File, config: DataConfig) -> Iterator[bytes]:
             keep_ends = kind in ("table", "text")
             text = io.TextIOWrapper(stream, encoding, newline="" if keep_ends else None)
             if kind == "table":
-                found: Iterator[Any] = _rows(file, text)
+                values: Iterator[Any] = _rows(file, text)
             elif kind == "text":
-                found = ({config.text_key: one} for one in _documents(file, text, config.text_documents))
+                values = ({config.text_key: one} for one in _documents(file, text, config.text_documents))
             elif way == "array":
-                found = _elements(file, text)
+                values = _elements(file, text)
             else:
                 yield from (line.encode() for line in _text_lines(file, text))
                 return
-            for value in found:
+            for value in values:
                 yield json.dumps(value).encode() + b"\n"
     except UnicodeError as error:
         raise DataError(f"{file.name}: not {getattr(error, 'encoding', 'UTF-8')}: {error}. {RECODE}") from error

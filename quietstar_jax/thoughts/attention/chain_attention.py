@@ -8,10 +8,10 @@ The X = M * C query rows of chain (r, j) and key/value head g, with M = 2, C = 3
       0  1          ■  ■  ■  ·  ·  ·                      ■  ■  ·
       0  2          ■  ■  ■  ·  ·  ·                      ■  ■  ■
       1  0          ■  ■  ■  ·  ·  ·                      ■  ·  ·
-      ..            `prefix_fwd`, block by block          `_own_sums`
+      ..            `prefix_fwd`, block by block          `_chain_softmax`
 
 The chains of all positions are query rows against the same prefix keys, which are never copied. The rows visit these
-keys block by block with a running maximum and sum (as in FlashAttention), which are joined with those of the chain.
+keys block by block with a running maximum and sum (as in FlashAttention), which start as those of the chain.
 Scores over the whole prefix never exist in memory, and blocks that no chain of the chunk sees are not computed. The
 backward pass recomputes the weights as exp(score - log-sum-exp), from the saved log-sum-exp over both parts.
 
@@ -35,25 +35,25 @@ from jax.ad_checkpoint import checkpoint_name
 from quietstar_jax.models.attention import ATTENTION, MASKED, split_heads
 from quietstar_jax.parallel.axes import manual_shard_map
 from quietstar_jax.thoughts.attention import kernel_common, prefix_mosaic, prefix_triton, prefix_xla
-from quietstar_jax.thoughts.attention.mask import ChainMask, own_visible
-from quietstar_jax.thoughts.attention.prefix_xla import Sums, add_blocks, dot, through_softmax
+from quietstar_jax.thoughts.attention.mask import ChainMask, chain_visible
+from quietstar_jax.thoughts.attention.prefix_xla import SoftmaxState, add_blocks, dot, through_softmax
 
 # Each device computes attention for its own sequences and heads, without communication. Only the gradients of keys and
 # values are summed, over the devices along `group`.
 _OVER = ("data", "fsdp", "tensor", "group")
 _QUERIES = ("batch", "kv_heads", None, None, "query_rows", None)
-_KEYS, _OWN_KEYS = ("batch", "kv_heads", None, None), ("batch", "kv_heads", None, None, None, None)
+_KEYS, _CHAIN_KEYS = ("batch", "kv_heads", None, None), ("batch", "kv_heads", None, None, None, None)
 
 
 def attend_chains(
-    queries: jax.Array, prefix_keys: jax.Array, prefix_values: jax.Array, own_keys: jax.Array, own_values: jax.Array,
-    seen: ChainMask, prefix_attention: str = "auto",
+    queries: jax.Array, prefix_keys: jax.Array, prefix_values: jax.Array, chain_keys: jax.Array,
+    chain_values: jax.Array, seen: ChainMask, prefix_attention: str = "auto",
 ) -> jax.Array:  # fmt: skip
     """Returns the attention output of one layer for all chains.
 
     Args:
       queries: [B, R, J, C, G * M, H]; prefix_keys, prefix_values: [B, P, G, H], of the base pass.
-      own_keys, own_values: [B, G, R, J, E, H], of the chains themselves; see `to_chain_layout`.
+      chain_keys, chain_values: [B, G, R, J, E, H]; see `to_chain_layout`.
       prefix_attention: as in `ModelConfig`.
 
     Returns:
@@ -61,12 +61,12 @@ def attend_chains(
     """
     rows, seen = _query_rows(queries, prefix_keys.shape[-2], seen)
     prefix = (prefix_keys.swapaxes(1, 2), prefix_values.swapaxes(1, 2))
-    return _from_query_rows(_attention(prefix_attention, rows, *prefix, own_keys, own_values, seen), queries)
+    return _from_query_rows(_attention(prefix_attention, rows, *prefix, chain_keys, chain_values, seen), queries)
 
 
 def attend_cache(
-    queries: jax.Array, cache_keys: jax.Array, cache_values: jax.Array, layer: jax.Array, own_keys: jax.Array,
-    own_values: jax.Array, seen: ChainMask, key_block: int,
+    queries: jax.Array, cache_keys: jax.Array, cache_values: jax.Array, layer: jax.Array, chain_keys: jax.Array,
+    chain_values: jax.Array, seen: ChainMask, key_block: int,
 ) -> jax.Array:  # fmt: skip
     """As `attend_chains`, against one layer of a cache that is read in place: blocks that no chain sees are not read.
 
@@ -88,8 +88,8 @@ def attend_cache(
             jax.lax.dynamic_slice(cache_values, corner, size)[0],
         )
 
-    sums = add_blocks(rows, seen, _own_sums(rows, own_keys, own_values, seen), key_block, cut)
-    return _from_query_rows(_finish(sums, own_values.dtype), queries)
+    state = add_blocks(rows, seen, _chain_softmax(rows, chain_keys, chain_values, seen), key_block, cut)
+    return _from_query_rows(_finish(state, chain_values.dtype), queries)
 
 
 def _query_rows(queries: jax.Array, groups: int, seen: ChainMask) -> tuple[jax.Array, ChainMask]:
@@ -114,11 +114,11 @@ def to_chain_layout(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    prefix_attention: str, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own_values: jax.Array,
-    seen: ChainMask,
+    prefix_attention: str, q: jax.Array, keys: jax.Array, values: jax.Array, chain_keys: jax.Array,
+    chain_values: jax.Array, seen: ChainMask,
 ):  # fmt: skip
-    """q [B, G, R, J, X, H] scaled; keys, values [B, G, P, H]; own [B, G, R, J, E, H] -> context like q."""
-    return _forward(prefix_attention, q, keys, values, own_keys, own_values, seen)[0]
+    """q [B, G, R, J, X, H] scaled; keys, values [B, G, P, H], of the chain [B, G, R, J, E, H] -> context like q."""
+    return _forward(prefix_attention, q, keys, values, chain_keys, chain_values, seen)[0]
 
 
 def _forward(prefix_attention: str, *arguments: Any) -> tuple[jax.Array, tuple]:
@@ -132,8 +132,8 @@ def _forward(prefix_attention: str, *arguments: Any) -> tuple[jax.Array, tuple]:
 
 def _backward(prefix_attention: str, saved: tuple, gradient: jax.Array) -> tuple:
     differentiate = functools.partial(_gradients, prefix_attention)
-    # saved = (q, keys, values, own_keys, own_values, seen, context, lse); `seen` has no gradient.
-    axes, gradients = (*_arguments(saved[5]), *(_QUERIES,) * 3), (_QUERIES, _KEYS, _KEYS, _OWN_KEYS, _OWN_KEYS)
+    # saved = (q, keys, values, chain_keys, chain_values, seen, context, lse); `seen` has no gradient.
+    axes, gradients = (*_arguments(saved[5]), *(_QUERIES,) * 3), (_QUERIES, _KEYS, _KEYS, _CHAIN_KEYS, _CHAIN_KEYS)
     return *manual_shard_map(differentiate, _OVER, axes, gradients)(*saved, gradient), None
 
 
@@ -145,7 +145,7 @@ def _arguments(seen: ChainMask) -> tuple[Any, ...]:
     positions: Any = ("batch", None) if seen.positions.ndim == 2 else ()
     axes: Any = {"mask": ("batch", None), "positions": positions, "offsets": ("query_rows",), "window": ()}
     axes["first"] = None if seen.first is None else ("batch", None)
-    return _QUERIES, _KEYS, _KEYS, _OWN_KEYS, _OWN_KEYS, ChainMask(**axes)
+    return _QUERIES, _KEYS, _KEYS, _CHAIN_KEYS, _CHAIN_KEYS, ChainMask(**axes)
 
 
 def _choose(
@@ -164,40 +164,40 @@ def _choose(
 
 
 def _attend(
-    prefix_attention: str, _: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array,
-    own_values: jax.Array, seen: ChainMask,
+    prefix_attention: str, _: Any, q: jax.Array, keys: jax.Array, values: jax.Array, chain_keys: jax.Array,
+    chain_values: jax.Array, seen: ChainMask,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Returns (context like q, log-sum-exp [B, G, R, J, X, 1])."""
     add = _choose(
         prefix_attention, prefix_xla.prefix_fwd, kernel_common.prefix_fwd, prefix_mosaic.forward, prefix_triton.forward
     )
-    sums = add(q, keys, values, seen, _own_sums(q, own_keys, own_values, seen))
-    return _finish(sums, own_values.dtype), sums.peak + jnp.log(sums.total)
+    state = add(q, keys, values, seen, _chain_softmax(q, chain_keys, chain_values, seen))
+    return _finish(state, chain_values.dtype), state.m + jnp.log(state.l)
 
 
 def _gradients(
-    prefix_attention: str, psum: Any, q: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array,
-    own_values: jax.Array, seen: ChainMask, context: jax.Array, lse: jax.Array, gradient: jax.Array,
+    prefix_attention: str, psum: Any, q: jax.Array, keys: jax.Array, values: jax.Array, chain_keys: jax.Array,
+    chain_values: jax.Array, seen: ChainMask, context: jax.Array, lse: jax.Array, gradient: jax.Array,
 ) -> tuple:  # fmt: skip
-    """Returns the gradients of q, keys, values, own_keys and own_values.
+    """Returns the gradients of q, keys, values, chain_keys and chain_values.
 
     For a query row q with scores s_i = q . k_i over all keys i, prefix and chain, weights p_i = exp(s_i - lse), context
     o = sum_i p_i v_i, and the gradient g of o:
 
         dp_i = g . v_i                  `to_weights`
-        ds_i = p_i (dp_i - mean)        `to_scores`, mean = sum_i p_i dp_i = g . o
+        ds_i = p_i (dp_i - delta)       `to_scores`, delta = sum_i p_i dp_i = g . o
         dq   = sum_i ds_i k_i
         dk_i = ds_i q,  dv_i = p_i g    summed over the rows that share the key
 
-    The keys of one part need only lse and mean of the row from the other part, so the two parts are differentiated
+    The keys of one part need only lse and delta of the row from the other part, so the two parts are differentiated
     separately and their dq are added.
     """
-    mean = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    scores = _own_scores(q, own_keys, seen)
-    to_weights = dot("bgrjxh,bgrjeh->bgrjxe", gradient, own_values)
-    weights, to_scores = through_softmax(scores, to_weights, lse, mean, q.dtype)
-    to_own = dot("bgrjxe,bgrjxh->bgrjeh", to_scores, q), dot("bgrjxe,bgrjxh->bgrjeh", weights, gradient)
-    to_q = dot("bgrjxe,bgrjeh->bgrjxh", to_scores, own_keys)
+    delta = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    scores = _chain_scores(q, chain_keys, seen)
+    to_weights = dot("bgrjxh,bgrjeh->bgrjxe", gradient, chain_values)
+    weights, to_scores = through_softmax(scores, to_weights, lse, delta, q.dtype)
+    to_chain = dot("bgrjxe,bgrjxh->bgrjeh", to_scores, q), dot("bgrjxe,bgrjxh->bgrjeh", weights, gradient)
+    to_q = dot("bgrjxe,bgrjeh->bgrjxh", to_scores, chain_keys)
     through_prefix = _choose(
         prefix_attention,
         prefix_xla.prefix_bwd,
@@ -205,25 +205,25 @@ def _gradients(
         prefix_mosaic.backward,
         prefix_triton.backward,
     )
-    from_prefix, *to_prefix = through_prefix(q, keys, values, seen, lse, mean, gradient)
+    from_prefix, *to_prefix = through_prefix(q, keys, values, seen, lse, delta, gradient)
     # Devices along `group` have different query heads of the same key/value heads.
-    to_keys = psum((*to_prefix, *to_own), "group")
+    to_keys = psum((*to_prefix, *to_chain), "group")
     return tuple(x.astype(q.dtype) for x in (to_q + from_prefix, *to_keys))
 
 
-def _own_scores(q: jax.Array, own_keys: jax.Array, seen: ChainMask) -> jax.Array:
-    scores = dot("bgrjxh,bgrjeh->bgrjxe", q, own_keys)
-    return jnp.where(own_visible(seen, own_keys.shape[4]), scores, MASKED)
+def _chain_scores(q: jax.Array, chain_keys: jax.Array, seen: ChainMask) -> jax.Array:
+    scores = dot("bgrjxh,bgrjeh->bgrjxe", q, chain_keys)
+    return jnp.where(chain_visible(seen, chain_keys.shape[4]), scores, MASKED)
 
 
-def _own_sums(q: jax.Array, own_keys: jax.Array, own_values: jax.Array, seen: ChainMask) -> Sums:
-    """Returns the sums over the chain itself. Their peak is a real score, never MASKED: every token sees itself."""
-    scores = _own_scores(q, own_keys, seen)
-    peak = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - peak)
-    context = dot("bgrjxe,bgrjeh->bgrjxh", weights.astype(own_values.dtype), own_values)
-    return Sums(peak, weights.sum(axis=-1, keepdims=True), context)
+def _chain_softmax(q: jax.Array, chain_keys: jax.Array, chain_values: jax.Array, seen: ChainMask) -> SoftmaxState:
+    """Returns the softmax over the chain. Its m is a real score, never MASKED: every token sees itself."""
+    scores = _chain_scores(q, chain_keys, seen)
+    m = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - m)
+    acc = dot("bgrjxe,bgrjeh->bgrjxh", weights.astype(chain_values.dtype), chain_values)
+    return SoftmaxState(m, weights.sum(axis=-1, keepdims=True), acc)
 
 
-def _finish(sums: Sums, dtype: jnp.dtype) -> jax.Array:
-    return (sums.context / sums.total).astype(dtype)
+def _finish(state: SoftmaxState, dtype: jnp.dtype) -> jax.Array:
+    return (state.acc / state.l).astype(dtype)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.thoughts.attention.mask import ChainMask
-from quietstar_jax.thoughts.attention.prefix_xla import Sums
+from quietstar_jax.thoughts.attention.prefix_xla import SoftmaxState
 
 
 class Range(NamedTuple):
@@ -37,28 +37,28 @@ class Range(NamedTuple):
 
 
 def prefix_fwd(
-    forward: Callable[..., Sums], q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums,
-    *, interpret: bool = False,
-) -> Sums:  # fmt: skip
-    """As `prefix_xla.prefix_fwd`, where `forward(rows [B, G, N, H], keys, values, Range)` sums over the prefix.
+    forward: Callable[..., SoftmaxState], q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask,
+    chain: SoftmaxState, *, interpret: bool = False,
+) -> SoftmaxState:  # fmt: skip
+    """As `prefix_xla.prefix_fwd`, where `forward(rows [B, G, N, H], keys, values, Range)` visits the prefix.
 
-    The kernel sums over the prefix alone, relative to a peak of its own; its sums and those of the chain are rescaled
-    to the higher peak and added here. A row that sees no prefix key has the peak MASKED, so its `added` is 0.
+    The kernel returns the state of the prefix alone; this state and that of the chain are rescaled to the larger m and
+    added here. A row that sees no prefix key has m = MASKED, so its `added` is 0.
     """
-    found = forward(_as_rows(q), keys, values, _range(q, seen), interpret=interpret)
-    prefix = Sums(*(x.reshape(mine.shape) for x, mine in zip(found, own, strict=True)))
-    higher = jnp.maximum(own.peak, prefix.peak)
-    kept, added = jnp.exp(own.peak - higher), jnp.exp(prefix.peak - higher)
-    return Sums(higher, own.total * kept + prefix.total * added, own.context * kept + prefix.context * added)
+    state = forward(_as_rows(q), keys, values, _range(q, seen), interpret=interpret)
+    prefix = SoftmaxState(*(x.reshape(like.shape) for x, like in zip(state, chain, strict=True)))
+    m = jnp.maximum(chain.m, prefix.m)
+    kept, added = jnp.exp(chain.m - m), jnp.exp(prefix.m - m)
+    return SoftmaxState(m, chain.l * kept + prefix.l * added, chain.acc * kept + prefix.acc * added)
 
 
 def prefix_bwd(
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]], q: jax.Array, keys: jax.Array, values: jax.Array,
-    seen: ChainMask, lse: jax.Array, mean: jax.Array, gradient: jax.Array, *, interpret: bool = False,
+    seen: ChainMask, lse: jax.Array, delta: jax.Array, gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """As `prefix_xla.prefix_bwd`, where `backward(rows, keys, values, Range, lse, mean, gradient)` returns gradients of
-    rows, keys and values; lse, mean and gradient have the row layout too."""
-    rows = (_as_rows(x) for x in (lse, mean, gradient))
+    """As `prefix_xla.prefix_bwd`, where `backward(rows, keys, values, Range, lse, delta, gradient)` returns the
+    gradients of rows, keys and values; lse, delta and gradient have the row layout too."""
+    rows = (_as_rows(x) for x in (lse, delta, gradient))
     to_q, to_keys, to_values = backward(_as_rows(q), keys, values, _range(q, seen), *rows, interpret=interpret)
     return to_q.reshape(q.shape), to_keys, to_values
 

@@ -36,7 +36,7 @@ def prefix_visible(seen: ChainMask, keys: jax.Array) -> jax.Array:
     return seen.mask[:, keys][:, None, None, :] & visible
 
 
-def own_visible(seen: ChainMask, length: int) -> jax.Array:
+def chain_visible(seen: ChainMask, length: int) -> jax.Array:
     """Returns which tokens of its own chain (of `length` tokens) each chain token sees: [C, length] bool."""
     distance = seen.offsets[:, None] - jnp.arange(length)[None, :]
     return (distance >= 0) & (distance < seen.window)

@@ -7,7 +7,7 @@ Each kernel accumulates in scratch memory along the last axis of its grid, which
 other axes are independent. Each output block is written once, by the last step:
 
     kernel                grid (batch, head, ...)     scratch                 last axis
-    forward               row block, step             peak, total, context    key blocks first[row block] + step
+    forward               row block, step             m, l, acc               key blocks first[row block] + step
     gradient of q         row block, step             dq                      key blocks first[row block] + step
     gradient of keys,     key block, row block        dk, dv                  row blocks; computes where
       values                                                                  first <= key block <= last
@@ -25,23 +25,23 @@ from jax.experimental.pallas import tpu as pltpu
 
 from quietstar_jax.models.attention import MASKED
 from quietstar_jax.thoughts.attention.kernel_common import Range, bounds, dot, pad, pad_axis
-from quietstar_jax.thoughts.attention.prefix_xla import Sums
+from quietstar_jax.thoughts.attention.prefix_xla import SoftmaxState
 
 ROW_BLOCK, KEY_BLOCK = 256, 128
 
 
 def forward(
     q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, interpret: bool = False
-) -> Sums:  # fmt: skip
-    """Softmax sums of scaled queries [B, G, N, H] over keys and values [B, G, P, H]; `interpret` runs on any device.
+) -> SoftmaxState:  # fmt: skip
+    """Softmax of scaled queries [B, G, N, H] over keys and values [B, G, P, H]; `interpret` runs on any device.
 
-    A row that sees no key has the peak `MASKED` and the total 0.
+    A row that sees no key has m = `MASKED` and l = 0.
     """
     rows, length = q.shape[2], keys.shape[2]
     q, keys, values, seen = pad(q, keys, values, seen, ROW_BLOCK, KEY_BLOCK)
     batch, groups, padded, width = q.shape
     grid = (batch, groups, padded // ROW_BLOCK, keys.shape[2] // KEY_BLOCK)
-    sums = pl.pallas_call(
+    state = pl.pallas_call(
         _forward_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -55,27 +55,27 @@ def forward(
         interpret=interpret,
         name="prefix_attention_forward",
     )(*bounds(seen, length, ROW_BLOCK, KEY_BLOCK), q, keys, values, *_columns(seen))
-    return Sums(*(x[:, :, :rows] for x in sums))
+    return SoftmaxState(*(x[:, :, :rows] for x in state))
 
 
 def backward(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, lse: jax.Array, mean: jax.Array,
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, lse: jax.Array, delta: jax.Array,
     gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Returns the gradients of queries, keys and values, float32, from recomputed scores.
 
     Args:
-      lse: [B, G, N, 1] log-sum-exp over prefix and chain; mean: [B, G, N, 1] the gradient times the context,
+      lse: [B, G, N, 1] log-sum-exp over prefix and chain; delta: [B, G, N, 1] the gradient times the context,
         summed over H; gradient: [B, G, N, H] of the context.
     """
     rows, length = q.shape[2], keys.shape[2]
     unpadded = keys.shape
     q, keys, values, seen = pad(q, keys, values, seen, ROW_BLOCK, KEY_BLOCK)
-    lse, mean, gradient = (pad_axis(x, 2, ROW_BLOCK) for x in (lse, mean, gradient))
+    lse, delta, gradient = (pad_axis(x, 2, ROW_BLOCK) for x in (lse, delta, gradient))
     batch, groups, padded, width = q.shape
     grid = (batch, groups, padded // ROW_BLOCK, keys.shape[2] // KEY_BLOCK)
     visited = bounds(seen, length, ROW_BLOCK, KEY_BLOCK)
-    operands = (*visited, q, keys, values, *_columns(seen), lse, mean, gradient)
+    operands = (*visited, q, keys, values, *_columns(seen), lse, delta, gradient)
 
     to_q = pl.pallas_call(
         _query_gradient_kernel,
@@ -116,61 +116,59 @@ def backward(
     return to_q[:, :, :rows], to_keys[:, :, : unpadded[2]], to_values[:, :, : unpadded[2]]
 
 
-def _forward_kernel(
-    first, last, q, keys, values, low, high, mask, peak_out, total_out, context_out, peak, total, context
-):
-    # Blocks, without leading axes of size 1: q, context [rows, H]; keys, values [keys, H]; low, high, peak, total
-    # [rows, 1]; mask [1, keys]. The prefetched scalars first, last are whole, [B, row blocks].
+def _forward_kernel(first, last, q, keys, values, low, high, mask, m_out, l_out, acc_out, m, l, acc):
+    # Blocks, without leading axes of size 1: q, acc [rows, H]; keys, values [keys, H]; low, high, m, l [rows, 1]; mask
+    # [1, keys]. The prefetched scalars first, last are whole, [B, row blocks].
     row_block, step = pl.program_id(2), pl.program_id(3)
 
     @pl.when(step == 0)
     def _() -> None:
-        peak[...] = jnp.full_like(peak, MASKED)
-        total[...] = jnp.zeros_like(total)
-        context[...] = jnp.zeros_like(context)
+        m[...] = jnp.full_like(m, MASKED)
+        l[...] = jnp.zeros_like(l)
+        acc[...] = jnp.zeros_like(acc)
 
     block = first[pl.program_id(0), row_block] + step
 
     @pl.when(block <= last[pl.program_id(0), row_block])
     def _() -> None:
         scores, visible = _scores(q, keys, low, high, mask, block)
-        # Old sums are rescaled to the new peak, as in `prefix_xla.add_blocks`. While a row has seen no key, its peak is
-        # MASKED and exp(scores - higher) is meaningless: the outer `where` sets these weights to 0.
-        higher = jnp.maximum(peak[...], jnp.where(visible, scores, MASKED).max(axis=1, keepdims=True))
-        weights = jnp.where(visible, jnp.exp(scores - higher), 0.0)
-        shrink = jnp.exp(peak[...] - higher)
-        total[...] = total[...] * shrink + weights.sum(axis=1, keepdims=True)
-        context[...] = context[...] * shrink + dot(weights.astype(values.dtype), values[0, 0], 1, 0)
-        peak[...] = higher
+        # l and acc are rescaled to the new m, as in `prefix_xla.add_blocks`. While a row has seen no key, its m is
+        # MASKED and exp(scores - new_m) is meaningless: the outer `where` sets these weights to 0.
+        new_m = jnp.maximum(m[...], jnp.where(visible, scores, MASKED).max(axis=1, keepdims=True))
+        weights = jnp.where(visible, jnp.exp(scores - new_m), 0.0)
+        rescale = jnp.exp(m[...] - new_m)
+        l[...] = l[...] * rescale + weights.sum(axis=1, keepdims=True)
+        acc[...] = acc[...] * rescale + dot(weights.astype(values.dtype), values[0, 0], 1, 0)
+        m[...] = new_m
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _() -> None:
-        peak_out[0, 0], total_out[0, 0], context_out[0, 0] = peak[...], total[...], context[...]
+        m_out[0, 0], l_out[0, 0], acc_out[0, 0] = m[...], l[...], acc[...]
 
 
 def _query_gradient_kernel(
-    first, last, q, keys, values, low, high, mask, lse, mean, gradient, to_q, total
+    first, last, q, keys, values, low, high, mask, lse, delta, gradient, to_q, acc
 ):  # fmt: skip
     row_block, step = pl.program_id(2), pl.program_id(3)
 
     @pl.when(step == 0)
     def _() -> None:
-        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
 
     block = first[pl.program_id(0), row_block] + step
 
     @pl.when(block <= last[pl.program_id(0), row_block])
     def _() -> None:
-        _, to_scores = _through_softmax(q, keys, values, low, high, mask, lse, mean, gradient, block)
-        total[...] += dot(to_scores, keys[0, 0], 1, 0)
+        _, to_scores = _through_softmax(q, keys, values, low, high, mask, lse, delta, gradient, block)
+        acc[...] += dot(to_scores, keys[0, 0], 1, 0)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _() -> None:
-        to_q[0, 0] = total[...]
+        to_q[0, 0] = acc[...]
 
 
 def _key_gradient_kernel(
-    first, last, q, keys, values, low, high, mask, lse, mean, gradient, to_keys, to_values, keys_sum, values_sum
+    first, last, q, keys, values, low, high, mask, lse, delta, gradient, to_keys, to_values, keys_sum, values_sum
 ):
     block, row_block = pl.program_id(2), pl.program_id(3)
 
@@ -183,7 +181,7 @@ def _key_gradient_kernel(
 
     @pl.when((first[batch, row_block] <= block) & (block <= last[batch, row_block]))
     def _() -> None:
-        weights, to_scores = _through_softmax(q, keys, values, low, high, mask, lse, mean, gradient, block)
+        weights, to_scores = _through_softmax(q, keys, values, low, high, mask, lse, delta, gradient, block)
         keys_sum[...] += dot(to_scores, q[0, 0], 0, 0)
         values_sum[...] += dot(weights, gradient[0, 0], 0, 0)
 
@@ -200,7 +198,7 @@ def _scores(q: Any, keys: Any, low: Any, high: Any, mask: Any, block: jax.Array)
 
 
 def _through_softmax(
-    q: Any, keys: Any, values: Any, low: Any, high: Any, mask: Any, lse: Any, mean: Any, gradient: Any,
+    q: Any, keys: Any, values: Any, low: Any, high: Any, mask: Any, lse: Any, delta: Any, gradient: Any,
     block: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Returns (weights, gradient of scores) of a block in the compute dtype; see `prefix_xla.through_softmax`."""
@@ -208,7 +206,7 @@ def _through_softmax(
     scores, visible = _scores(q, keys, low, high, mask, block)
     weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, MASKED) - lse[0, 0]), 0.0)
     to_weights = dot(gradient[0, 0], values[0, 0], 1, 1)
-    return weights.astype(q.dtype), (weights * (to_weights - mean[0, 0])).astype(q.dtype)
+    return weights.astype(q.dtype), (weights * (to_weights - delta[0, 0])).astype(q.dtype)
 
 
 def _columns(seen: Range) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -224,7 +222,7 @@ def _spec(kind: str, width: int = 1, *, rows_last: bool = False) -> pl.BlockSpec
     """Returns the block of an array for one program of the grid (batch, head, block of rows, step over blocks of keys);
     with `rows_last`, of the grid (batch, head, block of keys, block of rows)."""
 
-    def place(b: Any, g: Any, x: Any, y: Any, first: Any, last: Any) -> tuple[Any, Any]:
+    def place(b: Any, x: Any, y: Any, first: Any, last: Any) -> tuple[Any, Any]:
         """Returns (block of rows, block of keys). Steps past the last block of keys repeat its index, so that Pallas
         fetches nothing for them."""
         if rows_last:
@@ -232,10 +230,10 @@ def _spec(kind: str, width: int = 1, *, rows_last: bool = False) -> pl.BlockSpec
         return x, jnp.clip(first[b, x] + y, 0, jnp.maximum(last[b, x], 0))
 
     shape, index = {
-        "rows": ((1, 1, ROW_BLOCK, width), lambda b, g, *at: (b, g, place(b, g, *at)[0], 0)),
-        "keys": ((1, 1, KEY_BLOCK, width), lambda b, g, *at: (b, g, place(b, g, *at)[1], 0)),
-        "row numbers": ((1, ROW_BLOCK, 1), lambda b, g, *at: (b, place(b, g, *at)[0], 0)),
-        "key numbers": ((1, 1, KEY_BLOCK), lambda b, g, *at: (b, 0, place(b, g, *at)[1])),
+        "rows": ((1, 1, ROW_BLOCK, width), lambda b, g, *at: (b, g, place(b, *at)[0], 0)),
+        "keys": ((1, 1, KEY_BLOCK, width), lambda b, g, *at: (b, g, place(b, *at)[1], 0)),
+        "row numbers": ((1, ROW_BLOCK, 1), lambda b, g, *at: (b, place(b, *at)[0], 0)),
+        "key numbers": ((1, 1, KEY_BLOCK), lambda b, g, *at: (b, 0, place(b, *at)[1])),
     }[kind]
     return pl.BlockSpec(shape, index)
 

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.models.attention import MASKED
 from quietstar_jax.thoughts.attention.kernel_common import Range, bounds, dot, pad, pad_axis
-from quietstar_jax.thoughts.attention.prefix_xla import Sums, through_softmax
+from quietstar_jax.thoughts.attention.prefix_xla import SoftmaxState, through_softmax
 
 
 class Blocks(NamedTuple):
@@ -50,10 +50,10 @@ STAGES = 2
 LEAST = 16  # minimum size of each axis of a product
 
 
-def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, interpret: bool = False) -> Sums:
-    """Softmax sums of scaled queries [B, G, N, H] over keys and values [B, G, P, H]; `interpret` runs on any device.
+def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, interpret: bool = False) -> SoftmaxState:
+    """Softmax of scaled queries [B, G, N, H] over keys and values [B, G, P, H]; `interpret` runs on any device.
 
-    A row that sees no key has the peak `MASKED` and the total 0.
+    A row that sees no key has m = `MASKED` and l = 0.
 
     Raises:
       ConfigError: heads are wider than the kernels' blocks.
@@ -65,7 +65,7 @@ def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, in
     batch, groups, padded, full_width = q.shape
     of_rows, numbers = _of_head(blocks.rows), _of_sequence(blocks.rows)
     all_keys = _all_of_head(*keys.shape[2:])
-    sums = _call(
+    state = _call(
         _forward_kernel,
         "prefix_attention_forward",
         blocks,
@@ -81,32 +81,32 @@ def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, in
         *bounds(seen, length, blocks.rows, blocks.keys), q, seen.low, seen.high, keys, values,
         seen.mask.astype(jnp.int32),
     )  # fmt: skip
-    peak, total, context = (x[:, :, :rows] for x in sums)
-    return Sums(peak[..., None], total[..., None], context[..., :width])
+    m, l, acc = (x[:, :, :rows] for x in state)
+    return SoftmaxState(m[..., None], l[..., None], acc[..., :width])
 
 
 def backward(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, lse: jax.Array, mean: jax.Array,
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, lse: jax.Array, delta: jax.Array,
     gradient: jax.Array, *, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Returns the gradients of queries, keys and values, float32, from recomputed scores.
 
     Args:
-      lse: [B, G, N, 1] log-sum-exp over prefix and chain; mean: [B, G, N, 1] the gradient times the context,
+      lse: [B, G, N, 1] log-sum-exp over prefix and chain; delta: [B, G, N, 1] the gradient times the context,
         summed over H; gradient: [B, G, N, H] of the context.
     """
     rows, length, width = q.shape[2], keys.shape[2], q.shape[3]
     blocks = _blocks(BACKWARD, q)
     q, keys, values, gradient = _pad_heads(q, keys, values, gradient)
     q, keys, values, seen = pad(q, keys, values, seen, blocks.rows, blocks.keys)
-    lse, mean, gradient = (pad_axis(x, 2, blocks.rows) for x in (lse, mean, gradient))
+    lse, delta, gradient = (pad_axis(x, 2, blocks.rows) for x in (lse, delta, gradient))
     batch, groups, padded, full_width = q.shape
     full_length = keys.shape[2]
     visited = bounds(seen, length, blocks.rows, blocks.keys)
-    of_rows = (q, gradient, lse[..., 0], mean[..., 0], seen.low, seen.high)
+    of_rows = (q, gradient, lse[..., 0], delta[..., 0], seen.low, seen.high)
     of_keys = (keys, values, seen.mask.astype(jnp.int32))
 
-    own_rows, row_numbers = _of_head(blocks.rows, full_width), _of_sequence(blocks.rows)
+    row_spec, row_numbers = _of_head(blocks.rows, full_width), _of_sequence(blocks.rows)
     all_keys = _all_of_head(full_length, full_width)
     (to_q,) = _call(
         _query_gradient_kernel,
@@ -114,15 +114,15 @@ def backward(
         blocks,
         grid=(padded // blocks.rows, groups, batch),
         in_specs=[
-            _of_sequence(1), _of_sequence(1), own_rows, own_rows, _of_head(blocks.rows), _of_head(blocks.rows),
+            _of_sequence(1), _of_sequence(1), row_spec, row_spec, _of_head(blocks.rows), _of_head(blocks.rows),
             row_numbers, row_numbers, all_keys, all_keys, _all_of_sequence(full_length),
         ],
-        out_specs=[own_rows],
+        out_specs=[row_spec],
         out_shapes=[q.shape],
         interpret=interpret,
     )(*visited, *of_rows, *of_keys)  # fmt: skip
 
-    own_keys, all_rows, all_numbers = _of_head(blocks.keys, full_width), _all_of_head(padded), _all_of_sequence(padded)
+    key_spec, all_rows, all_numbers = _of_head(blocks.keys, full_width), _all_of_head(padded), _all_of_sequence(padded)
     every_row = _all_of_head(padded, full_width)
     to_keys, to_values = _call(
         _key_gradient_kernel,
@@ -131,72 +131,74 @@ def backward(
         grid=(full_length // blocks.keys, groups, batch),
         in_specs=[
             _of_sequence(1), _of_sequence(1, padded // blocks.rows), every_row, every_row, all_rows, all_rows,
-            all_numbers, all_numbers, own_keys, own_keys, _of_sequence(blocks.keys),
+            all_numbers, all_numbers, key_spec, key_spec, _of_sequence(blocks.keys),
         ],
-        out_specs=[own_keys, own_keys],
+        out_specs=[key_spec, key_spec],
         out_shapes=[keys.shape, keys.shape],
         interpret=interpret,
     )(*_visitors(*visited, full_length // blocks.keys), *of_rows, *of_keys)  # fmt: skip
     return to_q[:, :, :rows, :width], to_keys[:, :, :length, :width], to_values[:, :, :length, :width]
 
 
-def _forward_kernel(first, last, q, low, high, keys, values, mask, peak_out, total_out, context_out, *, blocks: Blocks):
+def _forward_kernel(first, last, q, low, high, keys, values, mask, m_out, l_out, acc_out, *, blocks: Blocks):
     # q [rows, H], low and high [rows] are the program's block; keys, values [P, H] and mask [P] are whole, and the loop
     # loads a block at a time. first, last [1] are the key blocks of this block of rows.
     rows, seen = q[...], (low[...][:, None], high[...][:, None])
 
-    def block(i: jax.Array, sums: tuple) -> tuple:
-        peak, total, context = sums
+    def block(i: jax.Array, state: tuple) -> tuple:
+        m, l, acc = state
         at = pl.ds(i * blocks.keys, blocks.keys)
         visible = _visible(_numbers(i, blocks.keys)[None, :], *seen, mask[at][None, :])
         scores = dot(rows, keys[at, :], 1, 1)
-        # Old sums are rescaled to the new peak, as in `prefix_xla.add_blocks`. While a row has seen no key, its peak is
-        # MASKED and exp(scores - higher) is meaningless: the outer `where` sets these weights to 0.
-        higher = jnp.maximum(peak, jnp.where(visible, scores, MASKED).max(axis=1))
-        weights = jnp.where(visible, jnp.exp(scores - higher[:, None]), 0.0)
-        shrink = jnp.exp(peak - higher)
+        # l and acc are rescaled to the new m, as in `prefix_xla.add_blocks`. While a row has seen no key, its m is
+        # MASKED and exp(scores - new_m) is meaningless: the outer `where` sets these weights to 0.
+        new_m = jnp.maximum(m, jnp.where(visible, scores, MASKED).max(axis=1))
+        weights = jnp.where(visible, jnp.exp(scores - new_m[:, None]), 0.0)
+        rescale = jnp.exp(m - new_m)
         added = dot(weights.astype(values.dtype), values[at, :], 1, 0)
-        return higher, total * shrink + weights.sum(axis=1), context * shrink[:, None] + added
+        return new_m, l * rescale + weights.sum(axis=1), acc * rescale[:, None] + added
 
     none = jnp.full((blocks.rows,), MASKED, jnp.float32), jnp.zeros((blocks.rows,), jnp.float32)
-    sums = jax.lax.fori_loop(first[0], last[0] + 1, block, (*none, jnp.zeros(rows.shape, jnp.float32)))
-    peak_out[...], total_out[...], context_out[...] = sums
+    state = jax.lax.fori_loop(first[0], last[0] + 1, block, (*none, jnp.zeros(rows.shape, jnp.float32)))
+    m_out[...], l_out[...], acc_out[...] = state
 
 
-def _query_gradient_kernel(first, last, q, gradient, lse, mean, low, high, keys, values, mask, to_q, *, blocks: Blocks):
+def _query_gradient_kernel(
+    first, last, q, gradient, lse, delta, low, high, keys, values, mask, to_q, *, blocks: Blocks
+):
     rows, of_context, seen = q[...], gradient[...], (low[...][:, None], high[...][:, None])
-    saved = lse[...][:, None], mean[...][:, None]
+    saved = lse[...][:, None], delta[...][:, None]
 
-    def block(i: jax.Array, total: jax.Array) -> jax.Array:
+    def block(i: jax.Array, acc: jax.Array) -> jax.Array:
         at = pl.ds(i * blocks.keys, blocks.keys)
         block_keys = keys[at, :]
         visible = _visible(_numbers(i, blocks.keys)[None, :], *seen, mask[at][None, :])
         scores = jnp.where(visible, dot(rows, block_keys, 1, 1), MASKED)
         to_weights = dot(of_context, values[at, :], 1, 1)
         _, to_scores = through_softmax(scores, to_weights, *saved, q.dtype)
-        return total + dot(to_scores, block_keys, 1, 0)
+        return acc + dot(to_scores, block_keys, 1, 0)
 
     to_q[...] = jax.lax.fori_loop(first[0], last[0] + 1, block, jnp.zeros(rows.shape, jnp.float32))
 
 
 def _key_gradient_kernel(
-    count, order, q, gradient, lse, mean, low, high, keys, values, mask, to_keys, to_values, *, blocks: Blocks
+    count, order, q, gradient, lse, delta, low, high, keys, values, mask, to_keys, to_values, *, blocks: Blocks
 ):
     """Scores are [keys, rows] here, so that the products that are summed need no transposed operand."""
     # count [1] row blocks see this block of keys; the loop visits order[0, :count] and skips the others.
-    own_keys, own_values = keys[...], values[...]
+    block_keys, block_values = keys[...], values[...]
     numbers, real = _numbers(pl.program_id(0), blocks.keys)[:, None], mask[...][:, None]
 
     def block(i: jax.Array, sums: tuple) -> tuple:
         at = pl.ds(order[0, i] * blocks.rows, blocks.rows)
         rows, of_context = q[at, :], gradient[at, :]
         visible = _visible(numbers, low[at][None, :], high[at][None, :], real)
-        scores = jnp.where(visible, dot(own_keys, rows, 1, 1), MASKED)
-        to_weights = dot(own_values, of_context, 1, 1)
-        weights, to_scores = through_softmax(scores, to_weights, lse[at][None, :], mean[at][None, :], q.dtype)
+        scores = jnp.where(visible, dot(block_keys, rows, 1, 1), MASKED)
+        to_weights = dot(block_values, of_context, 1, 1)
+        weights, to_scores = through_softmax(scores, to_weights, lse[at][None, :], delta[at][None, :], q.dtype)
         return sums[0] + dot(to_scores, rows, 1, 0), sums[1] + dot(weights, of_context, 1, 0)
 
-    zeros = jnp.zeros(own_keys.shape, jnp.float32)
+    zeros = jnp.zeros(block_keys.shape, jnp.float32)
     to_keys[...], to_values[...] = jax.lax.fori_loop(0, count[0], block, (zeros, zeros))
 
 

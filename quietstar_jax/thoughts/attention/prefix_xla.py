@@ -25,49 +25,49 @@ KEY_BLOCK = 64  # prefix keys per block
 Cut = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
-class Sums(NamedTuple):
-    """Running sums of a softmax over the keys visited so far, relative to the largest score.
+class SoftmaxState(NamedTuple):
+    """State of a softmax over the keys visited so far, with the names of FlashAttention.
 
-    The result over these keys is context / total; its log-sum-exp is peak + log(total).
+    The output over these keys is acc / l; their log-sum-exp is m + log(l).
 
     Attributes:
-      peak, total: [..., 1] float32, the largest score and the sum of exp(score - peak).
-      context: [..., H] float32, the sum of exp(score - peak) times the values.
+      m, l: [..., 1] float32, the largest score and the sum of exp(score - m).
+      acc: [..., H] float32, the sum of exp(score - m) times the values.
     """
 
-    peak: jax.Array
-    total: jax.Array
-    context: jax.Array
+    m: jax.Array
+    l: jax.Array
+    acc: jax.Array
 
 
-def prefix_fwd(q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, own: Sums) -> Sums:
-    """Returns sums over chain and prefix: q [B, G, R, J, X, H] scaled; keys, values [B, G, P, H]; own: the chain's."""
+def prefix_fwd(q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, chain: SoftmaxState) -> SoftmaxState:
+    """Adds the prefix to the softmax of the chain: q [B, G, R, J, X, H] scaled; keys, values [B, G, P, H]."""
     width = min(KEY_BLOCK, keys.shape[2])
-    return add_blocks(q, seen, own, width, lambda start: (_cut(keys, start, width), _cut(values, start, width)))
+    return add_blocks(q, seen, chain, width, lambda start: (_cut(keys, start, width), _cut(values, start, width)))
 
 
-def add_blocks(q: jax.Array, seen: ChainMask, own: Sums, width: int, cut: Cut) -> Sums:
+def add_blocks(q: jax.Array, seen: ChainMask, chain: SoftmaxState, width: int, cut: Cut) -> SoftmaxState:
     """As `prefix_fwd`, where `cut(start)` reads `width` keys and values [B, G, width, H] from key `start` on."""
 
-    def block(i: jax.Array, sums: Sums) -> Sums:
+    def block(i: jax.Array, state: SoftmaxState) -> SoftmaxState:
         start, visible = _block(i, width, seen)
         block_keys, block_values = cut(start)
         scores = jnp.where(visible, dot("bgrjxh,bgph->bgrjxp", q, block_keys), MASKED)
-        # Old sums are relative to the old peak: exp(score - higher) = exp(score - peak) * exp(peak - higher). The peak
-        # starts as that of the chain, a real score, so that masked keys get the weight exp(MASKED - higher) = 0.
-        higher = jnp.maximum(sums.peak, scores.max(axis=-1, keepdims=True))
-        weights, shrink = jnp.exp(scores - higher), jnp.exp(sums.peak - higher)
+        # The old state is relative to the old maximum: exp(score - m) = exp(score - state.m) * exp(state.m - m). The
+        # maximum starts as that of the chain, a real score, so that masked keys get the weight exp(MASKED - m) = 0.
+        m = jnp.maximum(state.m, scores.max(axis=-1, keepdims=True))
+        weights, rescale = jnp.exp(scores - m), jnp.exp(state.m - m)
         added = dot("bgrjxp,bgph->bgrjxh", weights.astype(block_values.dtype), block_values)
-        total = sums.total * shrink + weights.sum(axis=-1, keepdims=True)
-        return Sums(higher, total, sums.context * shrink + added)
+        l = state.l * rescale + weights.sum(axis=-1, keepdims=True)
+        return SoftmaxState(m, l, state.acc * rescale + added)
 
     if seen.mask.shape[1] == width:  # one block
-        return block(jnp.int32(0), own)
-    return jax.lax.fori_loop(*_blocks(seen, width), block, own)
+        return block(jnp.int32(0), chain)
+    return jax.lax.fori_loop(*_blocks(seen, width), block, chain)
 
 
 def prefix_bwd(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, lse: jax.Array, mean: jax.Array,
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, lse: jax.Array, delta: jax.Array,
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Returns the prefix part of the gradients of queries, keys and values, float32, from recomputed scores.
@@ -75,7 +75,7 @@ def prefix_bwd(
     Keys and values are shared by all chains: their gradients sum over R, J and X.
 
     Args:
-      lse: [B, G, R, J, X, 1] log-sum-exp over prefix and chain; mean: [B, G, R, J, X, 1], the gradient times the
+      lse: [B, G, R, J, X, 1] log-sum-exp over prefix and chain; delta: [B, G, R, J, X, 1], the gradient times the
         context, summed over H; gradient: of the context.
     """
     width = min(KEY_BLOCK, keys.shape[2])
@@ -86,7 +86,7 @@ def prefix_bwd(
         block_keys, block_values = _cut(keys, start, width), _cut(values, start, width)
         scores = jnp.where(visible, dot("bgrjxh,bgph->bgrjxp", q, block_keys), MASKED)
         to_weights = dot("bgrjxh,bgph->bgrjxp", gradient, block_values)
-        weights, to_scores = through_softmax(scores, to_weights, lse, mean, q.dtype)
+        weights, to_scores = through_softmax(scores, to_weights, lse, delta, q.dtype)
         to_q += dot("bgrjxp,bgph->bgrjxh", to_scores, block_keys)
         to_keys = _add_block(start, to_keys, dot("bgrjxp,bgrjxh->bgph", to_scores, q))
         to_values = _add_block(start, to_values, dot("bgrjxp,bgrjxh->bgph", weights, gradient))
@@ -97,15 +97,15 @@ def prefix_bwd(
 
 
 def through_softmax(
-    scores: jax.Array, to_weights: jax.Array, lse: jax.Array, mean: jax.Array, dtype: jnp.dtype
+    scores: jax.Array, to_weights: jax.Array, lse: jax.Array, delta: jax.Array, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (weights p, gradient of scores) in the compute dtype, for some of the keys of a softmax.
 
-    The gradient of score i is p_i (to_weights_i - sum_k p_k to_weights_k). The sum over all keys is `mean`, which
+    The gradient of score i is p_i (to_weights_i - sum_k p_k to_weights_k). The sum over all keys is `delta`, which
     equals gradient . context, so a block of keys needs nothing from the other blocks.
     """
     weights = jnp.exp(scores - lse)
-    return weights.astype(dtype), (weights * (to_weights - mean)).astype(dtype)
+    return weights.astype(dtype), (weights * (to_weights - delta)).astype(dtype)
 
 
 def dot(equation: str, *operands: Any) -> jax.Array:

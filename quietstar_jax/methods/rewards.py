@@ -18,14 +18,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.thoughts.registry import Registry
+from quietstar_jax.methods.registry import Registry
 
 RewardFn = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
-REWARDS: Registry[RewardFn] = Registry()
+REWARDS: Registry[RewardFn] = Registry(discounted=False)
 
 
 @REWARDS.register(
-    formula=r"\sum_k \gamma^k (\mathrm{nll}^{base}_k - \mathrm{nll}^{talk}_{r,k})",
+    formula=r"\sum_k \gamma^k (\mathrm{nll}^{\mathrm{base}}_k - \mathrm{nll}^{\mathrm{talk}}_{r,k})",
     assumes="Any K and R. Nats are unbounded: one very unlikely token can dominate the position.",
     source="Quiet-STaR, RLP, JEPO",
     discounted=True,
@@ -39,10 +39,9 @@ def information_gain(base_nll: jax.Array, talk_nll: jax.Array, real: jax.Array, 
 
 
 @REWARDS.register(
-    formula=r"\exp(-\sum_k \mathrm{nll}^{talk}_{r,k})",
+    formula=r"\exp(-\sum_k \mathrm{nll}^{\mathrm{talk}}_{r,k})",
     assumes="Small K: the probability of many tokens together is near 0 for every thought.",
     source="VeriFree; for K = 1 the expectation of RPT's 0/1 reward",
-    discounted=False,
 )
 def probability(base_nll: jax.Array, talk_nll: jax.Array, real: jax.Array, discount: float) -> jax.Array:
     """Probability of the K true tokens together after the thought; bounded, so rare tokens do not dominate."""
@@ -50,10 +49,9 @@ def probability(base_nll: jax.Array, talk_nll: jax.Array, real: jax.Array, disco
 
 
 @REWARDS.register(
-    formula=r"\frac1K \sum_k \exp(-\mathrm{nll}^{talk}_{r,k})",
+    formula=r"\frac1K \sum_k \exp(-\mathrm{nll}^{\mathrm{talk}}_{r,k})",
     assumes="Any K and R. Bounded; a token that is certain already gives no reward to any thought.",
     source="RLPR",
-    discounted=False,
 )
 def mean_probability(base_nll: jax.Array, talk_nll: jax.Array, real: jax.Array, discount: float) -> jax.Array:
     """Mean probability of each of the K true tokens after the thought."""

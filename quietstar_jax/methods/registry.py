@@ -1,6 +1,6 @@
 """Named functions that a setting selects: rewards, advantages, mixings. A new one is a function with a decorator.
 
-The settings, the table in docs/objectives.md, the export and the report page all read these registries.
+The choices of the settings and the tables in docs/objectives.md come from these registries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Entry(Generic[F]):
       formula: TeX.
       assumes: what must hold for it to make sense, in a sentence.
       source: who uses it.
-      traits: further facts of this registry, by name.
+      traits: what other code must know about the function, by name; every entry of a registry has the same names.
     """
 
     fn: F
@@ -32,19 +32,29 @@ class Entry(Generic[F]):
 
 
 class Registry(dict[str, Entry[F]]):
-    """Entries by name, in the order of registration."""
+    """Entries by name, in the order of registration.
+
+    Args:
+      traits: the traits of this registry, with the values of entries that do not set them.
+    """
+
+    def __init__(self, **traits: Any):
+        super().__init__()
+        self._traits = traits
 
     def register(self, *, formula: str, assumes: str, source: str, **traits: Any) -> Callable[[F], F]:
         """Returns a decorator that registers a function under its own name.
 
         Raises:
-          ValueError: the name is taken.
+          ValueError: the name is taken, or the registry has no such trait.
         """
+        if unknown := sorted(traits.keys() - self._traits.keys()):
+            raise ValueError(f"Unknown traits {unknown}; known are {sorted(self._traits)}.")
 
         def add(fn: F) -> F:
             if fn.__name__ in self:
                 raise ValueError(f"{fn.__name__} is registered twice. Rename one of the functions.")
-            self[fn.__name__] = Entry(fn, formula, assumes, source, traits)
+            self[fn.__name__] = Entry(fn, formula, assumes, source, self._traits | traits)
             return fn
 
         return add

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.thoughts.registry import Registry
+from quietstar_jax.methods.registry import Registry
 
 AdvantageFn = Callable[[jax.Array, jax.Array | None], jax.Array]
-ADVANTAGES: Registry[AdvantageFn] = Registry()
+ADVANTAGES: Registry[AdvantageFn] = Registry(one_thought_is_zero=False, needs_batch_std=False)
 EPSILON = 1e-6  # added to standard deviations
 
 
@@ -52,8 +52,8 @@ def group_std(rewards: jax.Array, batch_std: jax.Array | None) -> jax.Array:
 
 
 @ADVANTAGES.register(
-    formula=r"(s_r - \bar s) / (\mathrm{std}_{batch}(s) + \epsilon)",
-    assumes="A batch large enough for its standard deviation. Costs one more forward pass over the chains.",
+    formula=r"(s_r - \bar s) / (\mathrm{std}_{\mathrm{batch}}(s) + \epsilon)",
+    assumes="A batch large enough for its standard deviation. Costs one more forward pass.",
     source='TRL, `scale_rewards="batch"`',
     needs_batch_std=True,
 )
@@ -77,7 +77,7 @@ def log_mean_exp(rewards: jax.Array, batch_std: jax.Array | None) -> jax.Array:
 
 
 @ADVANTAGES.register(
-    formula=r"w_r = \mathrm{softmax}_r(s)",
+    formula=r"w_r = e^{s_r} / \sum_q e^{s_q}",
     assumes="Rewards in nats. Never negative: every thought is made more likely, the better ones more.",
     source="EM, TRICE, BoLT",
 )

@@ -1,0 +1,76 @@
+"""Mixings of the predictions without and with a thought. To add one, write a function here and decorate it.
+
+Every mixing is a function `(logits, base_hidden, talk_hidden, weight) -> (scores, weight)`:
+
+  logits: the LM head, linear: hidden states [.., D] -> float32 [.., V].
+  base_hidden: [B, J, K, D] hidden states h of the text; talk_hidden: [B, R, J, K, D] hidden states h' after thoughts.
+  weight: [B, R, J, K] float32, the output of the mixing head; None if the entry is registered with `head=False`.
+  scores: [B, R, J, K, V] float32, logits; log-probabilities if registered with `log_probs=True`.
+  weight, as returned: the share w of the prediction after the thought. Where it is exactly 0, the prediction must be
+    that of the text, because the loss there is replaced by the loss of the text (see `score_thoughts`).
+
+Traits:
+
+  log_probs: the cross-entropy of a token is minus its score; the scores need not be normalized.
+  head: whether the mixing head computes the weight (paper section 4.3).
+
+An export also needs the same function in torch: add it to `MIXINGS` in export_hf/torch_module.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from quietstar_jax.methods.registry import Registry
+
+Logits = Callable[[jax.Array], jax.Array]
+MixingFn = Callable[[Logits, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+MIXINGS: Registry[MixingFn] = Registry(log_probs=False, head=True)
+
+
+@MIXINGS.register(
+    formula=r"\mathrm{logits}(h) + w\,\mathrm{logits}(h' - h)",
+    assumes="A linear LM head. The weight is not bounded; it starts at 0, as if there were no thoughts.",
+    source="Quiet-STaR, published code",
+)
+def hidden_states(
+    logits: Logits, base_hidden: jax.Array, talk_hidden: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Logits of the mixed hidden state (1 - w) h + w h'.
+
+    Computed as logits(h) + w logits(h' - h): in bfloat16, adding a small w h' to h would round it away, and with it
+    nearly every early reward.
+    """
+    change = logits(talk_hidden - base_hidden[:, None])
+    return logits(base_hidden)[:, None] + weight[..., None] * change, weight
+
+
+@MIXINGS.register(
+    formula=r"(1 - w) \log p + w \log p'",
+    assumes="0 < w < 1, by a sigmoid; 1/2 at the start. The mixture is not normalized.",
+    source="Quiet-STaR, paper",
+    log_probs=True,
+)
+def log_probabilities(
+    logits: Logits, base_hidden: jax.Array, talk_hidden: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mixed log-probabilities. Without the sigmoid, the cross-entropy would have no lower bound."""
+    weight = jax.nn.sigmoid(weight)
+    # base [B, 1, J, K, V] is computed once and broadcast over the R thoughts.
+    base, after_thought = jax.nn.log_softmax(logits(base_hidden))[:, None], jax.nn.log_softmax(logits(talk_hidden))
+    return (1.0 - weight[..., None]) * base + weight[..., None] * after_thought, weight
+
+
+@MIXINGS.register(
+    formula=r"\mathrm{logits}(h')",
+    assumes="w = 1: nothing limits what a bad thought does to the prediction.",
+    source="RLP, JEPO, LaTRO",
+    head=False,
+)
+def none(logits: Logits, base_hidden: jax.Array, talk_hidden: jax.Array, weight: None) -> tuple[jax.Array, jax.Array]:
+    """The prediction after the thought alone."""
+    return logits(talk_hidden), jnp.ones(talk_hidden.shape[:-1], jnp.float32)
