@@ -50,15 +50,15 @@ def uninterrupted(tmp_path_factory):
 )
 def test_resumed_bit_for_bit_wherever_the_notice_comes(uninterrupted, tmp_path, monkeypatch, asked, number, status):
     """The notice comes when the run asks for it for the n-th time: after steps, and before batches of evaluation."""
-    given = PreemptionNotice.given
+    signal_now = PreemptionNotice.signal_now
 
     def notice(self: PreemptionNotice) -> int:
         if self._asked + 1 == asked:
             signal.raise_signal(number)
-        return given(self)
+        return signal_now(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(PreemptionNotice, "given", notice)
+        patched.setattr(PreemptionNotice, "signal_now", notice)
         with pytest.raises(PreemptedError) as error:
             train(tiny_config(tmp_path))
     assert error.value.status == status
