@@ -231,7 +231,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--samples": dict(
         type=integer_from(0),
         metavar="N",
-        help="random samples: of steps (*_cot; default: 8), of each thought (language_modeling: 0, report: 3)",
+        help="random samples of steps (*_cot: 8) or of each thought (report: 3; language_modeling: 0)",
     ),
     "--seed": dict(type=integer_from(0), default=0, metavar="N", help="seed of all random numbers (default: 0)"),
     "--batch-size": dict(

@@ -186,9 +186,9 @@ def _score_tails(
     positions = length - 1 - count + jnp.arange(count)  # those that predict the scored tokens
     # All draws are by the index of a token in its own text, so that they do not depend on the batch or the padding.
     index = jnp.maximum(jnp.arange(length) - jnp.argmax(mask, axis=1)[:, None], 0)
-    samples = use.samples if use else 0
-    wanted = None
-    if samples:
+    wanted, samples = None, 0
+    if use and use.samples:
+        samples = use.samples
         uniforms = _by_text(draw_uniforms, use.seed, 0, numbers, index, samples, settings.thought_length)
     else:  # only controls draw
         drawn = draw_uniforms(jax.random.key(0), (1, 1, length, settings.thought_length))

@@ -53,7 +53,7 @@ def summarize_use(columns: Sequence[TokenScores], seed: int, samples: int = 0) -
       loss, its interval, and the paired `change` from share 0.
     """
     losses = WindowLosses(np.array([column.base.nll.size for column in columns]), seed)
-    uses = [column.use for column in columns]
+    uses: list[Any] = [column.use for column in columns]
     alone, empty = (_totals([getattr(use, name) for use in uses]) for name in ("thought_only", "empty_only"))
     found: dict[str, Any] = {"thought_only_loss": losses.loss(alone)["nats_per_token"]}
     found["thought_only"] = {

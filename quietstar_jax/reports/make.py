@@ -125,14 +125,12 @@ def measure_use(
         TokenScores(*scores[:3], *jax.tree.map(lambda x: x[0], scores[3:]))
         for scores in observe(model, settings, windows[:some], samples=0, seed=seed, kinds=KINDS)
     ]
-    found = {"tokens": int(ends[some - 1])} | {
-        mode: float(np.concatenate(nll).mean(dtype=np.float64))
-        for mode, nll in (
-            ("without_thoughts", [scores.base.nll for scores in greedy]),
-            ("with_thoughts", [scores.talk.nll for scores in greedy]),
-        )
+    found: dict[str, Any] = {
+        "tokens": int(ends[some - 1]),
+        "without_thoughts": float(np.concatenate([scores.base.nll for scores in greedy]).mean(dtype=np.float64)),
+        "with_thoughts": float(np.concatenate([scores.talk.nll for scores in greedy]).mean(dtype=np.float64)),
+        **summarize_use(greedy, seed),
     }
-    found |= summarize_use(greedy, seed)
     if len(seen[0].thoughts) > 1:
         sampled = [TokenScores(*scores[:3], *jax.tree.map(lambda x: x[1:], scores[3:])) for scores in seen]
         found["ensembles"] = ensembles(sampled, seed)

@@ -12,7 +12,7 @@ from quietstar_jax.reports.svg import Chart, Range, number
 
 CHANGES = {
     "delete": "deleted, random places",
-    "replace": "replaced by random tokens",
+    "replace": "replaced at random",
     "truncate": "cut off at the end",
     "shuffle": "shuffled, random places",
 }
@@ -48,7 +48,7 @@ def _perturbation_curve(kind: str, rows: Sequence[Mapping[str, Any]], without: f
     chart.line([(row["percent"], row["nats_per_token"]) for row in rows], "line-b")
     for row in rows:
         x, low_high = row["percent"], _whisker(row, rows[0])
-        if low_high:
+        if x and low_high:
             chart.line([(x, y) for y in low_high], "whisker")
         tip = f"{x} % ({row['changed_tokens']} tokens): {row['nats_per_token']:.4f} nats per token"
         chart.dot(x, row["nats_per_token"], "mean", f"{tip}, change {row['change']['difference']:+.4f}", radius=3)
@@ -82,8 +82,10 @@ def thought_only_bars(use: Mapping[str, Any]) -> str:
         "What the thought says by itself", drawing,
         "“Thought only”: the thought was written with the text in view, then read again with the text hidden from "
         "it, and the next token predicted from that alone, without mixing. “Empty only” is the same with a thought of "
-        "no tokens: it knows nothing about the place in the text. The difference, "
-        f"{_with_interval(gain)}, is what the tokens of the thought say about the next token.",
+        "no tokens: it knows nothing about the place in the text. The tokens of the thought gain "
+        f"{_with_interval(gain)}. Above zero, they say something about the next token that the model can read by "
+        "itself. At or below zero, they do not, or they mislead without the text: the model was not trained to predict "
+        "without it.",
     )  # fmt: skip
 
 

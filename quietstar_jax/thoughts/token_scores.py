@@ -130,8 +130,10 @@ class TokenScores(NamedTuple):
         talk = first.talk._replace(nll=mean(self.talk.nll), correct=mean(self.talk.correct))
         ensemble = ensemble_nll(self.talk.nll, axis=1)
         use = None if self.use is None else jax.tree.map(mean, self.use)._replace(ensemble=ensemble)
-        rest = map(mean, (self.reward, self.weight, self.thought_entropy))
-        return TokenScores(*self[:3], talk, *rest, first.thoughts, use)
+        return first._replace(
+            talk=talk, reward=mean(self.reward), weight=mean(self.weight), thought_entropy=mean(self.thought_entropy),
+            use=use,
+        )  # fmt: skip
 
 
 def ensemble_nll(nll: np.ndarray, axis: int) -> np.ndarray:
@@ -205,11 +207,12 @@ def score_use(
 
     def curve(kind: str) -> tuple[jax.Array, ...]:
         draws = jax.tree.map(lambda x: jnp.take(x, positions, axis=2), wanted.draws)
-        own, found = dict(vocab_size=model.decoder.architecture.vocab_size, meta_tokens=settings.meta_tokens), {0: nll}
+        size, meta_tokens, found = model.decoder.architecture.vocab_size, settings.meta_tokens, {0: nll}
         counts = [changed_tokens(length, percent) for percent in PERCENTS]
         for count in counts:
             if count not in found:
-                found[count] = score(perturb(thoughts, draws, kind, count, **own), settings)
+                changed = perturb(thoughts, draws, kind, count, vocab_size=size, meta_tokens=meta_tokens)
+                found[count] = score(changed, settings)
         return tuple(found[count] for count in counts)
 
     unmixed = dataclasses.replace(settings, config=alone)
