@@ -1,8 +1,8 @@
-"""Down to no thought: ever shorter thoughts, then the prediction without a thought learns what the thought gave.
+"""Progressively shorter thoughts, then distillation of the prediction with thoughts into the one without thoughts.
 
 The lengths are those of Fast Quiet-STaR (arXiv 2505.17746): thoughts of 13, 9 and 5 tokens before 8, 4 and 4 tokens.
-Its last stage rewards predictions without thoughts, with a reward that does not depend on what is sampled; here a phase
-of distillation takes its place (docs/objectives.md). Afterwards the model needs no thoughts: `--thoughts off`.
+Its last stage rewards predictions without thoughts, with a reward that does not depend on the sampled token; here, a
+phase of distillation replaces it (docs/objectives.md). Afterwards the model needs no thoughts: `--thoughts off`.
 """
 
 import ml_collections

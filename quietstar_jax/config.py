@@ -4,8 +4,8 @@ A file in `configs/` builds an `ml_collections.ConfigDict` with `default_config(
 command line may override any setting (`--config.data.sequence_length=512`). `from_config_dict` then converts it to a
 `Config`; one error lists every unknown key, wrong type and impossible value.
 
-The type of a field says which values it accepts and when a resumed run may change it (`OnResume`); the comment on a
-field says what it means. `make docs` writes all of this to docs/configuration.md.
+The type of a field determines which values it accepts and when a resumed run may change it (`OnResume`); the comment on
+a field explains its meaning. `make docs` writes all of this to docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -105,13 +105,14 @@ class ThoughtConfig:
     end_token: str = "<|endthought|>"  # the same for the end of a thought
     initial_start_token: str = "---"  # text whose mean embedding initializes the start embedding
     initial_end_token: str = "---"  # text whose mean embedding initializes the end embedding
-    embedding_scale: Positive[float] = 100.0  # both embeddings are stored divided by this: Adam moves them that much
-    # faster
-    sampling_temperature: Thinking[Positive[float]] = 1.0  # of the tokens of thoughts in training
-    score_temperature: Reinforce[Positive[float]] = 3.0  # of the log-probabilities that REINFORCE raises
-    reward: Reinforce[Reward] = "information_gain"  # of a thought, see docs/objectives.md
-    discount: Reinforce[Portion] = 1.0  # the k-th token after a thought counts discount^k in its reward, k = 0 .. K - 1
-    advantage: Reinforce[Advantage] = "mean"  # of a thought over the others of its position, see docs/objectives.md
+    embedding_scale: Positive[float] = 100.0  # both embeddings are stored divided by this number: Adam changes them
+    # faster by this factor
+    sampling_temperature: Thinking[Positive[float]] = 1.0  # at which thought tokens are sampled in training
+    score_temperature: Reinforce[Positive[float]] = 3.0  # of the log-probabilities that REINFORCE increases
+    reward: Reinforce[Reward] = "information_gain"  # reward of a thought, see docs/objectives.md
+    discount: Reinforce[Portion] = 1.0  # the k-th token after a thought has the weight discount^k in its reward,
+    # k = 0 .. K - 1
+    advantage: Reinforce[Advantage] = "mean"  # how rewards of a position are compared, see docs/objectives.md
     advantage_scale: Reinforce[Literal["none", "batch"]] = "none"  # `batch` divides advantages by their standard
     # deviation over the batch, at the cost of one more forward pass
     advantage_clip: Reinforce[NonNegative[float]] = 0.0  # bound of the absolute value of an advantage, after the scale;
@@ -125,24 +126,26 @@ class ThoughtConfig:
     clip_epsilon: Reinforce[Below1] = 0.0  # clip this ratio to 1 - epsilon .. 1 + epsilon in PPO's surrogate; 0 = off
     entropy_bonus: Reinforce[NonNegative[float]] = 0.0  # weight of the entropy of thought tokens at temperature 1, in
     # nats, which is maximized
-    entropy_target: NonNegative[float] = 0.0  # nats; `entropy_bonus` changes after each step to hold this; 0 = constant
-    entropy_bonus_step: Reinforce[Positive[float]] = 0.001  # by which `entropy_bonus` changes
+    entropy_target: NonNegative[float] = 0.0  # nats; `entropy_bonus` is adapted after each step to reach this;
+    # 0 = `entropy_bonus` is constant
+    entropy_bonus_step: Reinforce[Positive[float]] = 0.001  # amount by which `entropy_bonus` changes in a step
     entropy_bonus_max: Reinforce[Positive[float]] = 1.0  # largest adapted `entropy_bonus`
     kl_weight: NonNegative[float] = 0.0  # weight of the KL divergence of thought tokens to the initial weights, which
     # are then kept in memory and in checkpoints
-    kl_in_reward: NonNegative[float] = 0.0  # the reward falls by this for each nat by which a thought is likelier than
-    # under the initial weights (LaTRO)
-    talk_reduction: Thinking[Literal["mean", "log_mean_exp"]] = "mean"  # of the loss with thoughts over the thoughts
-    # of a position: their mean as published, or the loss of their ensemble
-    mixing: Thinking[Mixing] = "hidden_states"  # of predictions with and without thought: `hidden_states` as in the
-    # published code, `log_probabilities` as in the paper (weight through a sigmoid), `none` = the thought alone, see
-    # docs/objectives.md
+    kl_in_reward: NonNegative[float] = 0.0  # the reward decreases by this for each nat by which a thought is more
+    # likely than under the initial weights (LaTRO)
+    talk_reduction: Thinking[Literal["mean", "log_mean_exp"]] = "mean"  # how the losses with the thoughts of a
+    # position are combined: their mean, as published, or the loss of their ensemble
+    mixing: Thinking[Mixing] = "hidden_states"  # how predictions with and without a thought are combined:
+    # `hidden_states` as in the published code, `log_probabilities` as in the paper (the weight passes through a
+    # sigmoid), `none` = only the prediction after the thought, see docs/objectives.md
     control: Thinking[Control] = "none"  # what replaces the thoughts, to measure their effect
     base_loss_weight: Thinking[Fraction] = 0.5  # weight of the loss without thoughts in the total
     talk_loss_weight: Thinking[TalkWeight] = -1.0  # weight of the loss with thoughts; -1 = 1 - `base_loss_weight`
     positions: Thinking[Literal["all", "stride", "random", "entropy"]] = "all"  # which positions think in training:
-    # every n-th (`stride`), random ones, or those with the least certain predictions (`entropy`); in evaluation all do
-    position_fraction: Thinking[Portion] = 1.0  # fraction of positions that think; the cost falls with it
+    # every n-th (`stride`), random ones, or those with the least certain predictions (`entropy`); in evaluation all
+    # positions think
+    position_fraction: Thinking[Portion] = 1.0  # fraction of positions that think; the cost decreases with it
     positions_per_chunk: Unrelated[NonNegative[int]] = 0  # positions whose chains are in memory together; 0 = derived
     # from `chunk_megabytes`
     chunk_megabytes: Unrelated[Positive[int]] = 256  # memory budget for the activations of one chunk, per device
@@ -191,9 +194,10 @@ class ThoughtConfig:
 
 @dataclass(frozen=True)
 class RateScales:
-    """Learning rates of the three groups of weights, as multiples of the phase's; 0 freezes a group."""
+    """Learning rates of the three groups of weights, as multiples of the phase's `learning_rate`; 0 freezes a group."""
 
-    decoder: NonNegative[float] = 1.0  # all weights of the decoder; if frozen, phases with thoughts skip its gradient
+    decoder: NonNegative[float] = 1.0  # all weights of the decoder; if frozen, phases with thoughts do not compute its
+    # gradient
     mixing_head: NonNegative[float] = 1.0  # the head that weighs predictions with and without thoughts
     thought_embeddings: NonNegative[float] = 1.0  # the embeddings of the start and end of a thought
 
@@ -202,7 +206,7 @@ class RateScales:
 class Phase:
     """One phase of training, with constant settings. Phases run in order; a curriculum is a list of phases."""
 
-    name: NonEmpty[str] = "thoughts"  # in logs and metrics; every phase has another
+    name: NonEmpty[str] = "thoughts"  # name in logs and metrics; different for every phase
     steps: Annotated[NonNegative[int], OnResume.OPEN_END] = 100  # optimizer steps
     batch_size: Positive[int] = 8  # sequences per optimizer step, over all devices
     microbatches: Unrelated[Positive[int]] = 1  # the batch is split into this many parts, whose
@@ -212,7 +216,7 @@ class Phase:
     tokens_ahead: Positive[int] = 4  # K, true tokens scored after a thought
     policy_weight: NonNegative[float] = 1e6  # weight of the REINFORCE term; 0 = thoughts are not trained
     distill_weight: NonNegative[float] = 0.0  # weight of the KL divergence from the prediction with thoughts to that
-    # without, which teaches the latter what a thought gave
+    # without, which trains the latter to match the former
     learning_rate: NonNegative[float] = 1e-6  # of Adam, after the warm-up
     warmup_steps: NonNegative[int] = 20  # the learning rate rises linearly over these steps
     decay: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate, after the warm-up
@@ -242,7 +246,7 @@ class OptimizerConfig:
     b1: Below1 = 0.9  # decay rate of the first Adam moment
     b2: Below1 = 0.999  # decay rate of the second Adam moment
     eps: Positive[float] = 1e-8  # added to the root of the second moment
-    weight_decay: NonNegative[float] = 0.001  # decoupled, times the learning rate
+    weight_decay: NonNegative[float] = 0.001  # decoupled weight decay, multiplied by the learning rate
     decay_mask: Literal["matrices", "all"] = "matrices"  # weights that decay; `matrices` = all but norms and biases
     clip_norm: NonNegative[float] = 1.0  # maximum norm of the whole gradient; 0 = no clipping
 
@@ -279,14 +283,14 @@ class DataConfig:
     sequence_length: Annotated[int, at_least(3)] = 256  # L
     packing: Packing = "random_span"  # `random_span` = a span of each document, padded, as in the paper;
     # `consecutive_spans` = all of its spans; `packed` = documents end to end
-    document_mask: bool = True  # packed: no document attends to another, and no first token is predicted
+    document_mask: bool = True  # for `packed`: no document attends to another, and no first token is predicted
     prepend_bos: Literal["auto", "document_start", "always", "never"] = "auto"  # begin documents and spans with the
     # begin-of-text token; `auto` = if the tokenizer itself does, `document_start` = as auto, but spans from within a
     # document begin without it
     append_eos: bool = True  # end every document with the end-of-text token
-    max_unknown_fraction: Unrelated[Fraction] = 0.2  # refuse training text with a larger fraction that the tokenizer
-    # does not know
-    workers: Unrelated[Annotated[int, between(0, 1024)]] = 0  # processes that tokenize ahead; 0 = in this process
+    max_unknown_fraction: Unrelated[Fraction] = 0.2  # refuse training text of which a larger fraction is unknown to
+    # the tokenizer
+    workers: Unrelated[Annotated[int, between(0, 1024)]] = 0  # processes that tokenize in advance; 0 = in this process
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def conflicts(self) -> list[str]:
@@ -315,7 +319,7 @@ class MeshConfig:
     fsdp: Ways = 1  # also sequences; each weight is sharded as many ways, and gathered where it is used
     tensor: Ways = 1  # heads, feed-forward and vocabulary
     position: Ways = 1  # positions of the text whose thoughts are computed in parallel
-    dcn_data: Positive[int] = 1  # how many ways of `data` are across slices of a TPU pod (or nodes), on the slower
+    dcn_data: Positive[int] = 1  # how many ways of `data` span slices of a TPU pod (or nodes), over the slower
     # network
     dcn_fsdp: Positive[int] = 1  # the same for `fsdp`; the product of the two is the number of slices (or processes)
 
@@ -334,8 +338,8 @@ class DistributedConfig:
     num_processes: int = 0  # given: how many processes the run has
     process_id: int = -1  # given: 0 .. num_processes - 1
     start_seconds: Annotated[int, between(1, 10**7)] = 300  # how long to wait for the other processes at the start
-    heartbeat_seconds: Annotated[int, between(10, 10**7)] = 100  # the other processes stop after this long without a
-    # heartbeat from one
+    heartbeat_seconds: Annotated[int, between(10, 10**7)] = 100  # the other processes stop if one sends no heartbeat
+    # for this long
 
     def conflicts(self) -> list[str]:
         if self.processes != "given":
@@ -356,7 +360,8 @@ class CheckpointConfig:
     every_steps: Positive[int] = 50  # a checkpoint is always written at the end
     keep_latest: Positive[int] = 2  # how many of the newest checkpoints are kept
     keep_every_steps: NonNegative[int] = 0  # checkpoints at multiples of this are never deleted; 0 = none
-    keep_phase_ends: bool = False  # one at the end of each phase, never deleted; another run may start from it
+    keep_phase_ends: bool = False  # write one at the end of each phase and never delete it; another run may start
+    # from it
     asynchronous: bool = True  # write checkpoints while training continues
 
 
@@ -365,7 +370,7 @@ class LoggingConfig:
     """Metrics are always written to `metrics.jsonl` in the work directory and to the terminal."""
 
     every_steps: Positive[int] = 1  # steps between two records of training metrics
-    progress_bar: bool = True  # on a terminal
+    progress_bar: bool = True  # show a progress bar on a terminal
     tensorboard: bool = False  # also write metrics for TensorBoard, in the work directory
     wandb_project: str = ""  # also send metrics to this project of Weights & Biases; empty = no
     profile_steps: tuple[Positive[int], ...] = ()  # (first, last) step to record with the profiler of JAX, into the

@@ -1,4 +1,6 @@
-"""LaTRO (arXiv 2411.04282): a thought pays for being likelier than under the initial weights, which are kept.
+"""LaTRO (arXiv 2411.04282): the reward decreases if a thought is more likely than under the initial weights.
+
+The initial weights are kept in memory and in checkpoints.
 
 Published: one thought before a whole answer (K = all of it).
 """
@@ -9,13 +11,13 @@ from configs import quickstart
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Sets the constants of the objective; all other settings stay."""
+    """Sets the constants of the objective; all other settings remain unchanged."""
     config.thought.update(
         advantage="leave_one_out", positive_only=False,
         kl_in_reward=0.05,  # s = gain - 0.05 (log pi(z) - log pi_0(z)), summed over the thought
         policy_reduction="sum", score_temperature=1.0,
         base_loss_weight=0.0, talk_loss_weight=0.1,  # cross-entropy after the thought, with a small weight
-        mixing="none",  # the prediction after the thought stands alone
+        mixing="none",  # only the prediction after the thought is used
     )  # fmt: skip
     return config
 

@@ -1,4 +1,4 @@
-"""Quiet-STaR as published (arXiv 2403.09629), on the corpus of the quickstart. The other files change this one.
+"""Quiet-STaR as published (arXiv 2403.09629), on the corpus of the quickstart.
 
 The reward is the gain over the prediction without a thought, only gains above the mean of the position's thoughts are
 reinforced, and the mixing head decides how much a thought changes the prediction.
@@ -10,7 +10,7 @@ from configs import quickstart
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Sets the constants of the objective; all other settings stay."""
+    """Sets the constants of the objective; all other settings remain unchanged."""
     config.thought.update(
         reward="information_gain", discount=1.0, advantage="mean", positive_only=True,
         policy_reduction="mean", score_temperature=3.0, sampling_temperature=1.0,
@@ -20,7 +20,7 @@ def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The quickstart, whose phases set K = 2 and T = 6 (published: 4 and 9) and a policy weight for their rate."""
+    """The quickstart, whose phases set K = 2 and T = 6 (published: 4 and 9) and their own policy weight."""
     config = objective(quickstart.get_config())
     config.workdir = "runs/objectives/quiet_star"
     return config

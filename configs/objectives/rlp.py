@@ -1,8 +1,8 @@
 """RLP (arXiv 2510.01265): reinforcement alone, on the information gain about the next token.
 
 Published: thoughts of 512 tokens and more at one position of a document, an EMA of the weights as the baseline, and
-clipping. Whatever is the same for all thoughts of a position cancels, so no EMA is kept; at one update per sample,
-clipping does nothing. See docs/objectives.md.
+clipping. A baseline that is the same for all thoughts of a position cancels, so no EMA is kept. With one update per
+sample, clipping has no effect. See docs/objectives.md.
 """
 
 import ml_collections
@@ -11,12 +11,12 @@ from configs import quickstart
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Sets the constants of the objective; all other settings stay."""
+    """Sets the constants of the objective; all other settings remain unchanged."""
     config.thought.update(
         advantage="leave_one_out", positive_only=False,  # unbiased, and bad thoughts are made less likely
-        sampling_temperature=0.7, score_temperature=0.7,  # the distribution that samples is the one that learns
+        sampling_temperature=0.7, score_temperature=0.7,  # thoughts are sampled from the trained distribution
         base_loss_weight=0.0, talk_loss_weight=0.0,  # no cross-entropy: only the policy term
-        mixing="none",  # the prediction after the thought stands alone
+        mixing="none",  # only the prediction after the thought is used
     )  # fmt: skip
     return config
 

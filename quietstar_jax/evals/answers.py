@@ -91,7 +91,7 @@ class AnswerWriter:
         return tuple(tokens[len(before) :]) if tokens[: len(before)] == before else ()
 
     def label_tokens(self, labels: tuple[str, ...]) -> tuple[int, ...]:
-        """One token for each label, the last of its encoding; and the tokens before it if encodings differ in them.
+        """Returns the last token of the encoding of each label, and the tokens before it if encodings differ in them.
 
         Raises:
           DataError: the labels do not differ in one token each.

@@ -1,4 +1,4 @@
-"""Direct answers: a question, `A:`, and how likely the model finds the right answer with no steps written out."""
+"""Direct answers: the probability of the right answer after a question and `A:`, without written-out steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures that say whether predictions use what the thoughts say: perturbed thoughts, thoughts alone, ensembles.
+"""Figures that show whether predictions use the content of thoughts: perturbed thoughts, thoughts alone, ensembles.
 
 All losses are in nats per token, of the same tokens; intervals and comparisons are over windows of text, each weighted
 by its number of tokens.
@@ -32,7 +32,7 @@ class WindowLosses:
 
     def difference(self, after: np.ndarray, before: np.ndarray) -> dict[str, Any]:
         """Returns `compare_paired` of nats per token, after minus before; arguments as in `loss`."""
-        # Divided by the mean count, not each window's own, so that the difference is that of the two losses.
+        # Divided by the mean count, not each window's own, so that the mean is the difference of the two losses.
         mean = self._counts.mean()
         return compare_paired(after / mean, before / mean, self._seed)
 
@@ -42,7 +42,7 @@ def summarize_use(columns: Sequence[TokenScores], seed: int, samples: int = 0) -
 
     Args:
       columns: [tokens] of each window, as from `TokenScores.average_thought`, with `use`.
-      samples: R, the random thoughts per position of which `columns` are means; 0 = one greedy thought.
+      samples: R, the number of sampled thoughts per position of which `columns` are means; 0 = one greedy thought.
 
     Returns:
       `thought_only_loss`, and `thought_only` with the loss, its interval, that of an empty thought without the text

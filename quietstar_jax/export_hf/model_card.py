@@ -1,4 +1,4 @@
-"""The README.md of an export: what the model is, how it was trained, and what was measured."""
+"""The README.md of an export: a description of the model, its training and its measurements."""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""Advantages: how much better a thought is than the other thoughts of its position. To add one, write and decorate it.
+"""Advantages: how much better a thought is than the other thoughts of its position.
+
+To add one, write a function here and decorate it.
 
 Every advantage is a function `(rewards [B, R, J], batch_std) -> [B, R, J]` for R >= 2; `batch_std` is the standard
 deviation (ddof 1) of all rewards of the batch, a scalar, or None where the entry is not registered with
-`needs_batch_std=True`. `objective.advantages` does what is common to all: a single thought, equal rewards, clipping.
+`needs_batch_std=True`. `objective.advantages` does what is common to all: it treats single thoughts and equal
+rewards, scales and clips.
 """
 
 from __future__ import annotations

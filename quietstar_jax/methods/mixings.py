@@ -42,8 +42,8 @@ def hidden_states(
 ) -> tuple[jax.Array, jax.Array]:
     """Logits of the mixed hidden state (1 - w) h + w h'.
 
-    Computed as logits(h) + w logits(h' - h): in bfloat16, adding a small w h' to h would round it away, and with it
-    nearly every early reward.
+    Computed as logits(h) + w logits(h' - h): in bfloat16, a small w h' would be lost to rounding when it is added to
+    h, and with it nearly every early reward.
     """
     change = logits(talk_hidden - base_hidden[:, None])
     return logits(base_hidden)[:, None] + weight[..., None] * change, weight

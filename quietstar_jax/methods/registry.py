@@ -19,9 +19,9 @@ class Entry(Generic[F]):
     Attributes:
       fn: the function.
       formula: TeX.
-      assumes: what must hold for it to make sense, in a sentence.
-      source: who uses it.
-      traits: what other code must know about the function, by name; every entry of a registry has the same names.
+      assumes: the conditions under which the function is meaningful, in a sentence.
+      source: the papers or libraries that use it.
+      traits: properties of the function that other code needs, by name; every entry of a registry has the same names.
     """
 
     fn: F
@@ -35,7 +35,7 @@ class Registry(dict[str, Entry[F]]):
     """Entries by name, in the order of registration.
 
     Args:
-      traits: the traits of this registry, with the values of entries that do not set them.
+      traits: the traits of this registry, with their default values.
     """
 
     def __init__(self, **traits: Any):
@@ -46,7 +46,7 @@ class Registry(dict[str, Entry[F]]):
         """Returns a decorator that registers a function under its own name.
 
         Raises:
-          ValueError: the name is taken, or the registry has no such trait.
+          ValueError: the name is already registered, or the registry has no such trait.
         """
         if unknown := sorted(traits.keys() - self._traits.keys()):
             raise ValueError(f"Unknown traits {unknown}; known are {sorted(self._traits)}.")

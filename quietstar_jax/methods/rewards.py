@@ -7,8 +7,8 @@ Every reward is a function `(base_nll, talk_nll, real, discount) -> [B, R, J]`:
   real: [B, J, K] bool; where False, there is no true token and both losses are 0.
   discount: g; the token k = 0 .. K - 1 counts g^k. Only rewards registered with `discounted=True` use it.
 
-Whatever is the same for the R thoughts of a position cancels in every advantage (docs/objectives.md has the proof), so
-`base_nll`, which is a baseline, matters only for one thought per position and for what is logged.
+A term that is the same for all R thoughts of a position cancels in every advantage (docs/objectives.md has the proof).
+`base_nll` is such a baseline: it matters only with one thought per position, and in logs.
 """
 
 from __future__ import annotations

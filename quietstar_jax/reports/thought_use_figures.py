@@ -34,9 +34,9 @@ def perturbation_curves(perturbed: Mapping[str, Sequence[Mapping[str, Any]]], wi
     return figure(
         "Loss with changed thoughts", f'<div class="small">{"".join(charts)}</div>',
         f"A share of the tokens of every greedy thought was changed before the next token was predicted, on {tokens:,} "
-        "tokens of the text. The dashed line is the loss without thoughts. A curve that rises to it: the prediction "
-        "needs the changed tokens. A flat curve: it does not depend on them. Where nothing is left of a thought "
-        "(100 % deleted), a remaining gain comes from the computation at the start and end tokens, not from the "
+        "tokens of the text. The dashed line is the loss without thoughts. If a curve rises to this line, the "
+        "predictions need the changed tokens. If it is flat, they do not depend on them. Where no token of a thought is "
+        "left (100 % deleted), a remaining gain comes from the computation at the start and end tokens, not from the "
         "thought. The thin lines are 95 % intervals of the change from the unchanged thoughts, over pieces of text.",
     )  # fmt: skip
 
@@ -77,15 +77,15 @@ def thought_only_bars(use: Mapping[str, Any]) -> str:
         chart.bar(i + 0.15, i + 0.85, value, kind, f"{what}: {value:.4f} nats per token")
         chart.text(i + 0.5, value, number(value, 3), "strong", dy=-5)
     gain = alone["gain_over_empty_thought"]
-    drawing = chart.x_axis("what the prediction can read", [(i + 0.5, bars[i][0]) for i in range(len(bars))]).svg()
+    drawing = chart.x_axis("input of the prediction", [(i + 0.5, bars[i][0]) for i in range(len(bars))]).svg()
     return figure(
-        "What the thought says by itself", drawing,
-        "“Thought only”: the thought was written with the text in view, then read again with the text hidden from "
-        "it, and the next token predicted from that alone, without mixing. “Empty only” is the same with a thought of "
-        "no tokens: it knows nothing about the place in the text. The tokens of the thought gain "
-        f"{_with_interval(gain)}. Above zero, they say something about the next token that the model can read by "
-        "itself. At or below zero, they do not, or they mislead without the text: the model was not trained to predict "
-        "without it.",
+        "The thought without the text", drawing,
+        "“Thought only”: the thought is generated with the text, and the next token is then predicted from the thought "
+        "alone, with the text hidden and without mixing. “Empty only” is the same with a thought of no tokens, which "
+        "has no information about the text. The gain from the tokens of the thought is "
+        f"{_with_interval(gain)}. A gain above zero means that they contain information about the next token that the "
+        "model can use without the text. A gain of zero or below means that they do not, or that they mislead the "
+        "model, which is not trained to predict without the text.",
     )  # fmt: skip
 
 
@@ -105,8 +105,8 @@ def ensemble_curve(ensembles: Sequence[Mapping[str, Any]]) -> str:
         "Several thoughts together", drawing.svg(),
         f"The predicted probabilities of several sampled thoughts are averaged. All {last['samples']} together gain "
         f"{_with_interval(last['gain_over_one_thought'])} over one of them, and "
-        f"{_with_interval(last['gain_over_no_thoughts'])} over no thoughts (the dashed line). If the thoughts of one "
-        "place agree, there is nothing to gain.",
+        f"{_with_interval(last['gain_over_no_thoughts'])} over no thoughts (the dashed line). If the thoughts of a "
+        "position lead to the same prediction, the gain over one is zero.",
     )  # fmt: skip
 
 

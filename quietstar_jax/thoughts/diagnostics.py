@@ -1,6 +1,6 @@
 """Figures that show whether thoughts differ: distinct thoughts, and quantiles of the entropy over positions.
 
-All are sums over sequences, so that microbatches and devices add up to the batch.
+All are sums over sequences, so that the results of microbatches and devices add up to those of the batch.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ Metrics = dict[str, jax.Array]
 Think = Callable[[QuietStar, Text, jax.Array], Thoughts]
 Frozen = Callable[[str], bool]
 
-EQUAL_REWARDS = 1e-6  # rewards that differ by less are equal: the metric `frac_reward_zero_std`
+EQUAL_REWARDS = 1e-6  # rewards that differ by at most this are equal in the metric `frac_reward_zero_std`
 
 _KEYS_AND_VALUES: Any = (KEY_VALUE_AXES, KEY_VALUE_AXES)
 _READ_AXES = {
@@ -103,7 +103,7 @@ def quiet_star_loss(
     thoughts = think(model, text, positions)
     bonus = jnp.asarray(settings.config.entropy_bonus if entropy_bonus is None else entropy_bonus, jnp.float32)
     # From here on the chains use the layer weights that the base pass returned. The values are the same, but the
-    # chains' gradients become cotangents of the base pass, which adds its own to them in place (see `layer_scan`).
+    # chains' gradients become cotangents of the base pass, which adds its own gradients in place (see `layer_scan`).
     learned |= _layers(text.layers, learned)
     # The differentiable arrays of the text that the chains use; constants if the whole decoder is frozen.
     read = {"hidden": text.hidden, "prefix": text.prefix, "nll": text.nll}
@@ -144,7 +144,7 @@ class Rewarded(NamedTuple):
 
     Attributes:
       thoughts: arrays [B, R, J, T].
-      rewards: [B, R, J]; scored: [B, J] bool, the position has a reward and x[j+1] is real.
+      rewards: [B, R, J]; scored: [B, J] bool, whether the position has a reward and x[j+1] is real.
     """
 
     thoughts: Thoughts
@@ -156,9 +156,10 @@ def reward_thoughts(
     model: QuietStar, tokens: jax.Array, mask: jax.Array, think: Think, settings: ThoughtSettings,
     positions_per_chunk: int, *, starts: jax.Array | None = None, choose: Choose = every_position,
 ) -> Rewarded:  # fmt: skip
-    """Samples and rewards thoughts without gradients, for settings that divide by a figure of the whole batch.
+    """Samples and rewards thoughts without gradients, for settings that divide by a statistic of the whole batch.
 
-    Costs a forward pass over text and chains. Arguments as in `quiet_star_loss`, which gets the thoughts back.
+    Costs a forward pass over text and chains. The arguments are those of `quiet_star_loss`, which then uses these
+    thoughts.
     """
     model = jax.lax.stop_gradient(model)
     text = read_text(

@@ -28,8 +28,8 @@ class Counts(NamedTuple):
       rewarded: number of positions that REINFORCE averages over, at least 1: B (L - 1 - K) if all positions think,
         padding included, as published; otherwise the number of chosen positions.
       scored: number of these positions whose x[j+1] is real, at least 1.
-      reward_std, advantage_std: standard deviations (ddof 1) over all thoughts of the batch that have a reward, where a
-        setting divides by them; see `standard_deviation`.
+      reward_std, advantage_std: standard deviations (ddof 1) over all thoughts of the batch that have a reward; None
+        unless a setting divides by them; see `standard_deviation`.
     """
 
     text: jax.Array
@@ -90,7 +90,7 @@ def rewards(
     """Returns the rewards of thoughts, by default how much better the K true tokens are predicted with the thought.
 
     Args:
-      base_nll: [B, J, K]; talk_nll: [B, R, J, K]; both 0 where not real text.
+      base_nll: [B, J, K]; talk_nll: [B, R, J, K]; both 0 where x[j+1+k] is not real.
       real: [B, J, K] bool; None = all tokens are real.
       name: an entry of `REWARDS`.
 
@@ -109,13 +109,13 @@ def advantages(
 ) -> jax.Array:  # fmt: skip
     """Returns how much better each thought is than the others of its position, without gradient.
 
-    A single thought keeps its reward (0 for `leave_one_out`, which has no others). Where all R rewards are equal, every
-    advantage is exactly 0: they say nothing about the thoughts.
+    The advantage of a single thought is its reward (0 for `leave_one_out`, which needs other thoughts). Where all R
+    rewards are equal, every advantage is exactly 0: equal rewards do not distinguish the thoughts.
 
     Args:
       reward: [B, R, J].
       name: an entry of `ADVANTAGES`.
-      positive_only: negative advantages become 0, after all else.
+      positive_only: negative advantages become 0, after all other operations.
       scale: `batch` divides by `advantage_std`; `none` does not.
       clip: bound of the absolute value, after the scale; 0 = none.
       reward_std, advantage_std: see `Counts`.
@@ -136,7 +136,7 @@ def advantages(
 
 
 def standard_deviation(values: jax.Array, where: jax.Array) -> jax.Array:
-    """Returns the standard deviation (ddof 1) of the values for which `where` is True; 0 of one value."""
+    """Returns the standard deviation (ddof 1) of the values for which `where` is True; 0 for one value."""
     count = where.sum(dtype=jnp.float32)
     mean = jnp.where(where, values, 0.0).sum() / jnp.maximum(count, 1)
     squares = jnp.where(where, (values - mean) ** 2, 0.0).sum()
@@ -147,7 +147,8 @@ def with_batch_std(counts: Counts, reward: jax.Array, scored: jax.Array, advanta
     """Returns counts with the standard deviations over the whole batch.
 
     Args:
-      reward: [B, R, J]; scored: [B, J] bool, the positions whose rewards count; advantage: an entry of `ADVANTAGES`.
+      reward: [B, R, J]; scored: [B, J] bool, the positions whose rewards are included; advantage: an entry of
+        `ADVANTAGES`.
     """
     where = jnp.broadcast_to(scored[:, None], reward.shape)
     reward_std = standard_deviation(reward, where)
@@ -206,8 +207,8 @@ def reduce_tokens(values: jax.Array, reduction: str, longest: int) -> jax.Array:
 
     Args:
       reduction: `mean` (published code), `sum` (paper), or `sum_over_max` (Dr. GRPO), the sum divided by `longest`, so
-        that a token counts the same in phases with different thought lengths.
-      longest: largest thought length of the phases until now.
+        that a token has the same weight in phases with different thought lengths.
+      longest: largest thought length of this phase and those before it.
     """
     total = values.sum(axis=-1)
     return total if reduction == "sum" else total / (values.shape[-1] if reduction == "mean" else longest)
@@ -233,7 +234,9 @@ def kl_terms(log_probs: jax.Array, reference: jax.Array) -> jax.Array:
 
 
 def distillation(talk_logits: jax.Array, base_logits: jax.Array) -> jax.Array:
-    """Returns KL(talk || base) in nats, [B, R, J]: teaches the prediction without thoughts what the thought changed.
+    """Returns KL(talk || base) in nats, [B, R, J].
+
+    It trains the prediction without thoughts to match the prediction with thoughts.
 
     Args:
       talk_logits: [B, R, J, V], the teacher, without gradient; base_logits: [B, J, V], or broadcastable.
@@ -246,5 +249,5 @@ def distillation(talk_logits: jax.Array, base_logits: jax.Array) -> jax.Array:
 def adapted_entropy_bonus(
     bonus: jax.Array, entropy: jax.Array, *, target: float, step: float, largest: float
 ) -> jax.Array:
-    """Returns the next entropy bonus: one step more below the target entropy, one less above it, in 0 .. largest."""
+    """Returns the next bonus: a step higher if the entropy is below the target, lower if above, within 0 .. largest."""
     return jnp.clip(bonus + jnp.sign(target - entropy) * step, 0.0, largest)

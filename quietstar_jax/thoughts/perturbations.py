@@ -1,4 +1,4 @@
-"""Perturbations of given thoughts, between sampling and scoring: do predictions depend on what a thought says?
+"""Perturbations of given thoughts, between sampling and scoring: do predictions depend on their content?
 
 A share of each thought's T tokens is changed, n = `changed_tokens(T, percent)` tokens, the same number in every
 thought. With T = 5 and the order of places 3 0 4 1 2 (0-based), for n = 2:
@@ -13,7 +13,7 @@ thought. With T = 5 and the order of places 3 0 4 1 2 (0-based), for n = 2:
 
 Removed tokens are absent: the chain has T - n tokens between start and end, at consecutive rotary positions, and no key
 of a removed token exists. With n = T the thought is empty: only start and end remain. The order of places and the
-random tokens do not depend on n, so what is deleted or replaced at a smaller share also is at a larger one.
+random tokens do not depend on n, so a token that is deleted or replaced at a smaller share also is at a larger one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PERCENTS = (0, 20, 40, 60, 80, 100)  # the shares of a curve
 
 
 class PerturbationDraws(NamedTuple):
-    """All randomness of perturbations, float32 uniform in [0, 1), [B, R, J, T].
+    """All random numbers of perturbations, float32 uniform in [0, 1), [B, R, J, T].
 
     Attributes:
       places: their ranks are the order in which the places of a thought are changed.
@@ -57,7 +57,7 @@ def check_kind(kind: str) -> None:
 
 
 def changed_tokens(length: int, percent: int) -> int:
-    """Returns how many of a thought's `length` tokens are changed at a share of `percent`: the nearest number."""
+    """Returns how many of a thought's `length` tokens are changed at a share of `percent`, rounded."""
     return (2 * length * percent + 100) // 200
 
 
@@ -89,7 +89,7 @@ def perturb(
         return jnp.take_along_axis(tokens, kept, axis=-1)
     if kind == "replace":
         return jnp.where(changed, random_tokens(draws.tokens, vocab_size, meta_tokens), tokens)
-    # The chosen places, in random order, pass their tokens on in a circle: with two or more, no place keeps its own.
+    # The tokens of the chosen places rotate by one place, in random order: with two or more places, each token moves.
     source = jnp.concatenate([jnp.roll(order[..., :count], 1, axis=-1), order[..., count:]], axis=-1)
     source = jnp.take_along_axis(source, jnp.argsort(order, axis=-1), axis=-1)
     return jnp.take_along_axis(tokens, source, axis=-1)

@@ -19,10 +19,10 @@ def reference_log_probs(
 ) -> jax.Array:  # fmt: skip
     """Returns the log-probability of each thought token at the temperature of scoring, without gradient.
 
-    Reads the text again: a forward pass over text and chains.
+    Costs a forward pass over text and chains: the text is read again, with the weights of the reference.
 
     Args:
-      model: the reference; text: of which only tokens, mask and starts are used; thoughts: [B, R, J, T].
+      model: the reference; text: only its tokens, mask and starts are used; thoughts: [B, R, J, T].
 
     Returns:
       [B, R, J, T] float32.

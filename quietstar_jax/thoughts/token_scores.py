@@ -1,4 +1,4 @@
-"""Scores of next tokens without thoughts and after thoughts: the one scorer of evaluation, measurements and reports.
+"""Scores of next tokens without thoughts and after thoughts: used by evaluation, measurements and reports.
 
     tokens ──> read_text ──> think ──> thoughts [B, R, J, T] ──> score_given_thoughts ──> TokenScores
 
@@ -51,13 +51,13 @@ class Prediction(NamedTuple):
 
 
 class ThoughtUse(NamedTuple):
-    """Whether predictions use what a thought says: cross-entropies of x[j+1], [B, R, J]; 0 where it is not real.
+    """Whether predictions use the content of a thought: cross-entropies of x[j+1], [B, R, J]; 0 where it is not real.
 
     Attributes:
       thought_only: of the prediction after the thought alone (not mixed), where the chain does not attend to the text:
-        only what the thought's tokens say can help.
-      empty_only: the same with an empty thought, which says nothing: `start` and `end` only.
-      perturbed: by kind, with thoughts perturbed at each share of `PERCENTS`, mixed as always.
+        only the content of the thought's tokens can help.
+      empty_only: the same with an empty thought, which has no content: `start` and `end` only.
+      perturbed: by kind, with thoughts perturbed at each share of `PERCENTS`, with the usual mixing.
       ensemble: [B, J] of the mean of the R predicted probabilities of x[j+1]; only in `TokenScores.average_thought`.
     """
 
@@ -105,7 +105,7 @@ class TokenScores(NamedTuple):
     def first_thought(self) -> TokenScores:
         """Returns the scores with the first thought, [B, J] in all fields.
 
-        Without thoughts, predictions after them equal those without them, all other values are 0, and T is 0.
+        If there are no thoughts, `talk` equals `base`, all other values are 0, and T is 0.
         """
         if self.talk is None:
             zeros = np.zeros_like(self.base.nll)
@@ -115,7 +115,8 @@ class TokenScores(NamedTuple):
     def average_thought(self) -> TokenScores:
         """Returns means over the R thoughts, [B, J] in all fields, and the loss of their ensemble in `use.ensemble`.
 
-        `thoughts` and the ids of predictions are those of the first thought. Without thoughts, as `first_thought`.
+        `thoughts` and the ids of predictions are those of the first thought. If there are no thoughts, the result is
+        that of `first_thought`.
 
         Returns:
           numpy arrays, if the scores are numpy arrays with `use`.
@@ -150,8 +151,8 @@ class UseWanted(NamedTuple):
     """What `score_use` computes besides the losses of thoughts alone.
 
     Attributes:
-      kinds: perturbations, of `perturbations.KINDS`; draws: for thoughts at all L positions, [B, R, L, T] each; None if
-        there are no kinds.
+      kinds: perturbations, of `perturbations.KINDS`.
+      draws: random numbers for thoughts at all L positions, [B, R, L, T] each; None if there are no kinds.
     """
 
     kinds: tuple[str, ...] = ()
@@ -192,7 +193,7 @@ def score_use(
 ) -> ThoughtUse:  # fmt: skip
     """Scores x[j+1] at J positions [J] after perturbed thoughts and after thoughts alone.
 
-    The thoughts are given once and not sampled again. Each number of changed tokens is one more pass over the chains.
+    The given thoughts are not sampled again. Each number of changed tokens costs one more pass over the chains.
 
     Args:
       thoughts: [B, R, J, T], T > 0; nll: [B, R, J] cross-entropy with them.
@@ -296,7 +297,7 @@ def score_given_thoughts(
 
         talk = jax.tree.map(unless_unmoved, base, talk)
         reward = (base_nll[:, None] - scores.nll).sum(axis=-1)
-        spread = thoughts.entropy.sum(axis=-1) / max(1, thoughts.entropy.shape[-1])  # 0 of an empty thought
+        spread = thoughts.entropy.sum(axis=-1) / max(1, thoughts.entropy.shape[-1])  # 0 for an empty thought
         return TokenScores(*without, talk, reward, weight, spread, thoughts.tokens)
 
     largest = max_positions_per_chunk(model.decoder.architecture, settings, *text.tokens.shape)

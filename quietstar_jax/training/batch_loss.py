@@ -1,6 +1,7 @@
 """The loss of some sequences of a batch: think and talk with the random numbers of the step, then learn.
 
-A batch is split over devices and microbatches. What they have in common is in `Shared`, so that their losses add up.
+A batch is split over devices and microbatches. `Shared` contains what all parts have in common, so that their losses
+add up to the loss of the batch.
 """
 
 from __future__ import annotations

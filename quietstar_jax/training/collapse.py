@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from quietstar_jax.config import Config, Phase
 
 STEPS = 3  # consecutive steps
-METRICS = ("entropy", "frac_reward_zero_std")  # that show it
+METRICS = ("entropy", "frac_reward_zero_std")  # that show a collapse
 
 
 class Seen(NamedTuple):
@@ -17,7 +17,7 @@ class Seen(NamedTuple):
     Attributes:
       streak: number of consecutive steps with collapsed thoughts, up to the latest step.
       warned_at: step at which the run warned; 0 = it did not.
-      warning: its text.
+      warning: the text of the warning.
     """
 
     streak: int = 0
@@ -30,7 +30,7 @@ class CollapseCheck:
 
     Attributes:
       warned_at: step at which the run warned of collapsed thoughts; 0 = it did not.
-      warning: what the latest collapse looked like, and what to try.
+      warning: a description of the latest collapse, and what to try.
     """
 
     def __init__(self, config: Config, seen: Seen = Seen()):  # noqa: B008
@@ -39,11 +39,11 @@ class CollapseCheck:
 
     @property
     def collapsed(self) -> bool:
-        """Whether thoughts are collapsed after the latest step, and `warning` says so."""
+        """Whether thoughts are collapsed after the latest step, and `warning` describes it."""
         return self._streak >= STEPS and bool(self.warning)
 
     def follow(self, step: int, phase: Phase, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Takes the metrics of the next step; returns what to record when the run must warn, which is once, else {}."""
+        """Adds the metrics of the next step; returns the record of the warning if the run must warn (once), else {}."""
         self._streak = self._streak + 1 if is_collapsed(self._config, phase, values) else 0
         if self._streak < STEPS:
             return {}
@@ -67,9 +67,9 @@ def is_collapsed(config: Config, phase: Phase, values: Mapping[str, Any]) -> boo
 
 
 def seen_before(config: Config, records: Sequence[Mapping[str, Any]], step: int) -> Seen:
-    """Returns what the records of `metrics.jsonl` up to `step`, where a run resumes, say about its thoughts.
+    """Returns what the records of `metrics.jsonl` up to `step`, where a run resumes, show about its thoughts.
 
-    If `logging.every_steps` is above 1, some steps have no record, and the streak may begin later than it did.
+    If `logging.every_steps` is above 1, some steps have no record, and the returned streak can be too short.
     """
     phases = {phase.name: phase for phase in config.phases}
     train = {record["step"]: record for record in records if record["kind"] == "train"}
@@ -91,7 +91,7 @@ def seen_before(config: Config, records: Sequence[Mapping[str, Any]], step: int)
 
 
 def describe(config: Config, phase: Phase, step: int, values: Mapping[str, Any]) -> str:
-    """Says what the metrics of a step show, and what to try."""
+    """Returns the text of the warning: what the metrics of a step show, and what to try."""
     limits = config.logging
     return (
         f"Thoughts have collapsed at step {step} (phase {phase.name!r}). For {STEPS} steps, their entropy was below "

@@ -68,6 +68,6 @@ class StepProfile:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Marks what this context dispatches as a step, by which profile viewers divide the time."""
+        """Marks the work dispatched in this context as one step; profile viewers group the time by step."""
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield

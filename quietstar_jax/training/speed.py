@@ -42,8 +42,8 @@ class SpeedMeter:
     """Measures the mean time of the steps between two records. Use as a context manager, in one thread.
 
     A step is dispatched while the one before it runs, so the time from the metrics of one step to those of the next is
-    the time of a step, whichever of device and host is slower. `leave_out` and compilation, also that of the first step
-    of a phase, are not part of it.
+    the time of a step, whether the device or the host is slower. Time in `leave_out` and in compilation, including
+    compilation in the first step of a phase, is excluded.
     """
 
     def __init__(self, config: Config, architecture: Architecture):
@@ -76,7 +76,7 @@ class SpeedMeter:
 
     @contextlib.contextmanager
     def leave_out(self) -> Iterator[None]:
-        """Does not count the time in this context as part of a step. No step may be running."""
+        """Excludes the time in this context from the step time. No step may be running."""
         start = time.perf_counter()
         try:
             yield
