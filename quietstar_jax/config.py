@@ -126,14 +126,16 @@ class ThoughtConfig:
     clip_epsilon: Reinforce[Below1] = 0.0  # clip this ratio to 1 - epsilon .. 1 + epsilon in PPO's surrogate; 0 = off
     entropy_bonus: Reinforce[NonNegative[float]] = 0.0  # weight of the entropy of thought tokens at temperature 1, in
     # nats, which is maximized
-    entropy_target: NonNegative[float] = 0.0  # nats; `entropy_bonus` is adapted after each step to reach this;
-    # 0 = `entropy_bonus` is constant
+    entropy_target: Reinforce[NonNegative[float]] = 0.0  # nats; `entropy_bonus` is adapted after each step to reach
+    # this; 0 = `entropy_bonus` is constant
     entropy_bonus_step: Reinforce[Positive[float]] = 0.001  # amount by which `entropy_bonus` changes in a step
     entropy_bonus_max: Reinforce[Positive[float]] = 1.0  # largest adapted `entropy_bonus`
-    kl_weight: NonNegative[float] = 0.0  # weight of the KL divergence of thought tokens to the initial weights, which
-    # are then kept in memory and in checkpoints
-    kl_in_reward: NonNegative[float] = 0.0  # the reward decreases by this for each nat by which a thought is more
-    # likely than under the initial weights (LaTRO)
+    kl_weight: Reinforce[NonNegative[float]] = (
+        0.0  # weight of the KL divergence of thought tokens to the reference: the
+    )
+    # weights when the first phase that trains thoughts begins, which are then kept in memory and in checkpoints
+    kl_in_reward: Reinforce[NonNegative[float]] = 0.0  # the reward decreases by this for each nat by which a thought is
+    # more likely than under the reference (LaTRO)
     talk_reduction: Thinking[Literal["mean", "log_mean_exp"]] = "mean"  # how the losses with the thoughts of a
     # position are combined: their mean, as published, or the loss of their ensemble
     mixing: Thinking[Mixing] = "hidden_states"  # how predictions with and without a thought are combined:
@@ -162,7 +164,7 @@ class ThoughtConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the initial weights are kept, as a reference."""
+        """Whether the weights at the beginning of REINFORCE are kept, as a reference."""
         return self.kl_weight > 0 or self.kl_in_reward > 0
 
     def conflicts(self) -> list[str]:
@@ -224,11 +226,23 @@ class Phase:
     rates: RateScales = field(default_factory=RateScales)
     fresh_optimizer: bool = False  # reset the Adam moments, so that weights frozen until now get no outsized updates
 
+    @property
+    def trains_thoughts(self) -> bool:
+        """Whether REINFORCE trains the thoughts of this phase."""
+        return self.thought_length > 0 and self.policy_weight > 0
+
     def conflicts(self) -> list[str]:
-        return require(
-            self.batch_size % self.microbatches == 0,
-            "microbatches", self.microbatches, f"a divisor of batch_size ({self.batch_size})",
-        )  # fmt: skip
+        student = self.thought_length and self.rates.decoder
+        return [
+            *require(
+                self.batch_size % self.microbatches == 0,
+                "microbatches", self.microbatches, f"a divisor of batch_size ({self.batch_size})",
+            ),
+            *require(
+                bool(student) or not self.distill_weight, "distill_weight", self.distill_weight,
+                "0 where thought_length or rates.decoder is 0: there is no teacher, or nothing that learns from it",
+            ),
+        ]  # fmt: skip
 
 
 class PhaseSpan(NamedTuple):
@@ -414,15 +428,11 @@ class Config:
         groups: list[tuple[str, Phase | EvaluationConfig, int]] = [("evaluation", self.evaluation, 1)]
         groups += [(f"phases[{i}]", phase, phase.num_thoughts) for i, phase in enumerate(self.phases)]
         for i, phase in enumerate(self.phases):
-            trained = phase.thought_length and phase.policy_weight
             needs_others = ADVANTAGES[self.thought.advantage].traits["one_thought_is_zero"]
             problems += require(
-                not (trained and needs_others and phase.num_thoughts == 1), f"phases[{i}].num_thoughts", 1,
+                not (phase.trains_thoughts and needs_others) or phase.num_thoughts > 1, f"phases[{i}].num_thoughts",
+                phase.num_thoughts,
                 f"at least 2 with the advantage {self.thought.advantage}, which is 0 for a single thought",
-            )  # fmt: skip
-            problems += require(
-                bool(phase.thought_length) or not phase.distill_weight, f"phases[{i}].distill_weight",
-                phase.distill_weight, "0 where thought_length is 0: without thoughts there is no teacher",
             )  # fmt: skip
         for path, group, thoughts in groups:
             tokens, ahead = group.batch_size * length, group.tokens_ahead
@@ -442,6 +452,12 @@ class Config:
         """Returns the phases in order, each with the number of steps done when it begins and ends."""
         ends = [0, *itertools.accumulate(phase.steps for phase in self.phases)]
         return list(map(PhaseSpan, self.phases, ends, ends[1:]))
+
+    @property
+    def policy_start(self) -> int | None:
+        """Number of steps done when the first phase that trains thoughts begins; None if there is no such phase."""
+        trained = (span.start for span in self.phase_spans() if span.phase.steps and span.phase.trains_thoughts)
+        return None if self.thought.control == "pause" else next(trained, None)
 
     @property
     def total_steps(self) -> int:

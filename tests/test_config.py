@@ -34,7 +34,7 @@ def test_defaults_survive_the_round_trip():
         ({"thought": {"entropy_target": 1.0, "entropy_bonus": 2.0}}, r"entropy_bonus is 2\.0; it must be at most"),
         ({"thought": {"talk_loss_weight": -0.5}}, r"talk_loss_weight is -0\.5; it must be at least 0, or -1"),
         ({"phases": [{"thought_length": 0, "distill_weight": 1.0}]},
-         r"config\.phases\[0\]\.distill_weight is 1\.0; it must be 0 where thought_length is 0"),
+         r"config\.phases\[0\]\.distill_weight is 1\.0; it must be 0 where thought_length or rates"),
         ({"model": 3}, r"config\.model is 3; it must be a group of settings"),
         ({"phases": "x"}, r"config\.phases is 'x'; it must be a list"),
         ({"phases": []}, r"config\.phases is \(\); it must be non-empty"),

@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from quietstar_jax.config import from_config_dict
+from quietstar_jax.config import default_config, from_config_dict
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer
 from quietstar_jax.training.setup import abstract_params, check_length
 from quietstar_jax.training.step import initial_state, make_train_step
 
-CONFIGS = sorted(path for path in (Path(__file__).parents[1] / "configs").glob("*.py") if path.stem != "__init__")
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(
+    path for path in (*FOLDER.glob("*.py"), *FOLDER.glob("objectives/*.py")) if path.stem not in ("__init__", "common")
+)
 
 
 def load(path: Path):
@@ -32,14 +35,18 @@ def test_config_fits_together(path):
     architecture = config.model.architecture
     check_length(config, architecture)
     params, graphdef = abstract_params(architecture)
-    state = jax.eval_shape(lambda params: initial_state(params, config), params)
+    states = {
+        objective: jax.eval_shape(lambda p, objective=objective: initial_state(p, config, objective=objective), params)
+        for objective in (False, True)
+    }
     vocabulary = Vocabulary(pad_id=0, meta_tokens=(1, 2), start_tokens=(3,), end_tokens=(3,))
     length = config.data.sequence_length
 
     def batch(rows):
         return Batch(jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows, length), bool))
 
-    for phase in config.phases:
+    for phase, start, _ in config.phase_spans():
+        state = states[config.policy_start is not None and start >= config.policy_start]
         step = make_train_step(config, phase, graphdef, vocabulary)
         after, metrics = jax.eval_shape(
             step, state, batch(phase.batch_size), jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
@@ -71,3 +78,18 @@ def test_mistral_7b_has_its_published_size():
     )
     phase = config.phases[0]
     assert (phase.thought_length, phase.tokens_ahead, phase.num_thoughts, phase.batch_size) == (9, 4, 2, 8)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("objectives/[!_c]*.py")), ids=lambda path: path.stem)
+def test_a_preset_sets_the_whole_objective(path):
+    """Whatever objective a configuration had before, also in phases that do not train thoughts."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    changed = default_config()
+    changed.thought.update(
+        reward="probability", advantage="batch_std", advantage_clip=0.5, importance_cap=2.0, entropy_target=1.0,
+        kl_weight=0.3, kl_in_reward=0.2, talk_reduction="log_mean_exp", sampling_temperature=0.5, mixing="none",
+    )  # fmt: skip
+    assert module.objective(changed).thought == module.objective(default_config()).thought
+    from_config_dict(changed)

@@ -6,11 +6,13 @@ Published: one thought before a whole answer (K = all of it).
 import ml_collections
 
 from configs import quickstart
+from configs.objectives.common import set_objective
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Sets the constants of the objective; all other settings remain unchanged."""
-    config.thought.update(
+    return set_objective(
+        config,
         advantage="log_mean_exp", positive_only=False,  # the gradient of the ensemble's log-likelihood
         advantage_scale="batch", advantage_clip=1.0,  # A / std(A), within +-1
         policy_reduction="sum", score_temperature=1.0,  # log-probability of the whole thought
@@ -18,7 +20,6 @@ def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         base_loss_weight=0.0,
         mixing="none",  # only the prediction after the thought is used
     )  # fmt: skip
-    return config
 
 
 def get_config() -> ml_collections.ConfigDict:

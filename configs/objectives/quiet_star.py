@@ -7,16 +7,17 @@ reinforced, and the mixing head decides how much a thought changes the predictio
 import ml_collections
 
 from configs import quickstart
+from configs.objectives.common import set_objective
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Sets the constants of the objective; all other settings remain unchanged."""
-    config.thought.update(
+    return set_objective(
+        config,
         reward="information_gain", discount=1.0, advantage="mean", positive_only=True,
         policy_reduction="mean", score_temperature=3.0, sampling_temperature=1.0,
         talk_reduction="mean", base_loss_weight=0.5, mixing="hidden_states",
     )  # fmt: skip
-    return config
 
 
 def get_config() -> ml_collections.ConfigDict:

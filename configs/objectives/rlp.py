@@ -8,17 +8,18 @@ sample, clipping has no effect. See docs/objectives.md.
 import ml_collections
 
 from configs import quickstart
+from configs.objectives.common import set_objective
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Sets the constants of the objective; all other settings remain unchanged."""
-    config.thought.update(
+    return set_objective(
+        config,
         advantage="leave_one_out", positive_only=False,  # unbiased, and bad thoughts are made less likely
         sampling_temperature=0.7, score_temperature=0.7,  # thoughts are sampled from the trained distribution
         base_loss_weight=0.0, talk_loss_weight=0.0,  # no cross-entropy: only the policy term
         mixing="none",  # only the prediction after the thought is used
     )  # fmt: skip
-    return config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -16,7 +16,7 @@ def preset(module: Any, **phase: Any) -> dict[str, Any]:
     """The settings that a preset changes, in a run whose second phase trains the mixing head."""
     plain, changed = default_config(), module.objective(default_config())
     found = {f"thought.{name}": value for name, value in changed.thought.items() if value != plain.thought[name]}
-    # Without a mixing head, the second phase has no steps; REINFORCE has more, so that the FLOPs stay equal.
+    # Without a mixing head, the second phase has no steps, and REINFORCE has as many more.
     return found | {"phases[1].steps": 0, "phases[2].steps": 84} | {f"phases[2].{k}": v for k, v in phase.items()}
 
 
@@ -27,7 +27,7 @@ def advantage(name: str, weight: float, **thought: Any) -> dict[str, Any]:
 
 
 def get_study() -> Study:
-    """Returns the study: the same pre-training, then each member of the family with equal FLOPs."""
+    """Returns the study: the same pre-training, then each member of the family for equally many steps with thoughts."""
     return Study(
         base="configs/small_quickstart.py",
         baseline="quiet_star",

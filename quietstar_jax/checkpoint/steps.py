@@ -14,6 +14,7 @@ from etils import epath
 
 from quietstar_jax.checkpoint import manifest
 from quietstar_jax.checkpoint.stored_arrays import unreadable
+from quietstar_jax.checkpoint.train_state import OBJECTIVE
 from quietstar_jax.errors import CheckpointError
 
 REMOVED = ".removed"  # suffix of a step that is being removed
@@ -43,7 +44,8 @@ def damage(folder: epath.Path, step: int, *, leave_out: Collection[str] = (), pa
         problem = manifest.damage(path, step, leave_out=leave_out, part=part, parts=parts)
         if problem or manifest.exists(path):
             return problem
-        for item in {"params", "opt_state"} - set(leave_out):
+        items = {"params", "opt_state"} | ({OBJECTIVE} if (path / OBJECTIVE).exists() else set())
+        for item in items - set(leave_out):
             if problem := unreadable(path / item, part, parts):
                 return problem
     except OSError as error:

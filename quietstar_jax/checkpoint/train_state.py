@@ -16,8 +16,10 @@ class TrainState(NamedTuple):
       step: scalar int32, number of optimizer steps done, over all phases.
       params: float32 master weights by dotted path.
       opt_state: optimizer state of `make_optimizer`.
-      entropy_bonus: scalar float32, adapted to hold `ThoughtConfig.entropy_target`; None where it is constant.
-      reference: the initial weights; None where no setting compares with them. Constant.
+      entropy_bonus: scalar float32, adapted to hold `ThoughtConfig.entropy_target`; None before the first phase that
+        trains thoughts, and where it is constant.
+      reference: the weights when the first phase that trains thoughts began; None before, and where no setting compares
+        with them.
     """
 
     step: jax.Array

@@ -73,10 +73,15 @@ def batch_std(rewards: jax.Array, batch_std: jax.Array | None) -> jax.Array:
 )
 def log_mean_exp(rewards: jax.Array, batch_std: jax.Array | None) -> jax.Array:
     """What the thought adds to the log-likelihood of the ensemble of all thoughts of the position."""
-    count = rewards.shape[1]
+    count, rewards = rewards.shape[1], mean(rewards, batch_std)  # what is subtracted cancels
     others = jnp.where(jnp.eye(count, dtype=bool)[..., None], -jnp.inf, rewards[:, None])  # [B, R, R, J]
     without = jax.nn.logsumexp(others, axis=2) - math.log(count - 1)
-    return jax.nn.logsumexp(rewards, axis=1, keepdims=True) - math.log(count) - without
+    exact = jax.nn.logsumexp(rewards, axis=1, keepdims=True) - math.log(count) - without
+    # Of small rewards, the logarithms above keep only what exceeds the rounding of log(count).
+    excess = jnp.expm1(rewards)
+    total = excess.sum(axis=1, keepdims=True)
+    small = jnp.log1p(total / count) - jnp.log1p((total - excess) / (count - 1))
+    return jnp.where(jnp.abs(rewards).max(axis=1, keepdims=True) < 0.5, small, exact)
 
 
 @ADVANTAGES.register(
@@ -95,5 +100,6 @@ def posterior(rewards: jax.Array, batch_std: jax.Array | None) -> jax.Array:
     source="EM with a baseline",
 )
 def posterior_centered(rewards: jax.Array, batch_std: jax.Array | None) -> jax.Array:
-    """`posterior` minus its mean."""
-    return posterior(rewards, batch_std) - 1 / rewards.shape[1]
+    """`posterior` minus its mean, without the rounding of 1/R for small rewards."""
+    rewards = rewards - rewards.max(axis=1, keepdims=True)
+    return mean(jnp.expm1(rewards), batch_std) / jnp.exp(rewards).sum(axis=1, keepdims=True)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from quietstar_jax.methods.registry import Registry
 
 RewardFn = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
-REWARDS: Registry[RewardFn] = Registry(discounted=False)
+REWARDS: Registry[RewardFn] = Registry(discounted=False, nats=False)
 
 
 @REWARDS.register(
@@ -29,6 +29,7 @@ REWARDS: Registry[RewardFn] = Registry(discounted=False)
     assumes="Any K and R. Nats are unbounded: one very unlikely token can dominate the position.",
     source="Quiet-STaR, RLP, JEPO",
     discounted=True,
+    nats=True,
 )
 def information_gain(base_nll: jax.Array, talk_nll: jax.Array, real: jax.Array, discount: float) -> jax.Array:
     """By how many nats the thought makes the K true tokens more likely, a sum over k."""

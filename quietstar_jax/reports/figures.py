@@ -104,7 +104,7 @@ CURVES: dict[str, tuple[tuple[str, str], ...]] = {  # title -> (metric, kind of 
     "mixing weight": (("mixing_weight", "b"),),
     "thought entropy, nats per token": (("entropy_p05", "a"), ("entropy_p95", "a"), ("entropy", "b")),
     "distinct thoughts, share": (("unique_thought_rate", "b"),),
-    "KL to the initial weights, nats per token": (("kl", "b"),),
+    "KL to the reference, nats per token": (("kl", "b"),),
     "importance ratio": (("importance_ratio", "b"),),
     "limited importance ratios, share": (("clip_ratio", "b"),),
     "tokens per second": (("tokens_per_second", "b"),),

@@ -101,4 +101,5 @@ def earlier_places(uniforms: jax.Array, real: jax.Array, starts: jax.Array | Non
 
 def _uniform_thoughts(tokens: jax.Array, choices: int) -> Thoughts:
     """Thoughts that no model sampled: each token is one of equally likely choices."""
-    return Thoughts(tokens, jnp.zeros(tokens.shape, jnp.float32), jnp.full(tokens.shape, -math.log(choices)))
+    entropy = jnp.full(tokens.shape, math.log(choices))
+    return Thoughts(tokens, entropy, -entropy)

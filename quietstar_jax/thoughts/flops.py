@@ -26,7 +26,7 @@ class Flops(NamedTuple):
       backward: gradients of base and scoring; twice their forward pass if all weights learn.
       recomputation: matrix products that `model.rematerialize` computes twice; not needed by the algorithm.
       rewarding: text, chains and heads once more, where advantages depend on all rewards of the batch.
-      reference: text, chains and LM head under the initial weights, for the KL divergence.
+      reference: text, chains and LM head under the reference, for the KL divergence.
     """
 
     base: float

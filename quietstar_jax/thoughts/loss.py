@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.methods.rewards import REWARDS
 from quietstar_jax.models.decoder import KEY_VALUE_AXES, KeyValues, Layers
 from quietstar_jax.models.parameters import merge, named_parameters, split
 from quietstar_jax.thoughts.chunks import map_chunks, sum_chunks, take_chunk, take_positions
@@ -46,7 +47,7 @@ Metrics = dict[str, jax.Array]
 Think = Callable[[QuietStar, Text, jax.Array], Thoughts]
 Frozen = Callable[[str], bool]
 
-EQUAL_REWARDS = 1e-6  # rewards that differ by at most this are equal in the metric `frac_reward_zero_std`
+EQUAL_REWARDS = 1e-6  # nats, or share of the largest reward: differences up to this are rounding
 
 _KEYS_AND_VALUES: Any = (KEY_VALUE_AXES, KEY_VALUE_AXES)
 _READ_AXES = {
@@ -145,11 +146,13 @@ class Rewarded(NamedTuple):
     Attributes:
       thoughts: arrays [B, R, J, T].
       rewards: [B, R, J]; scored: [B, J] bool, whether the position has a reward and x[j+1] is real.
+      positions: [B, J] if sequences differ; None if all positions think.
     """
 
     thoughts: Thoughts
     rewards: jax.Array
     scored: jax.Array
+    positions: jax.Array | None
 
 
 def reward_thoughts(
@@ -174,7 +177,8 @@ def reward_thoughts(
         return _rewards(text, positions, thoughts, scores, settings)[0]
 
     reward = map_chunks(chunk, (model, text), positions, positions_per_chunk, thoughts, axis=2)
-    return Rewarded(thoughts, reward, _scored(text, positions, settings))
+    chosen = positions if positions.ndim == 2 else None
+    return Rewarded(thoughts, reward, _scored(text, positions, settings), chosen)
 
 
 def _scored(text: Text, positions: jax.Array, settings: ThoughtSettings) -> jax.Array:
@@ -192,8 +196,7 @@ def _rewards(
     real = real_ahead(text.mask, positions, ahead, text.starts)
     base_nll = jnp.where(real, here_and_ahead(text.nll, positions, ahead), 0.0)
     reward = rewards(base_nll, scores.nll, real, name=config.reward, discount=config.discount)
-    if config.kl_in_reward:
-        assert thoughts.reference_log_probs is not None
+    if config.kl_in_reward and thoughts.reference_log_probs is not None:  # absent where thoughts are not trained
         ratio = (scores.log_probs - thoughts.reference_log_probs).sum(axis=-1)
         reward = jnp.where(real[:, None, :, 0], reward - config.kl_in_reward * jax.lax.stop_gradient(ratio), 0.0)
     # REINFORCE covers j = 0 .. L - 2 - K, as published; positions past the text have no reward either.
@@ -239,8 +242,10 @@ def _chunk_loss(
             bonus = mean_where(scored, scores.entropy.mean(axis=-1), counts.scored)
             loss, metrics = loss - entropy_bonus * bonus, metrics | {"policy_entropy": bonus}
         if thoughts.reference_log_probs is not None:
-            divergence = kl_terms(scores.log_probs, thoughts.reference_log_probs).mean(axis=-1)
-            kl = mean_where(scored, divergence, counts.scored)
+            # Masked before the exponential: 0 times the gradient of an overflow would be NaN.
+            own = scores.log_probs if config.kl_weight else jax.lax.stop_gradient(scores.log_probs)
+            reference = jnp.where(scored[..., None], thoughts.reference_log_probs, jax.lax.stop_gradient(own))
+            kl = mean_where(scored, kl_terms(own, reference).mean(axis=-1), counts.scored)
             loss, metrics = loss + config.kl_weight * kl, metrics | {"kl": kl}
     if settings.distill_weight:
         # The text's own logits, computed once more for the chunk, so that the gradient reaches the base pass.
@@ -257,7 +262,8 @@ def _chunk_loss(
         "entropy": mean_where(first, thoughts.entropy.mean(axis=-1), counts.targets[0]),
     }
     if count > 1:
-        alike = jnp.ptp(reward, axis=1, keepdims=True) <= EQUAL_REWARDS
+        unit = 1.0 if REWARDS[config.reward].traits["nats"] else jnp.abs(reward).max(axis=1, keepdims=True)
+        alike = jnp.ptp(reward, axis=1, keepdims=True) <= EQUAL_REWARDS * unit
         metrics["frac_reward_zero_std"] = mean_where(scored, alike.astype(jnp.float32), counts.scored)
     for k in range(ahead):
         metrics[f"talk_loss_{k + 1}"] = scores.nll[..., k].sum() / (count * counts.targets[k])

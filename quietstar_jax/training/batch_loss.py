@@ -37,12 +37,13 @@ class Rows(NamedTuple):
     """Some sequences of a batch.
 
     Attributes:
-      thoughts: their thoughts, if they are already sampled.
+      thoughts: their thoughts, if they are already sampled; positions: [B, J] where, if not everywhere.
     """
 
     batch: Batch
     draws: Draws
     thoughts: Thoughts | None = None
+    positions: jax.Array | None = None
 
 
 class Shared(NamedTuple):
@@ -63,7 +64,7 @@ class BatchLoss:
 
     def loss(self, params: Any, rows: Rows, shared: Shared) -> tuple[jax.Array, Metrics]:
         """Returns (loss, metrics); the sums over all rows are those of the batch."""
-        (batch, draws, thoughts), model = rows, merge(self.graphdef, params)
+        (batch, draws, thoughts, positions), model = rows, merge(self.graphdef, params)
         if not self.settings.thought_length:
             return language_model_loss(model, batch.tokens, batch.mask, shared.counts, self.settings, batch.starts)
 
@@ -73,14 +74,14 @@ class BatchLoss:
         return quiet_star_loss(
             model, batch.tokens, batch.mask, think, shared.counts, self.settings, self._chunk(model, batch.tokens),
             starts=batch.starts,
-            choose=lambda text: choose(text, draws.positions, self.settings),
+            choose=lambda text: choose(text, draws.positions, self.settings) if positions is None else positions,
             frozen=lambda name: not rate_scale(name, self.rates),
             entropy_bonus=shared.entropy_bonus,
         )  # fmt: skip
 
     def rewards(self, params: Any, rows: Rows, reference: Any) -> Rewarded:
         """Samples and rewards the thoughts of the rows, without gradients."""
-        batch, draws, _ = rows
+        batch, draws, *_ = rows
         model = merge(self.graphdef, params)
 
         def think(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:

@@ -35,7 +35,7 @@ from quietstar_jax.training.evaluation import evaluation_settings, make_token_sc
 from quietstar_jax.training.metrics import MetricsWriter, read_metrics
 from quietstar_jax.training.profile import StepProfile
 from quietstar_jax.training.resume import check_position, check_same_run, check_same_sources, saved_record
-from quietstar_jax.training.setup import Run, abstract_state, first_state, prepare, start_optimizer
+from quietstar_jax.training.setup import Run, abstract_state, begin_objective, first_state, prepare, start_optimizer
 from quietstar_jax.training.speed import SpeedMeter
 from quietstar_jax.training.step import TrainStep, compile_train_step
 from quietstar_jax.training.summary import config_hash, most_helpful_thoughts
@@ -133,7 +133,7 @@ def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceItera
         return first_state(run)
     saved = checkpoints.record(step)
     check_same_run(saved, run.record, step)
-    restored = checkpoints.restore(step, abstract_state(run.config, run.architecture, run.mesh))
+    restored = checkpoints.restore(step, abstract_state(run.config, run.architecture, run.mesh, step))
     check_position(saved, restored.data, step, int(restored.state.step), checkpoints.folder(step))
     if "sources" not in restored.data:
         check_same_sources(saved, run.record)
@@ -169,6 +169,8 @@ class Trainer:
             if phase.fresh_optimizer and int(state.step) == start:
                 step, kept = state.step, state.objective
                 state = start_optimizer(run, state.params)._replace(step=step, **kept)
+            if start == run.config.policy_start and int(state.step) == start:
+                state = begin_objective(run, state)
             numbers = self._reader.numbers(phase.batch_size)
             step_fn = compile_train_step(run.config, phase, run.graphdef, run.vocabulary, state, numbers)
             state = self._run_phase(state, phase, step_fn, start, end)

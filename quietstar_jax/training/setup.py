@@ -35,7 +35,7 @@ from quietstar_jax.training.base import (
     open_base,
 )
 from quietstar_jax.training.resume import resumed_tokenizer, same_base, tokenizer_source
-from quietstar_jax.training.step import initial_state, state_specs
+from quietstar_jax.training.step import initial_state, objective_state, state_specs
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,14 @@ def abstract_structure(architecture: Architecture) -> GraphDef:
     return abstract_params(architecture)[1]
 
 
-def abstract_state(config: Config, architecture: Architecture, mesh: Mesh) -> TrainState:
-    """Returns shapes, dtypes and shardings of the training state; a checkpoint of any mesh can be restored into it."""
+def abstract_state(config: Config, architecture: Architecture, mesh: Mesh, step: int = 0) -> TrainState:
+    """Returns shapes, dtypes and shardings of the training state after a step.
+
+    A checkpoint of this step and of any mesh can be restored into it.
+    """
     params, graphdef = abstract_params(architecture)
-    state = jax.eval_shape(lambda params: initial_state(params, config), params)
+    begun = config.policy_start is not None and step > config.policy_start
+    state = jax.eval_shape(lambda params: initial_state(params, config, objective=begun), params)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
@@ -159,6 +163,15 @@ def start_optimizer(run: Run, params: dict[str, jax.Array]) -> TrainState:
     layout = jax.tree.map(lambda x: x.sharding, abstract_state(run.config, run.architecture, run.mesh))
     start = jax.jit(lambda params: initial_state(params, run.config), out_shardings=layout, donate_argnums=0)
     return start(params)
+
+
+def begin_objective(run: Run, state: TrainState) -> TrainState:
+    """Returns the state at the beginning of the first phase that trains thoughts; see `objective_state`."""
+    layout = abstract_state(run.config, run.architecture, run.mesh, int(state.step) + 1)
+    shardings = jax.tree.map(
+        lambda x: x.sharding, {"entropy_bonus": layout.entropy_bonus, "reference": layout.reference}
+    )
+    return state._replace(**jax.jit(lambda x: objective_state(x, run.config), out_shardings=shardings)(state.params))
 
 
 def check_length(config: Config, architecture: Architecture) -> None:

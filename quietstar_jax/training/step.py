@@ -37,16 +37,23 @@ from quietstar_jax.training.optimizer import apply_updates, learning_rate, make_
 TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]
 
 
-def initial_state(params: dict[str, jax.Array], config: Config) -> TrainState:
-    """Returns the state at step 0 with these weights, which are also the reference if one is needed."""
+def initial_state(params: dict[str, jax.Array], config: Config, *, objective: bool = False) -> TrainState:
+    """Returns the state at step 0 with these weights.
+
+    Args:
+      objective: also with the state of the objective, as when the first phase that trains thoughts begins.
+    """
+    state = TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer).init(params))
+    return state._replace(**objective_state(params, config)) if objective else state
+
+
+def objective_state(params: dict[str, jax.Array], config: Config) -> dict[str, Any]:
+    """Returns the fields `entropy_bonus` and `reference` when the first phase that trains thoughts begins."""
     thought = config.thought
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=make_optimizer(config.optimizer).init(params),
-        entropy_bonus=jnp.float32(thought.entropy_bonus) if thought.entropy_target else None,
-        reference=jax.tree.map(jnp.copy, params) if thought.needs_reference else None,
-    )
+    return {
+        "entropy_bonus": jnp.float32(thought.entropy_bonus) if thought.entropy_target else None,
+        "reference": jax.tree.map(jnp.copy, params) if thought.needs_reference else None,
+    }
 
 
 def make_train_step(
@@ -88,7 +95,7 @@ def make_train_step(
         if settings.reinforced and config.thought.needs_batch_rewards:
             all_rewards = manual_shard_map(rewards_of_rows, ("data",), ((), ("rows",), ()), ("rows",))
             rewarded = all_rewards(state.params, rows, state.reference)
-            rows = rows._replace(thoughts=rewarded.thoughts)
+            rows = rows._replace(thoughts=rewarded.thoughts, positions=rewarded.positions)
             counts = with_batch_std(counts, rewarded.rewards, rewarded.scored, config.thought.advantage)
         all_gradients = manual_shard_map(gradients_of_rows, ("data",), ((), ("rows",), ()), ())
         gradients, metrics = all_gradients(state.params, rows, Shared(counts, bonus, state.reference))

@@ -68,7 +68,7 @@ def rows() -> dict[str, np.ndarray]:
 def step_on(config: Config, devices: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metrics, first Adam moments, which are the gradients) after one step."""
     with jax.set_mesh(mesh := make_mesh(config.mesh, ARCHITECTURE, devices)):
-        state = initial_state(PARAMS, config)
+        state = initial_state(PARAMS, config, objective=True)
         if state.reference is not None:  # a divergence from equal weights would be 0
             state = state._replace(reference=jax.device_get(split(random_model(ARCHITECTURE, 7.0, seed=5))[0]))
         state = jax.device_put(state, on_mesh(mesh, state_specs(state, STRUCTURE)))

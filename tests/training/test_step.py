@@ -73,3 +73,13 @@ def test_metrics_name_rate_and_norm(run):
     _, metrics = step_of(run, phase)
     assert float(metrics["learning_rate"]) == pytest.approx(float(learning_rate(phase, jnp.int32(0))))
     assert float(metrics["gradient_norm"]) > 0
+
+
+@pytest.mark.parametrize("changes", [{"policy_weight": 0.0}, {"policy_weight": 0.0, "distill_weight": 1.0}, {}])
+def test_an_objective_with_a_reference_in_phases_that_do_not_train_thoughts(tmp_path, changes):
+    """The rewards are then those without the divergence, which nothing computes."""
+    control = "pause" if not changes else "none"
+    run = prepare(tiny_config(tmp_path, thought__kl_in_reward=0.5, thought__kl_weight=0.1, thought__control=control))
+    _, metrics = step_of(run, dataclasses.replace(run.config.phases[1], **changes))
+    assert "kl" not in metrics
+    assert all(np.isfinite(value) for value in metrics.values())
