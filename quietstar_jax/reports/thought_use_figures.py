@@ -37,7 +37,7 @@ def perturbation_curves(perturbed: Mapping[str, Sequence[Mapping[str, Any]]], wi
         "tokens of the text. The dashed line is the loss without thoughts. If a curve rises to this line, the "
         "predictions need the changed tokens. If it is flat, they do not depend on them. Where no token of a thought "
         "is left (100 % deleted), a remaining gain comes from the computation at the start and end tokens, not from "
-        "the thought. The thin lines are 95 % intervals of the change from the unchanged thoughts, over pieces of text.",
+        "the thought. Thin lines are 95 % intervals of the change from the unchanged thoughts, over pieces of text.",
     )  # fmt: skip
 
 

@@ -313,7 +313,9 @@ def loss(
         **{f"talk_loss_{k + 1}": x for k, x in enumerate(talk_losses)},
     }  # fmt: skip
     if count > 1:
-        same = [max(groups[b, j]) - min(groups[b, j]) <= 1e-6 for b, j in {(b, j) for b, _, j in counted}]
+        unit = (lambda s: 1.0) if c.reward == "information_gain" else (lambda s: max(map(abs, s)))
+        scored_groups = [groups[b, j] for b, j in {(b, j) for b, _, j in counted}]
+        same = [max(s) - min(s) <= 1e-6 * unit(s) for s in scored_groups]
         metrics["frac_reward_zero_std"] = sum(jnp.where(x, 1.0, 0.0) for x in same) / scored
     metrics |= {"distillation_loss": distill} if s.distill_weight else {}
     metrics |= {"kl": totals["kl"]} if reference is not None else {}

@@ -52,7 +52,8 @@ CASES = (
     Case("probability_group_std_clipped", config={"reward": "probability", "advantage": "group_std",
          "positive_only": False, "clip_epsilon": 0.2, "entropy_bonus": 0.3}, settings={"num_thoughts": 3}),
     # Token 0, which fills incomplete chunks, is forbidden here: its log-probability is -1e10.
-    Case("mean_probability_batch_std_corrected", mask=("1111111", "1111000"), settings={"num_thoughts": 3, "meta_tokens": (0, 12)},
+    Case("mean_probability_batch_std_corrected", mask=("1111111", "1111000"),
+         settings={"num_thoughts": 3, "meta_tokens": (0, 12)},
          config={"reward": "mean_probability", "advantage": "batch_std", "positive_only": False, "importance_cap": 1.1,
                  "kl_weight": 0.5}),
     Case("discounted_posterior_longer_phase", config={"discount": 0.7, "advantage": "posterior", "entropy_bonus": 0.1,
