@@ -131,7 +131,9 @@ def compiled_cost(
     step = jax.jit(make_train_step(config, phase, graphdef, vocabulary))
     batch = Batch(jnp.ones((2, 16), jnp.int32), jnp.ones((2, 16), bool))
     with jax.numpy_dtype_promotion("standard"):  # for optax
-        compiled = step.lower(initial_state(params, config), batch, jax.random.key(0), jnp.int32(0)).compile()
+        compiled = step.lower(
+            initial_state(params, config, objective=True), batch, jax.random.key(0), jnp.int32(0)
+        ).compile()
     ours = step_flops(architecture, phase_settings(config, phase, vocabulary), 2, 16)
     # XLA counts the body of a loop once, here of that over the T tokens that are sampled.
     return compiled.cost_analysis()["flops"], ours.necessary - ours.sampling * 2 / 3
