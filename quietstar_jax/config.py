@@ -228,7 +228,7 @@ class Phase:
 
     @property
     def trains_thoughts(self) -> bool:
-        """Whether REINFORCE trains the thoughts of this phase."""
+        """Whether the phase has thoughts and REINFORCE a weight."""
         return self.thought_length > 0 and self.policy_weight > 0
 
     def conflicts(self) -> list[str]:
@@ -456,8 +456,12 @@ class Config:
     @property
     def policy_start(self) -> int | None:
         """Number of steps done when the first phase that trains thoughts begins; None if there is no such phase."""
-        trained = (span.start for span in self.phase_spans() if span.phase.steps and span.phase.trains_thoughts)
-        return None if self.thought.control == "pause" else next(trained, None)
+        spans = self.phase_spans()
+        return next((span.start for span in spans if span.phase.steps and self.reinforces(span.phase)), None)
+
+    def reinforces(self, phase: Phase) -> bool:
+        """Whether REINFORCE trains the thoughts of a phase; pauses are all equal, so nothing can be compared."""
+        return phase.trains_thoughts and self.thought.control != "pause"
 
     @property
     def total_steps(self) -> int:

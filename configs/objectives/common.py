@@ -2,6 +2,7 @@
 
 import ml_collections
 
+from configs import quickstart
 from quietstar_jax.config import default_config
 
 OBJECTIVE = (
@@ -15,4 +16,18 @@ def set_objective(config: ml_collections.ConfigDict, **constants: object) -> ml_
     """Sets the constants of an objective, and everything else that defines one to its default."""
     defaults = default_config().thought
     config.thought.update({name: defaults[name] for name in OBJECTIVE} | constants)
+    return config
+
+
+def quickstart_without_mixing_head(name: str, **thoughts: object) -> ml_collections.ConfigDict:
+    """The quickstart without the phase that trains the mixing head.
+
+    Args:
+      name: of the folder of the run; thoughts: settings of the phase with REINFORCE.
+    """
+    config = quickstart.get_config()
+    config.workdir = f"runs/objectives/{name}"
+    pretrain, _, reinforce = config.phases
+    reinforce.update(thoughts)
+    config.phases = [pretrain, reinforce]
     return config

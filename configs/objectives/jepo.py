@@ -5,8 +5,7 @@ Published: one thought before a whole answer (K = all of it).
 
 import ml_collections
 
-from configs import quickstart
-from configs.objectives.common import set_objective
+from configs.objectives.common import quickstart_without_mixing_head, set_objective
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -24,9 +23,4 @@ def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def get_config() -> ml_collections.ConfigDict:
     """The quickstart, without the phase that trains the mixing head."""
-    config = objective(quickstart.get_config())
-    config.workdir = "runs/objectives/jepo"
-    pretrain, _, thoughts = config.phases
-    thoughts.update(policy_weight=1.0)
-    config.phases = [pretrain, thoughts]
-    return config
+    return objective(quickstart_without_mixing_head("jepo", policy_weight=1.0))

@@ -1,14 +1,13 @@
-"""LaTRO (arXiv 2411.04282): the reward decreases if a thought is more likely than under the initial weights.
+"""LaTRO (arXiv 2411.04282): the reward decreases if a thought is more likely than before REINFORCE.
 
-The initial weights are kept in memory and in checkpoints.
+The weights when REINFORCE begins are kept in memory and in checkpoints.
 
 Published: one thought before a whole answer (K = all of it).
 """
 
 import ml_collections
 
-from configs import quickstart
-from configs.objectives.common import set_objective
+from configs.objectives.common import quickstart_without_mixing_head, set_objective
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -25,9 +24,4 @@ def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def get_config() -> ml_collections.ConfigDict:
     """The quickstart, without the phase that trains the mixing head."""
-    config = objective(quickstart.get_config())
-    config.workdir = "runs/objectives/latro"
-    pretrain, _, thoughts = config.phases
-    thoughts.update(policy_weight=1.0)
-    config.phases = [pretrain, thoughts]
-    return config
+    return objective(quickstart_without_mixing_head("latro", policy_weight=1.0))

@@ -7,8 +7,7 @@ sample, clipping has no effect. See docs/objectives.md.
 
 import ml_collections
 
-from configs import quickstart
-from configs.objectives.common import set_objective
+from configs.objectives.common import quickstart_without_mixing_head, set_objective
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -24,9 +23,4 @@ def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def get_config() -> ml_collections.ConfigDict:
     """The quickstart with K = 1, and without the phase that trains the mixing head."""
-    config = objective(quickstart.get_config())
-    config.workdir = "runs/objectives/rlp"
-    pretrain, _, thoughts = config.phases
-    thoughts.update(tokens_ahead=1, policy_weight=1.0)
-    config.phases = [pretrain, thoughts]
-    return config
+    return objective(quickstart_without_mixing_head("rlp", tokens_ahead=1, policy_weight=1.0))

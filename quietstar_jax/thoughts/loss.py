@@ -183,8 +183,12 @@ def reward_thoughts(
 
 def _scored(text: Text, positions: jax.Array, settings: ThoughtSettings) -> jax.Array:
     """Returns which positions have a reward and a real next token, [B, J]."""
-    rewarded = positions <= text.tokens.shape[1] - 2 - settings.tokens_ahead
-    return real_ahead(text.mask, positions, 1, text.starts)[..., 0] & rewarded
+    return real_ahead(text.mask, positions, 1, text.starts)[..., 0] & _rewarded(text, positions, settings)
+
+
+def _rewarded(text: Text, positions: jax.Array, settings: ThoughtSettings) -> jax.Array:
+    """Returns which positions have a reward, [J] or [B, J]: j = 0 .. L - 2 - K, as published; none past the text."""
+    return positions <= text.tokens.shape[1] - 2 - settings.tokens_ahead
 
 
 def _rewards(
@@ -199,8 +203,7 @@ def _rewards(
     if config.kl_in_reward and thoughts.reference_log_probs is not None:  # absent where thoughts are not trained
         ratio = (scores.log_probs - thoughts.reference_log_probs).sum(axis=-1)
         reward = jnp.where(real[:, None, :, 0], reward - config.kl_in_reward * jax.lax.stop_gradient(ratio), 0.0)
-    # REINFORCE covers j = 0 .. L - 2 - K, as published; positions past the text have no reward either.
-    rewarded = (positions <= text.tokens.shape[1] - 2 - ahead)[..., None, :]  # [1, J] or [B, 1, J], against [B, R, J]
+    rewarded = _rewarded(text, positions, settings)[..., None, :]  # [1, J] or [B, 1, J], against [B, R, J]
     return jnp.where(rewarded, reward, 0.0), real
 
 
@@ -257,7 +260,7 @@ def _chunk_loss(
     spread = reward.std(axis=1, ddof=1, keepdims=True) if count > 1 else jnp.zeros_like(reward)
     metrics |= {
         "reward": reward.sum() / (count * counts.rewarded),
-        "reward_std": mean_where(scored, spread[:, :1], counts.scored),
+        "reward_std": mean_where(scored, spread, counts.scored),
         "mixing_weight": mean_where(first, scores.weight[..., 0], counts.targets[0]),
         "entropy": mean_where(first, thoughts.entropy.mean(axis=-1), counts.targets[0]),
     }

@@ -148,7 +148,7 @@ def ensemble_nll(nll: np.ndarray, axis: int) -> np.ndarray:
 
 
 class UseWanted(NamedTuple):
-    """What `score_use` computes besides the losses of thoughts alone.
+    """What `score_use` computes in addition to the losses of thoughts alone.
 
     Attributes:
       kinds: perturbations, of `perturbations.KINDS`.

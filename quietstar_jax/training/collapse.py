@@ -58,9 +58,8 @@ class CollapseCheck:
 def is_collapsed(config: Config, phase: Phase, values: Mapping[str, Any]) -> bool:
     """Whether a phase trains thoughts, and the metrics of a step show that they are almost all equal."""
     limits = config.logging
-    trains_thoughts = phase.thought_length > 0 and phase.policy_weight > 0 and config.thought.control != "pause"
     return (
-        trains_thoughts
+        config.reinforces(phase)
         and values.get("entropy", float("inf")) < limits.collapse_entropy
         and values.get("frac_reward_zero_std", 0.0) > limits.collapse_zero_std
     )

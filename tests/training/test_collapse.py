@@ -1,4 +1,4 @@
-"""Runs whose thoughts become constant warn, and stop if they are told to."""
+"""Runs whose thoughts become constant warn, and stop if `stop_on_collapse` is set."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tests.training.tiny import tiny_config
 
 
 class Clock:
-    """Replaces the module `time`; moves only when it is told to."""
+    """Replaces the module `time`; its clock advances only when a test says so."""
 
     def __init__(self) -> None:
         self.now = 100.0
