@@ -22,6 +22,7 @@ from quietstar_jax.config import DistributedConfig
 from quietstar_jax.errors import EXIT_RETRY, ConfigError, PreemptedError, UserError, bounded
 from quietstar_jax.signals import Interrupted, end_now
 
+LINGER_SECONDS = 2.0  # the others end without a message when the first process ends: time to report their own error
 _GATHERED = itertools.count()
 
 
@@ -93,7 +94,13 @@ def gather(text: str) -> list[str]:
     folder, wait = f"quietstar_jax/gather/{next(_GATHERED)}/", 24 * 3600 * 1000
     store.key_value_set(f"{folder}{jax.process_index()}", f"={text}")
     texts = [store.blocking_key_value_get(f"{folder}{i}", wait)[1:] for i in range(jax.process_count())]
-    store.wait_at_barrier(f"{folder}read", wait)  # the store is in the first process, which may be about to end
+    # The store is in the first process, which may end next: it waits until the others have read, and they not for it.
+    if is_primary():
+        for i in range(1, jax.process_count()):
+            store.blocking_key_value_get(f"{folder}read/{i}", wait)
+    else:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            store.key_value_set(f"{folder}read/{jax.process_index()}", "yes")
     return texts
 
 
@@ -163,6 +170,8 @@ def stop_together() -> Iterator[None]:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+        if is_primary():
+            time.sleep(LINGER_SECONDS)
         os._exit(status)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from quietstar_jax.config import Config
 from quietstar_jax.config_file import call_function, is_file, read_config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.settings import LARGEST_INTEGER, shown
+from quietstar_jax.thoughts.flops import phase_flops
 
 FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}")  # the name of a variant
 
@@ -95,3 +97,21 @@ def configuration(study: Study, variant: str, seed: int, workdir: Path) -> Confi
         return read_config(study.base, [(name, str(value)) for name, value in changes.items()])
     except ConfigError as error:
         raise ConfigError(f"Variant {variant!r} of the study cannot be run. {error}") from error
+
+
+def steps_of_equal_flops(base: str, variant: Mapping[str, Any], phase: int) -> int:
+    """Returns the steps of one phase, rounded up, for which a variant costs as many necessary FLOPs as its base.
+
+    Args:
+      base: configuration file; variant: settings that differ; phase: index of the phase whose steps are chosen.
+
+    Raises:
+      ConfigError: a setting of the variant is unknown or impossible.
+    """
+
+    def costs(changes: Mapping[str, Any]) -> list[float]:
+        config = read_config(base, [(name, str(value)) for name, value in changes.items()])
+        return [phase_flops(config, of_phase) for of_phase in config.phases]
+
+    once = costs({**variant, f"phases[{phase}].steps": 1})
+    return math.ceil((sum(costs({})) - sum(once)) / once[phase]) + 1
