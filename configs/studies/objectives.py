@@ -43,7 +43,7 @@ def get_study() -> Study:
         "posterior_centered": advantage("posterior_centered", 10.0),
         "leave_one_out_temperature_1": advantage("leave_one_out", 10.0, score_temperature=1.0),
         "mean_probability": advantage("leave_one_out", 100.0, reward="mean_probability"),
-        "entropy_target": advantage("leave_one_out", 100.0, entropy_target=0.5, entropy_bonus_step=0.01),
+        "entropy_target": advantage("leave_one_out", 100.0, entropy_target=1.0, entropy_bonus_step=0.01),
         "kl_to_initial": advantage("leave_one_out", 100.0, kl_weight=0.1),
     }
     return Study(
