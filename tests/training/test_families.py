@@ -30,8 +30,7 @@ def test_one_step_with_thoughts_in_bfloat16(tmp_path, tied):
 
 def take_step(folder, phase, family, tied, compute_dtype):
     """Compiles and takes one step of a phase of the tiny run; every weight of the decoder moves."""
-    traits = {"qkv_bias": FAMILIES[family].qkv_bias, "qk_norm": FAMILIES[family].qk_norm}
-    shape = dict(family=family, tie_embeddings=tied, num_layers=1, **traits)
+    shape = dict(family=family, tie_embeddings=tied, num_layers=1, **FAMILIES[family].fixed)
     changes = {f"model__architecture__{name}": value for name, value in shape.items()}
     run = prepare(tiny_config(folder, model__compute_dtype=compute_dtype, data__sequence_length=6, **changes))
     batch = Batch(jnp.tile(jnp.arange(6, 12), (2, 1)), jnp.ones((2, 6), bool))
