@@ -460,12 +460,12 @@ def _rope(config: Mapping[str, Any], family: Family, windows: Any) -> dict[str, 
             f"config.json: rope_parameters is {short(groups)}; supported for {family.class_name} is one group for "
             "full_attention and one for sliding_attention."
         )
-    full, local, scaling = (_get(*at, {}) for at in ((groups, "full_attention"), (groups, "sliding_attention"),
-                                                     (config, "rope_scaling")))  # fmt: skip
+    full, local = _get(groups, "full_attention", {}), _get(groups, "sliding_attention", {})
+    scaling = _get(config, "rope_scaling", {})
     both = {**full, **scaling} if isinstance(full, Mapping) and isinstance(scaling, Mapping) else [full, scaling]
-    fields = _one_rope(config, family, both, "one flat group for each kind of layer")
+    fields = _one_rope(config, family, both, "one flat group for each of the two")
     beside = {"rope_theta": _get(config, family.local_theta_field, family.local_theta)}
-    near = _one_rope(beside, family, local, "one flat group for each kind of layer")
+    near = _one_rope(beside, family, local, "one flat group for each of the two")
     if near["rope_scaling"] != {"kind": "default"}:
         raise ConfigError(
             f"config.json: the rotary parameters of sliding_attention are {short(local)}. Supported is rope_type "

@@ -98,6 +98,16 @@ def test_bfloat16_keeps_activations_narrow_and_logits_wide() -> None:
     assert (rounded != logits).any(), "logits were rounded to bfloat16"
 
 
+def test_the_multiplier_of_embeddings_is_rounded_as_they_are() -> None:
+    """sqrt(3072) = 55.4256 is 55.5 in bfloat16, as in transformers."""
+    a = dataclasses.replace(TINY, embedding_multiplier=3072**0.5)
+    decoder = random_model(a, 100.0).decoder
+    rows = decoder.embedding[...][TOKENS]
+    np.testing.assert_allclose(decoder.embed(TOKENS, jnp.dtype("float32")), rows * np.float32(3072**0.5), rtol=1e-6)
+    narrow = decoder.embed(TOKENS, jnp.dtype("bfloat16"))
+    np.testing.assert_array_equal(narrow, rows.astype(jnp.bfloat16) * jnp.bfloat16(55.5))
+
+
 def test_windows_of_layers() -> None:
     a = dataclasses.replace(TINY, num_layers=3, sliding_window=4, full_attention_layers=(0, 2))
     unlimited = 2**31 - 1

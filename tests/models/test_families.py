@@ -206,7 +206,7 @@ def test_yarn_derives_what_is_not_written_down():
         ({"model_type": "gemma2", "hidden_activation": "mish"}, ["hidden_activation", "mish"]),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, ["sliding_window_pattern", "0"]),
         ({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}}, ["sliding_attention"]),
-        ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": 3}}, ["rotary", "each kind"]),
+        ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": 3}}, ["rotary", "each of the two"]),
         (
             {
                 "model_type": "gemma3_text",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.models.decoder import base_pass
@@ -160,9 +161,35 @@ def test_logits(variant, tmp_path):
     assert np.abs(valid - their_logits(model, tokens, padded))[padded].max() < 1e-4
 
 
+@pytest.mark.parametrize("named", ["model.language_model.", "language_model.model."])
+def test_the_text_part_of_a_model_of_text_and_images(named, tmp_path, caplog):
+    """As transformers 5 and 4 name its tensors; the image part is left out with a word."""
+    text = {**SIZES, **VARIANTS["gemma3_text"], "tie_word_embeddings": True}
+    sizes = dict(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+    )
+    config = transformers.Gemma3Config(text_config=text, vision_config={**sizes, "model_type": "siglip_vision_model"})
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    root = next(name for name in tensors if name.endswith("embed_tokens.weight")).removesuffix("embed_tokens.weight")
+    save_file({name.replace(root, named): value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    tokens, mask = batch()
+    assert np.abs(our_logits(tmp_path, tokens, mask) - their_logits(model, tokens, mask))[mask].max() < 1e-4
+    assert "multi_modal_projector" in caplog.text
+    assert "are ignored" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [("llama tied", "float32"), ("mistral", "bfloat16"), ("qwen3 attention bias", "float16"), ("qwen2", "float64")],
+    [
+        ("llama tied", "float32"),
+        ("mistral", "bfloat16"),
+        ("gemma2", "bfloat16"),
+        ("qwen3 attention bias", "float16"),
+        ("qwen2", "float64"),
+    ],
 )
 def test_dtypes_and_shards(variant, dtype, tmp_path):
     model = random_model(variant).to(getattr(torch, dtype))
