@@ -463,6 +463,11 @@ def _rope(config: Mapping[str, Any], family: Family, windows: Any) -> dict[str, 
     full, local = _get(groups, "full_attention", {}), _get(groups, "sliding_attention", {})
     scaling = _get(config, "rope_scaling", {})
     both = {**full, **scaling} if isinstance(full, Mapping) and isinstance(scaling, Mapping) else [full, scaling]
+    if isinstance(scaling, Mapping) and scaling.get("type") and not scaling.get("rope_type"):
+        raise ConfigError(
+            f"config.json: rope_scaling is {short(scaling)}. For {family.class_name} transformers 4 reads its `type`, "
+            "and transformers 5 ignores it: write `rope_type` instead."
+        )
     fields = _one_rope(config, family, both, "one flat group for each of the two")
     beside = {"rope_theta": _get(config, family.local_theta_field, family.local_theta)}
     near = _one_rope(beside, family, local, "one flat group for each of the two")

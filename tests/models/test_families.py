@@ -214,6 +214,7 @@ def test_yarn_derives_what_is_not_written_down():
             },
             ["sliding_attention", "default"],
         ),
+        ({"model_type": "gemma3_text", "rope_scaling": {"type": "linear", "factor": 8.0}}, ["type", "rope_type"]),
         ({"model_type": "olmo2", "rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["flat"]),
         ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, ["longrope", "Phi3"]),
         ({"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 2.0}}, ["yarn", "Phi3", "default"]),
