@@ -90,12 +90,10 @@ def test_blocks_equal_one_softmax_with_gradients(monkeypatch, scale, window, pos
     equal_one_softmax(scale, window, positions)
 
 
-@pytest.mark.parametrize("window", [4, 2**31 - 1])
-@pytest.mark.parametrize("block", [3, 64])
-@pytest.mark.parametrize("scale", [1.0, 60.0], ids=["small_scores", "large_scores"])
-def test_capped_scores_equal_one_softmax_with_gradients(monkeypatch, scale, window, block) -> None:
+@pytest.mark.parametrize(("scale", "window"), [(1.0, 4), (60.0, 4), (1.0, 2**31 - 1)])
+def test_capped_scores_equal_one_softmax_with_gradients(monkeypatch, scale, window) -> None:
     """Of capped scores, the large ones have no gradient left and masked ones stay masked."""
-    monkeypatch.setattr(prefix_xla, "KEY_BLOCK", block)
+    monkeypatch.setattr(prefix_xla, "KEY_BLOCK", 3)
     equal_one_softmax(scale, window, (3, 4, 5), cap=1.5)
 
 

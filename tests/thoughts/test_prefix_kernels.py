@@ -44,9 +44,9 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
     return request.param
 
 
-@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(
-    ("scale", "cap"), [(1.0, 0.0), (60.0, 0.0), (2.0, 1.5)], ids=["small_scores", "large_scores", "capped_scores"]
+    ("name", "scale", "cap"),
+    [*((name, scale, 0.0) for name in CASES for scale in (1.0, 60.0)), ("documents and windows", 2.0, 1.5)],
 )
 def test_kernels_equal_the_blocks(kernel: Any, name: str, scale: float, cap: float) -> None:
     positions, window, first = CASES[name]
