@@ -9,7 +9,7 @@ from quietstar_jax.settings import Check, NonNegative, Portion, Positive, at_lea
 
 MOST_PARAMETERS = 10**13
 
-FamilyName = Literal["llama", "mistral", "phi3", "qwen2", "qwen3"]
+FamilyName = Literal["llama", "mistral", "phi3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3"]
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 Even = Annotated[int, Check(lambda value: value > 0 and value % 2 == 0, "an even number above 0 (rotary pairs)")]
 
@@ -42,7 +42,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a decoder-only transformer (Llama, Mistral, Phi-3, Qwen2, Qwen3 families)."""
+    """Shape of a decoder-only transformer of one of the families."""
 
     family: FamilyName = "llama"  # affects only how checkpoints are written
     vocab_size: Positive[int] = 512  # rows of the embedding
@@ -55,8 +55,11 @@ class Architecture:
     max_positions: Positive[int] = 2048  # longest text, thoughts included
     rope_theta: Positive[float] = 10_000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    rope_local_theta: NonNegative[float] = 0.0  # base in layers with a window, without scaling; 0 = as in all layers
     rotary_fraction: Portion = 1.0  # fraction of the dimensions of a head that rotate, the first ones
     rms_norm_eps: NonNegative[float] = 1e-5  # added to the mean square
+    norm_adds_one: bool = False  # norms multiply by 1 + their weight (Gemma)
+    norm_placement: Literal["before", "after", "around"] = "before"  # where attention and feed-forward have a norm
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"  # of the gate of the feed-forward layers
     sliding_window: NonNegative[int] = 0  # keys that a query attends to, its own included; 0 = all
     full_attention_layers: tuple[NonNegative[int], ...] = ()  # layers that ignore `sliding_window`
@@ -64,8 +67,17 @@ class Architecture:
     output_bias: bool = False  # bias of the output projection of attention
     mlp_bias: bool = False  # biases of the feed-forward layers
     qk_norm: bool = False  # normalize queries and keys (Qwen3)
+    qk_norm_all_heads: bool = False  # with `qk_norm`: one norm over all heads instead of one for each (OLMo 2)
+    query_scale: NonNegative[float] = 0.0  # factor of products of queries and keys; 0 = 1 / sqrt(head_dim)
+    score_cap: NonNegative[float] = 0.0  # attention scores s become cap tanh(s / cap); 0 = no cap (Gemma 2)
+    logit_cap: NonNegative[float] = 0.0  # the same for logits; 0 = no cap (Gemma 2)
+    embedding_multiplier: Positive[float] = 1.0  # factor of embeddings as input (Gemma: sqrt(hidden_size))
     tie_embeddings: bool = False  # the output projection is the transposed embedding
     initializer_range: Positive[float] = 0.02  # standard deviation of random weights
+
+    def has_window(self, layer: int) -> bool:
+        """Whether queries of this layer attend only to the last `sliding_window` keys."""
+        return bool(self.sliding_window) and layer not in self.full_attention_layers
 
     @property
     def rotary_dim(self) -> int:
@@ -87,6 +99,14 @@ class Architecture:
             *require(
                 self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
                 "rotary_fraction", self.rotary_fraction, f"an even part of head_dim ({self.head_dim})",
+            ),
+            *require(
+                self.qk_norm or not self.qk_norm_all_heads,
+                "qk_norm_all_heads", self.qk_norm_all_heads, "false without qk_norm",
+            ),
+            *require(
+                self.rope_local_theta == 0 or self.rope_local_theta > 1,
+                "rope_local_theta", self.rope_local_theta, "0 or more than 1",
             ),
             *require(
                 all(layer < self.num_layers for layer in self.full_attention_layers),

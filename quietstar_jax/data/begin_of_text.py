@@ -32,7 +32,10 @@ REBUILT = {
     "GPTNeoXTokenizer": Rebuilt(False, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}),
 }
 # Class of a folder that does not name one, by the model_type in its config.json.
-CLASSES = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "phi3": "LlamaTokenizer"}
+CLASSES = {
+    **dict.fromkeys(("llama", "mistral", "phi3"), "LlamaTokenizer"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
+}
 
 
 def as_published(fast: PreTrainedTokenizerFast, folder: Path) -> None:

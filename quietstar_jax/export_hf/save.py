@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from quietstar_jax.architecture import Architecture
+from quietstar_jax.architecture import Architecture, FamilyName
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.data.vocabulary import UNUSED
 from quietstar_jax.errors import CheckpointError, ConfigError
@@ -34,17 +34,10 @@ from quietstar_jax.hf.generation import generation_config
 from quietstar_jax.hf.names import Entry, Shape, Target, decoder_entries, parameter_shapes, quietstar_entries, to_theirs
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, write_file
 from quietstar_jax.io import new_folder
-from quietstar_jax.models.families import architecture_to_hf
+from quietstar_jax.models.families import FAMILIES, architecture_to_hf
 
 FORMATS = ("quietstar", "base")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-CLASSES = {
-    "llama": "QuietStarLlamaForCausalLM",
-    "mistral": "QuietStarMistralForCausalLM",
-    "phi3": "QuietStarPhi3ForCausalLM",
-    "qwen2": "QuietStarQwen2ForCausalLM",
-    "qwen3": "QuietStarQwen3ForCausalLM",
-}
 MODULE = Path(__file__).with_name("torch_module.py")
 SHIPPED_MODULE = "modeling_quietstar"
 
@@ -227,12 +220,12 @@ def _config(
     """Returns the config.json of an export."""
     rows = max(architecture.vocab_size, *(i + 1 for i in ids)) if ids else architecture.vocab_size
     config = architecture_to_hf(dataclasses.replace(architecture, vocab_size=rows))
-    config |= _old_rope(config["rope_parameters"])
+    config |= _old_rope(config["rope_parameters"], FAMILIES[architecture.family].local_theta_field)
     config |= {"dtype": options.dtype, "torch_dtype": options.dtype}  # the second for transformers before 4.56
     config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config["pad_token_id"] = None  # torch would not train its row, and Phi-3's default may exceed the vocabulary
     if options.format == "quietstar":
-        name = CLASSES[architecture.family]
+        name = thinking_class(architecture.family)
         config |= {
             "architectures": [name],
             "auto_map": {"AutoModelForCausalLM": f"{SHIPPED_MODULE}.{name}"},
@@ -248,8 +241,20 @@ def _config(
     return config
 
 
-def _old_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary parameters in the format of transformers 4, which would otherwise silently use its defaults."""
+def thinking_class(family: FamilyName) -> str:
+    """Returns the name of the class in the torch module for a family."""
+    return f"QuietStar{FAMILIES[family].class_name}"
+
+
+def _old_rope(parameters: Mapping[str, Any], local_theta: str) -> dict[str, Any]:
+    """The rotary parameters in the format of transformers 4, which would otherwise silently use its defaults.
+
+    Args:
+      parameters: of all layers, or by kind of layer; local_theta: name of the base of layers with a window.
+    """
+    if "full_attention" in parameters:
+        base = {local_theta: parameters["sliding_attention"]["rope_theta"]} if local_theta else {}
+        return base | _old_rope(parameters["full_attention"], "")
     beside = ("rope_theta", "partial_rotary_factor")
     old = {key: parameters[key] for key in beside if key in parameters}
     scaling = {key: value for key, value in parameters.items() if key not in beside}

@@ -21,20 +21,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    DynamicCache,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    Phi3ForCausalLM,
-    Qwen2ForCausalLM,
-)
+from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-try:
-    from transformers import Qwen3ForCausalLM
-except ImportError:  # before 4.51
-    Qwen3ForCausalLM = None  # type: ignore[assignment, misc]
 try:
     from transformers.utils import can_return_tuple
 except ImportError:  # before 4.50
@@ -253,8 +244,10 @@ class Thinking:
         return torch.stack(thoughts, -1), hidden
 
     def _meta(self, stored: torch.Tensor, batch: int, count: int) -> torch.Tensor:
-        scaled = stored[0].float() * self.config.thought_embedding_scale
-        return scaled.to(self.get_input_embeddings().weight.dtype).expand(batch, count, -1)
+        embedding = self.get_input_embeddings()
+        row = (stored[0].float() * self.config.thought_embedding_scale).to(embedding.weight.dtype)
+        # Where the table multiplies its rows (Gemma), this row too. Other versions of transformers multiply all inputs.
+        return (row * getattr(embedding, "embed_scale", torch.ones(())).to(row)).expand(batch, count, -1)
 
     def _masks(self, at: torch.Tensor, c: int, real: torch.Tensor, dtype: torch.dtype) -> Any:
         """Additive masks of token c of the P chains over the text and tokens 0 .. c of all chains: [B, 1, P, L+(c+1)P].
@@ -291,8 +284,17 @@ class Thinking:
         hidden = head[:-1](torch.cat([text, after], -1))
         return nn.functional.linear(hidden.float(), head[-1].weight.float())
 
-    def _text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _text_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits before their soft cap, a linear function."""
         return self.lm_head(hidden)[..., : self.config.text_vocab_size].float()
+
+    def _cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """The soft cap of Gemma 2."""
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * (logits / cap).tanh()
+
+    def _text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._cap(self._text_head(hidden))
 
     def _forbid(self, logits: torch.Tensor, more: Sequence[int] = ()) -> torch.Tensor:
         """Sets the logits of the start and end tokens, and of the ids in `more`, to the lowest number."""
@@ -310,7 +312,7 @@ class Thinking:
 def mix_hidden_states(model: Thinking, text: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the mixed hidden state, as in the published code."""
     weight = model._weight(text, after)
-    return model._text_logits(text) + weight * model._text_logits(after - text), weight
+    return model._cap(model._text_head(text) + weight * model._text_head(after - text)), weight
 
 
 def mix_log_probabilities(
@@ -337,27 +339,33 @@ MIXINGS = {
 }
 
 
-class QuietStarLlamaForCausalLM(Thinking, LlamaForCausalLM):
-    """Quiet-STaR with a Llama decoder."""
+# Families: name of their decoder in transformers -> whether it expects one mask for each kind of layer.
+DECODERS = {
+    "Llama": False,
+    "Mistral": False,
+    "Phi3": False,
+    "Qwen2": True,
+    "Qwen3": True,
+    "Gemma": False,
+    "Gemma2": True,
+    "Gemma3": True,
+    "Olmo2": False,
+    "Olmo3": True,
+}
+for _name, _per_layer in DECODERS.items():
+    _decoder = getattr(transformers, f"{_name}ForCausalLM", None)
+    # Gemma 2 and 3 before 4.53 compute their own mask of windows, which is not that of thoughts.
+    if _decoder is not None and (masking_utils is not None or _name not in ("Gemma2", "Gemma3")):
+        _fields = {
+            "__doc__": f"Quiet-STaR with a {_name} decoder.",
+            "__module__": __name__,
+            "mask_per_layer_type": _per_layer,
+        }
+        globals()[f"QuietStar{_name}ForCausalLM"] = type(f"QuietStar{_name}ForCausalLM", (Thinking, _decoder), _fields)
 
 
-class QuietStarMistralForCausalLM(Thinking, MistralForCausalLM):
-    """Quiet-STaR with a Mistral decoder."""
-
-
-class QuietStarPhi3ForCausalLM(Thinking, Phi3ForCausalLM):
-    """Quiet-STaR with a Phi-3 decoder."""
-
-
-class QuietStarQwen2ForCausalLM(Thinking, Qwen2ForCausalLM):
-    """Quiet-STaR with a Qwen2 decoder."""
-
-    mask_per_layer_type = True
-
-
-if Qwen3ForCausalLM is not None:
-
-    class QuietStarQwen3ForCausalLM(Thinking, Qwen3ForCausalLM):
-        """Quiet-STaR with a Qwen3 decoder."""
-
-        mask_per_layer_type = True
+def __getattr__(name: str) -> Any:
+    raise AttributeError(
+        f"There is no {name} with transformers {transformers.__version__}: install a newer version, which has its "
+        "decoder (Gemma 2 and 3 need 4.53)."
+    )

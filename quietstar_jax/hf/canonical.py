@@ -16,11 +16,12 @@ import numpy as np
 from quietstar_jax.errors import CheckpointError, short
 from quietstar_jax.hf.folder_kinds import classifier_advice, is_classifier
 from quietstar_jax.hf.safetensors_file import TensorInfo
+from quietstar_jax.models.families import tied
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Name components that wrappers add; no supported model has a module with such a name.
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-ANCHOR = "layers.0.input_layernorm.weight"  # exists in every family, and only in decoders
+ANCHOR = "layers.0.post_attention_layernorm.weight"  # exists in every family, and only in decoders
 DECODER_PREFIXES = ("embed_tokens.", "layers.", "norm.")  # prefixes of the names in a decoder
 Tensors = dict[str, TensorInfo]
 
@@ -74,7 +75,7 @@ def tie(
     """
     if is_classifier(config) and LM_HEAD not in tensors:
         raise CheckpointError(f"{folder} cannot be used. {classifier_advice(config)}")
-    if config.get("tie_word_embeddings") is not True or LM_HEAD not in tensors:
+    if tied(config) is not True or LM_HEAD not in tensors:
         return config, tensors
     head = tensors[LM_HEAD]
     embedding = tensors.get(EMBEDDING, head)

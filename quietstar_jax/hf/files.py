@@ -22,6 +22,7 @@ from quietstar_jax.hf.safetensors_file import (
     read_header,
     read_tensor,
 )
+from quietstar_jax.models.families import text_config
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -75,7 +76,7 @@ def open_checkpoint(name: str, revision: str = "") -> CheckpointFiles:
         folder = download(name, revision)
     check_regular(folder)
     expected, files = _weight_files(folder)
-    config = read_json(folder / "config.json")
+    config = text_config(read_json(folder / "config.json"))
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for tensor, info in read_header(file).items():

@@ -43,10 +43,10 @@ QUANTIZED = re.compile(
     r".*\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_zero_point|weight_packed|absmax|quant_map|SCB"
     r"|quant_state\..*|weight\.(absmax|quant_map|quant_state\..*))"
 )
-# Heads that read the decoder's hidden states but do not change its predictions.
+# Heads that read the decoder's hidden states but do not change its predictions, and what reads images beside it.
 IGNORED_HEADS = re.compile(
     r"(v|q|value|reward|rm|critic|regression|classification|medusa|eagle|mtp|draft|aux)_?heads?\b.*"
-    r"|(score|critic|classifier|qa_outputs|ilql_heads|vhead)\..*",
+    r"|(score|critic|classifier|qa_outputs|ilql_heads|vhead|(model\.)?(vision_tower|multi_modal_projector))\..*",
     re.IGNORECASE,
 )
 THOUGHT_PARTS = re.compile(r"((talk|mixing|thought)_?heads?|(start|end)_embedding)\b.*")

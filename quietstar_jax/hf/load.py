@@ -162,4 +162,4 @@ def _check_names(source: TensorSource, entries: Sequence[Entry]) -> None:
         )
     if ignored:
         file = source.tensors[ignored[0]].file
-        logging.warning("%s: %d tensors of another head are ignored, e.g. %s.", file, len(ignored), ignored[0])
+        logging.warning("%s: %d tensors of other heads or parts are ignored, e.g. %s.", file, len(ignored), ignored[0])

@@ -17,6 +17,17 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.families import FAMILIES
 
 Shape = tuple[int, ...]
+# Per placement of norms: their name -> ours. Both have other names for the same thing where there are more of them.
+NORMS = {
+    "before": {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
+    "after": {"post_attention_layernorm": "attention_post_norm", "post_feedforward_layernorm": "mlp_post_norm"},
+    "around": {
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "attention_post_norm",
+        "pre_feedforward_layernorm": "mlp_norm",
+        "post_feedforward_layernorm": "mlp_post_norm",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,8 @@ def _layer_rules(a: Architecture) -> Iterator[tuple[str, Shape, dict[str, Shape]
     d, f, q, g, h = a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads, a.head_dim
     fused = FAMILIES[a.family].fused
     heads = {"query": q, "key": g, "value": g}
-    yield "input_layernorm.weight", (d,), {"attention_norm": (d,)}
+    for theirs, ours in NORMS[a.norm_placement].items():
+        yield f"{theirs}.weight", (d,), {ours: (d,)}
     if fused:
         yield "self_attn.qkv_proj.weight", ((q + 2 * g) * h, d), {ours: (d, n, h) for ours, n in heads.items()}
     for ours, n in {} if fused else heads.items():
@@ -151,9 +163,9 @@ def _layer_rules(a: Architecture) -> Iterator[tuple[str, Shape, dict[str, Shape]
     if a.output_bias:
         yield "self_attn.o_proj.bias", (d,), {"output_bias": (d,)}
     if a.qk_norm:
-        yield "self_attn.q_norm.weight", (h,), {"query_norm": (h,)}
-        yield "self_attn.k_norm.weight", (h,), {"key_norm": (h,)}
-    yield "post_attention_layernorm.weight", (d,), {"mlp_norm": (d,)}
+        for ours, n in (("query", q), ("key", g)):
+            shape = (n, h) if a.qk_norm_all_heads else (h,)
+            yield f"self_attn.{ours[0]}_norm.weight", (math.prod(shape),), {f"{ours}_norm": shape}
     if fused:
         yield "mlp.gate_up_proj.weight", (2 * f, d), {"gate": (d, f), "up": (d, f)}
     for ours, fan_in, fan_out in (("gate", d, f), ("up", d, f), ("down", f, d)):

@@ -62,7 +62,7 @@ def cached_pass(
             jax.lax.dynamic_update_slice_in_dim(written.values, to_chain_layout(v), offset, axis=4),
         )
         seen = ChainMask(mask, positions[:, None], offsets, window)
-        return attend_cache(q, *cache, layer, *written, seen, key_block()), written
+        return attend_cache(q, *cache, layer, *written, seen, key_block(), decoder.architecture.score_cap), written
 
     rotary = positions[:, None, None, None] + 1 + offsets
     layers = jnp.arange(decoder.architecture.num_layers)

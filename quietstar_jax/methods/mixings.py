@@ -2,7 +2,8 @@
 
 Every mixing is a function `(logits, base_hidden, talk_hidden, weight) -> (scores, weight)`:
 
-  logits: the LM head, linear: hidden states [.., D] -> float32 [.., V].
+  logits: hidden states [.., D] -> float32 logits [.., V]; without the soft cap of the decoder if registered with
+    `linear=True`, and then a linear function.
   base_hidden: [B, J, K, D] hidden states h of the text; talk_hidden: [B, R, J, K, D] hidden states h' after thoughts.
   weight: [B, R, J, K] float32, the output of the mixing head; None if the entry is registered with `head=False`.
   scores: [B, R, J, K, V] float32, logits; log-probabilities if registered with `log_probs=True`.
@@ -12,6 +13,7 @@ Every mixing is a function `(logits, base_hidden, talk_hidden, weight) -> (score
 Traits:
 
   log_probs: the cross-entropy of a token is minus its score; the scores need not be normalized.
+  linear: the scores are computed from logits before their soft cap (Gemma 2), which is applied to the scores.
   head: whether the mixing head computes the weight (paper section 4.3).
 
 An export also needs the same function in torch: add it to `MIXINGS` in export_hf/torch_module.py.
@@ -29,13 +31,14 @@ from quietstar_jax.methods.registry import Registry
 
 Logits = Callable[[jax.Array], jax.Array]
 MixingFn = Callable[[Logits, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
-MIXINGS: Registry[MixingFn] = Registry(log_probs=False, head=True)
+MIXINGS: Registry[MixingFn] = Registry(log_probs=False, linear=False, head=True)
 
 
 @MIXINGS.register(
     formula=r"\mathrm{logits}(h) + w\,\mathrm{logits}(h' - h)",
     assumes="A linear LM head. The weight is not bounded; it starts at 0, as if there were no thoughts.",
     source="Quiet-STaR, published code",
+    linear=True,
 )
 def hidden_states(
     logits: Logits, base_hidden: jax.Array, talk_hidden: jax.Array, weight: jax.Array

@@ -37,17 +37,23 @@ def causal_mask(mask: jax.Array, window: jax.Array, starts: jax.Array | None = N
     return visible if starts is None else visible & (position >= starts[:, :, None])
 
 
-def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """Returns cap tanh(x / cap), within -cap .. cap; x itself if the cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, cap: float = 0.0) -> jax.Array:
     """Returns the attention output for queries over all visible keys.
 
     Args:
-      queries: [B, L, Q, H]; keys, values: [B, P, G, H]; visible: [B, L, P] bool.
+      queries: [B, L, Q, H], scaled; keys, values: [B, P, G, H]; visible: [B, L, P] bool.
+      cap: soft cap of the scores; 0 = none.
 
     Returns:
       [B, L, Q, H] in the dtype of `values`.
     """
-    grouped = split_heads(queries * queries.shape[-1] ** -0.5, keys.shape[-2])
+    grouped = split_heads(queries, keys.shape[-2])
     scores = jnp.einsum("blgmh,bpgh->bgmlp", grouped, keys, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], soft_cap(scores, cap), MASKED), axis=-1)
     context = jnp.einsum("bgmlp,bpgh->blgmh", weights.astype(values.dtype), values)
     return checkpoint_name(context.reshape(queries.shape), ATTENTION)

@@ -16,10 +16,10 @@ from flax import nnx
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.models import rope
-from quietstar_jax.models.attention import ATTENTION, attend, causal_mask
+from quietstar_jax.models.attention import ATTENTION, attend, causal_mask, soft_cap
 from quietstar_jax.models.layer_scan import scan_layers
 from quietstar_jax.models.linear import dense, linear, look_up
-from quietstar_jax.models.parameters import normal, ones, parameter, zeros
+from quietstar_jax.models.parameters import Initializer, normal, ones, parameter, zeros
 from quietstar_jax.parallel.axes import constrain, num_shards
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -58,8 +58,9 @@ class Layers(nnx.Module):
         n, d, f, q, g, h = (
             a.num_layers, a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads, a.head_dim,
         )  # fmt: skip
-        dense = normal(a.initializer_range)
-        self.attention_norm = parameter(rngs, (n, d), ("layers", "embed"), ones)
+        dense, identity = normal(a.initializer_range), norm_initializer(a)
+        if a.norm_placement != "after":
+            self.attention_norm = parameter(rngs, (n, d), ("layers", "embed"), identity)
         self.query = parameter(rngs, (n, d, q, h), ("layers", "embed", "heads", "head_dim"), dense)
         self.key = parameter(rngs, (n, d, g, h), ("layers", "embed", "kv_heads", "head_dim"), dense)
         self.value = parameter(rngs, (n, d, g, h), ("layers", "embed", "kv_heads", "head_dim"), dense)
@@ -71,9 +72,11 @@ class Layers(nnx.Module):
         if a.output_bias:
             self.output_bias = parameter(rngs, (n, d), ("layers", "embed"), zeros)
         if a.qk_norm:
-            self.query_norm = parameter(rngs, (n, h), ("layers", "head_dim"), ones)
-            self.key_norm = parameter(rngs, (n, h), ("layers", "head_dim"), ones)
-        self.mlp_norm = parameter(rngs, (n, d), ("layers", "embed"), ones)
+            for name, heads, axis in (("query_norm", q, "heads"), ("key_norm", g, "kv_heads")):
+                shape, axes = ((heads, h), (axis, "head_dim")) if a.qk_norm_all_heads else ((h,), ("head_dim",))
+                setattr(self, name, parameter(rngs, (n, *shape), ("layers", *axes), identity))
+        if a.norm_placement != "after":
+            self.mlp_norm = parameter(rngs, (n, d), ("layers", "embed"), identity)
         self.gate = parameter(rngs, (n, d, f), ("layers", "embed", "mlp"), dense)
         self.up = parameter(rngs, (n, d, f), ("layers", "embed", "mlp"), dense)
         self.down = parameter(rngs, (n, f, d), ("layers", "mlp", "embed"), dense)
@@ -81,6 +84,9 @@ class Layers(nnx.Module):
             self.gate_bias = parameter(rngs, (n, f), ("layers", "mlp"), zeros)
             self.up_bias = parameter(rngs, (n, f), ("layers", "mlp"), zeros)
             self.down_bias = parameter(rngs, (n, d), ("layers", "embed"), zeros)
+        if a.norm_placement != "before":
+            self.attention_post_norm = parameter(rngs, (n, d), ("layers", "embed"), identity)
+            self.mlp_post_norm = parameter(rngs, (n, d), ("layers", "embed"), identity)
 
 
 class Decoder(nnx.Module):
@@ -92,26 +98,54 @@ class Decoder(nnx.Module):
         dense = normal(a.initializer_range)
         self.embedding = parameter(rngs, (a.vocab_size, a.hidden_size), ("vocab", "embed"), dense)
         self.layers = Layers(a, rngs)
-        self.final_norm = parameter(rngs, (a.hidden_size,), ("embed",), ones)
+        self.final_norm = parameter(rngs, (a.hidden_size,), ("embed",), norm_initializer(a))
         if not a.tie_embeddings:
             self.lm_head = parameter(rngs, (a.hidden_size, a.vocab_size), ("embed", "vocab"), dense)
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Token ids [...] -> embeddings [..., D] in the compute dtype."""
-        return look_up(self.embedding[...], tokens, dtype)
+        """Token ids [...] -> embeddings [..., D] in the compute dtype, as input of the layers."""
+        return self.scale_embeddings(look_up(self.embedding[...], tokens, dtype))
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Final-norm hidden states [..., D] -> float32 logits [..., V]."""
+    def scale_embeddings(self, rows: jax.Array) -> jax.Array:
+        """Rows [..., D] of the embedding, or others like them -> input of the layers, in the same dtype.
+
+        The multiplier is rounded to this dtype too, as in transformers.
+        """
+        multiplier = self.architecture.embedding_multiplier
+        return rows if multiplier == 1 else rows * jnp.asarray(multiplier, rows.dtype)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Final-norm hidden states [..., D] -> float32 logits [..., V] before their soft cap: a linear function."""
         tied = self.architecture.tie_embeddings
         weight = self.embedding[...] if tied else self.lm_head[...]
         return constrain(linear(hidden, weight, 1, jnp.float32, tied), ..., "vocab")
 
+    def cap_logits(self, logits: jax.Array) -> jax.Array:
+        """The output of `head` -> logits."""
+        return soft_cap(logits, self.architecture.logit_cap)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Final-norm hidden states [..., D] -> float32 logits [..., V]."""
+        return self.cap_logits(self.head(hidden))
+
+
+def norm_initializer(a: Architecture) -> Initializer:
+    """Returns the initializer of the weights of a norm that multiplies by 1."""
+    return zeros if a.norm_adds_one else ones
+
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    """Root-mean-square norm over the axes of `weight`, the last ones, computed in float32, returned in x's dtype."""
+    wide, axes = x.astype(jnp.float32), tuple(range(-weight.ndim, 0))
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + eps)
     return (wide * scale * weight).astype(x.dtype)
+
+
+def normalize(a: Architecture, x: jax.Array, weight: jax.Array | None) -> jax.Array:
+    """Applies a norm of the decoder; returns x where the decoder has none (weight None)."""
+    if weight is None:
+        return x
+    return rms_norm(x, weight + 1.0 if a.norm_adds_one else weight, a.rms_norm_eps)
 
 
 def run_layers(
@@ -132,49 +166,49 @@ def run_layers(
       then summed in one array (see `layer_scan`).
     """
     a = decoder.architecture
-    cos, sin = rope.rotation(a, positions)
+    rotations = rope.rotations(a, positions)
 
-    def layer(x: jax.Array, inputs: tuple[Layers, jax.Array, Any]) -> tuple[jax.Array, Any]:
-        weights, window, layer_state = inputs
+    def layer(x: jax.Array, inputs: tuple[Layers, tuple[jax.Array, jax.Array], Any]) -> tuple[jax.Array, Any]:
+        weights, (window, base), layer_state = inputs
         w = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(weights, nnx.Param)).items()}
-        q, k, v = project(a, w, rms_norm(x, w["attention_norm"], a.rms_norm_eps), cos, sin)
+        cos, sin = (jax.lax.dynamic_index_in_dim(table, base, keepdims=False) for table in rotations)
+        q, k, v = project(a, w, normalize(a, x, w.get("attention_norm")), cos, sin)
         context, ys = attend_fn(q, k, v, window, layer_state)
-        x = x + dense(context, w["output"], w.get("output_bias"), inputs=2)
-        x = x + feed_forward(a, w, rms_norm(x, w["mlp_norm"], a.rms_norm_eps))
+        attended = dense(context, w["output"], w.get("output_bias"), inputs=2)
+        x = x + normalize(a, attended, w.get("attention_post_norm"))
+        fed = feed_forward(a, w, normalize(a, x, w.get("mlp_norm")))
+        x = x + normalize(a, fed, w.get("mlp_post_norm"))
         return constrain(x, "batch", ..., "hidden"), ys
 
-    layers, windows = decoder.layers, attention_windows(a)
+    layers, kinds = decoder.layers, (attention_windows(a), jnp.asarray(rope.bases(a)))
     if rematerialize:
-        x, ys, layers = scan_layers(layer, x, layers, windows, state)
+        x, ys, layers = scan_layers(layer, x, layers, kinds, state)
     else:
         body = jax.checkpoint(layer, policy=REMAT_POLICY, prevent_cse=False)
-        x, ys = jax.lax.scan(body, x, (layers, windows, state))
-    return rms_norm(x, decoder.final_norm[...], a.rms_norm_eps), ys, layers
+        x, ys = jax.lax.scan(body, x, (layers, kinds, state))
+    return normalize(a, x, decoder.final_norm[...]), ys, layers
 
 
 def attention_windows(a: Architecture) -> jax.Array:
     """Returns the number of keys that a query sees in each layer, itself included: [layers] int32."""
     unlimited = jnp.iinfo(jnp.int32).max
-    return jnp.array(
-        [
-            a.sliding_window if a.sliding_window and i not in a.full_attention_layers else unlimited
-            for i in range(a.num_layers)
-        ],
-        jnp.int32,
-    )
+    return jnp.array([a.sliding_window if a.has_window(i) else unlimited for i in range(a.num_layers)], jnp.int32)
 
 
 def project(
     a: Architecture, w: dict[str, jax.Array], x: jax.Array, cos: jax.Array, sin: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [..., D] -> queries [..., Q, H], keys and values [..., G, H]; queries and keys with rotary positions."""
+    """x [..., D] -> queries [..., Q, H], keys and values [..., G, H].
+
+    Queries and keys have rotary positions. Queries are scaled: their products with keys are the scores of attention.
+    """
     q = dense(x, w["query"], w.get("query_bias"))
     k = dense(x, w["key"], w.get("key_bias"))
     v = dense(x, w["value"], w.get("value_bias"))
     if a.qk_norm:
-        q = rms_norm(q, w["query_norm"], a.rms_norm_eps)
-        k = rms_norm(k, w["key_norm"], a.rms_norm_eps)
-    return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
+        q, k = normalize(a, q, w["query_norm"]), normalize(a, k, w["key_norm"])
+    scale = a.query_scale or a.head_dim**-0.5
+    return rope.rotate(q, cos, sin) * scale, rope.rotate(k, cos, sin), v
 
 
 def feed_forward(a: Architecture, w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -204,11 +238,12 @@ def base_pass(
     # The devices that split the positions of thoughts split the queries of the text here, if its length is a multiple.
     # Each of these devices has the keys of the whole text.
     text = "text" if tokens.shape[1] % num_shards("text") == 0 else "keys"
+    cap = decoder.architecture.score_cap
 
     def attend_text(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, _: Any) -> tuple[jax.Array, Any]:
         q = constrain(q, "batch", text, "heads", "head_dim")
         k, v = (constrain(x, *KEY_VALUE_AXES[1:]) for x in (k, v))
-        return attend(q, k, v, causal_mask(mask, window, starts)), KeyValues(k, v)
+        return attend(q, k, v, causal_mask(mask, window, starts), cap), KeyValues(k, v)
 
     x = constrain(decoder.embed(tokens, dtype), "batch", text, "hidden")
     return run_layers(decoder, x, jnp.arange(tokens.shape[1]), attend_text, None, rematerialize=rematerialize)

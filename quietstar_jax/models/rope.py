@@ -17,8 +17,7 @@ def frequencies(architecture: Architecture) -> tuple[np.ndarray, float]:
     Returns:
       ([N/2] float32 radians per position, attention factor); N is the number of dimensions of a head that rotate.
     """
-    half = np.arange(0, architecture.rotary_dim, 2, dtype=np.float64) / architecture.rotary_dim
-    plain = 1.0 / architecture.rope_theta**half
+    plain = _plain(architecture, architecture.rope_theta)
     scaling = architecture.rope_scaling
     if scaling.kind == "linear":
         return (plain / scaling.factor).astype(np.float32), 1.0
@@ -29,11 +28,30 @@ def frequencies(architecture: Architecture) -> tuple[np.ndarray, float]:
     return plain.astype(np.float32), 1.0
 
 
-def rotation(architecture: Architecture, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles: positions [...] -> two arrays [..., 1, N/2] (broadcast over heads)."""
-    inverse, factor = frequencies(architecture)
-    angles = positions.astype(jnp.float32)[..., None, None] * inverse
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+def bases(architecture: Architecture) -> np.ndarray:
+    """Returns the index of each layer's rotary base, [layers] int32: 1 in local layers with their own base, else 0."""
+    a = architecture
+    return np.array([bool(a.rope_local_theta) and a.has_window(i) for i in range(a.num_layers)], np.int32)
+
+
+def rotations(architecture: Architecture, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, base by base.
+
+    Args:
+      positions: [...].
+
+    Returns:
+      Two arrays [bases, ..., 1, N/2] (broadcast over heads); see `bases`.
+    """
+    tables = [frequencies(architecture)]
+    if bases(architecture).any():
+        tables.append((_plain(architecture, architecture.rope_local_theta).astype(np.float32), 1.0))
+    angles = [positions.astype(jnp.float32)[..., None, None] * inverse for inverse, _ in tables]
+    cos, sin = (
+        jnp.stack([fn(angle) * factor for angle, (_, factor) in zip(angles, tables, strict=True)])
+        for fn in (jnp.cos, jnp.sin)
+    )
+    return cos, sin
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -41,6 +59,12 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     half = cos.shape[-1]
     first, second, still = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, still], axis=-1).astype(x.dtype)
+
+
+def _plain(architecture: Architecture, theta: float) -> np.ndarray:
+    """Returns the frequencies of a base without scaling, [N/2] float64."""
+    half = np.arange(0, architecture.rotary_dim, 2, dtype=np.float64) / architecture.rotary_dim
+    return 1.0 / theta**half
 
 
 def _llama3(plain: np.ndarray, architecture: Architecture) -> np.ndarray:

@@ -46,6 +46,19 @@ KNOWN: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-8B": _hf(
         "qwen3", (151_936, 4096, 12_288, 36, 32, 8, 40_960), head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6
     ),
+    "google/gemma-2-2b": _hf(
+        "gemma2", (256_000, 2304, 9216, 26, 8, 4, 8192), head_dim=256, rms_norm_eps=1e-6, tie_word_embeddings=True
+    ),
+    "google/gemma-2-9b": _hf(
+        "gemma2", (256_000, 3584, 14_336, 42, 16, 8, 8192), head_dim=256, rms_norm_eps=1e-6, tie_word_embeddings=True
+    ),
+    "google/gemma-3-1b-pt": _hf(
+        "gemma3_text", (262_144, 1152, 6912, 26, 4, 1, 32_768), head_dim=256, rms_norm_eps=1e-6, sliding_window=512,
+        tie_word_embeddings=True,
+    ),
+    "allenai/OLMo-2-1124-7B": _hf(
+        "olmo2", (100_352, 4096, 11_008, 32, 32, 32, 4096), rope_theta=5e5, rms_norm_eps=1e-6
+    ),
 }  # fmt: skip
 
 

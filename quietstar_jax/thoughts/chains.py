@@ -31,11 +31,11 @@ def chain_pass(
     Returns:
       (final-norm hidden states [B, R, J, C, D], layers as from `run_layers`).
     """
-    offsets, first = jnp.arange(embeddings.shape[3]), _first(starts, positions)
+    offsets, first, cap = jnp.arange(embeddings.shape[3]), _first(starts, positions), decoder.architecture.score_cap
 
     def attend_chain(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, base: KeyValues) -> Any:
         chain_kv, seen = (to_chain_layout(k), to_chain_layout(v)), ChainMask(mask, positions, offsets, window, first)
-        return attend_chains(q, base.keys, base.values, *chain_kv, seen, prefix_attention), None
+        return attend_chains(q, base.keys, base.values, *chain_kv, seen, prefix_attention, cap), None
 
     rotary = positions[..., None, :, None] + 1 + offsets
     hidden, _, layers = run_layers(decoder, embeddings, rotary, attend_chain, prefix, rematerialize=rematerialize)
@@ -68,7 +68,7 @@ def chain_step(
       (final-norm hidden states [B, R, J, D], chain_kv with token c written).
     """
 
-    first = _first(starts, positions)
+    first, cap = _first(starts, positions), decoder.architecture.score_cap
 
     def attend_step(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, state: Any) -> Any:
         base, written = state
@@ -77,7 +77,7 @@ def chain_step(
             jax.lax.dynamic_update_slice_in_dim(written.values, to_chain_layout(v), offset, axis=4),
         )
         seen = ChainMask(mask, positions, offset[None], window, first)
-        return attend_chains(q, base.keys, base.values, *written, seen, prefix_attention), written
+        return attend_chains(q, base.keys, base.values, *written, seen, prefix_attention, cap), written
 
     rotary = positions[..., None, :, None] + 1 + offset
     hidden, chain_kv, _ = run_layers(decoder, embeddings[..., None, :], rotary, attend_step, (prefix, chain_kv))

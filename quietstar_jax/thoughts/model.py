@@ -32,9 +32,15 @@ class QuietStar(nnx.Module):
         self.end_spare = parameter(rngs, end.shape, ("embed",), zeros)
 
     def start_and_end(self, settings: ThoughtSettings) -> tuple[jax.Array, jax.Array]:
-        """Returns the start and end embeddings, [D] each in the compute dtype, as input of the decoder."""
+        """Returns the start and end embeddings, [D] each in the compute dtype, as input of the decoder.
+
+        Like rows of the embedding, of which they are the mean at first, they are multiplied by the decoder's
+        `embedding_multiplier`.
+        """
         scale, dtype = settings.config.embedding_scale, settings.dtype
-        return (self.start_embedding[...] * scale).astype(dtype), (self.end_embedding[...] * scale).astype(dtype)
+        rows = ((stored[...] * scale).astype(dtype) for stored in (self.start_embedding, self.end_embedding))
+        start, end = map(self.decoder.scale_embeddings, rows)
+        return start, end
 
 
 def initialize(

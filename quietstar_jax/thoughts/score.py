@@ -103,7 +103,11 @@ def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing
     """
     entry = MIXINGS[mixing]
     weight = mixing_weight(model.mixing_head, base_hidden, talk_hidden) if entry.traits["head"] else None
-    return entry.fn(model.decoder.logits, base_hidden, talk_hidden, weight)
+    if not entry.traits["linear"]:
+        return entry.fn(model.decoder.logits, base_hidden, talk_hidden, weight)
+    # A soft cap of the two parts of a sum is not that of the sum.
+    scores, weight = entry.fn(model.decoder.head, base_hidden, talk_hidden, weight)
+    return model.decoder.cap_logits(scores), weight
 
 
 def chain_hidden_states(

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint import manifest
 from quietstar_jax.checkpoint.run_checkpoint import named_run
 from quietstar_jax.checkpoint.steps import saved_steps
@@ -126,8 +127,11 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], step: i
     settings = "config.model.architecture"
     architecture = "architecture" if current["config"].get("model", {}).get("checkpoint") else settings
     changed = [line for line in changed if not line.startswith(settings)]
-    for part, name in (("architecture", architecture), ("model_commit", "model_commit"), ("vocabulary", "vocabulary")):
-        changed += differences(saved[part], current[part], name)
+    # An architecture recorded before a field existed has its default.
+    before, after = (_with_defaults(to_mapping(Architecture()), record["architecture"]) for record in (saved, current))
+    changed += differences(before, after, architecture)
+    for part in ("model_commit", "vocabulary"):
+        changed += differences(saved[part], current[part], part)
     free = MARKED[OnResume.SAME_TEXT]
     if saved.get("base") and saved["base"] == current.get("base"):
         free += (*MARKED[OnResume.SAME_WEIGHTS], "model_commit")
@@ -216,16 +220,18 @@ def incompatible_changes(saved: Mapping[str, Any], current: Mapping[str, Any], s
 def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Adds settings of later versions to a saved configuration, with values that match the earlier versions."""
 
-    def complete(known: Any, saved_value: Any) -> Any:
-        if isinstance(known, Mapping) and isinstance(saved_value, Mapping):
-            return {**known, **{name: complete(known.get(name), value) for name, value in saved_value.items()}}
-        return saved_value
-
-    phases = [complete(to_mapping(Phase()), phase) for phase in saved["phases"]]
-    completed = complete(to_mapping(Config()), saved) | {"phases": phases}
+    phases = [_with_defaults(to_mapping(Phase()), phase) for phase in saved["phases"]]
+    completed = _with_defaults(to_mapping(Config()), saved) | {"phases": phases}
     # Before this setting existed, packed documents attended to each other; no other packing depends on the setting.
     masked = completed["data"]["packing"] == "packed" and saved.get("data", {}).get("document_mask", False)
     return completed | {"data": completed["data"] | {"document_mask": masked}}
+
+
+def _with_defaults(defaults: Any, saved: Any) -> Any:
+    """Returns the saved value, with the entries of `defaults` that it lacks, at every depth."""
+    if isinstance(defaults, Mapping) and isinstance(saved, Mapping):
+        return {**defaults, **{name: _with_defaults(defaults.get(name), value) for name, value in saved.items()}}
+    return saved
 
 
 def _begun(phases: Any, step: int) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ transformers = pytest.importorskip("transformers")
     ("variant", "dtype"),
     [("llama tied", "float16"), ("mistral", "bfloat16"), ("qwen2", "float32"), ("qwen3 attention bias", "bfloat16"),
      ("llama mlp bias", "float32"), ("phi3 partial rotary", "bfloat16"),
+     ("gemma2", "bfloat16"), ("gemma3_text two bases", "float32"), ("olmo2 tied", "bfloat16"),
      ("qwen3 windows yarn", "float32"), ("llama llama3 rope", "float32")],
 )  # fmt: skip
 def test_in_and_out_again_is_bit_identical(variant, dtype, tmp_path):
@@ -57,7 +58,11 @@ def test_in_and_out_again_is_bit_identical(variant, dtype, tmp_path):
 
 @pytest.mark.parametrize(
     "variant",
-    [v for v in VARIANTS if v.split()[0] == v or v.endswith(("tied", "partial rotary", "windows yarn", "llama3 rope"))],
+    [
+        v
+        for v in VARIANTS
+        if v.split()[0] == v or v.endswith(("tied", "partial rotary", "windows yarn", "llama3 rope", "two bases"))
+    ],
 )
 def test_base_loads_without_a_word_and_gives_our_logits(variant, tmp_path, caplog, recwarn):
     start_run(tmp_path / "run", write_checkpoint(tmp_path / "hf", variant))

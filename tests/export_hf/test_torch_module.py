@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from quietstar_jax.export_hf.export_run import export
-from quietstar_jax.export_hf.save import CLASSES, ExportOptions
+from quietstar_jax.export_hf.save import ExportOptions, thinking_class
 from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.models.families import FAMILIES
 from tests.hf.runs import END, START, our_predictions, start_run, write_tokenizer
@@ -20,6 +21,7 @@ from tests.models.test_parity import LENGTH, VOCAB, random_model, their_logits
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+torch_module = importlib.import_module("quietstar_jax.export_hf.torch_module")
 torch.set_num_threads(1)  # tiny matrices: threads that wait for each other cost more than they save
 
 META = [VOCAB, VOCAB + 1]
@@ -49,7 +51,15 @@ def text(length: int = LENGTH) -> np.ndarray:
 
 
 def test_there_is_a_class_for_every_family():
-    assert set(CLASSES) == set(FAMILIES)
+    assert {f"{name}ForCausalLM" for name in torch_module.DECODERS} == {one.class_name for one in FAMILIES.values()}
+    for family in FAMILIES:
+        made = getattr(torch_module, thinking_class(family))
+        assert issubclass(made, (torch_module.Thinking, getattr(transformers, FAMILIES[family].class_name)))
+
+
+def test_a_class_that_this_version_lacks_is_named():
+    with pytest.raises(AttributeError, match=r"QuietStarNewForCausalLM.*newer version"):
+        torch_module.QuietStarNewForCausalLM  # noqa: B018
 
 
 @pytest.fixture(
@@ -62,6 +72,9 @@ def test_there_is_a_class_for_every_family():
         "qwen2 mixed windows",
         "qwen3 windows yarn",
         "qwen3 attention bias",
+        "gemma2",
+        "gemma3_text two bases",
+        "olmo2 tied",
     ],
 )
 def case(request, tmp_path_factory):

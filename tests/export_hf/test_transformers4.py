@@ -35,10 +35,21 @@ TOKENS = [40, 51, 62, 73, 84, 95, 106]
 # Variant of `test_parity` -> layout of the tokenizer.
 MODELS = {
     "llama tied": "smollm", "llama llama3 rope": "llama3", "mistral": "llama2",
-    "qwen2": "qwen", "phi3": "llama2", "phi3 partial rotary": "llama2", "qwen3": "qwen",
+    "qwen2": "qwen", "phi3": "llama2", "phi3 partial rotary": "llama2", "qwen3": "qwen", "gemma": "llama2",
+    "gemma2": "llama2", "gemma3_text two bases": "llama2", "olmo2 tied": "smollm", "olmo3 two bases": "smollm",
 }  # fmt: skip
 
-SINCE = {"qwen3": (4, 51), "phi3 partial rotary": (4, 49)}  # what earlier ones do not compute
+TIED = ("llama tied", "phi3 partial rotary", "gemma", "gemma2", "olmo2 tied")
+# What earlier ones do not compute; what they compute without thoughts only.
+SINCE = {"qwen3": (4, 51), "phi3 partial rotary": (4, 49), "gemma3_text": (4, 53), "olmo2": (4, 47), "olmo3": (4, 57)}
+THINKS_SINCE = {"gemma2": (4, 53)}
+
+
+def known_to(version: tuple[int, ...], variant: str, kind: str = "base") -> bool:
+    """Whether a version of transformers has the family and option of a variant."""
+    names = (variant, variant.split()[0])
+    since = [table[name] for table in (SINCE, *[THINKS_SINCE] * (kind != "base")) for name in names if name in table]
+    return all(version >= one for one in since)
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +96,15 @@ def ask(python: str, home: Path, folders: list[Path], configs: list[Any] | None 
 def test_exports_are_what_they_are_here(exports, tmp_path, python):
     version = tuple(map(int, ask(python, tmp_path, [])["version"].split(".")[:2]))
     assert (4, 45) <= version < (5, 0)
-    known = [variant for variant in MODELS if version >= SINCE.get(variant, (4, 45))]
     # Base first: a class of a folder takes the place of transformers' own for later folders of the same process.
-    cases = [(variant, kind) for kind in ("base", "quietstar") for variant in known]
+    cases = [(v, kind) for kind in ("base", "quietstar") for v in MODELS if known_to(version, v, kind)]
     answers = ask(python, tmp_path, [exports[variant]["folder"] / kind for variant, kind in cases])["answers"]
     for (variant, kind), answer in zip(cases, answers, strict=True):
         case = exports[variant]
         folder, where = case["folder"] / kind, f"{variant}, {kind}"
         assert answer["problems"] == [], where
         assert answer["class"].startswith("QuietStar") == (kind == "quietstar"), where
-        assert answer["tied"] == ("tied" in variant or variant == "phi3 partial rotary"), where
+        assert answer["tied"] == (variant in TIED), where
         ours = case[kind]
         theirs = np.array(answer["logits"])[:, : case["size"]]
         known_ids = ours > -1e30
@@ -114,17 +124,17 @@ def test_exports_are_what_they_are_here(exports, tmp_path, python):
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_a_field_that_is_left_out_means_the_same(tmp_path, python):
-    old = tuple(map(int, ask(python, tmp_path, [])["version"].split(".")[:2])) < (4, 51)
+    version = tuple(map(int, ask(python, tmp_path, [])["version"].split(".")[:2]))
     # transformers 4 knows no rope_parameters, and takes rotary scaling by its own name
     cases = {
         f"{family} {number} without {lacks}": {"model_type": family, **fields}
         for number, (family, fields, lacks) in enumerate(left_out())
-        if "rope_parameters" not in fields and not lacks.endswith("null") and not (old and family == "qwen3")
+        if "rope_parameters" not in fields and not lacks.endswith("null") and known_to(version, family)
         and lacks not in ("num_attention_heads", "num_hidden_layers") and lacks != "layer_types"
     }  # fmt: skip
     read = ask(python, tmp_path, [], list(cases.items()))["configs"]
     assert len(read) > 40
-    assert {name.split()[0] for name in read} >= set(FIELDS) - {"qwen3"}
+    assert {name.split()[0] for name in read} == {family for family in FIELDS if known_to(version, family)}
     for name, complete in read.items():
         ours = read_or_none(cases[name])
         theirs = read_or_none({key: value for key, value in complete.items() if key != "layer_types" or value})

@@ -27,7 +27,13 @@ ARCHITECTURES = [
     Architecture(**{**vars(TINY), "tie_embeddings": True, "qkv_bias": True, "output_bias": True, "mlp_bias": True}),
     Architecture(**{**vars(TINY), "family": "qwen3", "qk_norm": True, "num_layers": 1}),
     Architecture(**{**vars(TINY), "family": "phi3", "rotary_fraction": 0.7}),
-]
+    Architecture(
+        **{**vars(TINY), "family": "gemma2", "norm_adds_one": True, "norm_placement": "around", "score_cap": 3.0,
+           "embedding_multiplier": 8**0.5, "qkv_bias": True, "output_bias": True}
+    ),
+    Architecture(**{**vars(TINY), "family": "olmo2", "norm_placement": "after", "qk_norm": True,
+                    "qk_norm_all_heads": True}),
+]  # fmt: skip
 
 
 def random_tensors(architecture: Architecture, dtype=np.float32) -> dict[str, np.ndarray]:

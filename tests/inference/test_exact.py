@@ -26,7 +26,15 @@ transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
 
 NEW, T = 5, 6
-VARIANTS = ["llama tied", "mistral", "qwen2 mixed windows", "qwen3 windows yarn"]
+VARIANTS = [
+    "llama tied",
+    "mistral",
+    "qwen2 mixed windows",
+    "qwen3 windows yarn",
+    "gemma2",
+    "gemma3_text two bases",
+    "olmo2 tied",
+]
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -20,14 +20,23 @@ pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 9)), jnp.int32)
 MASK = jnp.array([[1, 1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 1, 1, 1, 1, 1]], bool)
-VARIANTS = {
+VARIANTS: dict[str, dict] = {
     "plain": {},
     "grouped_heads_of_other_width": {"num_heads": 6, "num_kv_heads": 3, "head_dim": 2},
     "windowed_but_for_one_layer": {"num_layers": 3, "sliding_window": 2, "full_attention_layers": (1,)},
     "every_bias_and_norm": {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "qk_norm": True},
     "gelu_tanh_tied": {"activation": "gelu_tanh", "tie_embeddings": True},
+    "gemma2": {
+        "norm_adds_one": True, "norm_placement": "around", "sliding_window": 3, "full_attention_layers": (1,),
+        "score_cap": 1.0, "logit_cap": 2.0, "query_scale": 0.9, "embedding_multiplier": 3.0,
+    },
+    "gemma3": {
+        "norm_adds_one": True, "norm_placement": "around", "sliding_window": 3, "full_attention_layers": (0,),
+        "rope_local_theta": 7.0, "qk_norm": True,
+    },
+    "olmo2": {"norm_placement": "after", "qk_norm": True, "qk_norm_all_heads": True, "num_heads": 4, "qkv_bias": True},
     "relu": {"activation": "relu", "rms_norm_eps": 0.1},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -87,6 +96,16 @@ def test_bfloat16_keeps_activations_narrow_and_logits_wide() -> None:
     assert 0 < np.abs(np.asarray(logits - exact)).max() < 0.2 * np.abs(np.asarray(exact)).max()
     rounded = logits.astype(jnp.bfloat16).astype(jnp.float32)
     assert (rounded != logits).any(), "logits were rounded to bfloat16"
+
+
+def test_the_multiplier_of_embeddings_is_rounded_as_they_are() -> None:
+    """sqrt(3072) = 55.4256 is 55.5 in bfloat16, as in transformers."""
+    a = dataclasses.replace(TINY, embedding_multiplier=3072**0.5)
+    decoder = random_model(a, 100.0).decoder
+    rows = decoder.embedding[...][TOKENS]
+    np.testing.assert_allclose(decoder.embed(TOKENS, jnp.dtype("float32")), rows * np.float32(3072**0.5), rtol=1e-6)
+    narrow = decoder.embed(TOKENS, jnp.dtype("bfloat16"))
+    np.testing.assert_array_equal(narrow, rows.astype(jnp.bfloat16) * jnp.bfloat16(55.5))
 
 
 def test_windows_of_layers() -> None:

@@ -68,6 +68,43 @@ def test_published_configs_in_their_old_spelling():
     assert (qwen2.sliding_window, qwen2.qkv_bias, qwen2.output_bias, qwen2.head_dim) == (0, True, False, 64)
     qwen3 = architecture_from_hf(config("qwen3", head_dim=128, attention_bias=False))
     assert (qwen3.qk_norm, qwen3.head_dim, qwen3.qkv_bias) == (True, 128, False)
+    gemma2 = architecture_from_hf(
+        {
+            "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attn_logit_softcapping": 50.0,
+            "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 128,
+            "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 4608,
+            "initializer_range": 0.02, "intermediate_size": 36864, "max_position_embeddings": 8192,
+            "model_type": "gemma2", "num_attention_heads": 32, "num_hidden_layers": 46, "num_key_value_heads": 16,
+            "query_pre_attn_scalar": 144, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096,
+            "torch_dtype": "float32", "vocab_size": 256000,
+        }
+    )  # fmt: skip
+    assert gemma2 == Architecture(
+        "gemma2", 256000, 4608, 36864, 46, 32, 16, 128, 8192, rms_norm_eps=1e-6, activation="gelu_tanh",
+        sliding_window=4096, full_attention_layers=tuple(range(1, 46, 2)), query_scale=1 / 12, score_cap=50.0,
+        logit_cap=30.0, embedding_multiplier=4608**0.5, norm_adds_one=True, norm_placement="around",
+        tie_embeddings=True,
+    )  # fmt: skip
+
+
+def test_the_text_part_of_a_model_of_text_and_images():
+    wrapped = {
+        "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": {},
+        "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        },
+    }  # fmt: skip
+    gemma3 = architecture_from_hf(wrapped)
+    assert gemma3 == Architecture(
+        "gemma3_text", 262208, 2560, 10240, 34, 8, 4, 256, 131072, 1e6, RopeScaling("linear", 8.0), 1e4,
+        rms_norm_eps=1e-6, activation="gelu_tanh", sliding_window=1024, full_attention_layers=(5, 11, 17, 23, 29),
+        qk_norm=True, norm_adds_one=True, norm_placement="around", embedding_multiplier=2560**0.5, tie_embeddings=True,
+    )  # fmt: skip
+    untied = architecture_from_hf({**wrapped, "tie_word_embeddings": False})
+    assert untied == dataclasses.replace(gemma3, tie_embeddings=False)
+    with pytest.raises(ConfigError, match="quantization_config"):
+        architecture_from_hf({**wrapped, "quantization_config": {"bits": 4}})
 
 
 @pytest.mark.parametrize(
@@ -98,6 +135,23 @@ def test_published_configs_in_their_old_spelling():
         ({"model_type": "phi3"}, "rms_norm_eps", 1e-5),
         ({"model_type": "phi3", "sliding_window": 16}, "sliding_window", 16),
         ({"model_type": "phi3", "partial_rotary_factor": 0.75}, "rotary_fraction", 0.75),
+        ({"model_type": "gemma", "hidden_act": "gelu"}, "activation", "gelu_tanh"),
+        ({"model_type": "gemma2", "hidden_act": "relu"}, "activation", "gelu_tanh"),
+        ({"model_type": "gemma2", "hidden_activation": "relu"}, "activation", "relu"),
+        ({"model_type": "gemma2"}, "score_cap", 50.0),
+        ({"model_type": "gemma2"}, "full_attention_layers", (1, 3)),
+        ({"model_type": "gemma2", "final_logit_softcapping": None}, "logit_cap", 0.0),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 64}, "query_scale", 0.125),
+        ({"model_type": "gemma2", "head_dim": 64, "query_pre_attn_scalar": 64}, "query_scale", 0.0),
+        ({"model_type": "gemma2", "layer_types": ["full_attention"] * 4}, "sliding_window", 0),
+        ({"model_type": "gemma3_text"}, "logit_cap", 0.0),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "score_cap", 0.0),  # as transformers does
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 2}, "full_attention_layers", (1, 3)),
+        ({"model_type": "gemma3_text", "rope_local_base_freq": 77.0}, "rope_local_theta", 77.0),
+        ({"model_type": "gemma3_text", "rope_local_base_freq": 1e6}, "rope_local_theta", 0.0),
+        ({"model_type": "olmo3"}, "full_attention_layers", (3,)),
+        ({"model_type": "olmo3"}, "rope_local_theta", 0.0),
+        ({"model_type": "olmo3", "rope_theta": 7.0}, "rope_local_theta", 5e5),
     ],
 )
 def test_one_field(changes, field, value):
@@ -143,7 +197,25 @@ def test_yarn_derives_what_is_not_written_down():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gemma2"}, ["gemma2", "llama, mistral, phi3, qwen2, qwen3"]),
+        ({"model_type": "falcon"}, ["falcon", "llama, mistral, phi3, qwen2, qwen3, gemma, gemma2"]),
+        ({"model_type": "gemma3"}, ["gemma3", "gemma3_text"]),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+        ({"model_type": "gemma2", "sliding_window": None}, ["sliding_window", "layer_types"]),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, ["query_pre_attn_scalar", "above 0"]),
+        ({"model_type": "gemma2", "attn_logit_softcapping": -1.0}, ["attn_logit_softcapping", "-1"]),
+        ({"model_type": "gemma2", "hidden_activation": "mish"}, ["hidden_activation", "mish"]),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, ["sliding_window_pattern", "0"]),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}}, ["sliding_attention"]),
+        ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": 3}}, ["rotary", "each of the two"]),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2}},
+            },
+            ["sliding_attention", "default"],
+        ),
+        ({"model_type": "gemma3_text", "rope_scaling": {"type": "linear", "factor": 8.0}}, ["type", "rope_type"]),
+        ({"model_type": "olmo2", "rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["flat"]),
         ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, ["longrope", "Phi3"]),
         ({"model_type": "phi3", "rope_scaling": {"type": "yarn", "factor": 2.0}}, ["yarn", "Phi3", "default"]),
         ({"model_type": "phi3", "partial_rotary_factor": 0.4}, ["partial_rotary_factor", "0.4"]),
@@ -190,6 +262,11 @@ EVERY_FIELD = {
     **dict(num_key_value_heads=4, head_dim=16, max_position_embeddings=128, rms_norm_eps=1e-4, hidden_act="gelu"),
     **dict(tie_word_embeddings=True, initializer_range=0.01),
 }
+GEMMA3 = dict(sliding_window=8, query_pre_attn_scalar=20, final_logit_softcapping=7.0, hidden_activation="silu",
+              tie_word_embeddings=False)  # fmt: skip
+GEMMA2 = dict(GEMMA3, attn_logit_softcapping=9.0)
+TWO_BASES = dict(full_attention=dict(rope_type="linear", rope_theta=5e4, factor=4.0),
+                 sliding_attention=dict(rope_type="default", rope_theta=5e3))  # fmt: skip
 QWEN = dict(use_sliding_window=True, sliding_window=8, max_window_layers=2)
 FIELDS: dict[str, list[dict[str, Any]]] = {
     "llama": [dict(attention_bias=True, mlp_bias=True, rope_theta=5e4, rope_scaling=dict(type="linear", factor=2.0))],
@@ -198,6 +275,16 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
     "qwen2": [dict(QWEN, rope_theta=5e4), dict(QWEN, layer_types=["full_attention", "sliding_attention"] * 2)],
     "qwen3": [dict(QWEN, rope_theta=5e4, attention_bias=True),
               dict(rope_parameters=dict(rope_type="yarn", rope_theta=5e4, factor=2.0))],
+    "gemma": [dict(rope_theta=5e4, attention_bias=True, tie_word_embeddings=False)],
+    "gemma2": [dict(GEMMA2, rope_theta=5e4, attention_bias=True),
+               dict(GEMMA2, layer_types=["full_attention", "sliding_attention"] * 2)],
+    "gemma3_text": [dict(GEMMA3, sliding_window_pattern=3, rope_theta=5e4, rope_local_base_freq=5e3,
+                         rope_scaling=dict(rope_type="linear", factor=8.0)),
+                    dict(GEMMA3, layer_types=["full_attention", "sliding_attention"] * 2, rope_parameters=TWO_BASES)],
+    "olmo2": [dict(rope_theta=5e4, attention_bias=True)],
+    "olmo3": [dict(sliding_window=8, rope_theta=5e4, attention_bias=True,
+                   rope_scaling=dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=64)),
+              dict(sliding_window=8, layer_types=["sliding_attention"] * 4, rope_parameters=TWO_BASES)],
 }  # fmt: skip
 
 
@@ -232,6 +319,8 @@ def read_or_refused(fields: dict[str, Any]) -> Architecture | None:
         return None
 
 
+AROUND: dict[str, Any] = {"norm_adds_one": True, "norm_placement": "around", "embedding_multiplier": 128**0.5}
+AFTER: dict[str, Any] = {"norm_placement": "after", "qk_norm": True, "qk_norm_all_heads": True}
 EXPRESSIBLE = [
     Architecture("llama", tie_embeddings=True, qkv_bias=True, output_bias=True, mlp_bias=True),
     Architecture("llama", rope_scaling=RopeScaling("llama3", 8.0, 1.5, 5.0, 256), rope_theta=5e5, head_dim=16),
@@ -243,7 +332,23 @@ EXPRESSIBLE = [
     Architecture("qwen2", qkv_bias=True, sliding_window=7, full_attention_layers=(1,), initializer_range=0.01),
     Architecture("qwen3", qk_norm=True, rope_scaling=RopeScaling("yarn", 4.0, original_max_positions=512)),
     Architecture("qwen3", qk_norm=True, qkv_bias=True, output_bias=True, sliding_window=5),
-]
+    Architecture("gemma", norm_adds_one=True, embedding_multiplier=128**0.5, tie_embeddings=True),
+    Architecture("gemma2", sliding_window=5, full_attention_layers=(2,), query_scale=77**-0.5, score_cap=7.0, **AROUND),
+    Architecture("gemma2", logit_cap=7.0, tie_embeddings=True, qkv_bias=True, output_bias=True, **AROUND),
+    Architecture(
+        "gemma3_text", sliding_window=5, full_attention_layers=(1,), rope_theta=1e6, rope_local_theta=1e4,
+        rope_scaling=RopeScaling("linear", 8.0), qk_norm=True, **AROUND,
+    ),
+    Architecture("gemma3_text", sliding_window=5, rope_local_theta=300.0, qk_norm=True, logit_cap=3.0, **AROUND),
+    Architecture("gemma3_text", sliding_window=5, full_attention_layers=(0,), qk_norm=True, **AROUND),
+    Architecture("olmo2", qkv_bias=True, output_bias=True, **AFTER),
+    Architecture("olmo2", rope_scaling=RopeScaling("yarn", 4.0, original_max_positions=512), **AFTER),
+    Architecture("olmo3", **AFTER),
+    Architecture(
+        "olmo3", sliding_window=5, full_attention_layers=(1,), rope_theta=5e5, rope_local_theta=5e5,
+        rope_scaling=RopeScaling("yarn", 4.0, original_max_positions=512), **AFTER,
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", EXPRESSIBLE, ids=lambda a: a.family)
@@ -282,6 +387,14 @@ def test_fields_without_effect_do_not_hinder_writing():
         (Architecture("phi3", qkv_bias=True), "qkv_bias"),
         (Architecture("qwen2"), "qkv_bias"),
         (Architecture("qwen3"), "qk_norm"),
+        (Architecture("gemma", norm_adds_one=True), "embedding_multiplier"),
+        (Architecture("gemma2", embedding_multiplier=128**0.5, norm_adds_one=True), "norm_placement"),
+        (Architecture("gemma3_text", qk_norm=True, score_cap=3.0, **AROUND), "score_cap"),
+        (Architecture("gemma2", sliding_window=5, rope_local_theta=7.0, **AROUND), "rope_local_theta"),
+        (Architecture("olmo2", sliding_window=5, **AFTER), "sliding_window"),
+        (Architecture("olmo3", sliding_window=5, rope_scaling=RopeScaling("linear", 2.0), **AFTER), "rope_local_theta"),
+        (Architecture("llama", logit_cap=3.0), "logit_cap"),
+        (Architecture("llama", rope_local_theta=7.0, norm_placement="after"), "norm_placement"),
     ],
 )
 def test_what_a_family_cannot_express_is_named(architecture, field):
@@ -297,6 +410,8 @@ KEYS = [
     *SIZES, "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window",
     "max_window_layers", "layer_types", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings",
     "rms_norm_eps", "max_position_embeddings", "partial_rotary_factor", "original_max_position_embeddings",
+    "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "hidden_activation",
+    "sliding_window_pattern", "rope_local_base_freq",
 ]  # fmt: skip
 ROPE_KEYS = (
     "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "attention_factor",
@@ -310,7 +425,11 @@ ROPE = st.fixed_dictionaries(
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(list(FAMILIES)), st.dictionaries(st.sampled_from(KEYS), JUNK, max_size=3), st.none() | ROPE)
 def test_junk_is_read_or_refused_never_a_crash(model_type, junk, rope):
-    mixed = config(model_type) | junk | ({"rope_parameters": rope} if rope else {})
+    for parameters in (rope, {"full_attention": rope}) if rope else ({},):
+        read_or_refuse(config(model_type) | junk | ({"rope_parameters": parameters} if parameters else {}))
+
+
+def read_or_refuse(mixed: dict[str, Any]) -> None:
     try:
         architecture = architecture_from_hf(mixed)
     except ConfigError:

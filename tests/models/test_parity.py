@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.models.decoder import base_pass
@@ -64,6 +65,47 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2,
         "rope_parameters": {**YARN, "attention_factor": 1.25},
     },
+    "gemma": {"head_dim": 12},
+    "gemma untied": {
+        "head_dim": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "tie_word_embeddings": False,
+        "attention_bias": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e3, "factor": 2.0},
+    },
+    "gemma2": {
+        "head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma2 no caps": {
+        "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8, "sliding_window": 3,
+        "query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "tie_word_embeddings": False,
+    },
+    "gemma2 score cap": {
+        "head_dim": 20, "attention_bias": True, "attn_logit_softcapping": 1.0, "final_logit_softcapping": None,
+        "layer_types": ["full_attention"] * 3, "hidden_activation": "silu",
+    },
+    "gemma3_text": {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 20, "num_hidden_layers": 7},
+    "gemma3_text two bases": {
+        "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "tie_word_embeddings": False,
+        "final_logit_softcapping": 4.0, "attention_bias": True, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 2e3, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
+    "gemma3_text all local": {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention"] * 3},
+    "olmo2": {},
+    "olmo2 tied": {
+        "hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3, "tie_word_embeddings": True,
+        "attention_bias": True, "hidden_act": "gelu", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
+    "olmo2 own head_dim": {"head_dim": 12, "num_key_value_heads": 1, "rope_parameters": YARN},
+    "olmo3": {"sliding_window": 5, "num_hidden_layers": 4},
+    "olmo3 two bases": {
+        "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
 }  # fmt: skip
 
 
@@ -74,8 +116,8 @@ def random_model(variant: str, seed: int = 0) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" in name:
-                weight.copy_(1 + 0.3 * torch.randn_like(weight))
+            if "norm" in name:  # of Gemma, weights to which 1 is added
+                weight.copy_(weight.mean().round() + 0.3 * torch.randn_like(weight))
             else:
                 weight.copy_(torch.randn_like(weight) * (0.5 if name.endswith("bias") else weight.shape[-1] ** -0.5))
     return model
@@ -119,9 +161,35 @@ def test_logits(variant, tmp_path):
     assert np.abs(valid - their_logits(model, tokens, padded))[padded].max() < 1e-4
 
 
+@pytest.mark.parametrize("named", ["model.language_model.", "language_model.model."])
+def test_the_text_part_of_a_model_of_text_and_images(named, tmp_path, caplog):
+    """As transformers 5 and 4 name its tensors; the image part is left out with a word."""
+    text = {**SIZES, **VARIANTS["gemma3_text"], "tie_word_embeddings": True}
+    sizes = dict(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+    )
+    config = transformers.Gemma3Config(text_config=text, vision_config={**sizes, "model_type": "siglip_vision_model"})
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    root = next(name for name in tensors if name.endswith("embed_tokens.weight")).removesuffix("embed_tokens.weight")
+    save_file({name.replace(root, named): value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    tokens, mask = batch()
+    assert np.abs(our_logits(tmp_path, tokens, mask) - their_logits(model, tokens, mask))[mask].max() < 1e-4
+    assert "multi_modal_projector" in caplog.text
+    assert "are ignored" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [("llama tied", "float32"), ("mistral", "bfloat16"), ("qwen3 attention bias", "float16"), ("qwen2", "float64")],
+    [
+        ("llama tied", "float32"),
+        ("mistral", "bfloat16"),
+        ("gemma2", "bfloat16"),
+        ("qwen3 attention bias", "float16"),
+        ("qwen2", "float64"),
+    ],
 )
 def test_dtypes_and_shards(variant, dtype, tmp_path):
     model = random_model(variant).to(getattr(torch, dtype))

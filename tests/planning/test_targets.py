@@ -61,6 +61,10 @@ def test_known_models_have_the_number_of_parameters_in_their_names():
     assert found["meta-llama/Llama-3.2-1B"] == pytest.approx(1.24, abs=0.01)
     assert found["Qwen/Qwen2.5-7B"] == pytest.approx(7.61, abs=0.01)
     assert found["Qwen/Qwen3-8B"] == pytest.approx(8.19, abs=0.01)
+    assert found["google/gemma-2-2b"] == pytest.approx(2.61, abs=0.01)
+    assert found["google/gemma-2-9b"] == pytest.approx(9.24, abs=0.01)
+    assert found["google/gemma-3-1b-pt"] == pytest.approx(1.00, abs=0.01)
+    assert found["allenai/OLMo-2-1124-7B"] == pytest.approx(7.30, abs=0.01)
 
 
 def test_a_shipped_config_names_the_shape_that_the_table_has():

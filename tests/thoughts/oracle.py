@@ -33,6 +33,15 @@ def norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
 
 
+def layer_norm(a: Architecture, x: jax.Array, w: Params, name: str) -> jax.Array:
+    """The norm of this name, if the decoder has it."""
+    return norm(x, w[name] + (1 if a.norm_adds_one else 0), a.rms_norm_eps) if name in w else x
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    return x if cap == 0 else cap * (jnp.exp(2 * x / cap) - 1) / (jnp.exp(2 * x / cap) + 1)
+
+
 def rotate(x: jax.Array, theta: float) -> jax.Array:
     """Rotary positions 0, 1, ... of x [N, H], pair by pair."""
     width = x.shape[1]
@@ -48,38 +57,50 @@ def rotate(x: jax.Array, theta: float) -> jax.Array:
 def attention(a: Architecture, w: Params, x: jax.Array, real: jax.Array, layer: int) -> jax.Array:
     """x [N, D] -> [N, D], head by head; padding is never a key."""
     heads = []
+    local = a.sliding_window > 0 and layer not in a.full_attention_layers
+    theta = a.rope_local_theta if local and a.rope_local_theta else a.rope_theta
+    scale = a.query_scale or 1 / math.sqrt(a.head_dim)
     for q in range(a.num_heads):
         g = q * a.num_kv_heads // a.num_heads
         parts = []
         for name, head in (("query", q), ("key", g), ("value", g)):
             part = x @ w[name][:, head] + (w[f"{name}_bias"][head] if a.qkv_bias else 0.0)
-            if a.qk_norm and name != "value":
-                part = norm(part, w[f"{name}_norm"], a.rms_norm_eps)
-            parts.append(part if name == "value" else rotate(part, a.rope_theta))
+            if a.qk_norm_all_heads and name != "value":
+                count = w[name].shape[1]
+                whole = [x @ w[name][:, i] + (w[f"{name}_bias"][i] if a.qkv_bias else 0.0) for i in range(count)]
+                mean = sum((one * one).sum(-1, keepdims=True) for one in whole) / (count * a.head_dim)
+                weight = w[f"{name}_norm"][head] + (1 if a.norm_adds_one else 0)
+                part = part / jnp.sqrt(mean + a.rms_norm_eps) * weight
+            elif a.qk_norm and name != "value":
+                part = layer_norm(a, part, w, f"{name}_norm")
+            parts.append(part if name == "value" else rotate(part, theta))
         query, key, value = parts
         place = jnp.arange(x.shape[0])
-        window = a.sliding_window if a.sliding_window and layer not in a.full_attention_layers else x.shape[0]
+        window = a.sliding_window if local else x.shape[0]
         back = place[:, None] - place[None, :]
         seen = (back >= 0) & (back < window) & real[None, :]
-        scores = jnp.where(seen, query @ key.T / math.sqrt(a.head_dim), -1e30)
+        scores = jnp.where(seen, soft_cap(query @ key.T * scale, a.score_cap), -1e30)
         heads.append(jax.nn.softmax(scores, axis=-1) @ value @ w["output"][q])
     return sum(heads[1:], heads[0]) + (w["output_bias"] if a.output_bias else 0.0)
 
 
 def decode(a: Architecture, p: Params, x: jax.Array, real: jax.Array) -> jax.Array:
-    """Embeddings [N, D], which are real [N] -> final-norm hidden states [N, D] of a plain causal decoder."""
+    """Rows of the embedding [N, D], which are real [N] -> final-norm hidden states [N, D] of a plain causal decoder."""
+    x = x * a.embedding_multiplier
     for layer in range(a.num_layers):
         w = {name.split(".")[-1]: v[layer] for name, v in p.items() if name.startswith("decoder.layers.")}
-        x = x + attention(a, w, norm(x, w["attention_norm"], a.rms_norm_eps), real, layer)
-        y = norm(x, w["mlp_norm"], a.rms_norm_eps)
+        attended = attention(a, w, layer_norm(a, x, w, "attention_norm"), real, layer)
+        x = x + layer_norm(a, attended, w, "attention_post_norm")
+        y = layer_norm(a, x, w, "mlp_norm")
         gate = y @ w["gate"] + (w["gate_bias"] if a.mlp_bias else 0.0)
         up = y @ w["up"] + (w["up_bias"] if a.mlp_bias else 0.0)
-        x = x + (ACTIVATIONS[a.activation](gate) * up) @ w["down"] + (w["down_bias"] if a.mlp_bias else 0.0)
-    return norm(x, p["decoder.final_norm"], a.rms_norm_eps)
+        fed = (ACTIVATIONS[a.activation](gate) * up) @ w["down"] + (w["down_bias"] if a.mlp_bias else 0.0)
+        x = x + layer_norm(a, fed, w, "mlp_post_norm")
+    return layer_norm(a, x, p, "decoder.final_norm")
 
 
 def head(a: Architecture, p: Params, hidden: jax.Array) -> jax.Array:
-    return hidden @ (p["decoder.embedding"].T if a.tie_embeddings else p["decoder.lm_head"])
+    return soft_cap(hidden @ (p["decoder.embedding"].T if a.tie_embeddings else p["decoder.lm_head"]), a.logit_cap)
 
 
 def nll(logits: jax.Array, target: jax.Array) -> jax.Array:

@@ -37,13 +37,17 @@ def test_what_chain_tokens_see() -> None:
     assert drawing(chain_visible(windowed._replace(window=jnp.int32(2)), 4)) == ["#...", "##..", ".##."]
 
 
-def all_at_once(queries, prefix_keys, prefix_values, chain_keys, chain_values, seen: ChainMask) -> jax.Array:
+def all_at_once(
+    queries, prefix_keys, prefix_values, chain_keys, chain_values, seen: ChainMask, cap: float = 0.0
+) -> jax.Array:
     """The same attention by one softmax over every key, own keys and values [B, R, J, E, G, H]."""
-    q = split_heads(queries * queries.shape[-1] ** -0.5, prefix_keys.shape[-2])
+    q = split_heads(queries, prefix_keys.shape[-2])
     prefix = jnp.einsum("brjcgmh,bpgh->bgmrjcp", q, prefix_keys)
     chain = jnp.einsum("brjcgmh,brjegh->bgmrjce", q, chain_keys)
     visible = prefix_visible(seen, jnp.arange(prefix_keys.shape[1]))[:, None, None, None]
     chain_seen = jnp.broadcast_to(chain_visible(seen, chain_keys.shape[3]), chain.shape)
+    if cap:
+        prefix, chain = cap * jnp.tanh(prefix / cap), cap * jnp.tanh(chain / cap)
     both = jnp.concatenate([jnp.where(visible, prefix, MASKED), jnp.where(chain_seen, chain, MASKED)], axis=-1)
     weights = jax.nn.softmax(both, axis=-1)
     split = prefix_keys.shape[1]
@@ -52,7 +56,9 @@ def all_at_once(queries, prefix_keys, prefix_values, chain_keys, chain_values, s
     return context.reshape(queries.shape)
 
 
-def equal_one_softmax(scale: float, window: int, positions: tuple[int, ...], first: jax.Array | None = None) -> None:
+def equal_one_softmax(
+    scale: float, window: int, positions: tuple[int, ...], first: jax.Array | None = None, cap: float = 0.0
+) -> None:
     """Values and gradients of blocks, for two sequences and two groups."""
     batch, count, tokens, prefix, heads, groups, width = 2, 2, 3, 7, 4, 2, 6
     queries = scale * normal(0, batch, count, 3, tokens, heads, width)
@@ -63,10 +69,11 @@ def equal_one_softmax(scale: float, window: int, positions: tuple[int, ...], fir
     cotangent = normal(5, *queries.shape)
 
     def blocks(queries, keys, values, chain_keys, chain_values):
-        return attend_chains(queries, keys, values, to_chain_layout(chain_keys), to_chain_layout(chain_values), seen)
+        chain = to_chain_layout(chain_keys), to_chain_layout(chain_values)
+        return attend_chains(queries, keys, values, *chain, seen, cap=cap)
 
     found, back = jax.vjp(blocks, queries, *base, *chain)
-    wanted, wanted_back = jax.vjp(lambda *x: all_at_once(*x, seen), queries, *base, *chain)
+    wanted, wanted_back = jax.vjp(lambda *x: all_at_once(*x, seen, cap), queries, *base, *chain)
     tolerance = 1e-3 if scale > 1 else 2e-5
     np.testing.assert_allclose(found, wanted, atol=tolerance)
     for name, x, y in zip(("q", "k", "v", "own k", "own v"), back(cotangent), wanted_back(cotangent), strict=True):
@@ -81,6 +88,13 @@ def test_blocks_equal_one_softmax_with_gradients(monkeypatch, scale, window, pos
     """Also where the largest score is in the hundreds, in either group, or the prefix is invisible."""
     monkeypatch.setattr(prefix_xla, "KEY_BLOCK", block)
     equal_one_softmax(scale, window, positions)
+
+
+@pytest.mark.parametrize(("scale", "window"), [(1.0, 4), (60.0, 4), (1.0, 2**31 - 1)])
+def test_capped_scores_equal_one_softmax_with_gradients(monkeypatch, scale, window) -> None:
+    """Of capped scores, the large ones have no gradient left and masked ones stay masked."""
+    monkeypatch.setattr(prefix_xla, "KEY_BLOCK", 3)
+    equal_one_softmax(scale, window, (3, 4, 5), cap=1.5)
 
 
 @pytest.mark.parametrize("window", [2, 2**31 - 1])

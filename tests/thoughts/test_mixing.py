@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.methods.mixings import hidden_states, log_probabilities
+from quietstar_jax.methods.mixings import MIXINGS, hidden_states, log_probabilities
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.thoughts.mixing import MixingHead, mixing_weight
+from quietstar_jax.thoughts.model import init_quiet_star
+from quietstar_jax.thoughts.score import mix
 
 ARCHITECTURE = Architecture(vocab_size=11, hidden_size=8, intermediate_size=8, num_layers=1)
 
@@ -36,6 +41,24 @@ def test_mixed_logits_are_those_of_the_mixed_hidden_state() -> None:
     np.testing.assert_allclose(
         hidden_states(decoder.logits, base, thought, weight)[0], decoder.logits(state), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_a_soft_cap_of_logits_is_that_of_the_prediction(mixing: str) -> None:
+    """Whatever is mixed: with logits far above the cap, the mixed ones are within it, and never sums of capped ones."""
+    capped = dataclasses.replace(ARCHITECTURE, logit_cap=2.0)
+    model, plain = (init_quiet_star(a, [0], [0], 1.0, jax.random.key(0)) for a in (capped, ARCHITECTURE))
+    model.mixing_head.out.set_value(0.5 * jnp.ones((8, 1)))
+    plain.mixing_head.out.set_value(0.5 * jnp.ones((8, 1)))
+    base, thought = 60 * hidden(2, 1, 3, 2), 60 * hidden(3, 1, 4, 3, 2)
+    found, weight = mix(model, base, thought, mixing)
+    if MIXINGS[mixing].traits["log_probs"]:
+        parts = [jax.nn.log_softmax(2 * jnp.tanh(plain.decoder.logits(h) / 2)) for h in (base[:, None], thought)]
+        wanted = (1 - weight[..., None]) * parts[0] + weight[..., None] * parts[1]
+    else:
+        wanted = 2 * jnp.tanh(mix(plain, base, thought, mixing)[0] / 2)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    assert np.abs(mix(plain, base, thought, mixing)[0]).max() > 4
 
 
 def test_bfloat16_keeps_a_small_weight() -> None:

@@ -77,7 +77,7 @@ def test_values_and_gradients_equal_one_softmax(monkeypatch, width, dtype, toler
         np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(y).max())), err_msg=name)
 
 
-def chains(width: int, dtype: Any, prefix_attention: str) -> tuple[Callable[..., Any], list[Any]]:
+def chains(width: int, dtype: Any, prefix_attention: str, cap: float = 0.0) -> tuple[Callable[..., Any], list[Any]]:
     """Value and gradients of the attention of one layer, and its abstract arguments: the heads of Mistral 7B, chains of
     14 tokens at 32 positions of a text of 1,024."""
     batch, groups, heads, length, positions, tokens = 2, 8, 32, 1024, 32, 14
@@ -90,7 +90,7 @@ def chains(width: int, dtype: Any, prefix_attention: str) -> tuple[Callable[...,
     )
 
     def loss(arguments: list[jax.Array], seen: ChainMask) -> jax.Array:
-        return attend_chains(*arguments, seen, prefix_attention).astype(jnp.float32).sum()
+        return attend_chains(*arguments, seen, prefix_attention, cap).astype(jnp.float32).sum()
 
     return jax.value_and_grad(loss), [arguments, seen]
 
@@ -108,12 +108,13 @@ def test_attention_of_mistral_lowers_to_three_kernels(dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefix_attention", "platform", "kernels"),
-    [("auto", "cuda", {}), ("auto", "tpu", {MOSAIC: 3}), ("blocks", "tpu", {}),
-     ("auto", "cpu", {})],
+    ("prefix_attention", "platform", "kernels", "cap"),
+    [("auto", "cuda", {}, 0.0), ("auto", "tpu", {MOSAIC: 3}, 0.0), ("blocks", "tpu", {}, 0.0),
+     ("auto", "cpu", {}, 0.0), ("auto", "tpu", {MOSAIC: 3}, 50.0), ("triton", "cuda", {TRITON: 3}, 50.0)],
 )  # fmt: skip
-def test_what_is_chosen(prefix_attention, platform, kernels) -> None:
-    text = lowered(*chains(128, jnp.bfloat16, prefix_attention), platform)
+def test_what_is_chosen(prefix_attention, platform, kernels, cap) -> None:
+    """Soft caps of scores are computed inside the kernels."""
+    text = lowered(*chains(128, jnp.bfloat16, prefix_attention, cap), platform)
     assert {name: text.count(f"@{name}") for name in (TRITON, MOSAIC) if f"@{name}" in text} == kernels
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.run_checkpoint import open_run
 from quietstar_jax.config import Config
 from quietstar_jax.errors import CheckpointError, DivergedError
@@ -165,6 +166,11 @@ def test_what_may_change_between_runs():
                        record([phase()], thought={"embedding_scale": 2}), step=2)  # fmt: skip
     with pytest.raises(CheckpointError, match=r"architecture\.num_layers: 4 -> 5"):
         check_same_run(saved, record(saved["config"]["phases"], architecture=5), step=2)
+    newer = {"architecture": {**to_mapping(Architecture()), "num_layers": 4}}
+    check_same_run(saved, saved | newer, step=2)
+    newer["architecture"]["logit_cap"] = 3.0  # a field that the record does not have
+    with pytest.raises(CheckpointError, match=r"architecture\.logit_cap: 0\.0 -> 3\.0"):
+        check_same_run(saved, saved | newer, step=2)
 
 
 def test_a_checkpoint_from_before_a_setting_existed_is_resumed():

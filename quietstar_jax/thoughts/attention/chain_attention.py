@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from quietstar_jax.models.attention import ATTENTION, MASKED, split_heads
+from quietstar_jax.models.attention import ATTENTION, MASKED, soft_cap, split_heads
 from quietstar_jax.parallel.axes import manual_shard_map
 from quietstar_jax.thoughts.attention import kernel_common, prefix_mosaic, prefix_triton, prefix_xla
 from quietstar_jax.thoughts.attention.mask import ChainMask, chain_visible
@@ -47,26 +47,26 @@ _KEYS, _CHAIN_KEYS = ("batch", "kv_heads", None, None), ("batch", "kv_heads", No
 
 def attend_chains(
     queries: jax.Array, prefix_keys: jax.Array, prefix_values: jax.Array, chain_keys: jax.Array,
-    chain_values: jax.Array, seen: ChainMask, prefix_attention: str = "auto",
+    chain_values: jax.Array, seen: ChainMask, prefix_attention: str = "auto", cap: float = 0.0,
 ) -> jax.Array:  # fmt: skip
     """Returns the attention output of one layer for all chains.
 
     Args:
-      queries: [B, R, J, C, G * M, H]; prefix_keys, prefix_values: [B, P, G, H], of the base pass.
+      queries: [B, R, J, C, G * M, H], scaled; prefix_keys, prefix_values: [B, P, G, H], of the base pass.
       chain_keys, chain_values: [B, G, R, J, E, H]; see `to_chain_layout`.
-      prefix_attention: as in `ModelConfig`.
+      prefix_attention: as in `ModelConfig`; cap: soft cap of the scores, 0 = none.
 
     Returns:
       [B, R, J, C, G * M, H] in the dtype of the values.
     """
     rows, seen = _query_rows(queries, prefix_keys.shape[-2], seen)
     prefix = (prefix_keys.swapaxes(1, 2), prefix_values.swapaxes(1, 2))
-    return _from_query_rows(_attention(prefix_attention, rows, *prefix, chain_keys, chain_values, seen), queries)
+    return _from_query_rows(_attention(prefix_attention, cap, rows, *prefix, chain_keys, chain_values, seen), queries)
 
 
 def attend_cache(
     queries: jax.Array, cache_keys: jax.Array, cache_values: jax.Array, layer: jax.Array, chain_keys: jax.Array,
-    chain_values: jax.Array, seen: ChainMask, key_block: int,
+    chain_values: jax.Array, seen: ChainMask, key_block: int, cap: float = 0.0,
 ) -> jax.Array:  # fmt: skip
     """As `attend_chains`, against one layer of a cache that is read in place: blocks that no chain sees are not read.
 
@@ -88,15 +88,16 @@ def attend_cache(
             jax.lax.dynamic_slice(cache_values, corner, size)[0],
         )
 
-    state = add_blocks(rows, seen, _chain_softmax(rows, chain_keys, chain_values, seen), key_block, cut)
+    chain = _chain_softmax(rows, chain_keys, chain_values, seen, cap)
+    state = add_blocks(rows, seen, chain, key_block, cut, cap)
     return _from_query_rows(_finish(state, chain_values.dtype), queries)
 
 
 def _query_rows(queries: jax.Array, groups: int, seen: ChainMask) -> tuple[jax.Array, ChainMask]:
-    """Queries [B, R, J, C, G * M, H] -> scaled rows [B, G, R, J, X, H], and `seen` with an offset for each row."""
+    """Queries [B, R, J, C, G * M, H] -> rows [B, G, R, J, X, H], and `seen` with an offset for each row."""
     heads, width = queries.shape[-2:]
     # Row x = m * C + c: the C offsets repeat M times.
-    rows = split_heads(queries * width**-0.5, groups).transpose(0, 4, 1, 2, 5, 3, 6)  # [B, G, R, J, M, C, H]
+    rows = split_heads(queries, groups).transpose(0, 4, 1, 2, 5, 3, 6)  # [B, G, R, J, M, C, H]
     return rows.reshape(*rows.shape[:4], -1, width), seen._replace(offsets=jnp.tile(seen.offsets, heads // groups))
 
 
@@ -112,17 +113,17 @@ def to_chain_layout(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 4, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
-    prefix_attention: str, q: jax.Array, keys: jax.Array, values: jax.Array, chain_keys: jax.Array,
+    prefix_attention: str, cap: float, q: jax.Array, keys: jax.Array, values: jax.Array, chain_keys: jax.Array,
     chain_values: jax.Array, seen: ChainMask,
 ):  # fmt: skip
     """q [B, G, R, J, X, H] scaled; keys, values [B, G, P, H], of the chain [B, G, R, J, E, H] -> context like q."""
-    return _forward(prefix_attention, q, keys, values, chain_keys, chain_values, seen)[0]
+    return _forward(prefix_attention, cap, q, keys, values, chain_keys, chain_values, seen)[0]
 
 
-def _forward(prefix_attention: str, *arguments: Any) -> tuple[jax.Array, tuple]:
-    attend = functools.partial(_attend, prefix_attention)
+def _forward(prefix_attention: str, cap: float, *arguments: Any) -> tuple[jax.Array, tuple]:
+    attend = functools.partial(_attend, prefix_attention, cap)
     context, lse = manual_shard_map(attend, _OVER, _arguments(arguments[-1]), (_QUERIES, _QUERIES))(*arguments)
     # Saved: the arguments, the context and the log-sum-exp [B, G, R, J, X, 1] of each row; no scores and no weights. A
     # rematerialisation policy saves the last two by this name, so that the backward pass does not attend again.
@@ -130,8 +131,8 @@ def _forward(prefix_attention: str, *arguments: Any) -> tuple[jax.Array, tuple]:
     return context, (*arguments, context, checkpoint_name(lse, ATTENTION))
 
 
-def _backward(prefix_attention: str, saved: tuple, gradient: jax.Array) -> tuple:
-    differentiate = functools.partial(_gradients, prefix_attention)
+def _backward(prefix_attention: str, cap: float, saved: tuple, gradient: jax.Array) -> tuple:
+    differentiate = functools.partial(_gradients, prefix_attention, cap)
     # saved = (q, keys, values, chain_keys, chain_values, seen, context, lse); `seen` has no gradient.
     axes, gradients = (*_arguments(saved[5]), *(_QUERIES,) * 3), (_QUERIES, _KEYS, _KEYS, _CHAIN_KEYS, _CHAIN_KEYS)
     return *manual_shard_map(differentiate, _OVER, axes, gradients)(*saved, gradient), None
@@ -149,14 +150,16 @@ def _arguments(seen: ChainMask) -> tuple[Any, ...]:
 
 
 def _choose(
-    prefix_attention: str, blocks: Callable[..., Any], kernels: Callable[..., Any], tpu: Callable[..., Any],
-    gpu: Callable[..., Any],
+    prefix_attention: str, cap: float, blocks: Callable[..., Any], kernels: Callable[..., Any],
+    tpu: Callable[..., Any], gpu: Callable[..., Any],
 ) -> Callable[..., Any]:  # fmt: skip
     """Returns the implementation that `ModelConfig.prefix_attention` selects; `auto` depends on the compile target.
 
     Args:
+      cap: soft cap of the scores.
       blocks: in XLA; kernels: the same with a kernel as its first argument, which is `tpu` or `gpu`.
     """
+    blocks, kernels = functools.partial(blocks, cap=cap), functools.partial(kernels, cap=cap)
     if prefix_attention == "auto":
         return functools.partial(jax.lax.platform_dependent, tpu=functools.partial(kernels, tpu), default=blocks)
     implementations: dict[str, Callable[..., Any]] = {"blocks": blocks, "triton": functools.partial(kernels, gpu)}
@@ -164,20 +167,20 @@ def _choose(
 
 
 def _attend(
-    prefix_attention: str, _: Any, q: jax.Array, keys: jax.Array, values: jax.Array, chain_keys: jax.Array,
+    prefix_attention: str, cap: float, _: Any, q: jax.Array, keys: jax.Array, values: jax.Array, chain_keys: jax.Array,
     chain_values: jax.Array, seen: ChainMask,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Returns (context like q, log-sum-exp [B, G, R, J, X, 1])."""
-    add = _choose(
-        prefix_attention, prefix_xla.prefix_fwd, kernel_common.prefix_fwd, prefix_mosaic.forward, prefix_triton.forward
-    )
-    state = add(q, keys, values, seen, _chain_softmax(q, chain_keys, chain_values, seen))
+    forwards = prefix_xla.prefix_fwd, kernel_common.prefix_fwd, prefix_mosaic.forward, prefix_triton.forward
+    add = _choose(prefix_attention, cap, *forwards)
+    state = add(q, keys, values, seen, _chain_softmax(q, chain_keys, chain_values, seen, cap))
     return _finish(state, chain_values.dtype), state.m + jnp.log(state.l)
 
 
 def _gradients(
-    prefix_attention: str, psum: Any, q: jax.Array, keys: jax.Array, values: jax.Array, chain_keys: jax.Array,
-    chain_values: jax.Array, seen: ChainMask, context: jax.Array, lse: jax.Array, gradient: jax.Array,
+    prefix_attention: str, cap: float, psum: Any, q: jax.Array, keys: jax.Array, values: jax.Array,
+    chain_keys: jax.Array, chain_values: jax.Array, seen: ChainMask, context: jax.Array, lse: jax.Array,
+    gradient: jax.Array,
 ) -> tuple:  # fmt: skip
     """Returns the gradients of q, keys, values, chain_keys and chain_values.
 
@@ -189,36 +192,35 @@ def _gradients(
         dq   = sum_i ds_i k_i
         dk_i = ds_i q,  dv_i = p_i g    summed over the rows that share the key
 
+    With a soft cap, ds_i also has the derivative of the cap (see `through_softmax`).
+
     The keys of one part need only lse and delta of the row from the other part, so the two parts are differentiated
     separately and their dq are added.
     """
     delta = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    scores = _chain_scores(q, chain_keys, seen)
+    scores = _chain_scores(q, chain_keys, seen, cap)
     to_weights = dot("bgrjxh,bgrjeh->bgrjxe", gradient, chain_values)
-    weights, to_scores = through_softmax(scores, to_weights, lse, delta, q.dtype)
+    weights, to_scores = through_softmax(scores, to_weights, lse, delta, q.dtype, cap)
     to_chain = dot("bgrjxe,bgrjxh->bgrjeh", to_scores, q), dot("bgrjxe,bgrjxh->bgrjeh", weights, gradient)
     to_q = dot("bgrjxe,bgrjeh->bgrjxh", to_scores, chain_keys)
-    through_prefix = _choose(
-        prefix_attention,
-        prefix_xla.prefix_bwd,
-        kernel_common.prefix_bwd,
-        prefix_mosaic.backward,
-        prefix_triton.backward,
-    )
+    backwards = prefix_xla.prefix_bwd, kernel_common.prefix_bwd, prefix_mosaic.backward, prefix_triton.backward
+    through_prefix = _choose(prefix_attention, cap, *backwards)
     from_prefix, *to_prefix = through_prefix(q, keys, values, seen, lse, delta, gradient)
     # Devices along `group` have different query heads of the same key/value heads.
     to_keys = psum((*to_prefix, *to_chain), "group")
     return tuple(x.astype(q.dtype) for x in (to_q + from_prefix, *to_keys))
 
 
-def _chain_scores(q: jax.Array, chain_keys: jax.Array, seen: ChainMask) -> jax.Array:
-    scores = dot("bgrjxh,bgrjeh->bgrjxe", q, chain_keys)
+def _chain_scores(q: jax.Array, chain_keys: jax.Array, seen: ChainMask, cap: float) -> jax.Array:
+    scores = soft_cap(dot("bgrjxh,bgrjeh->bgrjxe", q, chain_keys), cap)
     return jnp.where(chain_visible(seen, chain_keys.shape[4]), scores, MASKED)
 
 
-def _chain_softmax(q: jax.Array, chain_keys: jax.Array, chain_values: jax.Array, seen: ChainMask) -> SoftmaxState:
+def _chain_softmax(
+    q: jax.Array, chain_keys: jax.Array, chain_values: jax.Array, seen: ChainMask, cap: float
+) -> SoftmaxState:
     """Returns the softmax over the chain. Its m is a real score, never MASKED: every token sees itself."""
-    scores = _chain_scores(q, chain_keys, seen)
+    scores = _chain_scores(q, chain_keys, seen, cap)
     m = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - m)
     acc = dot("bgrjxe,bgrjeh->bgrjxh", weights.astype(chain_values.dtype), chain_values)

@@ -38,14 +38,14 @@ class Range(NamedTuple):
 
 def prefix_fwd(
     forward: Callable[..., SoftmaxState], q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask,
-    chain: SoftmaxState, *, interpret: bool = False,
+    chain: SoftmaxState, *, cap: float = 0.0, interpret: bool = False,
 ) -> SoftmaxState:  # fmt: skip
     """As `prefix_xla.prefix_fwd`, where `forward(rows [B, G, N, H], keys, values, Range)` visits the prefix.
 
     The kernel returns the state of the prefix alone; this state and that of the chain are rescaled to the larger m and
     added here. A row that sees no prefix key has m = MASKED, so its `added` is 0.
     """
-    state = forward(_as_rows(q), keys, values, _range(q, seen), interpret=interpret)
+    state = forward(_as_rows(q), keys, values, _range(q, seen), cap=cap, interpret=interpret)
     prefix = SoftmaxState(*(x.reshape(like.shape) for x, like in zip(state, chain, strict=True)))
     m = jnp.maximum(chain.m, prefix.m)
     kept, added = jnp.exp(chain.m - m), jnp.exp(prefix.m - m)
@@ -54,12 +54,13 @@ def prefix_fwd(
 
 def prefix_bwd(
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]], q: jax.Array, keys: jax.Array, values: jax.Array,
-    seen: ChainMask, lse: jax.Array, delta: jax.Array, gradient: jax.Array, *, interpret: bool = False,
+    seen: ChainMask, lse: jax.Array, delta: jax.Array, gradient: jax.Array, *, cap: float = 0.0,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """As `prefix_xla.prefix_bwd`, where `backward(rows, keys, values, Range, lse, delta, gradient)` returns the
     gradients of rows, keys and values; lse, delta and gradient have the row layout too."""
     rows = (_as_rows(x) for x in (lse, delta, gradient))
-    to_q, to_keys, to_values = backward(_as_rows(q), keys, values, _range(q, seen), *rows, interpret=interpret)
+    to_q, to_keys, to_values = backward(_as_rows(q), keys, values, _range(q, seen), *rows, cap=cap, interpret=interpret)
     return to_q.reshape(q.shape), to_keys, to_values
 
 

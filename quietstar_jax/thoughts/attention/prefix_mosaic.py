@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from quietstar_jax.models.attention import MASKED
+from quietstar_jax.models.attention import MASKED, soft_cap
 from quietstar_jax.thoughts.attention.kernel_common import Range, bounds, dot, pad, pad_axis
 from quietstar_jax.thoughts.attention.prefix_xla import SoftmaxState
 
@@ -31,18 +31,18 @@ ROW_BLOCK, KEY_BLOCK = 256, 128
 
 
 def forward(
-    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, interpret: bool = False
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, cap: float = 0.0, interpret: bool = False
 ) -> SoftmaxState:  # fmt: skip
     """Softmax of scaled queries [B, G, N, H] over keys and values [B, G, P, H]; `interpret` runs on any device.
 
-    A row that sees no key has m = `MASKED` and l = 0.
+    `cap` is the soft cap of the scores, 0 = none. A row that sees no key has m = `MASKED` and l = 0.
     """
     rows, length = q.shape[2], keys.shape[2]
     q, keys, values, seen = pad(q, keys, values, seen, ROW_BLOCK, KEY_BLOCK)
     batch, groups, padded, width = q.shape
     grid = (batch, groups, padded // ROW_BLOCK, keys.shape[2] // KEY_BLOCK)
     state = pl.pallas_call(
-        _forward_kernel,
+        functools.partial(_forward_kernel, cap=cap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=grid,
@@ -60,7 +60,7 @@ def forward(
 
 def backward(
     q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, lse: jax.Array, delta: jax.Array,
-    gradient: jax.Array, *, interpret: bool = False,
+    gradient: jax.Array, *, cap: float = 0.0, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Returns the gradients of queries, keys and values, float32, from recomputed scores.
 
@@ -78,7 +78,7 @@ def backward(
     operands = (*visited, q, keys, values, *_columns(seen), lse, delta, gradient)
 
     to_q = pl.pallas_call(
-        _query_gradient_kernel,
+        functools.partial(_query_gradient_kernel, cap=cap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=grid,
@@ -97,7 +97,7 @@ def backward(
 
     swap = functools.partial(_spec, rows_last=True)
     to_keys, to_values = pl.pallas_call(
-        _key_gradient_kernel,
+        functools.partial(_key_gradient_kernel, cap=cap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(grid[0], grid[1], grid[3], grid[2]),
@@ -116,7 +116,7 @@ def backward(
     return to_q[:, :, :rows], to_keys[:, :, : unpadded[2]], to_values[:, :, : unpadded[2]]
 
 
-def _forward_kernel(first, last, q, keys, values, low, high, mask, m_out, l_out, acc_out, m, l, acc):
+def _forward_kernel(first, last, q, keys, values, low, high, mask, m_out, l_out, acc_out, m, l, acc, *, cap):
     # Blocks, without leading axes of size 1: q, acc [rows, H]; keys, values [keys, H]; low, high, m, l [rows, 1]; mask
     # [1, keys]. The prefetched scalars first, last are whole, [B, row blocks].
     row_block, step = pl.program_id(2), pl.program_id(3)
@@ -131,7 +131,7 @@ def _forward_kernel(first, last, q, keys, values, low, high, mask, m_out, l_out,
 
     @pl.when(block <= last[pl.program_id(0), row_block])
     def _() -> None:
-        scores, visible = _scores(q, keys, low, high, mask, block)
+        scores, visible = _scores(q, keys, low, high, mask, block, cap)
         # l and acc are rescaled to the new m, as in `prefix_xla.add_blocks`. While a row has seen no key, its m is
         # MASKED and exp(scores - new_m) is meaningless: the outer `where` sets these weights to 0.
         new_m = jnp.maximum(m[...], jnp.where(visible, scores, MASKED).max(axis=1, keepdims=True))
@@ -147,7 +147,7 @@ def _forward_kernel(first, last, q, keys, values, low, high, mask, m_out, l_out,
 
 
 def _query_gradient_kernel(
-    first, last, q, keys, values, low, high, mask, lse, delta, gradient, to_q, acc
+    first, last, q, keys, values, low, high, mask, lse, delta, gradient, to_q, acc, *, cap
 ):  # fmt: skip
     row_block, step = pl.program_id(2), pl.program_id(3)
 
@@ -159,7 +159,7 @@ def _query_gradient_kernel(
 
     @pl.when(block <= last[pl.program_id(0), row_block])
     def _() -> None:
-        _, to_scores = _through_softmax(q, keys, values, low, high, mask, lse, delta, gradient, block)
+        _, to_scores = _through_softmax(q, keys, values, low, high, mask, lse, delta, gradient, block, cap)
         acc[...] += dot(to_scores, keys[0, 0], 1, 0)
 
     @pl.when(step == pl.num_programs(3) - 1)
@@ -168,8 +168,9 @@ def _query_gradient_kernel(
 
 
 def _key_gradient_kernel(
-    first, last, q, keys, values, low, high, mask, lse, delta, gradient, to_keys, to_values, keys_sum, values_sum
-):
+    first, last, q, keys, values, low, high, mask, lse, delta, gradient, to_keys, to_values, keys_sum, values_sum, *,
+    cap,
+):  # fmt: skip
     block, row_block = pl.program_id(2), pl.program_id(3)
 
     @pl.when(row_block == 0)
@@ -181,7 +182,7 @@ def _key_gradient_kernel(
 
     @pl.when((first[batch, row_block] <= block) & (block <= last[batch, row_block]))
     def _() -> None:
-        weights, to_scores = _through_softmax(q, keys, values, low, high, mask, lse, delta, gradient, block)
+        weights, to_scores = _through_softmax(q, keys, values, low, high, mask, lse, delta, gradient, block, cap)
         keys_sum[...] += dot(to_scores, q[0, 0], 0, 0)
         values_sum[...] += dot(weights, gradient[0, 0], 0, 0)
 
@@ -190,23 +191,28 @@ def _key_gradient_kernel(
         to_keys[0, 0], to_values[0, 0] = keys_sum[...], values_sum[...]
 
 
-def _scores(q: Any, keys: Any, low: Any, high: Any, mask: Any, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _scores(
+    q: Any, keys: Any, low: Any, high: Any, mask: Any, block: jax.Array, cap: float
+) -> tuple[jax.Array, jax.Array]:
     """Returns scores of a block of rows and a block of keys, and which of them are visible: two [rows, keys]."""
-    scores = dot(q[0, 0], keys[0, 0], 1, 1)
+    scores = soft_cap(dot(q[0, 0], keys[0, 0], 1, 1), cap)
     number = block * KEY_BLOCK + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     return scores, (number >= low[0]) & (number <= high[0]) & (mask[0] != 0)
 
 
 def _through_softmax(
     q: Any, keys: Any, values: Any, low: Any, high: Any, mask: Any, lse: Any, delta: Any, gradient: Any,
-    block: jax.Array,
+    block: jax.Array, cap: float,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Returns (weights, gradient of scores) of a block in the compute dtype; see `prefix_xla.through_softmax`."""
+    """Returns (weights, gradient of products) of a block in the compute dtype; see `prefix_xla.through_softmax`."""
     # MASKED inside the exponential avoids overflow at invisible keys; their weight is 0.
-    scores, visible = _scores(q, keys, low, high, mask, block)
+    scores, visible = _scores(q, keys, low, high, mask, block, cap)
     weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, MASKED) - lse[0, 0]), 0.0)
     to_weights = dot(gradient[0, 0], values[0, 0], 1, 1)
-    return weights.astype(q.dtype), (weights * (to_weights - delta[0, 0])).astype(q.dtype)
+    to_scores = weights * (to_weights - delta[0, 0])
+    if cap:
+        to_scores *= 1.0 - (scores / cap) ** 2
+    return weights.astype(q.dtype), to_scores.astype(q.dtype)
 
 
 def _columns(seen: Range) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.models.attention import MASKED
+from quietstar_jax.models.attention import MASKED, soft_cap
 from quietstar_jax.thoughts.attention.kernel_common import Range, bounds, dot, pad, pad_axis
 from quietstar_jax.thoughts.attention.prefix_xla import SoftmaxState, through_softmax
 
@@ -50,10 +50,12 @@ STAGES = 2
 LEAST = 16  # minimum size of each axis of a product
 
 
-def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, interpret: bool = False) -> SoftmaxState:
+def forward(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, cap: float = 0.0, interpret: bool = False
+) -> SoftmaxState:
     """Softmax of scaled queries [B, G, N, H] over keys and values [B, G, P, H]; `interpret` runs on any device.
 
-    A row that sees no key has m = `MASKED` and l = 0.
+    `cap` is the soft cap of the scores, 0 = none. A row that sees no key has m = `MASKED` and l = 0.
 
     Raises:
       ConfigError: heads are wider than the kernels' blocks.
@@ -66,7 +68,7 @@ def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, in
     of_rows, numbers = _of_head(blocks.rows), _of_sequence(blocks.rows)
     all_keys = _all_of_head(*keys.shape[2:])
     state = _call(
-        _forward_kernel,
+        functools.partial(_forward_kernel, cap=cap),
         "prefix_attention_forward",
         blocks,
         grid=(padded // blocks.rows, groups, batch),
@@ -87,7 +89,7 @@ def forward(q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, *, in
 
 def backward(
     q: jax.Array, keys: jax.Array, values: jax.Array, seen: Range, lse: jax.Array, delta: jax.Array,
-    gradient: jax.Array, *, interpret: bool = False,
+    gradient: jax.Array, *, cap: float = 0.0, interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Returns the gradients of queries, keys and values, float32, from recomputed scores.
 
@@ -109,7 +111,7 @@ def backward(
     row_spec, row_numbers = _of_head(blocks.rows, full_width), _of_sequence(blocks.rows)
     all_keys = _all_of_head(full_length, full_width)
     (to_q,) = _call(
-        _query_gradient_kernel,
+        functools.partial(_query_gradient_kernel, cap=cap),
         "prefix_attention_query_gradient",
         blocks,
         grid=(padded // blocks.rows, groups, batch),
@@ -125,7 +127,7 @@ def backward(
     key_spec, all_rows, all_numbers = _of_head(blocks.keys, full_width), _all_of_head(padded), _all_of_sequence(padded)
     every_row = _all_of_head(padded, full_width)
     to_keys, to_values = _call(
-        _key_gradient_kernel,
+        functools.partial(_key_gradient_kernel, cap=cap),
         "prefix_attention_key_gradient",
         blocks,
         grid=(full_length // blocks.keys, groups, batch),
@@ -140,7 +142,9 @@ def backward(
     return to_q[:, :, :rows, :width], to_keys[:, :, :length, :width], to_values[:, :, :length, :width]
 
 
-def _forward_kernel(first, last, q, low, high, keys, values, mask, m_out, l_out, acc_out, *, blocks: Blocks):
+def _forward_kernel(
+    first, last, q, low, high, keys, values, mask, m_out, l_out, acc_out, *, blocks: Blocks, cap: float
+):
     # q [rows, H], low and high [rows] are the program's block; keys, values [P, H] and mask [P] are whole, and the loop
     # loads a block at a time. first, last [1] are the key blocks of this block of rows.
     rows, seen = q[...], (low[...][:, None], high[...][:, None])
@@ -149,7 +153,7 @@ def _forward_kernel(first, last, q, low, high, keys, values, mask, m_out, l_out,
         m, l, acc = state
         at = pl.ds(i * blocks.keys, blocks.keys)
         visible = _visible(_numbers(i, blocks.keys)[None, :], *seen, mask[at][None, :])
-        scores = dot(rows, keys[at, :], 1, 1)
+        scores = soft_cap(dot(rows, keys[at, :], 1, 1), cap)
         # l and acc are rescaled to the new m, as in `prefix_xla.add_blocks`. While a row has seen no key, its m is
         # MASKED and exp(scores - new_m) is meaningless: the outer `where` sets these weights to 0.
         new_m = jnp.maximum(m, jnp.where(visible, scores, MASKED).max(axis=1))
@@ -164,7 +168,7 @@ def _forward_kernel(first, last, q, low, high, keys, values, mask, m_out, l_out,
 
 
 def _query_gradient_kernel(
-    first, last, q, gradient, lse, delta, low, high, keys, values, mask, to_q, *, blocks: Blocks
+    first, last, q, gradient, lse, delta, low, high, keys, values, mask, to_q, *, blocks: Blocks, cap: float
 ):
     rows, of_context, seen = q[...], gradient[...], (low[...][:, None], high[...][:, None])
     saved = lse[...][:, None], delta[...][:, None]
@@ -173,17 +177,18 @@ def _query_gradient_kernel(
         at = pl.ds(i * blocks.keys, blocks.keys)
         block_keys = keys[at, :]
         visible = _visible(_numbers(i, blocks.keys)[None, :], *seen, mask[at][None, :])
-        scores = jnp.where(visible, dot(rows, block_keys, 1, 1), MASKED)
+        scores = jnp.where(visible, soft_cap(dot(rows, block_keys, 1, 1), cap), MASKED)
         to_weights = dot(of_context, values[at, :], 1, 1)
-        _, to_scores = through_softmax(scores, to_weights, *saved, q.dtype)
+        _, to_scores = through_softmax(scores, to_weights, *saved, q.dtype, cap)
         return acc + dot(to_scores, block_keys, 1, 0)
 
     to_q[...] = jax.lax.fori_loop(first[0], last[0] + 1, block, jnp.zeros(rows.shape, jnp.float32))
 
 
 def _key_gradient_kernel(
-    count, order, q, gradient, lse, delta, low, high, keys, values, mask, to_keys, to_values, *, blocks: Blocks
-):
+    count, order, q, gradient, lse, delta, low, high, keys, values, mask, to_keys, to_values, *, blocks: Blocks,
+    cap: float,
+):  # fmt: skip
     """Scores are [keys, rows] here, so that the products that are summed need no transposed operand."""
     # count [1] row blocks see this block of keys; the loop visits order[0, :count] and skips the others.
     block_keys, block_values = keys[...], values[...]
@@ -193,9 +198,9 @@ def _key_gradient_kernel(
         at = pl.ds(order[0, i] * blocks.rows, blocks.rows)
         rows, of_context = q[at, :], gradient[at, :]
         visible = _visible(numbers, low[at][None, :], high[at][None, :], real)
-        scores = jnp.where(visible, dot(block_keys, rows, 1, 1), MASKED)
+        scores = jnp.where(visible, soft_cap(dot(block_keys, rows, 1, 1), cap), MASKED)
         to_weights = dot(block_values, of_context, 1, 1)
-        weights, to_scores = through_softmax(scores, to_weights, lse[at][None, :], delta[at][None, :], q.dtype)
+        weights, to_scores = through_softmax(scores, to_weights, lse[at][None, :], delta[at][None, :], q.dtype, cap)
         return sums[0] + dot(to_scores, rows, 1, 0), sums[1] + dot(weights, of_context, 1, 0)
 
     zeros = jnp.zeros(block_keys.shape, jnp.float32)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.models.attention import MASKED
+from quietstar_jax.models.attention import MASKED, soft_cap
 from quietstar_jax.thoughts.attention.mask import ChainMask, prefix_visible
 
 KEY_BLOCK = 64  # prefix keys per block
@@ -40,19 +40,28 @@ class SoftmaxState(NamedTuple):
     acc: jax.Array
 
 
-def prefix_fwd(q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, chain: SoftmaxState) -> SoftmaxState:
-    """Adds the prefix to the softmax of the chain: q [B, G, R, J, X, H] scaled; keys, values [B, G, P, H]."""
+def prefix_fwd(
+    q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, chain: SoftmaxState, *, cap: float = 0.0
+) -> SoftmaxState:
+    """Adds the prefix to the softmax of the chain.
+
+    Args:
+      q: [B, G, R, J, X, H] scaled; keys, values: [B, G, P, H]; cap: soft cap of the scores, 0 = none.
+    """
     width = min(KEY_BLOCK, keys.shape[2])
-    return add_blocks(q, seen, chain, width, lambda start: (_cut(keys, start, width), _cut(values, start, width)))
+    cut = lambda start: (_cut(keys, start, width), _cut(values, start, width))  # noqa: E731
+    return add_blocks(q, seen, chain, width, cut, cap)
 
 
-def add_blocks(q: jax.Array, seen: ChainMask, chain: SoftmaxState, width: int, cut: Cut) -> SoftmaxState:
+def add_blocks(
+    q: jax.Array, seen: ChainMask, chain: SoftmaxState, width: int, cut: Cut, cap: float = 0.0
+) -> SoftmaxState:
     """As `prefix_fwd`, where `cut(start)` reads `width` keys and values [B, G, width, H] from key `start` on."""
 
     def block(i: jax.Array, state: SoftmaxState) -> SoftmaxState:
         start, visible = _block(i, width, seen)
         block_keys, block_values = cut(start)
-        scores = jnp.where(visible, dot("bgrjxh,bgph->bgrjxp", q, block_keys), MASKED)
+        scores = jnp.where(visible, soft_cap(dot("bgrjxh,bgph->bgrjxp", q, block_keys), cap), MASKED)
         # The old state is relative to the old maximum: exp(score - m) = exp(score - state.m) * exp(state.m - m). The
         # maximum starts as that of the chain, a real score, so that masked keys get the weight exp(MASKED - m) = 0.
         m = jnp.maximum(state.m, scores.max(axis=-1, keepdims=True))
@@ -68,7 +77,7 @@ def add_blocks(q: jax.Array, seen: ChainMask, chain: SoftmaxState, width: int, c
 
 def prefix_bwd(
     q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask, lse: jax.Array, delta: jax.Array,
-    gradient: jax.Array,
+    gradient: jax.Array, *, cap: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """Returns the prefix part of the gradients of queries, keys and values, float32, from recomputed scores.
 
@@ -76,7 +85,7 @@ def prefix_bwd(
 
     Args:
       lse: [B, G, R, J, X, 1] log-sum-exp over prefix and chain; delta: [B, G, R, J, X, 1], the gradient times the
-        context, summed over H; gradient: of the context.
+        context, summed over H; gradient: of the context; cap: as in `prefix_fwd`.
     """
     width = min(KEY_BLOCK, keys.shape[2])
 
@@ -84,9 +93,9 @@ def prefix_bwd(
         to_q, to_keys, to_values = carry
         start, visible = _block(i, width, seen)
         block_keys, block_values = _cut(keys, start, width), _cut(values, start, width)
-        scores = jnp.where(visible, dot("bgrjxh,bgph->bgrjxp", q, block_keys), MASKED)
+        scores = jnp.where(visible, soft_cap(dot("bgrjxh,bgph->bgrjxp", q, block_keys), cap), MASKED)
         to_weights = dot("bgrjxh,bgph->bgrjxp", gradient, block_values)
-        weights, to_scores = through_softmax(scores, to_weights, lse, delta, q.dtype)
+        weights, to_scores = through_softmax(scores, to_weights, lse, delta, q.dtype, cap)
         to_q += dot("bgrjxp,bgph->bgrjxh", to_scores, block_keys)
         to_keys = _add_block(start, to_keys, dot("bgrjxp,bgrjxh->bgph", to_scores, q))
         to_values = _add_block(start, to_values, dot("bgrjxp,bgrjxh->bgph", weights, gradient))
@@ -97,15 +106,19 @@ def prefix_bwd(
 
 
 def through_softmax(
-    scores: jax.Array, to_weights: jax.Array, lse: jax.Array, delta: jax.Array, dtype: jnp.dtype
+    scores: jax.Array, to_weights: jax.Array, lse: jax.Array, delta: jax.Array, dtype: jnp.dtype, cap: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (weights p, gradient of scores) in the compute dtype, for some of the keys of a softmax.
+    """Returns (weights p, gradient of q . k) in the compute dtype, for some of the keys of a softmax.
 
     The gradient of score i is p_i (to_weights_i - sum_k p_k to_weights_k). The sum over all keys is `delta`, which
-    equals gradient . context, so a block of keys needs nothing from the other blocks.
+    equals gradient . context, so a block of keys needs nothing from the other blocks. A soft cap s = cap tanh(x / cap)
+    of x = q . k multiplies it by ds/dx = 1 - (s / cap)^2.
     """
     weights = jnp.exp(scores - lse)
-    return weights.astype(dtype), (weights * (to_weights - delta)).astype(dtype)
+    to_scores = weights * (to_weights - delta)
+    if cap:  # the maximum affects only masked scores, whose square would overflow
+        to_scores *= 1.0 - (jnp.maximum(scores, -cap) / cap) ** 2
+    return weights.astype(dtype), to_scores.astype(dtype)
 
 
 def dot(equation: str, *operands: Any) -> jax.Array:
