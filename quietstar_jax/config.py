@@ -158,11 +158,6 @@ class ThoughtConfig:
         return 1.0 - self.base_loss_weight if self.talk_loss_weight == -1 else self.talk_loss_weight
 
     @property
-    def needs_batch_rewards(self) -> bool:
-        """Whether advantages depend on all rewards of the batch, which costs one more forward pass."""
-        return self.advantage_scale == "batch" or bool(ADVANTAGES[self.advantage].traits["needs_batch_std"])
-
-    @property
     def needs_reference(self) -> bool:
         """Whether the weights at the beginning of REINFORCE are kept, as a reference."""
         return self.kl_weight > 0 or self.kl_in_reward > 0

@@ -96,7 +96,7 @@ def step_flops(
     heads = talk_heads + (thought_heads if settings.reinforced else 0.0)
     distillation = thinking * head if settings.distill_weight else 0.0
     rewarding = reference = 0.0
-    if settings.reinforced and settings.config.needs_batch_rewards:
+    if settings.needs_batch_rewards:
         rewarding = base + scoring + talk_heads + (thought_heads if settings.config.kl_in_reward else 0.0)
     if settings.reinforced and settings.config.needs_reference:
         reference = texts * decoder_flops(a, prefix) + scoring + thought_heads

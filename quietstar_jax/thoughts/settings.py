@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from quietstar_jax.config import Config, Phase, ThoughtConfig
+from quietstar_jax.methods.advantages import ADVANTAGES
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class ThoughtSettings:
     def reinforced(self) -> bool:
         """Whether REINFORCE trains the thoughts. Pauses are all equal, so their rewards differ only by rounding."""
         return self.thought_length > 0 and self.policy_weight > 0 and self.config.control != "pause"
+
+    @property
+    def needs_batch_rewards(self) -> bool:
+        """Whether advantages depend on all rewards of the batch, which costs one more forward pass.
+
+        The advantage of a single thought is its reward, so only `advantage_scale` can then divide by a deviation.
+        """
+        divides = ADVANTAGES[self.config.advantage].traits["needs_batch_std"]
+        return self.reinforced and (self.config.advantage_scale == "batch" or bool(self.num_thoughts > 1 and divides))
 
     @property
     def chain_length(self) -> int:

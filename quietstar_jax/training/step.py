@@ -92,7 +92,7 @@ def make_train_step(
         chosen = count_chosen(batch.mask, draws.positions, settings, batch.starts) if some else None
         counts = count_targets(batch.mask, phase.tokens_ahead, chosen, batch.starts)
         rows, bonus = Rows(batch, draws), state.entropy_bonus
-        if settings.reinforced and config.thought.needs_batch_rewards:
+        if settings.needs_batch_rewards:
             all_rewards = manual_shard_map(rewards_of_rows, ("data",), ((), ("rows",), ()), ("rows",))
             rewarded = all_rewards(state.params, rows, state.reference)
             rows = rows._replace(thoughts=rewarded.thoughts, positions=rewarded.positions)

@@ -9,7 +9,7 @@ import pytest
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.optimizer import learning_rate
 from quietstar_jax.training.setup import first_state, prepare
-from quietstar_jax.training.step import make_train_step
+from quietstar_jax.training.step import initial_state, make_train_step
 from tests.training.tiny import tiny_config
 
 
@@ -83,3 +83,20 @@ def test_an_objective_with_a_reference_in_phases_that_do_not_train_thoughts(tmp_
     _, metrics = step_of(run, dataclasses.replace(run.config.phases[1], **changes))
     assert "kl" not in metrics
     assert all(np.isfinite(value) for value in metrics.values())
+
+
+def lowered(run, phase, **thought):
+    """The program of a step, before compilation."""
+    changed = dataclasses.replace(run.config.thought, **thought)
+    config = dataclasses.replace(run.config, thought=changed, phases=(phase,))
+    step = make_train_step(config, phase, run.graphdef, run.vocabulary)
+    state = jax.eval_shape(lambda: initial_state(first_state(run).params, config, objective=True))
+    return jax.jit(step).lower(state, batch_of(run), run.key, jnp.int32(0)).as_text()
+
+
+def test_a_second_pass_that_changes_nothing_is_not_computed(run):
+    """A single thought is compared with no other, so the standard deviation of the rewards is not needed."""
+    one = dataclasses.replace(run.config.phases[1], num_thoughts=1)
+    plain = lowered(run, one)
+    assert lowered(run, one, advantage="batch_std") == plain
+    assert lowered(run, one, advantage_scale="batch") != plain
