@@ -211,7 +211,8 @@ class Phase:
     thought_length: NonNegative[int] = 9  # T, sampled tokens of a thought; 0 = plain language modelling
     num_thoughts: Positive[int] = 2  # R, thoughts per position
     tokens_ahead: Positive[int] = 4  # K, true tokens scored after a thought
-    policy_weight: NonNegative[float] = 1e6  # weight of the REINFORCE term; 0 = thoughts are not trained
+    policy_weight: NonNegative[float] = 1e6  # weight of the REINFORCE term; 0 = thoughts are not trained, as
+    # when decoder and thought embeddings are frozen
     distill_weight: NonNegative[float] = 0.0  # weight of the KL divergence from the prediction with thoughts to that
     # without, which trains the latter to match the former
     learning_rate: NonNegative[float] = 1e-6  # of Adam, after the warm-up
@@ -223,8 +224,12 @@ class Phase:
 
     @property
     def trains_thoughts(self) -> bool:
-        """Whether the phase has thoughts and REINFORCE a weight."""
-        return self.thought_length > 0 and self.policy_weight > 0
+        """Whether the phase has thoughts, REINFORCE a weight, and what predicts thought tokens a learning rate.
+
+        Thought tokens are predicted by the decoder after the start embedding; the mixing head has no part in it.
+        """
+        learns = bool(self.rates.decoder or self.rates.thought_embeddings)
+        return self.thought_length > 0 and self.policy_weight > 0 and learns
 
     def conflicts(self) -> list[str]:
         student = self.thought_length and self.rates.decoder

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import Config, Phase, RateScales
 from quietstar_jax.methods.mixings import MIXINGS
-from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, phase_settings
 
 EVERYTHING_LEARNS = RateScales()
 
@@ -55,10 +55,7 @@ def decoder_flops(a: Architecture, keys: float) -> float:
 def phase_flops(config: Config, phase: Phase) -> float:
     """Necessary FLOPs of all steps of a phase, in a run that starts from `model.architecture`."""
     a, length = config.model.architecture, config.data.sequence_length
-    settings = ThoughtSettings(
-        phase.thought_length, phase.num_thoughts, phase.tokens_ahead, phase.policy_weight, phase.distill_weight,
-        config=config.thought,
-    )  # fmt: skip
+    settings = phase_settings(config, phase, Vocabulary(0, (), (), ()))  # FLOPs depend on no id
     step = step_flops(a, settings, phase.batch_size, length, phase.rates)
     return phase.steps * step.necessary
 

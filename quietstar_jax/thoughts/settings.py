@@ -20,7 +20,7 @@ class ThoughtSettings:
       thought_length: T, sampled tokens per thought, without start and end.
       num_thoughts: R, thoughts per position.
       tokens_ahead: K, true tokens scored after a thought.
-      policy_weight: weight of the REINFORCE term in the loss.
+      policy_weight: weight of the REINFORCE term in the loss; 0 where it trains nothing.
       distill_weight: weight of the KL divergence from the prediction with thoughts to the one without.
       longest_thought: largest thought length until now, for `policy_reduction="sum_over_max"`; 0 = `thought_length`.
       meta_tokens: ids that are never sampled in a thought.
@@ -117,7 +117,7 @@ def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> Thou
         thought_length=phase.thought_length,
         num_thoughts=phase.num_thoughts,
         tokens_ahead=phase.tokens_ahead,
-        policy_weight=phase.policy_weight,
+        policy_weight=phase.policy_weight if config.reinforces(phase) else 0.0,
         distill_weight=phase.distill_weight,
         longest_thought=max(item.thought_length for item in until_now),
         rematerialize=config.model.rematerialize,

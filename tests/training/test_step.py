@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from quietstar_jax.config import RateScales
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.optimizer import learning_rate
 from quietstar_jax.training.setup import first_state, prepare
@@ -100,3 +101,11 @@ def test_a_second_pass_that_changes_nothing_is_not_computed(run):
     plain = lowered(run, one)
     assert lowered(run, one, advantage="batch_std") == plain
     assert lowered(run, one, advantage_scale="batch") != plain
+
+
+def test_where_nothing_that_predicts_thoughts_learns_no_objective_of_thoughts_is_computed(run):
+    rates = RateScales(decoder=0.0, thought_embeddings=0.0)
+    frozen = dataclasses.replace(run.config.phases[1], rates=rates)
+    untrained = dataclasses.replace(frozen, policy_weight=0.0)
+    costly = {"advantage": "batch_std", "kl_weight": 0.1, "entropy_bonus": 0.1}
+    assert lowered(run, frozen, **costly) == lowered(run, untrained, **costly)
