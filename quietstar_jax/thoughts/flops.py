@@ -95,7 +95,7 @@ def step_flops(
     rewarding = reference = 0.0
     if settings.needs_batch_rewards:
         rewarding = base + scoring + talk_heads + (thought_heads if settings.config.kl_in_reward else 0.0)
-    if settings.reinforced and settings.config.needs_reference:
+    if settings.needs_reference:
         reference = texts * decoder_flops(a, prefix) + scoring + thought_heads
     to_weights = mixing if rates.mixing_head else 0.0
     recomputation = 0.0

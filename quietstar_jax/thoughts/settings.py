@@ -60,6 +60,11 @@ class ThoughtSettings:
         return self.reinforced and (self.config.advantage_scale == "batch" or bool(self.num_thoughts > 1 and divides))
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether thoughts are compared with a reference, which costs one more forward pass."""
+        return self.reinforced and self.config.needs_reference
+
+    @property
     def chain_length(self) -> int:
         """C: start, T sampled tokens, end, K - 1 true tokens."""
         return self.thought_length + 2 + self.tokens_ahead - 1
