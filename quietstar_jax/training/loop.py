@@ -21,6 +21,7 @@ from quietstar_jax.config import Config, Phase
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
 from quietstar_jax.data.unknown import SETTING, check_known
 from quietstar_jax.errors import EXIT_RETRY, STOPPED, CollapsedError, DataError, DivergedError, PreemptedError
+from quietstar_jax.idle_settings import idle_settings
 from quietstar_jax.io import folder_to_write, place, write_json
 from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.preemption import PreemptionNotice
@@ -85,6 +86,8 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
             StepProfile(folder, config.logging, silent=not first) as profile,
             SpeedMeter(config, run.architecture) as speed,
         ):  # fmt: skip
+            for line in idle_settings(config):
+                metrics.log(f"Note: {line}.")
             collapse = CollapseCheck(config, _seen_before(config, folder, int(state.step)))
             notice = listening.enter_context(PreemptionNotice())
             trainer = Trainer(
