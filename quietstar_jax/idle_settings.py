@@ -6,8 +6,9 @@ begin without the phases that train thoughts and get them later, and the configu
 
 from __future__ import annotations
 
-from quietstar_jax.config import Config, OnResume, ThoughtConfig
-from quietstar_jax.settings import marked, shown
+from quietstar_jax.config import Config
+from quietstar_jax.settings import OnResume, marked, shown
+from quietstar_jax.thought_config import ThoughtConfig
 
 METRICS = ("reward", "discount")  # the metric `reward` depends on them, also where thoughts are not trained
 TRAINING = tuple(name for name in marked(ThoughtConfig, OnResume.REINFORCE) if name not in METRICS)

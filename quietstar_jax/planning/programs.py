@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
-from quietstar_jax.config import Config, Phase
+from quietstar_jax.config import Config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.inference.decode import DecodeConfig, SamplingParams, State
 from quietstar_jax.inference.engine import Engine
@@ -22,6 +22,7 @@ from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
 from quietstar_jax.parallel.sharding import ROWS, find_process_shard
 from quietstar_jax.planning.architectures import planned_architecture
 from quietstar_jax.planning.targets import Target
+from quietstar_jax.thought_config import Phase
 from quietstar_jax.thoughts.chunks import max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.flops import Flops, decoder_flops, step_flops
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, phase_settings

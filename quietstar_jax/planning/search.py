@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import Config, Phase
+from quietstar_jax.config import Config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.planning.plan import plan
 from quietstar_jax.planning.programs import VOCABULARY, chunk_sizes, find_phase, passes, plan_mesh, with_mesh
 from quietstar_jax.planning.targets import Target
+from quietstar_jax.thought_config import Phase
 from quietstar_jax.thoughts.settings import phase_settings
 
 SIZES = ("data", "fsdp", "tensor", "position")

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import Config, Phase, RateScales
+from quietstar_jax.config import Config
 from quietstar_jax.methods.mixings import MIXINGS
+from quietstar_jax.thought_config import Phase, RateScales
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, phase_settings
 
 EVERYTHING_LEARNS = RateScales()

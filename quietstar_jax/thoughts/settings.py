@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from quietstar_jax.config import Config, Phase, ThoughtConfig
+from quietstar_jax.config import Config
 from quietstar_jax.methods.advantages import ADVANTAGES
+from quietstar_jax.thought_config import Phase, ThoughtConfig
 
 
 @dataclass(frozen=True)

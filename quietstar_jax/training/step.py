@@ -12,7 +12,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from quietstar_jax.checkpoint.train_state import TrainState
-from quietstar_jax.config import Config, Phase
+from quietstar_jax.config import Config
 from quietstar_jax.models.parameters import GraphDef
 from quietstar_jax.parallel.axes import (
     constrain_tree,
@@ -21,6 +21,7 @@ from quietstar_jax.parallel.axes import (
     split_microbatches,
 )
 from quietstar_jax.parallel.sharding import specs_like_parameters
+from quietstar_jax.thought_config import Phase
 from quietstar_jax.thoughts.diagnostics import histogram_quantiles
 from quietstar_jax.thoughts.loss import (
     Metrics,

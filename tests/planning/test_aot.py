@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.errors import EXIT_USER_ERROR, ConfigError
 from quietstar_jax.planning.programs import find_phase, passes, plan_mesh, train_program
 from quietstar_jax.planning.targets import find_target
+from quietstar_jax.thought_config import ThoughtConfig
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.training.setup import abstract_params
 from tests.support.commands import Ended, run_command

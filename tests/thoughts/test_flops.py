@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import pytest
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import CONTROLS, Config, Phase, RateScales, ThoughtConfig
+from quietstar_jax.config import Config
 from quietstar_jax.models.parameters import split
+from quietstar_jax.thought_config import CONTROLS, Phase, RateScales, ThoughtConfig
 from quietstar_jax.thoughts.flops import Flops, decoder_flops, step_flops
 from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, phase_settings

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.config import RateScales
+from quietstar_jax.thought_config import RateScales
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.optimizer import learning_rate
 from quietstar_jax.training.setup import first_state, prepare
