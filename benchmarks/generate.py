@@ -18,13 +18,13 @@ import numpy as np
 
 from benchmarks.command import run
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.inference.decode import DecodeConfig, State
 from quietstar_jax.inference.engine import Engine, Request
 from quietstar_jax.inference.kv_cache import append, cached_pass
 from quietstar_jax.inference.load_model import stored_dtype
 from quietstar_jax.inference.sampling import Sampling
 from quietstar_jax.models.parameters import merge, split
+from quietstar_jax.thought_config import ThoughtConfig
 from quietstar_jax.thoughts.chains import empty_chains
 from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.settings import ThoughtSettings

@@ -18,8 +18,9 @@ import numpy as np
 
 from benchmarks.command import matmul_rate, run
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import Config, DataConfig, ModelConfig, Phase, RateScales, ThoughtConfig
+from quietstar_jax.config import Config, DataConfig, ModelConfig
 from quietstar_jax.models.parameters import split
+from quietstar_jax.thought_config import Phase, RateScales, ThoughtConfig
 from quietstar_jax.thoughts.chunks import max_positions_per_chunk
 from quietstar_jax.thoughts.flops import step_flops
 from quietstar_jax.thoughts.model import init_quiet_star

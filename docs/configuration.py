@@ -1,4 +1,4 @@
-"""Prints docs/configuration.md: every setting, with its type, default and meaning, as declared in `config.py`."""
+"""Prints docs/configuration.md: every setting, with its type, default and meaning, as its dataclass declares it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import tokenize
 import typing
 from collections.abc import Iterator
 
-from quietstar_jax.config import Config, OnResume
-from quietstar_jax.settings import described, type_hints, unmarked
+from quietstar_jax.config import Config
+from quietstar_jax.settings import OnResume, described, type_hints, unmarked
 
 INTRODUCTION = """\
 # Configuration
 
-`make docs` generates this page from [config.py](../quietstar_jax/config.py) and
-[architecture.py](../quietstar_jax/architecture.py).
+`make docs` generates this page from [config.py](../quietstar_jax/config.py),
+[thought_config.py](../quietstar_jax/thought_config.py) and [architecture.py](../quietstar_jax/architecture.py).
 
 Any setting can be changed on the command line: `--config.NAME=VALUE`, for example `--config.phases[0].steps=500`. The
 column *on resume* says when a run that resumes from its checkpoint may change a setting."""

@@ -86,6 +86,13 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help()
 
     @contextlib.contextmanager
+    def parsed(self, arguments: Sequence[str]) -> Iterator[argparse.Namespace]:
+        """Parses the arguments, for the work in this context, whose errors name flags; see `naming_flags`."""
+        args = self.parse_args(arguments)
+        with self.naming_flags():
+            yield args
+
+    @contextlib.contextmanager
     def naming_flags(self) -> Iterator[None]:
         """Names flags in the errors of a user that are raised inside, where the library names arguments or settings.
 

@@ -2,7 +2,8 @@
 
 A file in `configs/` builds an `ml_collections.ConfigDict` with `default_config()` and changes some settings; the
 command line may override any setting (`--config.data.sequence_length=512`). `from_config_dict` then converts it to a
-`Config`; one error lists every unknown key, wrong type and impossible value.
+`Config`; one error lists every unknown key, wrong type and impossible value. The settings of thoughts and phases are in
+`thought_config.py`.
 
 The type of a field determines which values it accepts and when a resumed run may change it (`OnResume`); the comment on
 a field explains its meaning. `make docs` writes all of this to docs/configuration.md.
@@ -10,27 +11,28 @@ a field explains its meaning. `make docs` writes all of this to docs/configurati
 
 from __future__ import annotations
 
-import enum
 import itertools
-import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import ml_collections
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.methods.advantages import ADVANTAGES
-from quietstar_jax.methods.mixings import MIXINGS
-from quietstar_jax.methods.rewards import REWARDS
 from quietstar_jax.settings import (
+    Below1,
     Check,
     Fraction,
     Int64,
+    Measured,
     NonEmpty,
     NonNegative,
-    Portion,
+    OnResume,
     Positive,
+    SameText,
+    SameWeights,
+    Unrelated,
     at_least,
     between,
     from_mapping,
@@ -38,47 +40,16 @@ from quietstar_jax.settings import (
     to_mapping,
     unknown,
 )
+from quietstar_jax.thought_config import Phase, ThoughtConfig
 
 MOST_TOKENS = 2**31 - 1  # per batch
 MOST_THOUGHT_TOKENS = 2**34  # per batch
 
-T = TypeVar("T")
-
-
-class OnResume(enum.Enum):
-    """When a resumed run may change a setting; without a mark, never."""
-
-    UNRELATED = "yes"  # no effect on the results of a run, or only on rounding
-    MEASURED = "yes; evaluations differ"  # affects metrics, not the weights
-    THINKING = "until the first phase with thoughts begins"  # no effect before
-    REINFORCE = "until the first phase that trains thoughts begins"  # no effect on weights before
-    SAME_TEXT = "to a source of the same content"  # compared by fingerprint: the same bytes may have moved
-    SAME_WEIGHTS = "to a source of the same weights"  # as above
-    NOT_BEGUN = "until the phase begins"
-    OPEN_END = "until the next phase begins, if `decay` is constant"  # no effect on the learning rate before
-
-
-Unrelated = Annotated[T, OnResume.UNRELATED]
-Measured = Annotated[T, OnResume.MEASURED]
-Thinking = Annotated[T, OnResume.THINKING]
-Reinforce = Annotated[T, OnResume.REINFORCE]
-SameText = Annotated[T, OnResume.SAME_TEXT]
-SameWeights = Annotated[T, OnResume.SAME_WEIGHTS]
-
-if TYPE_CHECKING:
-    Reward: TypeAlias = str
-    Advantage: TypeAlias = str
-    Mixing: TypeAlias = str
-else:  # the names in these registries
-    Reward, Advantage, Mixing = (Literal[tuple(registry)] for registry in (REWARDS, ADVANTAGES, MIXINGS))
 ComputeDtype = Literal["float32", "bfloat16"]
 PrefixAttention = Literal["auto", "blocks", "triton"]
-Control = Literal["none", "pause", "random", "shuffled"]
 TextDocuments = Literal["file", "paragraph", "line"]
 Packing = Literal["random_span", "consecutive_spans", "packed"]
-PREFIX_ATTENTION, CONTROLS, TEXT_DOCUMENTS, PACKINGS = map(get_args, (PrefixAttention, Control, TextDocuments, Packing))
-Below1 = Annotated[float, Check(lambda value: 0 <= value < 1, "at least 0 and below 1")]
-TalkWeight = Annotated[float, Check(lambda value: value >= 0 or value == -1, "at least 0, or -1")]
+PREFIX_ATTENTION, TEXT_DOCUMENTS, PACKINGS = map(get_args, (PrefixAttention, TextDocuments, Packing))
 Ways = Annotated[int, Check(lambda value: value > 0 or value == -1, "above 0, or -1")]
 
 
@@ -95,154 +66,6 @@ class ModelConfig:
     prefix_attention: Unrelated[PrefixAttention] = "auto"  # how thoughts attend to the text before them: `auto` is a
     # Pallas kernel on TPUs and XLA elsewhere, `blocks` is XLA, `triton` is a Pallas kernel for NVIDIA's A100, H100 and
     # other GPUs with 163 KiB of shared memory per program
-
-
-@dataclass(frozen=True)
-class ThoughtConfig:
-    """How thoughts are sampled, mixed and rewarded (paper section 4; lengths and counts are set per phase)."""
-
-    start_token: str = "<|startthought|>"  # masked out of every thought if the tokenizer has it
-    end_token: str = "<|endthought|>"  # the same for the end of a thought
-    initial_start_token: str = "---"  # text whose mean embedding initializes the start embedding
-    initial_end_token: str = "---"  # text whose mean embedding initializes the end embedding
-    embedding_scale: Positive[float] = 100.0  # both embeddings are stored divided by this number: Adam changes them
-    # faster by this factor
-    sampling_temperature: Thinking[Positive[float]] = 1.0  # at which thought tokens are sampled in training
-    score_temperature: Reinforce[Positive[float]] = 3.0  # of the log-probabilities that REINFORCE increases
-    reward: Reinforce[Reward] = "information_gain"  # reward of a thought, see docs/objectives.md
-    discount: Reinforce[Portion] = 1.0  # the k-th token after a thought has the weight discount^k in its reward,
-    # k = 0 .. K - 1
-    advantage: Reinforce[Advantage] = "mean"  # how rewards of a position are compared, see docs/objectives.md
-    advantage_scale: Reinforce[Literal["none", "batch"]] = "none"  # `batch` divides advantages by their standard
-    # deviation over the batch, at the cost of one more forward pass
-    advantage_clip: Reinforce[NonNegative[float]] = 0.0  # bound of the absolute value of an advantage, after the scale;
-    # 0 = none
-    positive_only: Reinforce[bool] = True  # drop negative advantages
-    policy_reduction: Reinforce[Literal["mean", "sum", "sum_over_max"]] = "mean"  # over the tokens of a thought:
-    # `mean` as in the published code, `sum` as in the paper, `sum_over_max` = the sum divided by the longest thought
-    # length of this phase and those before
-    importance_cap: Reinforce[NonNegative[float]] = 0.0  # weigh each thought token by min(ratio, cap), the ratio of its
-    # probability in scoring to that in sampling, which corrects for different temperatures; 0 = off
-    clip_epsilon: Reinforce[Below1] = 0.0  # clip this ratio to 1 - epsilon .. 1 + epsilon in PPO's surrogate; 0 = off
-    entropy_bonus: Reinforce[NonNegative[float]] = 0.0  # weight of the entropy of thought tokens at temperature 1, in
-    # nats, which is maximized
-    entropy_target: Reinforce[NonNegative[float]] = 0.0  # nats; `entropy_bonus` is adapted after each step to reach
-    # this; 0 = `entropy_bonus` is constant
-    entropy_bonus_step: Reinforce[Positive[float]] = 0.001  # amount by which `entropy_bonus` changes in a step
-    entropy_bonus_max: Reinforce[Positive[float]] = 1.0  # largest adapted `entropy_bonus`
-    kl_weight: Reinforce[NonNegative[float]] = (
-        0.0  # weight of the KL divergence of thought tokens to the reference: the
-    )
-    # weights when the first phase that trains thoughts begins, which are then kept in memory and in checkpoints
-    kl_in_reward: Reinforce[NonNegative[float]] = 0.0  # the reward decreases by this for each nat by which a thought is
-    # more likely than under the reference (LaTRO)
-    talk_reduction: Thinking[Literal["mean", "log_mean_exp"]] = "mean"  # how the losses with the thoughts of a
-    # position are combined: their mean, as published, or the loss of their ensemble
-    mixing: Thinking[Mixing] = "hidden_states"  # how predictions with and without a thought are combined:
-    # `hidden_states` as in the published code, `log_probabilities` as in the paper (the weight passes through a
-    # sigmoid), `none` = only the prediction after the thought, see docs/objectives.md
-    control: Thinking[Control] = "none"  # what replaces the thoughts, to measure their effect
-    base_loss_weight: Thinking[Fraction] = 0.5  # weight of the loss without thoughts in the total
-    talk_loss_weight: Thinking[TalkWeight] = -1.0  # weight of the loss with thoughts; -1 = 1 - `base_loss_weight`
-    positions: Thinking[Literal["all", "stride", "random", "entropy"]] = "all"  # which positions think in training:
-    # every n-th (`stride`), random ones, or those with the least certain predictions (`entropy`); in evaluation all
-    # positions think
-    position_fraction: Thinking[Portion] = 1.0  # fraction of positions that think; the cost decreases with it
-    positions_per_chunk: Unrelated[NonNegative[int]] = 0  # positions whose chains are in memory together; 0 = derived
-    # from `chunk_megabytes`
-    chunk_megabytes: Unrelated[Positive[int]] = 256  # memory budget for the activations of one chunk, per device
-
-    @property
-    def talk_weight(self) -> float:
-        """Weight of the loss with thoughts."""
-        return 1.0 - self.base_loss_weight if self.talk_loss_weight == -1 else self.talk_loss_weight
-
-    @property
-    def needs_batch_rewards(self) -> bool:
-        """Whether advantages depend on all rewards of the batch, which costs one more forward pass."""
-        return self.advantage_scale == "batch" or bool(ADVANTAGES[self.advantage].traits["needs_batch_std"])
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the weights at the beginning of REINFORCE are kept, as a reference."""
-        return self.kl_weight > 0 or self.kl_in_reward > 0
-
-    def conflicts(self) -> list[str]:
-        fraction = self.position_fraction
-        is_reciprocal = fraction > 1e-9 and math.isclose(1 / fraction, round(1 / fraction), rel_tol=1e-3)
-        return [
-            *require(
-                self.positions != "all" or fraction == 1.0, "position_fraction", fraction,
-                "1.0 where positions is 'all'; to choose positions, set it to stride, random or entropy",
-            ),
-            *require(
-                self.positions != "stride" or is_reciprocal, "position_fraction", fraction,
-                "1/n for positions='stride', every n-th position",
-            ),
-            *require(
-                self.discount == 1.0 or bool(REWARDS[self.reward].traits["discounted"]), "discount", self.discount,
-                f"1.0 for the reward {self.reward}, which has no discount",
-            ),
-            *require(
-                not (self.clip_epsilon and self.importance_cap), "importance_cap", self.importance_cap,
-                "0 where clip_epsilon is set: the clipped surrogate already contains the ratio",
-            ),
-            *require(
-                self.entropy_target == 0 or self.entropy_bonus <= self.entropy_bonus_max, "entropy_bonus",
-                self.entropy_bonus, f"at most entropy_bonus_max ({self.entropy_bonus_max})",
-            ),
-        ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RateScales:
-    """Learning rates of the three groups of weights, as multiples of the phase's `learning_rate`; 0 freezes a group."""
-
-    decoder: NonNegative[float] = 1.0  # all weights of the decoder; if frozen, phases with thoughts do not compute its
-    # gradient
-    mixing_head: NonNegative[float] = 1.0  # the head that weighs predictions with and without thoughts
-    thought_embeddings: NonNegative[float] = 1.0  # the embeddings of the start and end of a thought
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One phase of training, with constant settings. Phases run in order; a curriculum is a list of phases."""
-
-    name: NonEmpty[str] = "thoughts"  # name in logs and metrics; different for every phase
-    steps: Annotated[NonNegative[int], OnResume.OPEN_END] = 100  # optimizer steps
-    batch_size: Positive[int] = 8  # sequences per optimizer step, over all devices
-    microbatches: Unrelated[Positive[int]] = 1  # the batch is split into this many parts, whose
-    # gradients are accumulated
-    thought_length: NonNegative[int] = 9  # T, sampled tokens of a thought; 0 = plain language modelling
-    num_thoughts: Positive[int] = 2  # R, thoughts per position
-    tokens_ahead: Positive[int] = 4  # K, true tokens scored after a thought
-    policy_weight: NonNegative[float] = 1e6  # weight of the REINFORCE term; 0 = thoughts are not trained
-    distill_weight: NonNegative[float] = 0.0  # weight of the KL divergence from the prediction with thoughts to that
-    # without, which trains the latter to match the former
-    learning_rate: NonNegative[float] = 1e-6  # of Adam, after the warm-up
-    warmup_steps: NonNegative[int] = 20  # the learning rate rises linearly over these steps
-    decay: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate, after the warm-up
-    final_rate_fraction: Fraction = 0.0  # the decay ends at this fraction of `learning_rate`
-    rates: RateScales = field(default_factory=RateScales)
-    fresh_optimizer: bool = False  # reset the Adam moments, so that weights frozen until now get no outsized updates
-
-    @property
-    def trains_thoughts(self) -> bool:
-        """Whether the phase has thoughts and REINFORCE a weight."""
-        return self.thought_length > 0 and self.policy_weight > 0
-
-    def conflicts(self) -> list[str]:
-        student = self.thought_length and self.rates.decoder
-        return [
-            *require(
-                self.batch_size % self.microbatches == 0,
-                "microbatches", self.microbatches, f"a divisor of batch_size ({self.batch_size})",
-            ),
-            *require(
-                bool(student) or not self.distill_weight, "distill_weight", self.distill_weight,
-                "0 where thought_length or rates.decoder is 0: there is no teacher, or nothing that learns from it",
-            ),
-        ]  # fmt: skip
 
 
 class PhaseSpan(NamedTuple):

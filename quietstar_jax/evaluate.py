@@ -26,14 +26,13 @@ from quietstar_jax.thoughts.perturbations import KINDS
 
 def main(arguments: list[str]) -> None:
     """Runs the measurement, then prints a table or one line of JSON."""
-    parser = make_parser()
-    given = vars(parser.parse_args(arguments))
-    as_json, output = given.pop("json"), given.pop("output")
-    if output is not None:
-        check_writable(output, "--output")
-    given["fields"] = tuple(given.pop("field"))
-    given |= {name: given[name] or 0 for name in ("thought_length", "max_length")}
-    with parser.naming_flags():
+    with make_parser().parsed(arguments) as args:
+        given = vars(args)
+        as_json, output = given.pop("json"), given.pop("output")
+        if output is not None:
+            check_writable(output, "--output")
+        given["fields"] = tuple(given.pop("field"))
+        given |= {name: given[name] or 0 for name in ("thought_length", "max_length")}
         result = measure(Options(**given))
     if output is not None:
         write_json(output, result)

@@ -15,9 +15,7 @@ from quietstar_jax.io import place
 
 def main(arguments: list[str]) -> None:
     """Exports a run, then prints where it is."""
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    with parser.naming_flags():
+    with make_parser().parsed(arguments) as args:
         options = ExportOptions(args.format, args.dtype, args.max_shard_size)
         run = export(place(args.checkpoint, "--checkpoint"), args.output, options, args.step)
     print(f"Step {run.step} of {run.workdir} is in {args.output} ({args.format}, {args.dtype}).")

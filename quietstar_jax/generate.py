@@ -19,16 +19,14 @@ THOUGHTS = {"auto": None, "on": True, "off": False}
 
 def main(arguments: list[str]) -> None:
     """Generates to the terminal, or from file to file."""
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    if (args.data is None) != (args.output is None):
-        raise ConfigError("--data and --output must be given together: the prompts, and the file for their texts.")
-    if (args.data is None) == (not args.prompt):
-        raise ConfigError("Give --prompt, or --data and --output.")
-    if args.thoughts not in THOUGHTS:
-        hint = " To print thoughts, add --show-thoughts." if args.thoughts == "show" else ""
-        raise ConfigError(f"--thoughts is {args.thoughts!r}; allowed: {', '.join(THOUGHTS)}.{hint}")
-    with parser.naming_flags():
+    with make_parser().parsed(arguments) as args:
+        if (args.data is None) != (args.output is None):
+            raise ConfigError("--data and --output must be given together: the prompts, and the file for their texts.")
+        if (args.data is None) == (not args.prompt):
+            raise ConfigError("Give --prompt, or --data and --output.")
+        if args.thoughts not in THOUGHTS:
+            hint = " To print thoughts, add --show-thoughts." if args.thoughts == "show" else ""
+            raise ConfigError(f"--thoughts is {args.thoughts!r}; allowed: {', '.join(THOUGHTS)}.{hint}")
         generator = Generator.open(
             args.checkpoint, step=args.step, revision=args.revision, dtype=args.dtype,
             batch_size=args.batch_size or (1 if args.prompt else BATCH_SIZE), max_length=args.max_length,

@@ -15,9 +15,7 @@ from quietstar_jax.reports.page import write_page
 
 def main(arguments: list[str]) -> None:
     """Writes one page, then prints where it is."""
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    with parser.naming_flags():
+    with make_parser().parsed(arguments) as args:
         html = report_study(args.workdir) if args.workdir else _of_checkpoint(args)
     write_page(args.output, html)
     for figure in write_drawings(args.figures, html) if args.figures else ():

@@ -1,14 +1,15 @@
 """Converts nested mappings to frozen dataclasses and back; one error reports all problems.
 
-The type of a field says which values it accepts: `Literal` lists choices, and `Annotated` adds marks such as a `Check`.
-Integers have at most 32 bits, as in JAX, except `Int64`. Conditions on several fields of a dataclass are checked by its
-method `conflicts() -> list[str]`, built with `require`.
+The type of a field says which values it accepts: `Literal` lists choices, and `Annotated` adds marks such as a `Check`
+or `OnResume`. Integers have at most 32 bits, as in JAX, except `Int64`. Conditions on several fields of a dataclass are
+checked by its method `conflicts() -> list[str]`, built with `require`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import functools
 import math
 import typing
@@ -46,7 +47,30 @@ NonNegative = Annotated[T, at_least(0)]
 NonEmpty = Annotated[T, Check(bool, "non-empty")]
 Fraction = Annotated[float, between(0, 1)]
 Portion = Annotated[float, Check(lambda value: 0 < value <= 1, "above 0 and at most 1")]
+Below1 = Annotated[float, Check(lambda value: 0 <= value < 1, "at least 0 and below 1")]
 Int64 = Annotated[int, WIDE]
+
+
+class OnResume(enum.Enum):
+    """When a resumed run may change a setting; without a mark, never."""
+
+    UNRELATED = "yes"  # no effect on the results of a run, or only on rounding
+    MEASURED = "yes; evaluations differ"  # affects metrics, not the weights
+    THINKING = "until the first phase with thoughts begins"  # no effect before
+    REINFORCE = "until the first phase that trains thoughts begins"  # no effect on weights before
+    SAME_TEXT = "to a source of the same content"  # compared by fingerprint: the same bytes may have moved
+    SAME_WEIGHTS = "to a source of the same weights"  # as above
+    NOT_BEGUN = "until the phase begins"
+    OPEN_END = "until the next phase begins, if `decay` is constant"  # no effect on the learning rate before
+
+
+Unrelated = Annotated[T, OnResume.UNRELATED]
+Measured = Annotated[T, OnResume.MEASURED]
+Thinking = Annotated[T, OnResume.THINKING]
+Reinforce = Annotated[T, OnResume.REINFORCE]
+SameText = Annotated[T, OnResume.SAME_TEXT]
+SameWeights = Annotated[T, OnResume.SAME_WEIGHTS]
+
 WORDS = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from quietstar_jax.config import Config, Phase, default_config, from_config_dict, phase, to_config_dict
+from quietstar_jax.config import Config, default_config, from_config_dict, phase, to_config_dict
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.settings import differences, from_mapping
+from quietstar_jax.thought_config import Phase
 
 
 def test_defaults_survive_the_round_trip():

@@ -15,15 +15,13 @@ BUILDERS = {"gsm8k": Gsm8k, "commonsense_qa": CommonsenseQa, "open_web_math": Op
 
 def main(arguments: list[str]) -> None:
     """Builds a dataset in array_record format, then prints how to read it."""
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    data_dir = str(args.data_dir)
-    pairs = [text.partition("=") for text in args.split]
-    for text, (name, _, files) in zip(args.split, pairs, strict=True):
-        if not name.isidentifier() or not files:
-            raise DataError(f"--split {text} is not NAME=FILES. An example: --split train=gsm8k/train.jsonl")
-    builder = BUILDERS[args.dataset](sources={name: files for name, _, files in pairs}, data_dir=data_dir)
-    with parser.naming_flags():
+    with make_parser().parsed(arguments) as args:
+        data_dir = str(args.data_dir)
+        pairs = [text.partition("=") for text in args.split]
+        for text, (name, _, files) in zip(args.split, pairs, strict=True):
+            if not name.isidentifier() or not files:
+                raise DataError(f"--split {text} is not NAME=FILES. An example: --split train=gsm8k/train.jsonl")
+        builder = BUILDERS[args.dataset](sources={name: files for name, _, files in pairs}, data_dir=data_dir)
         builder.download_and_prepare()
     for name, split in builder.info.splits.items():
         print(f"{split.num_examples:,} examples: data.data_dir={data_dir}, source tfds:{args.dataset}:{name}")

@@ -14,16 +14,14 @@ from quietstar_jax.errors import ConfigError, run_command
 
 def main(arguments: list[str]) -> None:
     """Prepares the sources, then prints the result."""
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    if not 0 <= args.max_unknown_fraction <= 1:
-        raise ConfigError(f"--max-unknown-fraction is {args.max_unknown_fraction}; it must be within 0 .. 1.")
-    config = DataConfig(
-        text_key=args.text_key, text_documents=args.text_documents, data_dir=str(args.data_dir or ""),
-        cache_dir=str(args.cache_dir or ""), max_unknown_fraction=args.max_unknown_fraction,
-    )  # fmt: skip
-    output = args.output
-    with parser.naming_flags():
+    with make_parser().parsed(arguments) as args:
+        if not 0 <= args.max_unknown_fraction <= 1:
+            raise ConfigError(f"--max-unknown-fraction is {args.max_unknown_fraction}; it must be within 0 .. 1.")
+        config = DataConfig(
+            text_key=args.text_key, text_documents=args.text_documents, data_dir=str(args.data_dir or ""),
+            cache_dir=str(args.cache_dir or ""), max_unknown_fraction=args.max_unknown_fraction,
+        )  # fmt: skip
+        output = args.output
         tokenizer = load_tokenizer(args.tokenizer, args.revision)
         manifest = prepare(
             args.data, tokenizer, args.revision, output, config, shards=args.shards, workers=args.workers

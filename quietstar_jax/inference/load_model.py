@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, is_run, open_run, run_tokenizer
-from quietstar_jax.config import ComputeDtype, Config, ModelConfig, PrefixAttention, ThoughtConfig
+from quietstar_jax.config import ComputeDtype, Config, ModelConfig, PrefixAttention
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.data.vocabulary import UNUSED, unused_ids
 from quietstar_jax.errors import CheckpointError, ConfigError
@@ -31,6 +31,7 @@ from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import GraphDef
 from quietstar_jax.parallel.mesh import check_kernels
 from quietstar_jax.settings import from_mapping, one_of, to_mapping
+from quietstar_jax.thought_config import ThoughtConfig
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, thought_settings
 from quietstar_jax.training.base import PUBLISHED_MIXING, PUBLISHED_SCALE, can_think
 from quietstar_jax.training.setup import abstract_params

@@ -136,15 +136,16 @@ def suggestions(config: Config, result: dict[str, Any]) -> list[str]:
     """Returns changes that may make a program fit, likeliest first."""
     mesh, bytes_per_chip = result["mesh"], result["bytes_per_chip"]
     hbm = bytes_per_chip.get("usable", result["hbm_bytes"])
-    state = bytes_per_chip["parameters"] + bytes_per_chip.get("optimizer", 0.0)
+    parts = ("parameters", "optimizer", "reference")
+    state = sum(bytes_per_chip.get(part, 0.0) for part in parts)
     ways = mesh["fsdp"] * mesh["tensor"]
     lines = []
     if state > 0.4 * hbm:
         needed = max(2 * ways, 1 << int(ways * state / (0.3 * hbm)).bit_length())
         others = "" if needed <= result["devices"] else f", which needs more than these {result['devices']} chips"
         lines.append(
-            f"more fsdp or tensor: weights and Adam moments are split in {ways} (fsdp {mesh['fsdp']} x tensor "
-            f"{mesh['tensor']}) and need {state / 2**30:.1f} GiB of {hbm / 2**30:.1f}; try fsdp x tensor = "
+            f"more fsdp or tensor: weights, Adam moments and a reference are split in {ways} (fsdp {mesh['fsdp']} x "
+            f"tensor {mesh['tensor']}) and need {state / 2**30:.1f} GiB of {hbm / 2**30:.1f}; try fsdp x tensor = "
             f"{needed}{others}"
         )
     if result["program"] == "generate":

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
-from quietstar_jax.config import Config, Phase
+from quietstar_jax.config import Config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.inference.decode import DecodeConfig, SamplingParams, State
 from quietstar_jax.inference.engine import Engine
@@ -22,6 +22,7 @@ from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
 from quietstar_jax.parallel.sharding import ROWS, find_process_shard
 from quietstar_jax.planning.architectures import planned_architecture
 from quietstar_jax.planning.targets import Target
+from quietstar_jax.thought_config import Phase
 from quietstar_jax.thoughts.chunks import max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.flops import Flops, decoder_flops, step_flops
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, phase_settings
@@ -100,16 +101,15 @@ def find_phase(config: Config, architecture: Architecture, name: str = "") -> Ph
     """Returns the phase with this name; without a name, the phase whose steps cost most.
 
     Raises:
-      ConfigError: there is no phase with this name.
+      ConfigError: there is no phase with this name and with steps.
     """
-    if not name:
-        return max(config.phases, key=lambda phase: _flops(config, architecture, phase).necessary)
-    for phase in config.phases:
-        if phase.name == name:
-            return phase
-    raise ConfigError(
-        f"phase is {name!r}; it must be one of config.phases: {', '.join(phase.name for phase in config.phases)}."
-    )
+    phases = {phase.name: phase for phase in config.phases if phase.steps}
+    if not phases or name not in ("", *phases):
+        names = ", ".join(phases) or "none has"
+        raise ConfigError(f"phase is {name!r}; it must be one of config.phases that have steps: {names}.")
+    if name:
+        return phases[name]
+    return max(phases.values(), key=lambda phase: _flops(config, architecture, phase).necessary)
 
 
 def planned_for(config: Config, target: Target) -> Config:
@@ -139,7 +139,8 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
     phase = find_phase(config, architecture, phase_name)
     graphdef = abstract_structure(architecture)
     with jax.set_mesh(mesh):
-        state = abstract_state(config, architecture, mesh)
+        start = next(span.start for span in config.phase_spans() if span.phase == phase)
+        state = abstract_state(config, architecture, mesh, step=start + 1)  # with the reference, once there is one
         numbers = find_process_shard(mesh).numbers(phase.batch_size)
         step = compile_train_step(config, phase, graphdef, VOCABULARY, state, numbers)
         rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
@@ -147,8 +148,8 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
         starts = config.data.packing == "packed" and config.data.document_mask
         dtypes = (jnp.int32, bool, jnp.int32) if starts else (jnp.int32, bool)
         batch = Batch(*cast(Any, [jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in dtypes]))
-        key, start = (_abstract(x, everywhere) for x in jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0))))
-        lowered = step.lower(state, batch, key, start)
+        key, first = (_abstract(x, everywhere) for x in jax.eval_shape(lambda: (jax.random.key(0), jnp.int32(0))))
+        lowered = step.lower(state, batch, key, first)
         chunks = chunk_sizes(config, phase, architecture)
     flops = _flops(config, architecture, phase)
     settings = phase_settings(config, phase, VOCABULARY)
@@ -160,6 +161,7 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
         bytes_per_device={
             "parameters": bytes_per_device(state.params),
             "optimizer": bytes_per_device(state.opt_state),
+            **({"reference": bytes_per_device(state.reference)} if state.reference else {}),
             "batch": bytes_per_device(batch),
         },
         flops=flops.necessary,
@@ -186,13 +188,17 @@ def passes(
 ) -> tuple[int, int]:
     """Number of forward passes through all layers in a step: (without a gradient, with a gradient).
 
+    Those of the reference, which read its own weights, and of rewards of the whole batch are without a gradient.
+
     Args:
       local_positions: number of thinking positions on a device.
     """
     if not settings.thought_length:
         return 0, microbatches
     sampled = settings.thought_length * math.ceil(local_positions / chunks["sampled_positions_per_chunk"])
-    return microbatches * sampled, microbatches * (1 + math.ceil(local_positions / chunks["positions_per_chunk"]))
+    scored = 1 + math.ceil(local_positions / chunks["positions_per_chunk"])  # the text, then the chains
+    further = settings.needs_batch_rewards + settings.needs_reference
+    return microbatches * (sampled + further * scored), microbatches * scored
 
 
 def bytes_per_device(tree: Any) -> float:

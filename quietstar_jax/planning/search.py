@@ -11,15 +11,17 @@ from typing import Any, NamedTuple
 import jax
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import Config, Phase
+from quietstar_jax.config import Config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.planning.plan import plan
 from quietstar_jax.planning.programs import VOCABULARY, chunk_sizes, find_phase, passes, plan_mesh, with_mesh
 from quietstar_jax.planning.targets import Target
+from quietstar_jax.thought_config import Phase
 from quietstar_jax.thoughts.settings import phase_settings
 
 SIZES = ("data", "fsdp", "tensor", "position")
 STATE_BYTES = 24  # per parameter, all in float32: weight, two moments, gradient of a chunk, sum of gradients, update
+REFERENCE_BYTES = 4  # per parameter, where thoughts are compared with a reference
 CHUNKS = (2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)  # multiples of the configured `chunk_megabytes`
 CHUNK_COST = 2  # a chunk, with the gathered weights, may need this many times `chunk_megabytes`
 
@@ -102,7 +104,8 @@ def _meshes(config: Config, target: Target, phase_name: str) -> Iterator[Candida
             architecture, mesh = plan_mesh(candidate, target)
         except ConfigError:
             continue
-        state = STATE_BYTES * _parameters(architecture) / (sizes[1] * sizes[2])
+        each = STATE_BYTES + (REFERENCE_BYTES if config.thought.needs_reference else 0)
+        state = each * _parameters(architecture) / (sizes[1] * sizes[2])
         left = (target.chip.hbm or math.inf) - state
         if left < 0:
             continue

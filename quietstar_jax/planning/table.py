@@ -8,6 +8,7 @@ from typing import Any
 ROWS = (
     ("parameters", "float32"),
     ("optimizer", "Adam moments"),
+    ("reference", "a copy of the weights, for the KL divergence"),
     ("cache", "keys and values of the text"),
     ("batch", ""),
     ("arguments", "all of the above, as the compiler pads them"),

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from quietstar_jax.checkpoint.steps import absolute, damage, saved_steps
-from quietstar_jax.config import Config, OnResume
+from quietstar_jax.config import Config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.io import locked, write_json
-from quietstar_jax.settings import differences, from_mapping, to_mapping
+from quietstar_jax.settings import OnResume, differences, from_mapping, to_mapping
 from quietstar_jax.studies.study import Study, command, configuration
 from quietstar_jax.training.metrics import read_metrics, write_metrics
 from quietstar_jax.training.resume import MARKED, incompatible_changes

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import Config, Phase, RateScales
+from quietstar_jax.config import Config
 from quietstar_jax.methods.mixings import MIXINGS
-from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thought_config import Phase, RateScales
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, phase_settings
 
 EVERYTHING_LEARNS = RateScales()
 
@@ -55,10 +56,7 @@ def decoder_flops(a: Architecture, keys: float) -> float:
 def phase_flops(config: Config, phase: Phase) -> float:
     """Necessary FLOPs of all steps of a phase, in a run that starts from `model.architecture`."""
     a, length = config.model.architecture, config.data.sequence_length
-    settings = ThoughtSettings(
-        phase.thought_length, phase.num_thoughts, phase.tokens_ahead, phase.policy_weight, phase.distill_weight,
-        config=config.thought,
-    )  # fmt: skip
+    settings = phase_settings(config, phase, Vocabulary(0, (), (), ()))  # FLOPs depend on no id
     step = step_flops(a, settings, phase.batch_size, length, phase.rates)
     return phase.steps * step.necessary
 
@@ -96,9 +94,9 @@ def step_flops(
     heads = talk_heads + (thought_heads if settings.reinforced else 0.0)
     distillation = thinking * head if settings.distill_weight else 0.0
     rewarding = reference = 0.0
-    if settings.reinforced and settings.config.needs_batch_rewards:
+    if settings.needs_batch_rewards:
         rewarding = base + scoring + talk_heads + (thought_heads if settings.config.kl_in_reward else 0.0)
-    if settings.reinforced and settings.config.needs_reference:
+    if settings.needs_reference:
         reference = texts * decoder_flops(a, prefix) + scoring + thought_heads
     to_weights = mixing if rates.mixing_head else 0.0
     recomputation = 0.0

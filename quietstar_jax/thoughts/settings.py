@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from quietstar_jax.config import Config, Phase, ThoughtConfig
+from quietstar_jax.config import Config
+from quietstar_jax.methods.advantages import ADVANTAGES
+from quietstar_jax.thought_config import Phase, ThoughtConfig
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class ThoughtSettings:
       thought_length: T, sampled tokens per thought, without start and end.
       num_thoughts: R, thoughts per position.
       tokens_ahead: K, true tokens scored after a thought.
-      policy_weight: weight of the REINFORCE term in the loss.
+      policy_weight: weight of the REINFORCE term in the loss; 0 where it trains nothing.
       distill_weight: weight of the KL divergence from the prediction with thoughts to the one without.
       longest_thought: largest thought length until now, for `policy_reduction="sum_over_max"`; 0 = `thought_length`.
       meta_tokens: ids that are never sampled in a thought.
@@ -48,6 +50,20 @@ class ThoughtSettings:
     def reinforced(self) -> bool:
         """Whether REINFORCE trains the thoughts. Pauses are all equal, so their rewards differ only by rounding."""
         return self.thought_length > 0 and self.policy_weight > 0 and self.config.control != "pause"
+
+    @property
+    def needs_batch_rewards(self) -> bool:
+        """Whether advantages depend on all rewards of the batch, which costs one more forward pass.
+
+        The advantage of a single thought is its reward, so only `advantage_scale` can then divide by a deviation.
+        """
+        divides = ADVANTAGES[self.config.advantage].traits["needs_batch_std"]
+        return self.reinforced and (self.config.advantage_scale == "batch" or bool(self.num_thoughts > 1 and divides))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether thoughts are compared with a reference, which costs one more forward pass."""
+        return self.reinforced and self.config.needs_reference
 
     @property
     def chain_length(self) -> int:
@@ -107,7 +123,7 @@ def phase_settings(config: Config, phase: Phase, vocabulary: Vocabulary) -> Thou
         thought_length=phase.thought_length,
         num_thoughts=phase.num_thoughts,
         tokens_ahead=phase.tokens_ahead,
-        policy_weight=phase.policy_weight,
+        policy_weight=phase.policy_weight if config.reinforces(phase) else 0.0,
         distill_weight=phase.distill_weight,
         longest_thought=max(item.thought_length for item in until_now),
         rematerialize=config.model.rematerialize,

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from quietstar_jax.config import RateScales
 from quietstar_jax.models.parameters import GraphDef, merge
+from quietstar_jax.thought_config import RateScales
 from quietstar_jax.thoughts.chunks import max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import sample_or_control
 from quietstar_jax.thoughts.loss import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from quietstar_jax.config import Config, Phase
+from quietstar_jax.config import Config
+from quietstar_jax.thought_config import Phase
 
 STEPS = 3  # consecutive steps
 METRICS = ("entropy", "frac_reward_zero_std")  # that show a collapse

@@ -17,15 +17,17 @@ import numpy as np
 
 from quietstar_jax.checkpoint.checkpoints import Checkpoints
 from quietstar_jax.checkpoint.train_state import TrainState
-from quietstar_jax.config import Config, Phase
+from quietstar_jax.config import Config
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
 from quietstar_jax.data.unknown import SETTING, check_known
 from quietstar_jax.errors import EXIT_RETRY, STOPPED, CollapsedError, DataError, DivergedError, PreemptedError
+from quietstar_jax.idle_settings import idle_settings
 from quietstar_jax.io import folder_to_write, place, write_json
 from quietstar_jax.parallel import processes
 from quietstar_jax.parallel.preemption import PreemptionNotice
 from quietstar_jax.parallel.sharding import ProcessBatchShard, find_process_shard
 from quietstar_jax.signals import NAMES
+from quietstar_jax.thought_config import Phase
 from quietstar_jax.thoughts.settings import phase_settings
 from quietstar_jax.thoughts.token_scores import summarize
 from quietstar_jax.training.answers import measure_answers
@@ -85,6 +87,8 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
             StepProfile(folder, config.logging, silent=not first) as profile,
             SpeedMeter(config, run.architecture) as speed,
         ):  # fmt: skip
+            for line in idle_settings(config):
+                metrics.log(f"Note: {line}.")
             collapse = CollapseCheck(config, _seen_before(config, folder, int(state.step)))
             notice = listening.enter_context(PreemptionNotice())
             trainer = Trainer(

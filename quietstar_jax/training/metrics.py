@@ -117,7 +117,10 @@ class _TensorBoard:
             raise ConfigError(
                 "config.logging.tensorboard is on but tensorboardX is missing: pip install 'quietstar_jax[logging]'."
             ) from error
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        # The suffix keeps the file of a run that resumes within the same second, after which files are named.
+        self._writer = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=first_step + 1, filename_suffix=f".{first_step}"
+        )
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from quietstar_jax.config import OptimizerConfig, Phase, RateScales
+from quietstar_jax.config import OptimizerConfig
+from quietstar_jax.thought_config import Phase, RateScales
 
 Params = dict[str, jax.Array]
 

@@ -15,11 +15,12 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint import manifest
 from quietstar_jax.checkpoint.run_checkpoint import named_run
 from quietstar_jax.checkpoint.steps import saved_steps
-from quietstar_jax.config import Config, OnResume, Phase
+from quietstar_jax.config import Config
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.io import AnyPath, folder_to_read, place
-from quietstar_jax.settings import differences, marked, to_mapping
+from quietstar_jax.settings import OnResume, differences, marked, to_mapping
+from quietstar_jax.thought_config import Phase
 
 MARKED = {mark: marked(Config, mark, "config.") for mark in OnResume}
 MOST_LINES, MOST_CHARACTERS = 10, 240  # limits of a list of differences

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import jax
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import Config, Phase
+from quietstar_jax.config import Config
 from quietstar_jax.parallel.chips import chip_of
+from quietstar_jax.thought_config import Phase
 from quietstar_jax.thoughts.flops import step_flops
 from quietstar_jax.thoughts.settings import ThoughtSettings
 

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from quietstar_jax.checkpoint.train_state import TrainState
-from quietstar_jax.config import Config, Phase
+from quietstar_jax.config import Config
 from quietstar_jax.models.parameters import GraphDef
 from quietstar_jax.parallel.axes import (
     constrain_tree,
@@ -21,6 +21,7 @@ from quietstar_jax.parallel.axes import (
     split_microbatches,
 )
 from quietstar_jax.parallel.sharding import specs_like_parameters
+from quietstar_jax.thought_config import Phase
 from quietstar_jax.thoughts.diagnostics import histogram_quantiles
 from quietstar_jax.thoughts.loss import (
     Metrics,
@@ -92,7 +93,7 @@ def make_train_step(
         chosen = count_chosen(batch.mask, draws.positions, settings, batch.starts) if some else None
         counts = count_targets(batch.mask, phase.tokens_ahead, chosen, batch.starts)
         rows, bonus = Rows(batch, draws), state.entropy_bonus
-        if settings.reinforced and config.thought.needs_batch_rewards:
+        if settings.needs_batch_rewards:
             all_rewards = manual_shard_map(rewards_of_rows, ("data",), ((), ("rows",), ()), ("rows",))
             rewarded = all_rewards(state.params, rows, state.reference)
             rows = rows._replace(thoughts=rewarded.thoughts, positions=rewarded.positions)

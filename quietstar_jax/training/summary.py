@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from quietstar_jax.config import Config, OnResume
+from quietstar_jax.config import Config
 from quietstar_jax.data.tokenization import Tokenizer
-from quietstar_jax.settings import to_mapping
+from quietstar_jax.settings import OnResume, to_mapping
 from quietstar_jax.thoughts.token_scores import TokenScores
 from quietstar_jax.training.resume import MARKED
 

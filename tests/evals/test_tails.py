@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from quietstar_jax.config import CONTROLS
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer, grid_count, grid_length
 from quietstar_jax.inference.load_model import load_model
+from quietstar_jax.thought_config import CONTROLS
 from tests.evals.models import write_plain, write_run
 
 

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Phase, ThoughtConfig
+from quietstar_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from quietstar_jax.models.parameters import split
 from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.parallel.sharding import on_mesh
+from quietstar_jax.thought_config import Phase, ThoughtConfig
 from quietstar_jax.thoughts import text
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.thoughts.token_scores import TokenScores

@@ -11,12 +11,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import Config, MeshConfig, Phase
+from quietstar_jax.config import Config, MeshConfig
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.parallel.axes import constrain, partition_spec
 from quietstar_jax.parallel.mesh import check_batches, check_weights, make_mesh, resolve, split_tensor
 from quietstar_jax.parallel.sharding import ProcessBatchShard, specs_like_parameters
 from quietstar_jax.settings import from_mapping
+from quietstar_jax.thought_config import Phase
 from quietstar_jax.training.setup import abstract_params
 from quietstar_jax.training.step import initial_state, state_specs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 
 from quietstar_jax.errors import EXIT_USER_ERROR, ConfigError
-from quietstar_jax.planning.programs import find_phase, plan_mesh
+from quietstar_jax.planning.programs import find_phase, passes, plan_mesh, train_program
 from quietstar_jax.planning.targets import find_target
+from quietstar_jax.thought_config import ThoughtConfig
+from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.training.setup import abstract_params
 from tests.support.commands import Ended, run_command
 from tests.training.tiny import tiny_config
@@ -78,8 +81,36 @@ def test_phases_and_meshes_that_do_not_exist_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="plain, thoughts"):
         find_phase(config, config.model.architecture, "third")
     assert find_phase(config, config.model.architecture).name == "thoughts"  # costs most
+    plain, thoughts = config.phases
+    fewer = dataclasses.replace(config, phases=(plain, dataclasses.replace(thoughts, steps=0)))
+    assert find_phase(fewer, config.model.architecture).name == "plain"
+    with pytest.raises(ConfigError, match="that have steps: plain"):
+        find_phase(fewer, config.model.architecture, "thoughts")
     with pytest.raises(ConfigError, match="the product of the sizes must be 1"):
         plan_mesh(config, target)
+
+
+def test_the_reference_is_an_argument_from_the_first_phase_that_trains_thoughts_on(tmp_path):
+    """A plain phase compiles fastest; here it follows that phase."""
+    config = tiny_config(tmp_path, thought__kl_weight=0.1, model__architecture__num_layers=1)
+    later = dataclasses.replace(config, phases=config.phases[::-1])
+    first, plan = (train_program(c, find_target("cpu:1"), "plain") for c in (config, later))
+    assert "reference" not in first.bytes_per_device
+    assert plan.bytes_per_device["reference"] == plan.bytes_per_device["parameters"] > 0
+    memory = plan.lowered.compile({"xla_backend_optimization_level": 0}).memory_analysis()
+    assert memory.argument_size_in_bytes == pytest.approx(sum(plan.bytes_per_device.values()), abs=100)
+
+
+def test_further_passes_of_an_objective_read_the_weights_again():
+    chunks = {"sampled_positions_per_chunk": 8, "positions_per_chunk": 2}
+
+    def counted(**thought: Any) -> tuple[int, int]:
+        shape = {"thought_length": 3, "num_thoughts": 2, "policy_weight": 1.0}
+        return passes(ThoughtSettings(**shape, config=ThoughtConfig(**thought)), 2, chunks, local_positions=8)
+
+    assert counted() == (2 * 3, 2 * (1 + 4))
+    assert counted(advantage="batch_std") == counted(kl_in_reward=0.1) == (2 * (3 + 1 + 4), 2 * (1 + 4))
+    assert counted(advantage="batch_std", kl_weight=0.1)[0] == 2 * (3 + 2 * (1 + 4))
 
 
 def test_the_decoder_is_planned_for_too(aot, tmp_path):

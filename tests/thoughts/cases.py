@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.models.parameters import named_parameters
+from quietstar_jax.thought_config import ThoughtConfig
 from quietstar_jax.thoughts.model import QuietStar, init_quiet_star
 from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import CONTROLS, ThoughtConfig
+from quietstar_jax.thought_config import CONTROLS, ThoughtConfig
 from quietstar_jax.thoughts import controls
 from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.positions import at_positions, choose

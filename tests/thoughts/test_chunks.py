@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.parallel.axes import MESH_AXES
+from quietstar_jax.thought_config import ThoughtConfig
 from quietstar_jax.thoughts.chunks import (
     map_chunks,
     max_positions_per_chunk,

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import pytest
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import CONTROLS, Config, Phase, RateScales, ThoughtConfig
+from quietstar_jax.config import Config
 from quietstar_jax.models.parameters import split
+from quietstar_jax.thought_config import CONTROLS, Phase, RateScales, ThoughtConfig
 from quietstar_jax.thoughts.flops import Flops, decoder_flops, step_flops
 from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, phase_settings
@@ -102,6 +103,7 @@ def test_further_forward_passes_of_the_objective() -> None:
     both = cost(kl_in_reward=0.1, advantage_scale="batch")  # one reference for the thoughts, which are drawn once
     assert both == kl._replace(rewarding=batch.rewarding + thought_heads)
     assert cost(weight=0.0, kl_weight=0.1, advantage_scale="batch") == cost(weight=0.0)
+    assert cost(advantage="batch_std") == batch
 
     taught = cost(distill=1.0)
     assert taught.scoring_heads == plain.scoring_heads + 7 * HEAD
@@ -111,6 +113,10 @@ def test_further_forward_passes_of_the_objective() -> None:
     every = cost(RateScales(0.0, 0.0, 0.0), distill=1.0, kl_weight=0.1, advantage_scale="batch")
     assert every.necessary == sum(every) - every.recomputation
     assert every.backward == 0
+
+    settings = dataclasses.replace(settings, num_thoughts=1)  # the advantage of a single thought is its reward
+    assert cost(advantage="batch_std") == cost()
+    assert cost(advantage="batch_std", advantage_scale="batch").rewarding > 0
 
 
 @functools.cache

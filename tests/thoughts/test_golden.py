@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import ThoughtConfig
 from quietstar_jax.hf.names import Entry, parameter_shapes, quietstar_entries, to_ours
 from quietstar_jax.models.parameters import merge, split
+from quietstar_jax.thought_config import ThoughtConfig
 from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.model import QuietStar, init_quiet_star
 from quietstar_jax.thoughts.objective import count_targets

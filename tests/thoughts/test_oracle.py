@@ -99,7 +99,7 @@ def test_loss_metrics_and_gradients_equal_the_oracle(case: Case) -> None:
     def fast(params: oracle.Params) -> tuple[jax.Array, dict[str, jax.Array]]:
         counts = count_targets(mask, s.tokens_ahead)
         model = merge(graphdef, params)
-        if s.config.needs_batch_rewards:
+        if s.needs_batch_rewards:
             rewarded = reward_thoughts(model, tokens, mask, think, s, case.positions_per_chunk)
             counts = with_batch_std(counts, rewarded.rewards, rewarded.scored, s.config.advantage)
         return quiet_star_loss(model, tokens, mask, think, counts, s, case.positions_per_chunk)

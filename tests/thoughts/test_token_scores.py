@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.config import CONTROLS
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.reports.observe import Window, observe
+from quietstar_jax.thought_config import CONTROLS
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.thoughts.token_scores import Prediction, TokenScores, score_given_thoughts, summarize

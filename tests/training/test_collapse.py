@@ -72,8 +72,10 @@ def test_what_a_resumed_run_knows(tmp_path):
 
 
 def test_a_run_warns_once_and_goes_on(tmp_path, capsys):
-    summary = train(collapsing(tmp_path / "whole"))
+    idle = {"thought__entropy_bonus_max": 2.0}  # a setting without effect, which the run names
+    summary = train(collapsing(tmp_path / "whole", **idle))
     printed = capsys.readouterr().out
+    assert printed.count("Note: config.thought.entropy_bonus_max is 2.0, which has no effect") == 1
     assert printed.count("warning: Thoughts have collapsed at step 6 (phase 'thoughts')") == 1
     assert summary["step"] == 7
     assert summary["thoughts_collapsed_at_step"] == 6
@@ -82,8 +84,8 @@ def test_a_run_warns_once_and_goes_on(tmp_path, capsys):
     assert [record["step"] for record in records if record["kind"] == "warning"] == [6]
 
     with pytest.raises(CollapsedError):
-        train(collapsing(tmp_path / "stopped", logging__stop_on_collapse=True))
-    again = train(collapsing(tmp_path / "stopped"))
+        train(collapsing(tmp_path / "stopped", logging__stop_on_collapse=True, **idle))
+    again = train(collapsing(tmp_path / "stopped", **idle))
     assert {**again, "paths": 0} == {**summary, "paths": 0}
     assert repeatable(read_metrics(tmp_path / "stopped/metrics.jsonl")) == repeatable(records)
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from quietstar_jax.config import Phase
 from quietstar_jax.models.parameters import merge
+from quietstar_jax.thought_config import Phase
 from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.thoughts.token_scores import summarize
 from quietstar_jax.training.batch import Batch, to_device

@@ -43,11 +43,31 @@ def test_a_line_that_holds_no_record_costs_that_line_only(tmp_path, broken):
     assert path.read_bytes() == b"".join(lines[:2])
 
 
-def test_tensorboard_gets_scalars(tmp_path):
+def scalars(folder):
+    """What TensorBoard shows: the last value of each name and step, without the steps that a resumed run repeats."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    found = {}
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:  # of each record the length, its checksum, the event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            event = event_pb2.Event.FromString(data[12 : 12 + size])
+            if event.session_log.status == event_pb2.SessionLog.START:
+                found = {key: value for key, value in found.items() if key[1] < event.step}
+            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_gets_the_numbers_of_each_record(tmp_path):
     pytest.importorskip("tensorboardX")
     with writer(tmp_path, tensorboard=True) as metrics:
-        metrics.write("train", 1, "plain", {"loss": 1.5, "deciles": [{}]})
-    assert list((tmp_path / "tensorboard").iterdir())
+        for step in (1, 2, 3):
+            metrics.write("train", step, "plain", {"loss": 0.5 * step, "count": step, "deciles": [{}]})
+    with writer(tmp_path, first_step=1, tensorboard=True) as metrics:
+        metrics.write("evaluation", 2, "plain", {"loss": 4.0})
+    expected = {("train/loss", 1): 0.5, ("train/count", 1): 1.0, ("evaluation/loss", 2): 4.0}
+    assert scalars(tmp_path / "tensorboard") == expected
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.config import OptimizerConfig, Phase, RateScales
+from quietstar_jax.config import OptimizerConfig
+from quietstar_jax.thought_config import Phase, RateScales
 from quietstar_jax.training.optimizer import apply_updates, decay_mask, learning_rate, make_optimizer
 
 

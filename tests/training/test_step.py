@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from quietstar_jax.thought_config import RateScales
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.optimizer import learning_rate
 from quietstar_jax.training.setup import first_state, prepare
-from quietstar_jax.training.step import make_train_step
+from quietstar_jax.training.step import initial_state, make_train_step
 from tests.training.tiny import tiny_config
 
 
@@ -83,3 +84,28 @@ def test_an_objective_with_a_reference_in_phases_that_do_not_train_thoughts(tmp_
     _, metrics = step_of(run, dataclasses.replace(run.config.phases[1], **changes))
     assert "kl" not in metrics
     assert all(np.isfinite(value) for value in metrics.values())
+
+
+def lowered(run, phase, **thought):
+    """The program of a step, before compilation."""
+    changed = dataclasses.replace(run.config.thought, **thought)
+    config = dataclasses.replace(run.config, thought=changed, phases=(phase,))
+    step = make_train_step(config, phase, run.graphdef, run.vocabulary)
+    state = jax.eval_shape(lambda: initial_state(first_state(run).params, config, objective=True))
+    return jax.jit(step).lower(state, batch_of(run), run.key, jnp.int32(0)).as_text()
+
+
+def test_a_second_pass_that_changes_nothing_is_not_computed(run):
+    """A single thought is compared with no other, so the standard deviation of the rewards is not needed."""
+    one = dataclasses.replace(run.config.phases[1], num_thoughts=1)
+    plain = lowered(run, one)
+    assert lowered(run, one, advantage="batch_std") == plain
+    assert lowered(run, one, advantage_scale="batch") != plain
+
+
+def test_where_nothing_that_predicts_thoughts_learns_no_objective_of_thoughts_is_computed(run):
+    rates = RateScales(decoder=0.0, thought_embeddings=0.0)
+    frozen = dataclasses.replace(run.config.phases[1], rates=rates)
+    untrained = dataclasses.replace(frozen, policy_weight=0.0)
+    costly = {"advantage": "batch_std", "kl_weight": 0.1, "entropy_bonus": 0.1}
+    assert lowered(run, frozen, **costly) == lowered(run, untrained, **costly)
