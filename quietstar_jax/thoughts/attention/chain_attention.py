@@ -212,8 +212,10 @@ def _gradients(
 
 
 def _chain_scores(q: jax.Array, chain_keys: jax.Array, seen: ChainMask) -> jax.Array:
-    scores = dot("bgrjxh,bgrjeh->bgrjxe", q, chain_keys)
-    return jnp.where(chain_visible(seen, chain_keys.shape[4]), scores, MASKED)
+    scores, visible = dot("bgrjxh,bgrjeh->bgrjxe", q, chain_keys), chain_visible(seen, chain_keys.shape[4])
+    if visible.ndim > 2:  # [B, J, X, E]
+        visible = visible[:, None, None]
+    return jnp.where(visible, scores, MASKED)
 
 
 def _chain_softmax(q: jax.Array, chain_keys: jax.Array, chain_values: jax.Array, seen: ChainMask) -> SoftmaxState:
