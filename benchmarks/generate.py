@@ -1,5 +1,8 @@
 """Tokens per second, with and without thoughts: `python -m benchmarks.generate --preset paper_cpu --json`.
 
+`--think POLICY` also measures a policy of thinking that chooses, and compares it with the passes that it needs:
+1 + rate * (T + 2) for each token. With random weights, `every:10` and `random:0.1` have a known rate.
+
 With `--json`, prints one JSON object on the last line. Run it on an otherwise idle machine.
 """
 
@@ -23,6 +26,7 @@ from quietstar_jax.inference.engine import Engine, Request
 from quietstar_jax.inference.kv_cache import append, cached_pass
 from quietstar_jax.inference.load_model import stored_dtype
 from quietstar_jax.inference.sampling import Sampling
+from quietstar_jax.methods.thinking import parse_policy
 from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thought_config import ThoughtConfig
 from quietstar_jax.thoughts.chains import empty_chains
@@ -49,6 +53,7 @@ class Sizes:
     room: int = 0  # minimum length of the cache in tokens; 0 = as much as is needed
     thought_length: int = 9
     mixing: str = "hidden_states"
+    think: str = ""  # policy of thinking that chooses; empty = none is measured
     temperature: float = 0.0
     top_p: float = 1.0
     tokens_per_call: int = 8
@@ -91,11 +96,11 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
     engine = make_engine(s)
     draw = np.random.default_rng(0)
     requests = [
-        Request(tuple(draw.integers(3, s.vocab, s.prompt).tolist()), s.tokens, np.zeros(2, np.uint32))
-        for _ in range(s.batch)
+        Request(tuple(draw.integers(3, s.vocab, s.prompt).tolist()), s.tokens, np.array([0, row], np.uint32))
+        for row in range(s.batch)
     ]
     length = engine.cache_length(max(s.room, requests[0].length))
-    sampling = Sampling(s.temperature, s.top_p)
+    sampling = Sampling(s.temperature, s.top_p, think=parse_policy(s.think or "always"))
     wanted = np.ones(s.batch, bool)
 
     def start() -> State:
@@ -106,13 +111,15 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
     prompt_seconds = median_seconds(start, lambda: None, steps)
     knobs = engine.knobs(requests, sampling)
     measured: dict[str, Any] = {}
-    for name, thought_length in (("with_thoughts", s.thought_length), ("without_thoughts", 0)):
+    cases = [("with_thoughts", s.thought_length, "always"), ("without_thoughts", 0, "always")]
+    cases += [("with_policy", s.thought_length, sampling.think.name)] if s.think else []
+    for name, thought_length, think in cases:
         plan = DecodeConfig(
-            ThoughtSettings(thought_length, compute_dtype=s.dtype, config=ThoughtConfig(mixing=s.mixing)),
+            ThoughtSettings(thought_length, compute_dtype=s.dtype, config=ThoughtConfig(mixing=s.mixing)), think,
             sampled=s.temperature > 0, nucleus=s.temperature > 0 and s.top_p < 1, tokens_per_call=s.tokens_per_call,
         )  # fmt: skip
         begun = time.perf_counter()
-        compiled = engine.step(plan).lower(engine.params, state, wanted, knobs).compile()
+        compiled = engine.step(plan).lower(engine.params, engine.with_thought(state, plan), wanted, knobs).compile()
         measured[f"compile_seconds_{name}"] = time.perf_counter() - begun
         measured[f"temp_bytes_{name}"] = compiled.memory_analysis().temp_size_in_bytes
         seconds = median_seconds(lambda state, plan=plan: list(engine.decode(state, knobs, plan, wanted)), start, steps)
@@ -121,6 +128,13 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
     bare = bare_step(engine, s)
     bare_seconds = median_seconds(lambda state: bare(state, s.tokens), start, steps) / s.tokens
     plain = measured["seconds_per_token_without_thoughts"]
+    if s.think:
+        outputs = engine.decode(start(), knobs, plan, wanted)  # the last plan is that of the policy
+        thoughts = np.concatenate([one.thoughts[one.tokens >= 0] for one in outputs])
+        rate = float((thoughts[:, 0] >= 0).mean())
+        measured["thinking_rate"] = rate
+        measured["ratio_with_policy"] = measured["seconds_per_token_with_policy"] / plain
+        measured["passes_with_policy"] = 1 + rate * (s.thought_length + 2)
     return measured | {
         "ratio": measured["seconds_per_token_with_thoughts"] / plain,
         "ratio_allowed": s.thought_length + 3,

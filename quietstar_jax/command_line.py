@@ -20,6 +20,7 @@ from quietstar_jax.config import TEXT_DOCUMENTS, Config
 from quietstar_jax.config_file import read_config
 from quietstar_jax.errors import ConfigError, UserError
 from quietstar_jax.io import is_url, place
+from quietstar_jax.methods.thinking import THINKING, usage
 from quietstar_jax.settings import LARGEST_INTEGER, shown, text_problem
 
 MOST_AT_ONCE = 2**16  # texts in a batch
@@ -222,6 +223,10 @@ SHARED: dict[str, dict[str, Any]] = {
         default="auto",
         metavar="MODE",
         help="on, off, auto (on if the model can think); evaluate also: both, its auto (default: %(default)s)",
+    ),
+    "--think": dict(
+        metavar="POLICY",
+        help=f"tokens to think before: {', '.join(map(usage, THINKING))}",
     ),
     "--thought-length": dict(type=integer_from(1), metavar="N", help="tokens of a thought (default: as in training)"),
     "--max-tokens": dict(type=integer_from(1), metavar="N", help="most tokens to generate (default: %(default)s)"),

@@ -50,7 +50,7 @@ def make_parser() -> CommandParser:
     add_checkpoint_flags(parser)
     add("--task", required=True, metavar="TASK", help="one of the tasks below")
     add_flags(parser, "--data", required=True)
-    add_flags(parser, "--thoughts", "--thought-length", "--max-length")
+    add_flags(parser, "--thoughts", "--think", "--thought-length", "--max-length")
     add_flags(parser, "--limit", default=Options.limit)
     add_flags(parser, "--batch-size", default=BATCH_SIZE)
     add_flags(parser, "--seed", "--output", "--json", "--quiet")

@@ -16,7 +16,7 @@ from quietstar_jax.io import place
 def main(arguments: list[str]) -> None:
     """Exports a run, then prints where it is."""
     with make_parser().parsed(arguments) as args:
-        options = ExportOptions(args.format, args.dtype, args.max_shard_size)
+        options = ExportOptions(args.format, args.dtype, args.max_shard_size, args.think)
         run = export(place(args.checkpoint, "--checkpoint"), args.output, options, args.step)
     print(f"Step {run.step} of {run.workdir} is in {args.output} ({args.format}, {args.dtype}).")
 
@@ -33,6 +33,7 @@ def make_parser() -> CommandParser:
         "--format", choices=FORMATS, required=True, metavar="FORMAT",
         help="quietstar (with thoughts), or base (the decoder alone)",
     )  # fmt: skip
+    add_flags(parser, "--think", default="")
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="size of one file of weights (default: %(default)s)"
     )

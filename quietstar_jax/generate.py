@@ -11,6 +11,7 @@ from quietstar_jax.inference.batch import Generation, GenerationConfig, Token
 from quietstar_jax.inference.batch_files import generate_file
 from quietstar_jax.inference.generator import TOKENS_PER_CALL, Generator
 from quietstar_jax.inference.terminal import print_tokens
+from quietstar_jax.methods.thinking import choose_policy
 
 __all__ = ["Generation", "Generator", "Token"]
 
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> None:
         if args.thoughts not in THOUGHTS:
             hint = " To print thoughts, add --show-thoughts." if args.thoughts == "show" else ""
             raise ConfigError(f"--thoughts is {args.thoughts!r}; allowed: {', '.join(THOUGHTS)}.{hint}")
+        choose_policy(THOUGHTS[args.thoughts], args.think)  # before anything is loaded
         generator = Generator.open(
             args.checkpoint, step=args.step, revision=args.revision, dtype=args.dtype,
             batch_size=args.batch_size or (1 if args.prompt else BATCH_SIZE), max_length=args.max_length,
@@ -34,7 +36,7 @@ def main(arguments: list[str]) -> None:
         job = generator.job(
             1 if args.prompt else TOKENS_PER_CALL, args.max_tokens, THOUGHTS[args.thoughts], args.thought_length,
             args.temperature, args.top_p, args.thought_temperature,
-            [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in args.stop],
+            [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in args.stop], args.think,
         )  # fmt: skip
         if args.data is None:
             _to_terminal(generator, args.prompt, job, args.seed, args.show_thoughts)
@@ -73,7 +75,7 @@ def make_parser() -> CommandParser:
         metavar="TEXT",
         help="text to continue; - = read it from standard input",
     )
-    add_flags(parser, "--data", "--output", "--thoughts")
+    add_flags(parser, "--data", "--output", "--thoughts", "--think")
     add(
         "--show-thoughts",
         action="store_true",

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
 def _of_checkpoint(args: argparse.Namespace) -> str:
     if not args.data:
         raise ConfigError("--checkpoint needs --data: the text of the page, for example --data my_text.jsonl.")
-    names = ("limit", "page_tokens", "sequence_length", "thought_length", "tokens_ahead", "samples", "seed",
+    names = ("limit", "page_tokens", "sequence_length", "think", "thought_length", "tokens_ahead", "samples", "seed",
              "text_key", "text_documents")  # fmt: skip
     options = TextOptions(
         data=tuple(args.data), data_dir=str(args.data_dir or ""), **{name: getattr(args, name) for name in names}
@@ -60,7 +60,7 @@ def make_parser() -> CommandParser:
         "--sequence-length", **number, default=TextOptions.sequence_length,
         help="tokens that the model reads together (default: %(default)s)",
     )  # fmt: skip
-    add_flags(text, "--thought-length")
+    add_flags(text, "--think", "--thought-length")
     text.add_argument(
         "--tokens-ahead", **number, help="tokens over which a reward is computed (default: as in training)"
     )

@@ -70,6 +70,28 @@ def test_one_mode_gives_the_same_figures(folder, capsys):
     assert "comparison" not in {**on, **off}
 
 
+def test_a_policy_of_thinking(folder, capsys, tmp_path):
+    """Where it thinks, the figures are those with thoughts; where not, those without."""
+    plain = evaluate(capsys, folder)
+    everywhere, nowhere, some = (evaluate(capsys, folder, "--think", p) for p in ("entropy:0", "margin:0", "every:2"))
+    assert everywhere["with_thoughts"] == plain["with_thoughts"] | {"thinking_rate": 1.0}
+    assert nowhere["with_thoughts"] == plain["without_thoughts"] | {"thinking_rate": 0.0}
+    assert (some["think"], plain["think"]) == ("every:2", "always")
+    assert 0 < some["thinking_rate"] < 1
+    assert some["with_thoughts"]["official_probability"] not in (
+        plain["with_thoughts"]["official_probability"], plain["without_thoughts"]["official_probability"],
+    )  # fmt: skip
+    text = dict(task="language_modeling", data="text.jsonl")
+    found = evaluate(capsys, folder, "--think", "random:0.5", "--perturb", "replace", **text)
+    assert 0.3 < found["thinking_rate"] < 0.7
+    assert found["perturbed"]["replace"][0]["nats_per_token"] == found["with_thoughts"]["nats_per_token"]
+    off = evaluate(capsys, folder, "--think", "never")
+    assert (off["thoughts"], off["think"]) == ("off", "never")
+    few = ["--think", "every:2", "--samples", "1", "--max-tokens", "6", "--limit", "1"]
+    votes = evaluate(capsys, folder, *few, "--records", str(tmp_path / "records.jsonl"), task="gsm8k_cot")
+    assert votes["thinking_rate"] == pytest.approx(0.5, abs=0.1)
+
+
 def test_own_fields_and_choices(folder, capsys):
     fields = ["--field", "question=prompt", "--field", "choices=options", "--field", "answer=key"]
     found = evaluate(capsys, folder, *fields, task="multiple_choice", data="choices.jsonl", checkpoint="plain")
@@ -148,6 +170,9 @@ def test_refusals(folder, capsys):
         (CheckpointError, "no trained mixing head", {"checkpoint": "plain", "args": ["--thoughts", "on"]}),
         (CheckpointError, "no trained mixing head", {"checkpoint": "plain", "args": ["--thoughts", "both"]}),
         (ConfigError, "--thoughts is 'yes'", {"args": ["--thoughts", "yes"]}),
+        (CheckpointError, "--think is 'every:2'.* no trained", {"checkpoint": "plain", "args": ["--think", "every:2"]}),
+        (ConfigError, "--think is 'sometimes'", {"args": ["--think", "sometimes"]}),
+        (ConfigError, "--think is 'always', but --thoughts is off", {"args": ["--think=always", "--thoughts=off"]}),
         (DataError, "no file or folder .*nothing.jsonl", {"data": "nothing.jsonl"}),
         (DataError, "there is no field 'question'", {"data": "choices.jsonl"}),
         (ConfigError, "--field is 'prompt=x'", {"args": ["--field", "prompt=x"]}),

@@ -69,7 +69,8 @@ def measure_answers(
 
     Returns:
       the number of `questions` measured and `too_long`; under `without_thoughts` and `with_thoughts` the mean of each
-      of `METRICS` with its confidence interval (`..._interval`); `comparison` by metric if both were measured.
+      of `METRICS` with its confidence interval (`..._interval`), and `thinking_rate` if a policy chooses the positions
+      that think; `comparison` by metric if both were measured.
 
     Raises:
       DataError: no question is short enough.
@@ -83,7 +84,7 @@ def measure_answers(
             f"All {len(written)} questions are longer than {longest} tokens (the shortest has {shortest}). Increase "
             "`max_length` if the model allows it, or measure a model with more positions."
         )
-    tails = [Continuation(answer.tokens, answer.last, answer.allowed) for answer in fitting]
+    tails = [Continuation(one.tokens, one.last, one.allowed, number) for number, one in enumerate(fitting)]
     scores = scorer(tails, done)
     predictions = {"without_thoughts": [score.base for score in scores]}
     if scores[0].thinks:
@@ -92,11 +93,14 @@ def measure_answers(
         mode: AnswerScores(*np.array(list(map(score_answer, fitting, found))).T)._asdict()
         for mode, found in predictions.items()
     }
+    found = summarize_answers(values, seed)
+    if scores[0].made is not None:
+        found["with_thoughts"]["thinking_rate"] = float(np.concatenate([score.made for score in scores]).mean())
     return {
         "questions": len(fitting),
         "too_long": len(written) - len(fitting),
         "longest_tokens": longest,
-        **summarize_answers(values, seed),
+        **found,
     }
 
 

@@ -20,10 +20,11 @@ from tqdm import tqdm
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.evals.harness_arguments import read_arguments
-from quietstar_jax.evals.measure import thought_modes
+from quietstar_jax.evals.measure import thinking_policy
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import load_model
+from quietstar_jax.methods.thinking import NEVER
 
 BATCHES_AT_ONCE = 32  # per update of the progress bar; a response cache loses at most these
 SAMPLING = {"temperature", "top_p", "do_sample"}
@@ -52,9 +53,12 @@ class QuietStarLM(TemplateLM):
         self.model = load_model(given.checkpoint, step=given.step, revision=given.revision, dtype=given.dtype)
         if given.tokenizer is not None:
             self._require_same(given.tokenizer)
-        self.thinks = thought_modes(given.thoughts, self.model)[-1] == "with_thoughts"
+        self.policy = thinking_policy(given.thoughts, given.think, self.model)
+        self.thinks = self.policy != NEVER
         self.thought_length = (given.thought_length or self.model.thought_length) if self.thinks else 0
-        self._scorer = ContinuationScorer(self.model, self.model.settings(self.thought_length), given.batch_size)
+        self._scorer = ContinuationScorer(
+            self.model, self.model.settings(self.thought_length), given.batch_size, think=self.policy, seed=given.seed
+        )
         self._generator = Generator(self.model, batch_size=self._scorer.batch_size)
         longest = self._scorer.longest - 1
         self.max_length = given.max_length or longest
@@ -87,7 +91,12 @@ class QuietStarLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns what the harness writes next to its results."""
-        return {**self.model.record, "thoughts": self.thinks, "evaluated_thought_length": self.thought_length}
+        return {
+            **self.model.record,
+            "thoughts": self.thinks,
+            "think": str(self.policy),
+            "evaluated_thought_length": self.thought_length,
+        }
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Formats a conversation with the tokenizer's chat template."""
@@ -192,7 +201,7 @@ class QuietStarLM(TemplateLM):
 
         def tail(before: tuple[int, ...], last: int, numbers: list[int]) -> Continuation:
             candidates = tuple(dict.fromkeys(requests[number][2][-1] for number in numbers))
-            return Continuation((*before, candidates[0]), last, candidates)
+            return Continuation((*before, candidates[0]), last, candidates, numbers[0])
 
         tails = [(tail(before, last, numbers), numbers) for (before, last), numbers in groups.items()]
         return sorted(tails, key=lambda pair: -len(pair[0].tokens))
@@ -236,7 +245,7 @@ class QuietStarLM(TemplateLM):
         generations = self._generator.generate(
             [context[-room:] for context in contexts],
             max_tokens=max_tokens,
-            thoughts=self.thinks,
+            think=str(self.policy),
             thought_length=self.thought_length or None,
             temperature=float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0,
             top_p=float(given.get("top_p") or 1.0),

@@ -39,7 +39,8 @@ class Arguments:
 
     Args:
       checkpoint, step, revision, dtype: see `load_model`; `auto` is float32.
-      thoughts: `on`, `off`, or `auto` (on where the model can think); thought_length: T, None = as trained.
+      thoughts: `on`, `off`, or `auto` (on where the model can think); think: at which positions, see
+        `methods/thinking.py`, None = as the model says; thought_length: T, None = as trained.
       batch_size: texts per batch, over all local devices; `auto` means 16, or max_batch_size if that is less.
       max_length: tokens of a text without its last; None = the model's maximum.
       max_gen_toks: tokens to generate where a task sets no number.
@@ -53,6 +54,7 @@ class Arguments:
 
     checkpoint: str
     thoughts: str = "auto"
+    think: str | None = None
     thought_length: int | None = None
     step: int | None = None
     revision: str = ""
@@ -159,6 +161,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "checkpoint": _text,
     "thoughts": _thoughts,
+    "think": _text,
     "thought_length": _count,
     "step": _from_zero,
     "revision": _revision,

@@ -125,6 +125,8 @@ def summarize_windows(columns: Sequence[TokenScores], size: int, seed: int) -> d
             "bits_per_byte": float(per_window.sum() / math.log(2) / size),
             "accuracy": summary[f"accuracy_{mode}"],
         }
+    if "thinking_rate" in summary:
+        found["with_thoughts"]["thinking_rate"] = summary["thinking_rate"]
     dropped = () if thinks else ("loss_with_thoughts", "mixing_weight")
     found["deciles"] = [{name: row[name] for name in row if name not in dropped} for row in summary["deciles"]]
     if thinks:

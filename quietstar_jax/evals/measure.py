@@ -31,6 +31,7 @@ from quietstar_jax.evals.voting import ANSWER_TOKENS, CONCLUSION, STEPS, Samplin
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.inference.sampling import TEMPERATURES, is_temperature
+from quietstar_jax.methods.thinking import NEVER, ThinkPolicy, choose_policy
 from quietstar_jax.thoughts.perturbations import check_kind
 
 MODES = ("auto", "on", "off", "both")
@@ -47,6 +48,7 @@ class Options:
     task: str
     data: str
     thoughts: str = "auto"
+    think: str | None = None
     step: int | None = None
     revision: str = ""
     dtype: ComputeDtype = "float32"
@@ -75,6 +77,7 @@ class Options:
         find_task(self.task)
         if self.thoughts not in MODES:
             raise ConfigError(f"thoughts is {self.thoughts!r}; it must be one of {', '.join(MODES)}.")
+        policy = policy_of(self.thoughts, self.think)
         positive = ("batch_size", "max_tokens")
         for name in (*positive, "samples", "thought_length", "limit", "max_length", "seed", "window", "context", "top"):
             if getattr(self, name) < (name in positive):
@@ -88,10 +91,11 @@ class Options:
                     f"perturb is {self.perturb!r}, but `task` is {self.task}; it must be language_modeling."
                 )
         for name, value in self._of_thoughts().items():
-            if self.thoughts == "off":
+            if policy == NEVER:
+                off = f"`think` is {self.think}" if self.think else "`thoughts` is off"
                 raise ConfigError(
-                    f"{name} is {value!r}, but `thoughts` is off, so there are no thoughts. Set `thoughts` to on or "
-                    f"both, or omit `{name}`."
+                    f"{name} is {value!r}, but {off}, so there are no thoughts. Set `thoughts` to on or both, or omit "
+                    f"`{name}`."
                 )
 
     def _of_thoughts(self) -> dict[str, Any]:
@@ -103,9 +107,10 @@ class Options:
         """Raises ConfigError if an option needs thoughts, and the measurement has none."""
         for name, value in self._of_thoughts().items():
             if "with_thoughts" not in modes:
+                why = "by default never thinks" if model.can_think else "cannot think (its thoughts have 0 tokens)"
                 raise ConfigError(
-                    f"{name} is {value!r}, but {model.path} cannot think (its thoughts have 0 tokens). Give a run or "
-                    f"an export that was trained with thoughts, or omit `{name}`."
+                    f"{name} is {value!r}, but {model.path} {why}. Give a run or an export that was trained with "
+                    f"thoughts, or omit `{name}`."
                 )
 
 
@@ -128,7 +133,8 @@ def measure(options: Options) -> dict[str, Any]:
         options.checkpoint, step=options.step, revision=options.revision, dtype=options.dtype,
         prefix_attention=options.prefix_attention,
     )  # fmt: skip
-    modes = thought_modes(options.thoughts, model)
+    policy = thinking_policy(options.thoughts, options.think, model)
+    modes = thought_modes(options.thoughts, policy)
     options.check_thoughts(model, modes)
     kinds = {DIRECT: _answers, VOTING: _votes, TEXT: _text}
     found = kinds[task.kind](options, model, modes, questions)
@@ -137,6 +143,7 @@ def measure(options: Options) -> dict[str, Any]:
         "task": options.task,
         "data": options.data,
         "thoughts": "both" if len(modes) > 1 else {"without_thoughts": "off", "with_thoughts": "on"}[modes[0]],
+        "think": str(policy),
         **{name: value for name, value in primary.items() if not isinstance(value, dict)},
         **found,
         "checkpoint_hash": model.fingerprint,
@@ -149,20 +156,32 @@ def measure(options: Options) -> dict[str, Any]:
     }
 
 
-def thought_modes(thoughts: str, model: LoadedModel) -> tuple[str, ...]:
-    """Returns which of `without_thoughts` and `with_thoughts` are measured, in this order.
+def policy_of(thoughts: str, think: str | None, default: str = "always") -> ThinkPolicy:
+    """Returns the policy of thinking that `thoughts`, one of `MODES`, and `think` (None = `default`) select."""
+    return choose_policy({"on": True, "both": True, "off": False}.get(thoughts), think, default)
+
+
+def thinking_policy(thoughts: str, think: str | None, model: LoadedModel) -> ThinkPolicy:
+    """Returns the policy of thinking of a measurement, see `policy_of`.
 
     Raises:
       CheckpointError: thoughts are requested from a model that cannot think.
     """
-    if thoughts == "auto":
-        thoughts = "both" if model.can_think else "off"
-    if thoughts != "off" and not model.can_think:
+    policy = policy_of(thoughts, think, model.think)
+    if policy != NEVER and not model.can_think:
+        asked = f"think is {think!r}" if think else f"`thoughts` is {thoughts!r}"
         raise CheckpointError(
-            f"`thoughts` is {thoughts!r}, but {model.path} has no trained mixing head. Set `thoughts` to off, or give "
-            "a run or an export that was trained with thoughts."
+            f"{asked}, but {model.path} has no trained mixing head. Set `thoughts` to off, or give a run or an export "
+            "that was trained with thoughts."
         )
-    return {"off": ("without_thoughts",), "on": ("with_thoughts",)}.get(thoughts, ("without_thoughts", "with_thoughts"))
+    return policy
+
+
+def thought_modes(thoughts: str, policy: ThinkPolicy) -> tuple[str, ...]:
+    """Returns which of `without_thoughts` and `with_thoughts` are measured, in this order."""
+    if policy == NEVER:
+        return ("without_thoughts",)
+    return ("with_thoughts",) if thoughts == "on" else ("without_thoughts", "with_thoughts")
 
 
 def make_scorer(
@@ -170,7 +189,10 @@ def make_scorer(
 ) -> ContinuationScorer:
     """Returns the scorer for the texts of a measurement; `use`: what else it measures if there are thoughts."""
     length = 0 if "with_thoughts" not in modes else options.thought_length or model.thought_length
-    return ContinuationScorer(model, model.settings(length), options.batch_size, use if length else None)
+    return ContinuationScorer(
+        model, model.settings(length), options.batch_size, use if length else None, seed=options.seed,
+        think=thinking_policy(options.thoughts, options.think, model),
+    )  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -198,7 +220,8 @@ def _votes(options: Options, model: LoadedModel, modes: tuple[str, ...], questio
     settings = model.settings(length if "with_thoughts" in modes else 0)
     longest = longest_allowed(options, longest_text(model.architecture, settings.thought_length))
     samples = options.samples or VOTES
-    sampling = Sampling(samples, options.temperature, options.max_tokens, length, options.seed)
+    think = str(thinking_policy(options.thoughts, options.think, model))
+    sampling = Sampling(samples, options.temperature, options.max_tokens, length, options.seed, think)
     measurement = {
         "task": options.task,
         "data_hash": content_hash(options.data, _data_config(options)),

@@ -20,15 +20,16 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import MeshConfig
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.inference.load_model import LoadedModel
+from quietstar_jax.methods.thinking import ALWAYS, ThinkPolicy
 from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.parallel.sharding import row_ways, shard_batch
 from quietstar_jax.thoughts.controls import Uniforms, draw_uniforms
 from quietstar_jax.thoughts.perturbations import PerturbationDraws, draw_perturbations
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.token_scores import TokenScores, UseWanted, score_tokens
+from quietstar_jax.thoughts.token_scores import Thinking, TokenScores, UseWanted, score_tokens
 
-Drawn = TypeVar("Drawn", Uniforms, PerturbationDraws)
+Drawn = TypeVar("Drawn", Uniforms, PerturbationDraws, jax.Array)
 SHORTEST = 16  # shortest text length of the grid
 
 
@@ -82,7 +83,8 @@ class ContinuationScorer:
     """
 
     def __init__(
-        self, model: LoadedModel, settings: ThoughtSettings, batch_size: int, use: UseOptions | None = None
+        self, model: LoadedModel, settings: ThoughtSettings, batch_size: int, use: UseOptions | None = None, *,
+        think: ThinkPolicy = ALWAYS, seed: int = 0,
     ):  # fmt: skip
         """Initializes the scorer; nothing is compiled yet.
 
@@ -90,6 +92,7 @@ class ContinuationScorer:
           settings: from `model.settings`, length 0 = no thoughts.
           batch_size: texts over all devices.
           use: None = one greedy thought, and no `TokenScores.use`.
+          think: other than `NEVER`; at other positions, the prediction is the one without thoughts; seed: of its draws.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more.")
@@ -97,7 +100,8 @@ class ContinuationScorer:
         ways = row_ways(self._mesh)
         self.batch_size = -(-batch_size // ways) * ways
         self._params = jax.device_put(model.params, NamedSharding(self._mesh, PartitionSpec()))
-        score = functools.partial(_score_tails, model.graphdef, settings, model.forbidden_ids, use)
+        chosen = (think, seed) if think.constant is None else None
+        score = functools.partial(_score_tails, model.graphdef, settings, model.forbidden_ids, use, chosen)
         self._score = jax.jit(score, static_argnames="count")
         self._use = use
         self._pad_id = model.vocabulary.pad_id
@@ -178,10 +182,14 @@ def longest_text(architecture: Architecture, thought_length: int) -> int:
 
 def _score_tails(
     graphdef: GraphDef, settings: ThoughtSettings, forbidden: tuple[int, ...], use: UseOptions | None,
-    params: Mapping[str, jax.Array], tokens: jax.Array, mask: jax.Array, candidates: jax.Array, numbers: jax.Array, *,
-    count: int,
+    think: tuple[ThinkPolicy, int] | None, params: Mapping[str, jax.Array], tokens: jax.Array, mask: jax.Array,
+    candidates: jax.Array, numbers: jax.Array, *, count: int,
 ) -> TokenScores:  # fmt: skip
-    """Scores the last P = `count` tokens of texts [B, L], with candidates [B, A]; numbers [B] as in `Continuation`."""
+    """Scores the last P = `count` tokens of texts [B, L], with candidates [B, A]; numbers [B] as in `Continuation`.
+
+    Args:
+      think: a policy of thinking that chooses, and the seed of its draws; None = all positions think.
+    """
     length = tokens.shape[1]
     positions = length - 1 - count + jnp.arange(count)  # those that predict the scored tokens
     # All draws are by the index of a token in its own text, so that they do not depend on the batch or the padding.
@@ -197,9 +205,14 @@ def _score_tails(
         size = max(1, samples), settings.thought_length
         draws = _by_text(draw_perturbations, use.seed, 1, numbers, index, *size) if use.kinds else None
         wanted = UseWanted(use.kinds, draws)
+    thinking = None
+    if think:
+        policy, seed = think
+        uniform: jax.Array = _by_text(lambda key, shape: jax.random.uniform(key, shape), seed, 2, numbers, index, 1, 1)
+        thinking = Thinking(policy, index, uniform[:, 0, :, 0])
     return score_tokens(
         merge(graphdef, params), tokens, mask, None, positions, uniforms, settings, greedy=0 if samples else 1,
-        use=wanted, forbidden=forbidden, candidates=candidates,
+        use=wanted, forbidden=forbidden, candidates=candidates, thinking=thinking,
     )  # fmt: skip
 
 

@@ -15,7 +15,9 @@ from quietstar_jax.evals.numbers import find_number, parse_number
 from quietstar_jax.evals.questions import Question
 from quietstar_jax.evals.records import Records
 from quietstar_jax.evals.statistics import compare_paired, confidence_interval, majority_accuracy
+from quietstar_jax.inference.batch import thinking_rate
 from quietstar_jax.inference.generator import Generator
+from quietstar_jax.methods.thinking import parse_policy
 
 STEPS = "\nA: Let's think step by step."
 CONCLUSION = "\nTherefore, the answer (arabic numerals) is"
@@ -29,7 +31,7 @@ class Sampling:
 
     Attributes:
       samples: per question; temperature: of tokens, 0 = greedy; max_tokens: of the steps.
-      thought_length: T where thoughts are on.
+      thought_length: T where thoughts are on; think: at which positions.
     """
 
     samples: int
@@ -37,6 +39,7 @@ class Sampling:
     max_tokens: int
     thought_length: int
     seed: int
+    think: str = "always"
 
 
 class Vote(NamedTuple):
@@ -45,10 +48,12 @@ class Vote(NamedTuple):
     Attributes:
       numbers: exact; None if the answer of a sample has no number.
       texts: steps, `CONCLUSION` and answer of each sample.
+      thinking_rate: share of the generated tokens that have a thought; None unless a policy chooses them.
     """
 
     numbers: list[Fraction | None]
     texts: list[str]
+    thinking_rate: float | None = None
 
 
 def measure_votes(
@@ -76,7 +81,10 @@ def measure_votes(
             f"No question leaves room for {sampling.max_tokens} tokens of steps: {longest} tokens are allowed, and the "
             f"shortest question needs {shortest} with its answer. Decrease `max_tokens`."
         )
-    known = {(record["mode"], record["line"]): vote_of(record["texts"]) for record in records.found}
+    known = {
+        (record["mode"], record["line"]): vote_of(record["texts"], record.get("thinking_rate"))
+        for record in records.found
+    }
     at_once = max(1, generator.batch_size // sampling.samples)
     for mode in modes:
         done(len(questions) - len(fitting))
@@ -87,7 +95,8 @@ def measure_votes(
             votes_of = ask(group, generator, sampling, mode == "with_thoughts", longest)
             for question, vote in zip(group, votes_of, strict=True):
                 numbers = [None if number is None else str(number) for number in vote.numbers]
-                records.append({"mode": mode, "line": question.line, "numbers": numbers, "texts": vote.texts})
+                rate = {} if vote.thinking_rate is None else {"thinking_rate": vote.thinking_rate}
+                records.append({"mode": mode, "line": question.line, "numbers": numbers, "texts": vote.texts, **rate})
                 known[mode, question.line] = vote
             done(len(group))
     votes = {mode: [known[mode, question.line] for question in fitting] for mode in modes}
@@ -103,6 +112,7 @@ def ask(
     settings: dict[str, Any] = {
         "temperature": sampling.temperature,
         "thoughts": thoughts,
+        "think": sampling.think if thoughts else None,
         "thought_length": sampling.thought_length if thoughts else None,
         "seed": [_seed(sampling.seed, question.line, i) for question in group for i in range(sampling.samples)],
     }
@@ -114,17 +124,18 @@ def ask(
     ]
     texts = [(prompt + text).rstrip() + CONCLUSION for prompt, text in zip(prompts, written, strict=True)]
     answers = generator.generate(texts, max_tokens=ANSWER_TOKENS, stop=("\n",), **settings)
-    votes = []
+    votes, chooses = [], thoughts and parse_policy(sampling.think).constant is None
     for start in range(0, len(texts), sampling.samples):
         own = range(start, start + sampling.samples)
         whole = [written[i].rstrip() + CONCLUSION + answers[i].text for i in own]
-        votes.append(vote_of(whole))
+        made = [one for i in own for one in (steps[i], answers[i])]
+        votes.append(vote_of(whole, thinking_rate(made) if chooses else None))
     return votes
 
 
-def vote_of(texts: list[str]) -> Vote:
+def vote_of(texts: list[str], rate: float | None = None) -> Vote:
     """Returns the vote of samples with these texts; numbers are parsed again, also from records of older versions."""
-    return Vote([find_number(text.rpartition(CONCLUSION)[2]) for text in texts], texts)
+    return Vote([find_number(text.rpartition(CONCLUSION)[2]) for text in texts], texts, rate)
 
 
 def summarize_votes(votes: dict[str, list[Vote]], answers: Sequence[str], seed: int) -> dict[str, Any]:
@@ -134,16 +145,19 @@ def summarize_votes(votes: dict[str, list[Vote]], answers: Sequence[str], seed: 
     for mode, per_question in votes.items():
         pairs = list(zip(per_question, map(parse_number, answers), strict=True))
         samples = len(per_question[0].numbers)
-        rates = np.array(
+        accuracy = np.array(
             [[majority_accuracy(vote.numbers, right, k + 1) for k in range(samples)] for vote, right in pairs]
         )
-        values[mode] = rates[:, -1]
+        values[mode] = accuracy[:, -1]
         found[mode] = {
-            "majority_accuracy": {str(k + 1): float(rate) for k, rate in enumerate(rates.mean(axis=0))},
+            "majority_accuracy": {str(k + 1): float(rate) for k, rate in enumerate(accuracy.mean(axis=0))},
             "accuracy": float(values[mode].mean()),
             "accuracy_interval": confidence_interval(values[mode], seed),
             "answered": float(np.mean([number is not None for vote in per_question for number in vote.numbers])),
         }
+        rates = [vote.thinking_rate for vote in per_question if vote.thinking_rate is not None]
+        if rates:
+            found[mode]["thinking_rate"] = float(np.mean(rates))
     if len(values) == 2:
         found["comparison"] = {"accuracy": compare_paired(values["with_thoughts"], values["without_thoughts"], seed)}
     return found

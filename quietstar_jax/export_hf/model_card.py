@@ -33,6 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 text = tokenizer(["..."], return_tensors="pt")
 model.generate(**text, max_new_tokens=50)                     # a greedy thought before every token
 model.generate(**text, max_new_tokens=50, thought_length=0)   # the same weights without thoughts
+model.generate(**text, max_new_tokens=50, think="entropy:1.5")  # a thought only where the prediction is uncertain
 ```""",
     "base": """\
 The decoder alone, without thoughts: a model with the architecture and vocabulary of the one before training.
@@ -59,7 +60,8 @@ def model_card(run: RunCheckpoint, options: ExportOptions) -> str:
         "# Quiet-STaR",
         "Trained with quietstar_jax, Quiet-STaR in JAX ([paper](https://arxiv.org/abs/2403.09629)): the model learns "
         "from plain text to think before every token.",
-        f"## Use\n\n{USE[options.format]}",
+        f"## Use\n\n{USE[options.format]}"
+        + (f"\n\n`generate` thinks by the policy `{options.think}` by default." if options.think else ""),
         f"## Training\n\nFrom {origin}; {run.step} of {config.total_steps} steps done. Weights: {options.dtype}, "
         f"from checkpoint `{run.checksum[:16]}`.",
         _phase_table(config, run.step),

@@ -34,6 +34,7 @@ from quietstar_jax.hf.generation import generation_config
 from quietstar_jax.hf.names import Entry, Shape, Target, decoder_entries, parameter_shapes, quietstar_entries, to_theirs
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, write_file
 from quietstar_jax.io import new_folder
+from quietstar_jax.methods.thinking import parse_policy
 from quietstar_jax.models.families import FAMILIES, architecture_to_hf
 
 FORMATS = ("quietstar", "base")
@@ -69,11 +70,16 @@ class ExportOptions:
     format: str = "quietstar"  # quietstar | base
     dtype: str = "float32"  # float32 | bfloat16 | float16
     max_shard_size: str = "5GB"
+    think: str = ""  # policy of thinking that generation_config.json recommends; empty = that of the base model, if any
 
     def __post_init__(self) -> None:
         for name, value, choices in (("format", self.format, FORMATS), ("dtype", self.dtype, tuple(DTYPES))):
             if value not in choices:
                 raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
+        if self.think:
+            parse_policy(self.think)
+            if self.format == "base":
+                raise ConfigError(f"think is {self.think!r}, but `format` is base, which has no thoughts. Omit it.")
 
 
 def save(
@@ -97,7 +103,9 @@ def save(
         does not have the mixing.
     """
     if options.format == "quietstar":
-        _check_mixing(thoughts.mixing)
+        _check_exportable("mixing", thoughts.mixing, "MIXINGS")
+        if options.think:
+            _check_exportable("policy of thinking", parse_policy(options.think).name, "THINKING")
     if _is_there(output, card):
         return
     _check_parameters(parameters, architecture)
@@ -120,7 +128,8 @@ def save(
             folder / "generation_config.json",
             generation_config(
                 generation or {}, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-                suppressed=(*(ids or known), *thoughts.unused_ids),
+                suppressed=(*(ids or known), *thoughts.unused_ids), think=options.think,
+                thinks=options.format == "quietstar",
             ),
         )  # fmt: skip
         if options.format == "quietstar":
@@ -275,20 +284,20 @@ def _is_there(output: Path, card: str) -> bool:
     raise CheckpointError(f"{output} exists already. Remove it, or choose another folder.")
 
 
-def torch_mixings() -> tuple[str, ...]:
-    """Returns the mixings that the torch module has: the keys of its `MIXINGS`, read without torch."""
+def torch_names(table: str) -> tuple[str, ...]:
+    """Returns the keys of a table of the torch module, `MIXINGS` or `THINKING`, read without torch."""
     for node in ast.parse(MODULE.read_text("utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MIXINGS":
-            return tuple(ast.literal_eval(key) for key in node.value.keys)  # type: ignore[attr-defined]
-    raise AssertionError(f"{MODULE} has no MIXINGS")
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == table:
+            return tuple(ast.literal_eval(key) for key in node.value.keys)  # type: ignore[union-attr]
+    raise AssertionError(f"{MODULE} has no {table}")
 
 
-def _check_mixing(mixing: str) -> None:
-    known = torch_mixings()
-    if mixing not in known:
+def _check_exportable(what: str, name: str, table: str) -> None:
+    known = torch_names(table)
+    if name not in known:
         raise ConfigError(
-            f"The mixing {mixing!r} cannot be exported: the torch module of an export has only {', '.join(known)}. Add "
-            f"a function that computes {mixing!r} to MIXINGS in {MODULE}, or set `format` to base, which exports the "
+            f"The {what} {name!r} cannot be exported: the torch module of an export has only {', '.join(known)}. Add "
+            f"a function that computes {name!r} to {table} in {MODULE}, or set `format` to base, which exports the "
             "decoder without thoughts."
         )
 

@@ -3,6 +3,7 @@
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.generate(**tokenizer("2 + 2 =", return_tensors="pt"))                     # thinks
     model.generate(**tokenizer("2 + 2 =", return_tensors="pt"), thought_length=0)   # does not
+    model.generate(**tokenizer("2 + 2 =", return_tensors="pt"), think="entropy:1.5")  # thinks where it is uncertain
 
 This file depends only on torch and transformers, and is shipped with every exported checkpoint. Thoughts are greedy.
 After position j, the chain `start, t_1 .. t_T, end` runs at rotary positions j+1, j+2, ...; its tokens attend to the
@@ -16,7 +17,7 @@ D hidden size, V vocabulary size with start and end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,10 @@ POSITIONS_AT_ONCE = 64  # chains in memory at the same time
 
 @dataclass
 class QuietStarOutput(CausalLMOutputWithPast):
-    """The output of `forward`, with thoughts [B, P, T] and mixing weights [B, P]; both are None without thoughts."""
+    """The output of `forward`, with thoughts [B, P, T] and mixing weights [B, P]; both are None without thoughts.
+
+    Where a policy of thinking makes no thought, the thought is -1 and the weight is 0.
+    """
 
     thoughts: torch.Tensor | None = None
     mixing_weight: torch.Tensor | None = None
@@ -65,6 +69,7 @@ class Thinking:
     model: Any
     lm_head: Any
     loss_function: Any
+    generation_config: Any
     get_input_embeddings: Any
     post_init: Any
     training: bool
@@ -98,6 +103,7 @@ class Thinking:
         logits_to_keep: int | torch.Tensor = 0,
         num_logits_to_keep: int = 0,  # name of logits_to_keep in transformers before 4.49
         thought_length: int | None = None,
+        think: str | None = None,
         **kwargs: Any,
     ) -> QuietStarOutput:
         """Thinks after each position whose logits are kept (by default, all positions).
@@ -107,11 +113,15 @@ class Thinking:
           position_ids: [B, Q]; None = counted over the real tokens.
           past_key_values: cache of the tokens before these Q; it must keep all of them (`DynamicCache()`).
           thought_length: T; None = the value in the configuration, 0 = no thoughts.
+          think: policy that chooses the positions that think, see `THINKING`; None = all.
 
         Returns:
           A `QuietStarOutput` with float32 logits [B, P, V]; those of start and end are the lowest float32 number.
         """
         length = self.config.thought_length if thought_length is None else thought_length
+        chooses = _policy(think)
+        if chooses is think_never:
+            length = 0
         cache = past_key_values
         if cache is None and (length or use_cache):
             cache = DynamicCache()  # not DynamicCache(config): sliding layers would drop keys that thoughts attend to
@@ -140,8 +150,12 @@ class Thinking:
         text = hidden.last_hidden_state[:, kept]
         thoughts = weight = None
         if length and real is not None and position_ids is not None:
-            thoughts, after = self._think(past + kept, position_ids[:, kept], real, cache, length)
-            logits, weight = self._mix(text, after)
+            at, positions = past + kept, position_ids[:, kept].expand(len(text), -1)
+            if chooses is think_always:
+                thoughts, after = self._think(at, positions, real, cache, length)
+                logits, weight = self._mix(text, after)
+            else:
+                logits, thoughts, weight = self._think_where(chooses, text, at, positions, real, cache, length)
         else:
             logits = self._text_logits(text)
         logits = self._with_thought_tokens(logits)
@@ -156,10 +170,16 @@ class Thinking:
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates as in transformers, with thoughts of `thought_length` tokens.
+        """Generates as in transformers, with thoughts of `thought_length` tokens before tokens that `think` chooses.
 
-        The default is the value in the configuration; 0 = no thoughts.
+        The defaults are `thought_length` of the configuration, 0 = no thoughts, and `thinking` of the generation
+        configuration, a policy of `THINKING`; without it, a thought precedes every token.
         """
+        generation = kwargs.get("generation_config") or self.generation_config
+        think = kwargs.pop("think", None) or getattr(generation, "thinking", None)
+        if think is not None:
+            _policy(think)
+            kwargs["think"] = think
         own = any(kwargs.get(key) is not None for key in ("past_key_values", "cache_implementation"))
         if kwargs.get("use_cache") is not False and not own:
             kwargs["past_key_values"] = DynamicCache()
@@ -168,12 +188,12 @@ class Thinking:
     def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """Adds `thought_length` to the inputs: transformers before 4.49 drops arguments that it does not know.
+        """Adds `thought_length` and `think` to the inputs: transformers before 4.49 drops arguments it does not know.
 
         `inputs_embeds` is named because transformers looks for it in this signature.
         """
         inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
-        return {"thought_length": kwargs.get("thought_length"), **inputs}
+        return {"thought_length": kwargs.get("thought_length"), "think": kwargs.get("think"), **inputs}
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if hasattr(self, "loss_function"):
@@ -203,6 +223,29 @@ class Thinking:
             )
         return None
 
+    def _think_where(
+        self, chooses: Callable[..., torch.Tensor], text: torch.Tensor, at: torch.Tensor, positions: torch.Tensor,
+        real: torch.Tensor, cache: Any, length: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Thinks where a policy chooses to, after hidden states `text` [B, P, D]; see `_think`.
+
+        Returns:
+          (logits [B, P, V], thoughts [B, P, T], mixing weights [B, P]); no chain runs where no sequence thinks.
+        """
+        logits = self._text_logits(text)
+        chosen = chooses(logits.detach(), positions)
+        thoughts = positions.new_full((*chosen.shape, length), -1)
+        weight = logits.new_zeros(chosen.shape)
+        some = chosen.any(0).nonzero()[:, 0]
+        if len(some):
+            made, after = self._think(at[some], positions[:, some], real, cache, length)
+            mixed, mixed_weight = self._mix(text[:, some], after)
+            own = chosen[:, some]
+            logits = logits.index_copy(1, some, torch.where(own[..., None], mixed, logits[:, some]))
+            thoughts = thoughts.index_copy(1, some, torch.where(own[..., None], made, -1))
+            weight = weight.index_copy(1, some, torch.where(own, mixed_weight, 0.0))
+        return logits, thoughts, weight
+
     def _think(
         self, at: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, cache: Any, length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +254,6 @@ class Thinking:
         Returns:
           (thoughts [B, P, T], hidden states at `end` [B, P, D]); the cache is the same as before the call.
         """
-        positions = positions.expand(real.shape[0], -1)
         parts = [
             self._think_at_once(
                 at[i : i + POSITIONS_AT_ONCE], positions[:, i : i + POSITIONS_AT_ONCE], real, cache, length
@@ -332,11 +374,79 @@ def mix_none(model: Thinking, text: torch.Tensor, after: torch.Tensor) -> tuple[
 
 # Functions of (model, hidden states without and with thought [B, P, D]) -> (scores [B, P, V], weights [B, P, 1]), by
 # the name of the mixing in training. The export reads the keys, and refuses a mixing that is not here.
-MIXINGS = {
+MIXINGS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "hidden_states": mix_hidden_states,
     "log_probabilities": mix_log_probabilities,
     "none": mix_none,
 }
+
+
+def think_always(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Thinks at every position."""
+    return torch.ones_like(index, dtype=torch.bool)
+
+
+def think_never(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Thinks nowhere."""
+    return torch.zeros_like(index, dtype=torch.bool)
+
+
+def think_every(logits: torch.Tensor, index: torch.Tensor, n: float) -> torch.Tensor:
+    """Thinks after every n-th token of the text."""
+    if n < 1 or n % 1:
+        raise ValueError(f"n is {n}; it must be a whole number, 1 or more.")
+    return (index + 1) % int(n) == 0
+
+
+def think_random(logits: torch.Tensor, index: torch.Tensor, p: float) -> torch.Tensor:
+    """Thinks at each position with probability p; the draws are those of torch, which differ from those of JAX."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"p is {p}; it must be a probability.")
+    return torch.rand(index.shape, device=index.device) < p
+
+
+def think_entropy(logits: torch.Tensor, index: torch.Tensor, least: float, most: float = float("inf")) -> torch.Tensor:
+    """Thinks where the entropy of the prediction without a thought is within a band, in nats."""
+    if not 0 <= least <= most:
+        raise ValueError(f"The band is {least} .. {most}; it must ascend from 0 or more.")
+    shifted = logits - logits.max(-1, keepdim=True).values
+    mass = shifted.exp()
+    total = mass.sum(-1)
+    entropy = total.log() - (mass * shifted).sum(-1) / total
+    return (entropy >= least) & (entropy <= most)
+
+
+def think_margin(logits: torch.Tensor, index: torch.Tensor, bound: float) -> torch.Tensor:
+    """Thinks where the two largest probabilities of the prediction without a thought differ by less than a bound."""
+    first, second = logits.softmax(-1).topk(2).values.unbind(-1)
+    return first - second < bound
+
+
+# Policies of thinking, functions of (logits without thoughts [B, P, V], index of each position in its text [B, P],
+# numbers) -> bool [B, P]. They are written as text: `always`, `never`, `every:4`, `random:0.1`, `entropy:1.5`,
+# `entropy:1.5,4`, `margin:0.2`. The export reads the keys, and refuses a policy that is not here.
+THINKING: dict[str, Callable[..., torch.Tensor]] = {
+    "always": think_always,
+    "never": think_never,
+    "every": think_every,
+    "random": think_random,
+    "entropy": think_entropy,
+    "margin": think_margin,
+}
+
+
+def _policy(think: str | None) -> Callable[..., torch.Tensor]:
+    """Reads a policy of thinking and checks its numbers; None = `think_always`."""
+    name, _, rest = ("always" if think is None else think).partition(":")
+    try:
+        policy, numbers = THINKING[name], [float(number) for number in rest.split(",")] if rest else []
+        policy(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.long), *numbers)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"think is {think!r}; it must be one of {', '.join(THINKING)}, with the numbers of that policy, as in "
+            "every:4, random:0.1, entropy:1.5, entropy:1.5,4 or margin:0.2."
+        ) from error
+    return policy if not numbers else lambda logits, index: policy(logits, index, *numbers)
 
 
 # Families: name of their decoder in transformers -> whether it expects one mask for each kind of layer.

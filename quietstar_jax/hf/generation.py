@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quietstar_jax.errors import CheckpointError, short
+from quietstar_jax.errors import CheckpointError, ConfigError, short
+from quietstar_jax.methods.thinking import parse_policy
+
+THINKING = "thinking"  # field with a policy of thinking, see `methods/thinking.py`
 
 # Fields that transformers reads from config.json if there is no generation_config.json.
 LEGACY_GENERATION = {
@@ -35,8 +38,28 @@ def stops_and_suppressed(
     return (*first, *(i for i in stops if i not in first)), _ids(generation, "suppress_tokens", where)
 
 
+def thinking(generation: Mapping[str, Any], where: object) -> str:
+    """Returns the policy of thinking that a model recommends, `always` if it has none.
+
+    Raises:
+      CheckpointError: there is no such policy.
+    """
+    value = generation.get(THINKING, "always")
+    try:
+        return str(parse_policy(value if isinstance(value, str) else short(value)))
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {THINKING} of generation_config.json: {error}") from error
+
+
 def generation_config(
-    before: Mapping[str, Any], *, bos_id: int | None, eos_id: int, pad_id: int, suppressed: Sequence[int]
+    before: Mapping[str, Any],
+    *,
+    bos_id: int | None,
+    eos_id: int,
+    pad_id: int,
+    suppressed: Sequence[int],
+    think: str = "",
+    thinks: bool = True,
 ) -> dict[str, Any]:
     """Returns the generation_config.json of a trained model, based on that of the model that training began from.
 
@@ -47,11 +70,15 @@ def generation_config(
       before: generation_config.json of the model that training began from.
       eos_id: the id that ended texts in training.
       suppressed: ids that must not be generated, in addition to those in `before`.
+      think: policy of thinking that the model recommends; empty = as in `before`; thinks: whether the model can think.
     """
     kept = {
         key: value
         for key, value in before.items()
-        if value is not None and key not in NOT_KEPT and (before.get("do_sample") is True or key not in SAMPLING)
+        if value is not None
+        and key not in NOT_KEPT
+        and (thinks or key != THINKING)
+        and (before.get("do_sample") is True or key not in SAMPLING)
     }
     stops, forbidden = stops_and_suppressed(before, eos_id, "The run's generation settings")
     forbidden = tuple(dict.fromkeys((*suppressed, *forbidden)))
@@ -61,6 +88,7 @@ def generation_config(
         "eos_token_id": list(stops) if len(stops) > 1 else eos_id,
         "pad_token_id": pad_id,
         **({"suppress_tokens": list(forbidden)} if forbidden else {}),
+        **({THINKING: think} if think else {}),
     }
 
 

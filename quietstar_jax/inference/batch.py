@@ -22,8 +22,8 @@ class Token:
       id: of the token.
       text: the text that is certain once the token is known, whole characters only. Usually the token's own text; empty
         while a character is incomplete or a stop string may have begun. A token that ends the text adds none.
-      thought, thought_ids: the thought before the token; empty without thoughts.
-      mixing_weight: how much the thought contributed; 0 without thoughts.
+      thought, thought_ids: the thought before the token; empty where none was made.
+      mixing_weight: how much the thought contributed; 0 where none was made.
     """
 
     id: int
@@ -73,6 +73,12 @@ class GenerationConfig:
     stop: tuple[str, ...]
 
 
+def thinking_rate(generations: Sequence[Generation]) -> float:
+    """Returns the share of the tokens that have a thought."""
+    made = [bool(token.thought_ids) for one in generations for token in one.tokens]
+    return sum(made) / max(1, len(made))
+
+
 class Batch:
     """One batch of requests. Iterating generates, and yields (number of the request, token) as tokens are generated."""
 
@@ -95,7 +101,7 @@ class Batch:
         job = self._job
         for emitted in self._engine.run(self._requests, job.plan, job.sampling, self._alive, self._cache_length):
             for ids, thoughts, weights in zip(*emitted, strict=True):
-                for row in np.flatnonzero(self._alive).tolist():
+                for row in np.flatnonzero(self._alive & (ids >= 0)).tolist():
                     yield row, self._take(row, int(ids[row]), thoughts[row].tolist(), float(weights[row]))
 
     def finish(self) -> list[Generation]:
@@ -118,6 +124,7 @@ class Batch:
                 piece, reason = piece + text.finish(), "length"
         reason = "stop" if text.stopped else reason
         self._reasons[row], self._alive[row] = reason, not reason
+        thought_ids = [] if -1 in thought_ids else thought_ids
         thought = self._tokenizer.decode(thought_ids) if thought_ids else ""
         token = Token(token_id, piece, thought, tuple(thought_ids), weight)
         self._tokens[row].append(token)

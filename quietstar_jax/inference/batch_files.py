@@ -15,14 +15,14 @@ from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources import content_hash, read_all
 from quietstar_jax.data.sources.common import Record
 from quietstar_jax.errors import DataError, UserError
-from quietstar_jax.inference.batch import Generation, GenerationConfig
+from quietstar_jax.inference.batch import Generation, GenerationConfig, thinking_rate
 from quietstar_jax.inference.engine import Request
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.io import lock_file, write_json
 from quietstar_jax.settings import differences
 
 PROMPT = "prompt"
-ADDED = ("completion", "finish_reason", "thoughts", "mixing_weights")
+ADDED = ("completion", "finish_reason", "thoughts", "mixing_weights", "thinking_rate")
 
 
 def generate_file(
@@ -36,7 +36,8 @@ def generate_file(
 
     Args:
       source: as in `DataConfig.train`; each record needs a `prompt`, other fields are copied.
-      show_thoughts: also write thoughts and mixing weights.
+      show_thoughts: also write thoughts and mixing weights; if a policy chooses the tokens that have a thought, also
+        the share of these, and null as the thought of others.
       quiet: no progress bar.
 
     Returns:
@@ -62,6 +63,7 @@ def generate_file(
         "max_tokens": job.max_tokens,
         "stop": job.stop,
         **dataclasses.asdict(job.sampling),
+        "think": str(job.sampling.think),
         "seed": seed,
         "show_thoughts": show_thoughts,
         "batch_size": generator.batch_size,
@@ -80,7 +82,8 @@ def generate_file(
             for first in range(done, len(rows), size):
                 generations = generator.run(requests[first : first + size], job).finish()
                 for (_, row), one in zip(rows[first : first + size], generations, strict=True):
-                    file.write(json.dumps({**row} | _fields(one, show_thoughts), ensure_ascii=False).encode() + b"\n")
+                    fields = _fields(one, show_thoughts, job.plan.chooses)
+                    file.write(json.dumps({**row} | fields, ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
                 bar.update(len(generations))
@@ -144,10 +147,13 @@ def _record_file(partial: Path) -> Path:
     return Path(f"{partial}.json")
 
 
-def _fields(one: Generation, show_thoughts: bool) -> dict[str, Any]:
+def _fields(one: Generation, show_thoughts: bool, chooses: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {"completion": one.text, "finish_reason": one.finish_reason}
     if show_thoughts:
         fields |= {"thoughts": one.thoughts, "mixing_weights": [round(w, 6) for w in one.mixing_weights]}
+    if show_thoughts and chooses:
+        fields["thoughts"] = [token.thought if token.thought_ids else None for token in one.tokens]
+        fields["thinking_rate"] = round(thinking_rate([one]), 6)
     return fields
 
 

@@ -1,7 +1,16 @@
 """The compiled functions of generation: reading prompts into the cache, and thinking and talking token by token.
 
-A new token x_j needs T + 1 passes: one for `x_j, start`, one for each of t_1 .. t_{T-1}, one for `t_T, end`. Without
-thoughts it needs one.
+With thoughts everywhere, the token after x_j needs T + 1 passes: one for `x_j, start`, one for each of t_1 .. t_{T-1},
+one for `t_T, end`. Without thoughts it needs one.
+
+Where a policy chooses, sequences advance independently: each pass is over one token of every sequence, the newest of
+its text or the next of its thought (T = 2; the policy thinks after x_5 and z_3 only):
+
+    pass         0    1      2    3    4    5    6
+    sequence x   x_5  start  t_1  t_2  end  x_6  x_7      c = 0 1 2 3 4 0 0
+    sequence z   z_1  z_2    z_3  start t_1 t_2  end      c = 0 0 0 1 2 3 4
+
+A token without a thought then needs one pass and a token with a thought T + 3, and no sequence waits for another.
 """
 
 from __future__ import annotations
@@ -12,8 +21,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.inference.kv_cache import append, cached_pass
 from quietstar_jax.inference.sampling import choose
+from quietstar_jax.methods.thinking import THINKING, Position, thinks
 from quietstar_jax.models.attention import MASKED
 from quietstar_jax.models.decoder import Decoder, KeyValues
 from quietstar_jax.thoughts.chains import empty_chains
@@ -21,6 +32,7 @@ from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import mask_meta_tokens
 from quietstar_jax.thoughts.score import mix
 from quietstar_jax.thoughts.settings import ThoughtSettings
+from quietstar_jax.thoughts.text import entropy
 
 
 @dataclass(frozen=True)
@@ -29,12 +41,15 @@ class DecodeConfig:
 
     Attributes:
       thought: length (0 = none), meta tokens, mixing, compute dtype.
+      think: name of the policy of thinking, if there are thoughts.
       sampled: whether tokens are sampled; nucleus: only from the nucleus; thoughts_sampled: in thoughts too.
       forbidden: ids that are never generated; eos_ids: ids that end a text.
-      tokens_per_call: number of tokens of each sequence that one call generates.
+      tokens_per_call: number of tokens of each sequence that one call generates; if the policy chooses, a call ends
+        when a sequence has so many.
     """
 
     thought: ThoughtSettings
+    think: str = "always"
     sampled: bool = False
     nucleus: bool = False
     thoughts_sampled: bool = False
@@ -42,14 +57,38 @@ class DecodeConfig:
     eos_ids: tuple[int, ...] = ()
     tokens_per_call: int = 1
 
+    @property
+    def chooses(self) -> bool:
+        """Whether only some tokens have a thought."""
+        return self.thought.thought_length > 0 and THINKING[self.think].traits["constant"] is None
+
 
 class SamplingParams(NamedTuple):
-    """Settings that may change between calls without recompilation: scalars of `Sampling`, and keys [B]."""
+    """Settings that may change between calls without recompilation: scalars of `Sampling`, and keys [B].
+
+    `think` are the numbers of the policy, [N] float32.
+    """
 
     temperature: jax.Array
     top_p: jax.Array
     thought_temperature: jax.Array
     keys: jax.Array
+    think: jax.Array
+
+
+class OpenThought(NamedTuple):
+    """The unfinished chains `x_j, start, t_1 .. t_T, end` of B sequences, one of each.
+
+    Attributes:
+      computed: [B] int32, c, how many tokens of the chain have been computed; 0 = none, not even x_j.
+      chain_kv: keys and values of these tokens; base: [B, D] hidden state at x_j.
+      tokens: [B, T] int32, the thought, of which max(0, c - 1) tokens are known.
+    """
+
+    computed: jax.Array
+    chain_kv: KeyValues
+    base: jax.Array
+    tokens: jax.Array
 
 
 class State(NamedTuple):
@@ -59,20 +98,23 @@ class State(NamedTuple):
       cache: keys and values of all tokens but the newest.
       token, position: [B] int32, the newest token and its position in the text; left: [B] int32, how many tokens may
         still be generated, 0 = the text has ended.
+      thought: None unless the policy chooses.
     """
 
     cache: KeyValues
     token: jax.Array
     position: jax.Array
     left: jax.Array
+    thought: OpenThought | None = None
 
 
 class DecodeOutput(NamedTuple):
     """N tokens of B sequences.
 
     Attributes:
-      tokens: [N, B] int32, -1 where the text has already ended.
-      thoughts: [N, B, T] int32, the thought before each token; weight: [N, B] float32, its mixing weight.
+      tokens: [N, B] int32; -1 = none: the text has ended, or other sequences have more tokens in this call.
+      thoughts: [N, B, T] int32, the thought before each token, -1 where the policy made none; weight: [N, B] float32,
+        its mixing weight, 0 where there is none.
     """
 
     tokens: jax.Array
@@ -112,15 +154,17 @@ def generate_tokens(
     )
 
     def more(carry: tuple[jax.Array, State, DecodeOutput]) -> jax.Array:
-        return (carry[0] < count) & (carry[1].left > 0).any()
+        return (carry[0].max() < count) & (carry[1].left > 0).any()
 
     def step(carry: tuple[jax.Array, State, DecodeOutput]) -> tuple[jax.Array, State, DecodeOutput]:
-        n, state, emitted = carry
-        state, new = next_token(model, state, knobs, plan)
-        return n + 1, state, jax.tree.map(lambda all, one: all.at[n].set(one), emitted, new)
+        n, state, emitted = carry  # n [B], how many tokens each sequence has
+        state, new = (next_pass if plan.chooses else next_token)(model, state, knobs, plan)
+        is_new = new.tokens >= 0
+        at = jnp.where(is_new, n, count), jnp.arange(batch)  # outside: nothing is written
+        return n + is_new, state, jax.tree.map(lambda all, one: all.at[at].set(one, mode="drop"), emitted, new)
 
     state = state._replace(left=jnp.where(alive, state.left, 0))
-    _, state, emitted = jax.lax.while_loop(more, step, (jnp.int32(0), state, emitted))
+    _, state, emitted = jax.lax.while_loop(more, step, (jnp.zeros(batch, jnp.int32), state, emitted))
     return state, emitted
 
 
@@ -136,20 +180,60 @@ def next_token(model: QuietStar, state: State, knobs: SamplingParams, plan: Deco
         hidden, chain_kv = _pass(model, _embed(model, state.token, plan), 0, state, chain_kv)
         scores = model.decoder.logits(hidden[:, 0])
         weight, thoughts = jnp.zeros(state.token.shape), jnp.zeros((state.token.size, 0), jnp.int32)
-    if plan.forbidden:
-        scores = scores.at[:, jnp.array(plan.forbidden)].set(MASKED)
-    token = choose(
-        scores, uniforms[:, length] if plan.sampled else None, knobs.temperature, knobs.top_p if plan.nucleus else None
+    state, tokens = _talk(state, chain_kv, scores, uniforms[:, length], state.left > 0, knobs, plan)
+    return state, DecodeOutput(tokens, thoughts, weight)
+
+
+def next_pass(model: QuietStar, state: State, knobs: SamplingParams, plan: DecodeConfig) -> tuple[State, DecodeOutput]:
+    """Computes the next token of the text or of the thought of every sequence; `DecodeOutput` has no axis N.
+
+    A sequence gets a token where the policy decides against a thought at c = 0, and at c = T + 2, the end of a thought.
+    """
+    settings, thought = plan.thought, state.thought
+    assert thought is not None  # made by `open_thought`
+    length, count, alive = settings.thought_length, thought.computed, state.left > 0
+    at_text, at_end = alive & (count == 0), alive & (count == length + 2)
+    drawn = plan.sampled or plan.thoughts_sampled or THINKING[plan.think].traits["draws"]
+    uniforms = _uniforms(knobs.keys if drawn else None, state.position, length + 2)
+
+    # The token with number c of the chain x_j, start, t_1 .. t_T, end.
+    newest = _at(thought.tokens, count - 2)
+    embedding = _embed(model, jnp.where(count == 0, state.token, newest), plan)
+    for c, of_meta_token in zip((1, length + 2), model.start_and_end(settings), strict=True):
+        embedding = jnp.where((count == c)[:, None, None], of_meta_token, embedding)
+    hidden, chain_kv = _pass(model, embedding, count, state, thought.chain_kv)
+    hidden = hidden[:, 0]
+    logits = model.decoder.logits(hidden)
+
+    here = Position(logits, entropy(logits), state.position, uniforms[:, length + 1])
+    begins = at_text & thinks(plan.think, knobs.think, here)
+    base = jnp.where(at_text[:, None], hidden, thought.base)
+
+    def talk() -> tuple[jax.Array, jax.Array]:
+        scores, weight = mix(model, base[:, None, None], hidden[:, None, None, None], settings.config.mixing)
+        return jnp.where(at_end[:, None], scores[:, 0, 0, 0], logits), jnp.where(at_end, weight[:, 0, 0, 0], 0.0)
+
+    scores, weight = jax.lax.cond(at_end.any(), talk, lambda: (logits, jnp.zeros(count.shape, jnp.float32)))
+
+    following = _think(logits, _at(uniforms, count - 1), knobs, plan)
+    tokens = jnp.where(jnp.arange(length) == count[:, None] - 1, following[:, None], thought.tokens)
+    talks = at_end | (at_text & ~begins)
+    state, new = _talk(state, chain_kv, scores, uniforms[:, length], talks, knobs, plan)
+    count = jnp.where(talks | ~alive, 0, count + 1)
+    made = DecodeOutput(new, jnp.where(at_end[:, None], tokens, -1), weight)
+    return state._replace(thought=OpenThought(count, chain_kv, base, tokens)), made
+
+
+def open_thought(a: Architecture, batch: int, plan: DecodeConfig, place: jax.sharding.Sharding) -> OpenThought:
+    """Returns the state of B sequences before the first token."""
+    length, dtype = plan.thought.thought_length, plan.thought.dtype
+    chain = (a.num_layers, batch, a.num_kv_heads, 1, 1, length + 3, a.head_dim)  # as from `empty_chains`
+    return OpenThought(
+        jnp.zeros(batch, jnp.int32, device=place),
+        KeyValues(jnp.zeros(chain, dtype, device=place), jnp.zeros(chain, dtype, device=place)),
+        jnp.zeros((batch, a.hidden_size), dtype, device=place),
+        jnp.zeros((batch, length), jnp.int32, device=place),
     )
-    alive = state.left > 0
-    ended = jnp.isin(token, jnp.array(plan.eos_ids, jnp.int32))
-    after = State(
-        cache=append(state.cache, chain_kv, state.position - 1),
-        token=jnp.where(alive, token, state.token),
-        position=jnp.where(alive, state.position + 1, state.position),
-        left=jnp.where(alive & ~ended, state.left - 1, 0),
-    )
-    return after, DecodeOutput(jnp.where(alive, token, -1), thoughts, weight)
 
 
 def think_and_talk(
@@ -167,8 +251,7 @@ def think_and_talk(
     start, end = (jnp.broadcast_to(x, (state.token.size, 1, x.size)) for x in model.start_and_end(settings))
 
     def think(hidden: jax.Array, uniforms: jax.Array) -> jax.Array:
-        logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
-        return choose(logits, uniforms if plan.thoughts_sampled else None, knobs.thought_temperature)
+        return _think(model.decoder.logits(hidden), uniforms, knobs, plan)
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
         token, chain_kv = carry
@@ -188,6 +271,45 @@ def think_and_talk(
     base, talk = base[:, None, None], hidden[:, None, None, 1:]  # [B, J, K, D] and [B, R, J, K, D]
     scores, weight = mix(model, base, talk, settings.config.mixing)
     return scores[:, 0, 0, 0], weight[:, 0, 0, 0], jnp.concatenate([first[None], others]).T, chain_kv
+
+
+def _think(logits: jax.Array, uniforms: jax.Array, knobs: SamplingParams, plan: DecodeConfig) -> jax.Array:
+    """Chooses the next tokens of thoughts [B] from logits [B, V]."""
+    logits = mask_meta_tokens(logits, plan.thought.meta_tokens)
+    return choose(logits, uniforms if plan.thoughts_sampled else None, knobs.thought_temperature)
+
+
+def _talk(
+    state: State, chain_kv: KeyValues, scores: jax.Array, uniforms: jax.Array, talks: jax.Array,
+    knobs: SamplingParams, plan: DecodeConfig,
+) -> tuple[State, jax.Array]:  # fmt: skip
+    """Chooses the next tokens of texts from scores [B, V], and caches the keys and values of their newest tokens.
+
+    Where a sequence does not talk, its newest token is cached too: its chain does not attend to that entry, which the
+    next pass writes again.
+
+    Args:
+      talks: [B] bool, which sequences get a token.
+
+    Returns:
+      (the state after these tokens, the tokens [B], -1 where a sequence gets none).
+    """
+    if plan.forbidden:
+        scores = scores.at[:, jnp.array(plan.forbidden)].set(MASKED)
+    token = choose(scores, uniforms if plan.sampled else None, knobs.temperature, knobs.top_p if plan.nucleus else None)
+    ended = jnp.isin(token, jnp.array(plan.eos_ids, jnp.int32))
+    after = state._replace(
+        cache=append(state.cache, chain_kv, state.position - 1),
+        token=jnp.where(talks, token, state.token),
+        position=jnp.where(talks, state.position + 1, state.position),
+        left=jnp.where(talks, jnp.where(ended, 0, state.left - 1), state.left),
+    )
+    return after, jnp.where(talks, token, -1)
+
+
+def _at(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns values [B, N] at an index [B] of each row; any value where the index is outside."""
+    return jnp.take_along_axis(values, index[:, None], axis=1, mode="clip")[:, 0]
 
 
 def _embed(model: QuietStar, tokens: jax.Array, plan: DecodeConfig) -> jax.Array:

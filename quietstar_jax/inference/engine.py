@@ -17,6 +17,7 @@ from quietstar_jax.inference.decode import (
     SamplingParams,
     State,
     generate_tokens,
+    open_thought,
     read_prompt,
 )
 from quietstar_jax.inference.kv_cache import empty_cache
@@ -96,6 +97,7 @@ class Engine:
     ) -> Iterator[DecodeOutput]:
         """As `run`, from the state that `start` returns; the state is donated."""
         step, left = self.step(plan), np.asarray(state.left)
+        state = self.with_thought(state, plan)
         pending: DecodeOutput | None = None
         while (alive & (left > 0)).any():
             state, emitted = step(self.params, state, alive.copy(), knobs)
@@ -120,6 +122,12 @@ class Engine:
         left = self._rows([request.limit for request in requests], np.int32)
         return State(cache, *jax.device_put((token, position, left), self._place))
 
+    def with_thought(self, state: State, plan: DecodeConfig) -> State:
+        """Returns the state that the compiled function of a plan accepts, from the one that `start` returns."""
+        if not plan.chooses:
+            return state
+        return state._replace(thought=open_thought(self._architecture, self.batch_size, plan, self._place))
+
     def knobs(self, requests: Sequence[Request], sampling: Sampling) -> SamplingParams:
         """Returns the sampling parameters of a call, with the keys of the requests."""
         keys = np.zeros((self.batch_size, 2), np.uint32)
@@ -130,6 +138,7 @@ class Engine:
             jnp.float32(sampling.top_p),
             jnp.float32(sampling.thought_temperature),
             jax.random.wrap_key_data(jnp.asarray(keys), impl="threefry2x32"),
+            jnp.asarray(sampling.think.numbers, jnp.float32),
         )
 
     def step(self, plan: DecodeConfig) -> Step:
@@ -150,8 +159,7 @@ class Engine:
 
     def _left_after(self, left: np.ndarray, tokens: np.ndarray, plan: DecodeConfig) -> np.ndarray:
         """How many tokens may still be generated for each row, after tokens [N, B]."""
-        ended = (tokens < 0).any(axis=0) | np.isin(tokens, plan.eos_ids).any(axis=0)
-        return np.where(ended, 0, left - len(tokens))
+        return np.where(np.isin(tokens, plan.eos_ids).any(axis=0), 0, left - (tokens >= 0).sum(axis=0))
 
 
 def _beside(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

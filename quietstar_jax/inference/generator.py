@@ -17,6 +17,7 @@ from quietstar_jax.inference.decode import DecodeConfig
 from quietstar_jax.inference.engine import Engine, Request
 from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.inference.sampling import Sampling
+from quietstar_jax.methods.thinking import NEVER, choose_policy
 
 Prompt = str | Sequence[int] | np.ndarray
 TOKENS_PER_CALL = 8  # tokens between two transfers to the host; a stream uses 1
@@ -61,6 +62,7 @@ class Generator:
         self, prompts: Sequence[Prompt], *, max_tokens: int = 128, thoughts: bool | None = None,
         thought_length: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
         thought_temperature: float = 0.0, seed: int | Sequence[int] = 0, stop: Sequence[str] = (),
+        think: str | None = None,
     ) -> list[Generation]:  # fmt: skip
         """Generates text for each prompt.
 
@@ -73,13 +75,14 @@ class Generator:
           temperature, top_p, thought_temperature: see `Sampling`; a temperature of 0 is greedy.
           seed: of sampling, one for all prompts or one for each. Repetitions of a prompt get different draws.
           stop: strings that end a text where they appear.
+          think: policy that chooses the tokens that get a thought, see `methods/thinking.py`; None = that of the model.
 
         Raises:
           UserError: a prompt is empty, too long or has unknown tokens, a setting is impossible, or thoughts are
             requested from a model that cannot think.
         """
         job = self.job(
-            TOKENS_PER_CALL, max_tokens, thoughts, thought_length, temperature, top_p, thought_temperature, stop
+            TOKENS_PER_CALL, max_tokens, thoughts, thought_length, temperature, top_p, thought_temperature, stop, think
         )
         requests = self.requests(prompts, job, seed)
         results: list[Generation] = []
@@ -90,10 +93,10 @@ class Generator:
     def stream(
         self, prompt: Prompt, *, max_tokens: int = 128, thoughts: bool | None = None,
         thought_length: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
-        thought_temperature: float = 0.0, seed: int = 0, stop: Sequence[str] = (),
+        thought_temperature: float = 0.0, seed: int = 0, stop: Sequence[str] = (), think: str | None = None,
     ) -> Iterator[Token]:  # fmt: skip
         """Iterates over the tokens of one text as they are generated; arguments and errors as in `generate`."""
-        job = self.job(1, max_tokens, thoughts, thought_length, temperature, top_p, thought_temperature, stop)
+        job = self.job(1, max_tokens, thoughts, thought_length, temperature, top_p, thought_temperature, stop, think)
         batch = self.run(self.requests([prompt], job, seed), job)
         return (token for _, token in batch)
 
@@ -177,7 +180,7 @@ class Generator:
 
     def job(
         self, tokens_per_call: int, max_tokens: int, thoughts: bool | None, thought_length: int | None,
-        temperature: float, top_p: float, thought_temperature: float, stop: Sequence[str],
+        temperature: float, top_p: float, thought_temperature: float, stop: Sequence[str], think: str | None = None,
     ) -> GenerationConfig:  # fmt: skip
         """Checks the settings of a call, see `generate`, and returns them."""
         if max_tokens < 1:
@@ -188,9 +191,12 @@ class Generator:
             raise ConfigError(
                 f"thought_length is {thought_length}; it must be 1 or more. `thoughts` off generates without them."
             )
-        sampling = Sampling(temperature, top_p, thought_temperature)
+        if thoughts is None and think is None and thought_length:
+            thoughts = True
+        policy = choose_policy(thoughts, think, self.model.think)
+        sampling = Sampling(temperature, top_p, thought_temperature, policy)
         return GenerationConfig(
-            self._plan(sampling, thoughts, thought_length, tokens_per_call), sampling, max_tokens, tuple(stop)
+            self._plan(sampling, thought_length, tokens_per_call), sampling, max_tokens, tuple(stop)
         )
 
     def run(self, requests: Sequence[Request], job: GenerationConfig) -> Batch:
@@ -198,11 +204,8 @@ class Generator:
         needed = max(request.length for request in requests) if self.max_length is None else self.max_length
         return Batch(self._engine, self.model.tokenizer, requests, job, self._engine.cache_length(needed))
 
-    def _plan(
-        self, sampling: Sampling, thoughts: bool | None, thought_length: int | None, tokens_per_call: int
-    ) -> DecodeConfig:
-        model = self.model
-        thinks = model.can_think or bool(thought_length) if thoughts is None else thoughts
+    def _plan(self, sampling: Sampling, thought_length: int | None, tokens_per_call: int) -> DecodeConfig:
+        model, thinks = self.model, sampling.think != NEVER
         length = (thought_length or model.thought_length or 1) if thinks else 0  # 1: rejected, the model cannot think
         settings = model.settings(length)
         if length and model.thought.control != "none":
@@ -212,6 +215,7 @@ class Generator:
             )
         return DecodeConfig(
             thought=settings,
+            think=sampling.think.name,
             sampled=sampling.temperature > 0,
             nucleus=sampling.temperature > 0 and sampling.top_p < 1,
             thoughts_sampled=bool(length) and sampling.thought_temperature > 0,

@@ -45,26 +45,29 @@ def cached_pass(
     """Runs the decoder over the next C tokens of the chain that follows the cache.
 
     Args:
-      embeddings: [B, C, D]; offset: scalar, how many tokens of the chain came before; positions: [B], of the last
-        cached token that each sequence attends to, -1 = none; chain_kv: keys and values from `empty_chains`.
+      embeddings: [B, C, D]; offset: scalar, how many tokens of the chain came before, or [B] if C is 1; positions: [B],
+        of the last cached token that each sequence attends to, -1 = none; chain_kv: keys and values from
+        `empty_chains`.
 
     Returns:
       (final-norm hidden states [B, C, D], chain_kv with these tokens written).
     """
-    tokens = embeddings.shape[1]
-    offsets = offset + jnp.arange(tokens)
+    offsets = (offset[:, None, None] if offset.ndim else offset) + jnp.arange(embeddings.shape[1])
     mask = jnp.ones((embeddings.shape[0], cache.keys.shape[3]), bool)  # every key up to the position is real text
+
+    def write(chain: jax.Array, new: jax.Array) -> jax.Array:
+        new = to_chain_layout(new)  # [B, G, 1, 1, C, H]
+        if not offset.ndim:
+            return jax.lax.dynamic_update_slice_in_dim(chain, new, offset, axis=4)
+        return jnp.where(jnp.arange(chain.shape[4])[:, None] == offset.reshape(-1, 1, 1, 1, 1, 1), new, chain)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, state: Any) -> Any:
         layer, written = state
-        written = KeyValues(
-            jax.lax.dynamic_update_slice_in_dim(written.keys, to_chain_layout(k), offset, axis=4),
-            jax.lax.dynamic_update_slice_in_dim(written.values, to_chain_layout(v), offset, axis=4),
-        )
+        written = KeyValues(write(written.keys, k), write(written.values, v))
         seen = ChainMask(mask, positions[:, None], offsets, window)
         return attend_cache(q, *cache, layer, *written, seen, key_block(), decoder.architecture.score_cap), written
 
-    rotary = positions[:, None, None, None] + 1 + offsets
+    rotary = positions[:, None, None, None] + 1 + (offsets[:, None] if offset.ndim else offsets)  # [B, 1, 1, C]
     layers = jnp.arange(decoder.architecture.num_layers)
     hidden, chain_kv, _ = run_layers(decoder, embeddings[:, None, None], rotary, attend, (layers, chain_kv))
     return hidden[:, 0, 0], chain_kv

@@ -23,7 +23,7 @@ from quietstar_jax.data.vocabulary import UNUSED, unused_ids
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf.canonical import EMBEDDING, LM_HEAD
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
-from quietstar_jax.hf.generation import stops_and_suppressed
+from quietstar_jax.hf.generation import stops_and_suppressed, thinking
 from quietstar_jax.hf.load import Info, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries
 from quietstar_jax.io import is_url, place
@@ -57,6 +57,8 @@ class LoadedModel:
       suppressed_ids: ids that the checkpoint's generation_config.json suppresses.
       path: as given; step: of a run's checkpoint, else None; commit: of a hub id, else empty.
       prefix_attention: as in `ModelConfig`.
+      think: the policy of thinking that its generation_config.json recommends, see `methods/thinking.py`; `never` if
+        the model cannot think.
     """
 
     params: dict[str, jax.Array]
@@ -75,6 +77,7 @@ class LoadedModel:
     step: int | None
     commit: str
     prefix_attention: PrefixAttention = "auto"
+    think: str = "always"
 
     @property
     def forbidden_ids(self) -> tuple[int, ...]:
@@ -180,7 +183,7 @@ def stored_dtype(name: str, dtype: str) -> str:
 
 
 def _of_run(path: str, run: RunCheckpoint, dtype: ComputeDtype, layout: Layout | None) -> LoadedModel:
-    thinking = [phase for phase in run.config.phases if phase.thought_length]
+    thinking_phases = [phase for phase in run.config.phases if phase.thought_length]
     tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)
     eos, suppressed = stops_and_suppressed(run.generation, tokenizer.eos_id, run.workdir)
     abstract, graphdef = _abstract(run.architecture, dtype, layout)
@@ -202,14 +205,15 @@ def _of_run(path: str, run: RunCheckpoint, dtype: ComputeDtype, layout: Layout |
             unused=unused_ids(tokenizer, run.architecture.vocab_size, {UNUSED: run.vocabulary.unused})
         ),
         thought=run.config.thought,
-        thought_length=run.config.evaluation_thought_length if thinking else 0,
-        tokens_ahead=max((phase.tokens_ahead for phase in thinking), default=1),
+        thought_length=run.config.evaluation_thought_length if thinking_phases else 0,
+        tokens_ahead=max((phase.tokens_ahead for phase in thinking_phases), default=1),
         bos=tokenizer.begins(run.config.data.prepend_bos),
         eos_ids=eos,
         suppressed_ids=suppressed,
         path=path,
         step=run.step,
         commit=run.model_commit,
+        think=thinking(run.generation, run.workdir) if thinking_phases else "never",
     )
 
 
@@ -254,6 +258,7 @@ def _of_files(
         path=path,
         step=None,
         commit=files.commit,
+        think=thinking(files.generation, files.folder) if thinks else "never",
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.methods.thinking import ALWAYS, ThinkPolicy
 from quietstar_jax.models.attention import MASKED
 from quietstar_jax.settings import require
 from quietstar_jax.thoughts.sample import draw_tokens
@@ -22,11 +23,13 @@ class Sampling:
     Attributes:
       temperature: 0 = always the likeliest token; top_p: sample only from the likeliest tokens that together have this
         probability; thought_temperature: as `temperature`, for the tokens of thoughts.
+      think: at which positions there is a thought.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     thought_temperature: float = 0.0
+    think: ThinkPolicy = ALWAYS
 
     def __post_init__(self) -> None:
         problems = [

@@ -78,7 +78,7 @@ def generate_program(config: Config, target: Target, phase_name: str = "") -> Pr
                 architecture, batch, length, settings.dtype, jax.sharding.SingleDeviceSharding(jax.devices()[0])
             )
             keys = jax.random.wrap_key_data(jnp.zeros((batch, 2), jnp.uint32), impl="threefry2x32")
-            return State(cache, rows, rows, rows), rows > 0, SamplingParams(scalar, scalar, scalar, keys)
+            return State(cache, rows, rows, rows), rows > 0, SamplingParams(scalar, scalar, scalar, keys, jnp.zeros(0))
 
         state, alive, knobs = jax.tree.map(lambda x: _abstract(x, everywhere), jax.eval_shape(inputs))
         lowered = engine.step(DecodeConfig(thought=settings)).lower(params, state, alive, knobs)

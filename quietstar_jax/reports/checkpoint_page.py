@@ -66,15 +66,20 @@ def checkpoint_page(observed: Observed, metrics: Sequence[Mapping[str, Any]]) ->
         '<div class="charts">',
         gain_by_decile(np.concatenate([scores.base_entropy for scores in seen]), base_nll, gain),
         reward_histogram(
-            np.concatenate([scores.reward.reshape(-1) for scores in seen]), observed.settings.tokens_ahead
+            np.concatenate([scores.reward[made_thoughts(scores)] for scores in seen]), observed.settings.tokens_ahead
         ),
-        weight_histogram(np.concatenate([scores.weight.reshape(-1) for scores in seen])),
+        weight_histogram(np.concatenate([scores.weight[made_thoughts(scores)] for scores in seen])),
         "</div>",
         _use(observed.use),
         _training(metrics),
         "<footer>" + "".join(f'<p class="note">{escape(note)}</p>' for note in observed.notes) + "</footer>",
     ]
     return render("What the thoughts changed", "\n".join(body), data)
+
+
+def made_thoughts(scores: TokenScores) -> np.ndarray:
+    """Returns which thoughts the policy of thinking makes, [R, tokens] bool."""
+    return np.ones(scores.weight.shape, bool) if scores.made is None else scores.made
 
 
 def page_data(observed: Observed, pieces: Pieces, start: int) -> dict[str, Any]:
@@ -98,11 +103,10 @@ def page_data(observed: Observed, pieces: Pieces, start: int) -> dict[str, Any]:
     tokens = []
     for window, seen in zip(observed.windows, observed.observations, strict=True):
         for j, token in enumerate(window.tokens[1:].tolist()):
+            columns = (seen.talk.nll[:, j], seen.reward[:, j], seen.weight[:, j], seen.thoughts[:, j].tolist())
             thoughts = [
-                [round(float(nll), 4), round(float(reward), 4), round(float(weight), 4), list(map(piece, pieces(ids)))]
-                for nll, reward, weight, ids in zip(
-                    seen.talk.nll[:, j], seen.reward[:, j], seen.weight[:, j], seen.thoughts[:, j].tolist(), strict=True
-                )
+                [*(round(float(x), 4) for x in figures), list(map(piece, pieces(ids))) if made else []]
+                for *figures, ids, made in zip(*columns, made_thoughts(seen)[:, j], strict=True)
             ]
             tokens.append(
                 {

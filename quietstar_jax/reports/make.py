@@ -14,11 +14,12 @@ from quietstar_jax.config import ComputeDtype, DataConfig, TextDocuments
 from quietstar_jax.data.documents import joined, open_documents
 from quietstar_jax.data.pipeline import VALIDATION_SEED
 from quietstar_jax.data.sources import SYNTHETIC
-from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.evals.thought_use import ensembles, summarize_use
 from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.io import place
-from quietstar_jax.reports.checkpoint_page import Observed, checkpoint_page
+from quietstar_jax.methods.thinking import ALWAYS, NEVER, ThinkPolicy, choose_policy, parse_policy
+from quietstar_jax.reports.checkpoint_page import Observed, checkpoint_page, made_thoughts
 from quietstar_jax.reports.observe import Window, cut_windows, longest_window, observe
 from quietstar_jax.reports.study_page import study_page
 from quietstar_jax.studies.results import read_results
@@ -45,6 +46,7 @@ class TextOptions:
     limit: int = 20  # documents; 0 = all
     page_tokens: int = 4000
     sequence_length: int = 256
+    think: str | None = None  # policy of thinking; None = that of the model
     thought_length: int | None = None  # None = as trained
     tokens_ahead: int | None = None
     samples: int = 3
@@ -55,6 +57,8 @@ class TextOptions:
 
     def check(self) -> None:
         """Raises ConfigError for impossible values."""
+        if self.think is not None and parse_policy(self.think) == NEVER:
+            raise ConfigError("think is 'never', so there is nothing to show. Give another policy.")
         at_least = dict(limit=0, page_tokens=2, sequence_length=3, thought_length=1, tokens_ahead=1, samples=0, seed=0)
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -100,18 +104,23 @@ def report_checkpoint(
     length = longest_window(model, settings, options.sequence_length)
     documents = options.limit or len(source)
     windows = cut_windows(model, source, documents=documents, max_tokens=options.page_tokens, length=length)
-    seen = observe(model, settings, windows, samples=options.samples, seed=options.seed)
+    think = choose_policy(True, options.think, model.think)
+    seen = observe(model, settings, windows, samples=options.samples, seed=options.seed, think=think)
+    share = float(np.concatenate([made_thoughts(scores)[0] for scores in seen]).mean())
+    if not share:
+        raise DataError(f"The policy {think} thinks nowhere in this text, so there is nothing to show. Change `think`.")
     about = SYNTHETIC_TEXT if SYNTHETIC in options.data else ""
-    use = measure_use(model, settings, windows, seen, options.seed)
-    notes = _notes(model, options, length, shown=windows[-1].document + 1, available=len(source))
+    use = measure_use(model, settings, windows, seen, options.seed, think)
+    notes = _notes(model, options, length, windows[-1].document + 1, len(source), think, share)
     folder = place(str(path), "The model")
     metrics = [record for record in _metrics(folder) if model.step is None or record["step"] <= model.step]
     return checkpoint_page(Observed(model, settings, windows, seen, about, notes, use), metrics)
 
 
 def measure_use(
-    model: LoadedModel, settings: ThoughtSettings, windows: Sequence[Window], seen: Sequence[TokenScores], seed: int
-) -> dict[str, Any]:
+    model: LoadedModel, settings: ThoughtSettings, windows: Sequence[Window], seen: Sequence[TokenScores], seed: int,
+    think: ThinkPolicy = ALWAYS,
+) -> dict[str, Any]:  # fmt: skip
     """Measures whether the thoughts are used.
 
     Returns:
@@ -123,7 +132,7 @@ def measure_use(
     some = max(1, int((ends <= USE_TOKENS).sum()))
     greedy = [
         TokenScores(*scores[:3], *jax.tree.map(lambda x: x[0], scores[3:]))
-        for scores in observe(model, settings, windows[:some], samples=0, seed=seed, kinds=KINDS)
+        for scores in observe(model, settings, windows[:some], samples=0, seed=seed, kinds=KINDS, think=think)
     ]
     found: dict[str, Any] = {
         "tokens": int(ends[some - 1]),
@@ -147,7 +156,9 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     return read_metrics(folder / "metrics.jsonl") or read_metrics(folder.parent / "metrics.jsonl")
 
 
-def _notes(model: LoadedModel, options: TextOptions, length: int, shown: int, available: int) -> list[str]:
+def _notes(
+    model: LoadedModel, options: TextOptions, length: int, shown: int, available: int, think: ThinkPolicy, share: float
+) -> list[str]:  # fmt: skip
     drawn = f"{options.samples} sampled (seed {options.seed})" if options.samples else "no sampled ones"
     notes = [
         f"Text: the first {shown:,} of {available:,} documents of {', '.join(options.data)}, at most "
@@ -157,6 +168,11 @@ def _notes(model: LoadedModel, options: TextOptions, length: int, shown: int, av
         f"Thoughts: one greedy and {drawn} before every token, with the weights of {model.path}"
         + ("." if model.step is None else f" at step {model.step:,}."),
     ]
+    if think.constant is None:
+        notes.append(
+            f"Thoughts before {share:.1%} of the tokens, chosen by the policy {think} (--think). Elsewhere the "
+            "prediction is the one without thoughts."
+        )
     if model.thought.control != "none":
         notes.append(f"This is a control run: thoughts are replaced as set by thought.control={model.thought.control}.")
     return notes

@@ -14,11 +14,12 @@ from quietstar_jax.data.documents import Documents
 from quietstar_jax.data.tokenization import without_begin
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.inference.load_model import LoadedModel
+from quietstar_jax.methods.thinking import ALWAYS, ThinkPolicy
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.controls import draw_uniforms
 from quietstar_jax.thoughts.perturbations import draw_perturbations
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.token_scores import TokenScores, UseWanted, score_tokens
+from quietstar_jax.thoughts.token_scores import Thinking, TokenScores, UseWanted, score_tokens
 
 LIKELIEST = 5  # number of next tokens that are kept
 ROWS = 8  # windows per batch
@@ -71,12 +72,13 @@ def longest_window(model: LoadedModel, settings: ThoughtSettings, wanted: int) -
 
 def observe(
     model: LoadedModel, settings: ThoughtSettings, windows: Sequence[Window], *, samples: int, seed: int,
-    kinds: Sequence[str] | None = None,
+    kinds: Sequence[str] | None = None, think: ThinkPolicy = ALWAYS,
 ) -> list[TokenScores]:  # fmt: skip
     """Thinks at every position of every window: once greedily, and `samples` times at random.
 
     Args:
       kinds: of perturbations; given, the scores have `use`.
+      think: at other positions of a window, the predictions after thoughts are those without.
 
     Returns:
       For each window of n tokens the scores of its n - 1 predictions, [n-1] without and [R, n-1] with thoughts, with
@@ -90,9 +92,13 @@ def observe(
         uniforms, use = draw_uniforms(key, shape), None
         if kinds is not None:
             use = UseWanted(tuple(kinds), draw_perturbations(jax.random.fold_in(key, 2), shape))
+        thinking = None
+        if think.constant is None:
+            index = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+            thinking = Thinking(think, index, jax.random.uniform(jax.random.fold_in(key, 3), tokens.shape))
         return score_tokens(
             merge(model.graphdef, params), tokens, mask, None, jnp.arange(length), uniforms, settings,
-            use=use, likeliest=LIKELIEST,
+            use=use, likeliest=LIKELIEST, thinking=thinking,
         )  # fmt: skip
 
     found = []

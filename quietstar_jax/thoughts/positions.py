@@ -8,6 +8,10 @@ Except for `all`, the choice is among positions whose K true tokens are real.
 | `stride` | every n-th, n = 1 / `position_fraction`, from a random offset per sequence and step |
 | `random` | a random choice per sequence and step |
 | `entropy` | where the prediction without a thought is least certain: thoughts help at few tokens (paper section 5) |
+
+Training chooses a fixed number of positions, so that its shapes do not depend on the text. Evaluation and generation
+decide at each position by itself; the policies of `methods/thinking.py` that choose alike are `always`, `every`,
+`random` and `entropy`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quietstar_jax.methods.mixings import MIXINGS
+from quietstar_jax.methods.thinking import Position, ThinkPolicy, thinks
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.thoughts.chunks import map_chunks, max_positions_per_chunk, max_sampled_positions_per_chunk
@@ -79,6 +80,8 @@ class TokenScores(NamedTuple):
       weight: [B, R, J] mixing weight of x[j+1].
       thought_entropy: [B, R, J] mean entropy of the distributions that the thought's tokens were drawn from.
       thoughts: [B, R, J, T] int32.
+      made: [B, R, J] bool, whether the policy of thinking makes the thought; where not, `talk` is `base`, and weight
+        and reward are 0. None without a policy.
       use: `ThoughtUse`; None unless requested.
     """
 
@@ -90,6 +93,7 @@ class TokenScores(NamedTuple):
     weight: Any = None
     thought_entropy: Any = None
     thoughts: Any = None
+    made: Any = None
     use: ThoughtUse | None = None
 
     @property
@@ -147,6 +151,14 @@ def ensemble_nll(nll: np.ndarray, axis: int) -> np.ndarray:
     return found
 
 
+class Thinking(NamedTuple):
+    """A policy of thinking that chooses, and what it needs of texts [B, L], as in `methods.thinking.Position`."""
+
+    policy: ThinkPolicy
+    place: jax.Array
+    uniform: jax.Array
+
+
 class UseWanted(NamedTuple):
     """What `score_use` computes in addition to the losses of thoughts alone.
 
@@ -184,7 +196,11 @@ def score_tokens(
     scores = score_given_thoughts(model, text, positions, thoughts, settings, **wanted)
     if use is None or thoughts is None:
         return scores
-    return scores._replace(use=score_use(model, text, positions, thoughts.tokens, scores.talk.nll, use, settings))
+    found = score_use(model, text, positions, thoughts.tokens, scores.talk.nll, use, settings)
+    if scores.made is not None:
+        base = scores.base.nll[:, None]
+        found = found._replace(perturbed=jax.tree.map(lambda x: jnp.where(scores.made, x, base), found.perturbed))
+    return scores._replace(use=found)
 
 
 def score_use(
@@ -247,6 +263,7 @@ def think(
 def score_given_thoughts(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: Thoughts | None, settings: ThoughtSettings, *,
     forbidden: tuple[int, ...] = (), candidates: jax.Array | None = None, likeliest: int = 0, hide_text: bool = False,
+    thinking: Thinking | None = None,
 ) -> TokenScores:  # fmt: skip
     """Scores x[j+1] at J positions [J] without thoughts and after given ones; replicated on all devices.
 
@@ -257,11 +274,12 @@ def score_given_thoughts(
       candidates: [B, A] ids whose log-probabilities are returned at every position.
       likeliest: N, how many of the likeliest tokens are returned; 0 = none.
       hide_text: the chains do not attend to the text, see `score.chain_hidden_states`.
+      thinking: positions at which its policy does not think keep the prediction without thoughts; None = all think.
     """
     ahead, mixing = settings.tokens_ahead, MIXINGS[settings.config.mixing]
 
     def of_chunk(operands: Any, positions: jax.Array, thoughts: Thoughts | None) -> TokenScores:
-        model, text, candidates = operands
+        model, text, candidates, of_policy = operands
         real = real_ahead(text.mask, positions, ahead, text.starts)
         targets = gather_next_tokens(text.tokens, positions, ahead, fill=0)
         logits = model.decoder.logits(here_and_ahead(text.hidden, positions, ahead))  # [B, J, K, V]
@@ -290,18 +308,25 @@ def score_given_thoughts(
         scores = score_thoughts(model, text, positions, thoughts.tokens, settings, base_nll, hide_text=hide_text)
         talk = predict(scores.log_scores[..., 0, :], scores.nll[..., 0], normalized=mixing.traits["log_probs"])
         weight = scores.weight[..., 0]
+        reward = (base_nll[:, None] - scores.nll).sum(axis=-1)
+        made = None
+        if thinking is not None:
+            place, uniform = (here_and_ahead(x, positions, 1)[:, None, :, 0] for x in of_policy)
+            here = Position(first, without[2], place, uniform)  # [B, 1, J]
+            chosen = thinks(thinking.policy.name, jnp.array(thinking.policy.numbers, jnp.float32), here)
+            made = jnp.broadcast_to(chosen, weight.shape)
+            weight, reward = (jnp.where(made, x, 0.0) for x in (weight, reward))
 
         def unless_unmoved(before: jax.Array, after: jax.Array) -> jax.Array:
             # A weight of 0 leaves the prediction unchanged: any difference is rounding.
             return jnp.where(jnp.expand_dims(weight == 0, tuple(range(3, after.ndim))), before, after)
 
         talk = jax.tree.map(unless_unmoved, base, talk)
-        reward = (base_nll[:, None] - scores.nll).sum(axis=-1)
         spread = thoughts.entropy.sum(axis=-1) / max(1, thoughts.entropy.shape[-1])  # 0 for an empty thought
-        return TokenScores(*without, talk, reward, weight, spread, thoughts.tokens)
+        return TokenScores(*without, talk, reward, weight, spread, thoughts.tokens, made)
 
     largest = max_positions_per_chunk(model.decoder.architecture, settings, *text.tokens.shape)
-    chunk, operands = min(largest, positions.size), (model, text, candidates)
+    chunk, operands = min(largest, positions.size), (model, text, candidates, thinking and thinking[1:])
     scores = map_chunks(of_chunk, operands, positions, chunk, thoughts, axis=2)
     scores = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), scores)
     return TokenScores(*jax.tree.map(lambda x: x[:, 0], scores[:3]), *scores[3:])
@@ -322,6 +347,7 @@ def summarize(scores: TokenScores) -> dict[str, Any]:
     if not len(scores.real):
         return {"tokens": 0}
     base, talk, thoughts = scores.base, scores.talk, scores.thoughts
+    rate = {} if scores.made is None else {"thinking_rate": float(scores.made.mean())}
     order = np.argsort(scores.base_entropy, kind="stable")
     rows = [
         {
@@ -343,5 +369,6 @@ def summarize(scores: TokenScores) -> dict[str, Any]:
         "reward": float(scores.reward.mean()),
         "thought_entropy": float(scores.thought_entropy.mean()),
         "unique_thought_rate": len(np.unique(thoughts, axis=0)) / len(thoughts) if scores.thinks else 0.0,
+        **rate,
         "deciles": rows,
     }

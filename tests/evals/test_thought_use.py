@@ -25,7 +25,7 @@ def column(base, talk, *, together, alone, empty, deleted):
     use = ThoughtUse(alone, empty, {"delete": tuple(np.array(x, np.float32) for x in deleted)}, together)
     thoughts = np.zeros((*base.shape, 2), int)
     without, after = (Prediction(nll, right, right) for nll in (base, talk))
-    return TokenScores(~right, without, base, after, base - talk, base, base, thoughts, use)
+    return TokenScores(~right, without, base, after, base - talk, base, base, thoughts, None, use)
 
 
 def test_figures_by_hand():

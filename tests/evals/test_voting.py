@@ -92,6 +92,8 @@ def test_both_modes_and_what_is_on_record(tmp_path):
         "difference": 0.0, "interval": interval_of_difference(0, 0, 2), "p_value": 1.0, "test": "McNemar, exact",
     }  # fmt: skip
     assert [settings["thoughts"] for _, settings in generator.calls] == [False, False, True, True]
+    assert [settings["think"] for _, settings in generator.calls] == [None, None, "always", "always"]
+    assert "thinking_rate" not in found["with_thoughts"]
     again = Scripted({})
     assert measured(again, asked, path, modes) == found
     assert not again.calls

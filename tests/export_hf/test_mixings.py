@@ -15,8 +15,9 @@ import pytest
 from quietstar_jax import config, settings
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.export_hf.export_run import export
-from quietstar_jax.export_hf.save import MODULE, ExportOptions, torch_mixings
+from quietstar_jax.export_hf.save import MODULE, ExportOptions, torch_names
 from quietstar_jax.methods.mixings import MIXINGS, Logits
+from quietstar_jax.methods.thinking import THINKING
 from quietstar_jax.training.setup import prepare
 from tests.export_hf.exports import write_checkpoint
 from tests.hf.runs import our_predictions, start_run
@@ -42,8 +43,9 @@ def average(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     settings.type_hints.cache_clear()
 
 
-def test_every_mixing_of_this_package_can_be_exported() -> None:
-    assert torch_mixings() == tuple(MIXINGS)
+def test_every_mixing_and_policy_of_this_package_can_be_exported() -> None:
+    assert torch_names("MIXINGS") == tuple(MIXINGS)
+    assert torch_names("THINKING") == tuple(THINKING)
 
 
 def test_it_trains(average: str, tmp_path: Path) -> None:

@@ -84,6 +84,24 @@ def test_other_lengths_and_no_thoughts(run, generator, capsys):
     assert len(capsys.readouterr().out.split("[")[1].split(" | ")[0].split()) == 4
 
 
+def test_thoughts_only_where_the_policy_makes_them(run, generator, tmp_path, capsys):
+    options = ("--max-tokens", 4, "--think", "every:2", "--show-thoughts")
+    call("--checkpoint", run, "--prompt", PROMPT, *options)
+    (expected,) = generator.generate([PROMPT], max_tokens=4, think="every:2")
+    shown = [f"[{t.thought} | {t.mixing_weight:.3f}]" if t.thought_ids else "" for t in expected.tokens]
+    assert sorted(map(bool, shown)) == [False, False, True, True]
+    assert (
+        capsys.readouterr().out == PROMPT + "".join(map(str.__add__, shown, (t.text for t in expected.tokens))) + "\n"
+    )
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": PROMPT}])
+    call("--checkpoint", run, "--data", source, "--output", tmp_path / "out.jsonl", *options, "--quiet")
+    (row,) = read_lines(tmp_path / "out.jsonl")
+    assert row["thoughts"] == [token.thought if token.thought_ids else None for token in expected.tokens]
+    assert row["thinking_rate"] == 0.5
+    with pytest.raises(ConfigError, match="--think is 'every:2', but --thoughts is off"):
+        call("--checkpoint", "nowhere", "--prompt", PROMPT, *options, "--thoughts", "off")
+
+
 def test_from_file_to_file(run, generator, tmp_path, capsys):
     rows = [{"id": 7, "prompt": PROMPT}, {"prompt": "convert 2 rod ask", "more": {"é": [1]}}, {"prompt": PROMPT}]
     source = write_lines(tmp_path / "in.jsonl", rows)

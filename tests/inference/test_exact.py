@@ -125,3 +125,53 @@ def test_an_export_writes_here_what_it_writes_in_torch(mixing, tmp_path):
     assert [list(one.token_ids) for one in found] == texts[:, longest:].tolist()
     run = Generator(made.model, batch_size=len(PROMPT_LENGTHS)).generate(prompts(), max_tokens=NEW)
     assert [one.token_ids for one in run] == [one.token_ids for one in found]
+
+
+@pytest.mark.parametrize("policy", ["every:2", "entropy", "margin", "never", "always"])
+def test_a_policy_thinks_in_an_export_where_it_thinks_here(policy, tmp_path, thoughtful):
+    """Ragged batches, the policy once as an argument and once as the default that the export recommends."""
+    model, folder = thoughtful
+    ours = Generator(dataclasses.replace(model, eos_ids=()), batch_size=len(PROMPT_LENGTHS))
+    if policy in ("entropy", "margin"):  # a bound in the middle
+        policy += {"entropy": ":4.2,9", "margin": ":0.02"}[policy]
+    found = ours.generate(prompts(), max_tokens=NEW, think=policy)
+    flags = [bool(token.thought_ids) for one in found for token in one.tokens]
+    assert policy in ("never", "always") or len({*flags}) == 2
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    longest = max(PROMPT_LENGTHS)
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts()])
+    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in PROMPT_LENGTHS])
+    options = dict(attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+    assert theirs.generate(padded, think=policy, **options)[:, longest:].tolist() == [list(f.token_ids) for f in found]
+    theirs.generation_config.thinking = policy
+    assert theirs.generate(padded, **options)[:, longest:].tolist() == [list(f.token_ids) for f in found]
+
+
+@pytest.fixture(scope="module")
+def thoughtful(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    made = thinker(folder, "qwen2 mixed windows", embedding_scale=7.0)
+    export(folder / "run", folder / "out", ExportOptions(think="every:3"))
+    assert load_model(folder / "out").think == "every:3"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "out", trust_remote_code=True)
+    assert model.generation_config.thinking == "every:3"
+    for think in ("sometimes", "every:0", "entropy", "random:0.1,0.2"):
+        with pytest.raises(ValueError, match="think is "):
+            model.generate(torch.tensor([[3, 4]]), think=think)
+    return made.model, folder / "out"
+
+
+def test_where_no_sequence_thinks_no_chain_runs(thoughtful):
+    model = transformers.AutoModelForCausalLM.from_pretrained(thoughtful[1], trust_remote_code=True).eval()
+    tokens = torch.tensor([[3, 4, 5, 6, 7, 8]])
+    with torch.no_grad():
+        everywhere, some, nowhere = (model(tokens, think=think) for think in (None, "every:3", "never"))
+        assert nowhere.thoughts is None
+        assert (some.thoughts[0, :, 0] >= 0).tolist() == [False, False, True] * 2
+        for j in range(6):
+            expected = everywhere if j % 3 == 2 else nowhere
+            torch.testing.assert_close(some.logits[0, j], expected.logits[0, j])
+        torch.testing.assert_close(some.mixing_weight[0, 2::3], everywhere.mixing_weight[0, 2::3])
+        assert not some.mixing_weight[0, [0, 1, 3, 4]].any()
+        model._think = None  # would fail if it were called
+        model(tokens, think="every:7")

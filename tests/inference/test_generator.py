@@ -14,25 +14,13 @@ from quietstar_jax.generate import Generator
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.inference.engine import PROMPT_CHUNK
 from quietstar_jax.inference.load_model import load_model
-from tests.hf.checkpoints import TINY, random_tensors, write
-from tests.hf.runs import END, START, start_run, write_tokenizer
+from tests.hf.checkpoints import random_tensors, write
+from tests.hf.runs import write_tokenizer
+from tests.inference.conftest import ARCHITECTURE, WORDS
 
-ARCHITECTURE = dataclasses.replace(
-    TINY, family="mistral", vocab_size=40, max_positions=96, sliding_window=9, num_layers=1
-)
-WORDS = 36  # the tokenizer knows so many and the two of a thought: ids 38 and 39 are no tokens
 NEW = 6
 SAMPLED = dict(max_tokens=NEW, temperature=1.5, top_p=0.9, thought_temperature=0.7)
 PROMPTS = ["w3 w4 w5", "w9", "w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13", "w20 w21"]
-
-
-@pytest.fixture(scope="module")
-def generator(tmp_path_factory) -> Generator:
-    folder = tmp_path_factory.mktemp("model")
-    write(folder / "hf", random_tensors(ARCHITECTURE), ARCHITECTURE)
-    write_tokenizer(folder / "hf", WORDS, START, END)
-    start_run(folder / "run", folder / "hf")
-    return Generator.open(folder / "run", batch_size=3)
 
 
 def with_model(generator: Generator, **changes) -> Generator:

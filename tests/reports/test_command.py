@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.errors import CheckpointError, ConfigError, UserError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.report import main
@@ -53,6 +53,21 @@ def test_a_page_of_a_run(run: Path, tmp_path: Path) -> None:
     assert not re.search("nan|inf", "".join(re.findall(r"<svg.*?</svg>", html)))
     entry = data_of(page)["tokens"][0]
     assert [len(thought[3]) for thought in entry["k"]] == [2, 2, 2, 2]  # as long as trained, greedy and three sampled
+
+
+def test_thoughts_only_where_the_policy_makes_them(run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    command = ["--checkpoint", str(run), "--data", "synthetic", "--limit", "1", "--samples", "1", "--output", str(page)]
+    main([*command, "--think", "every:2"])
+    tokens = data_of(page)["tokens"]
+    for j, entry in enumerate(tokens):
+        thinks = (j + 1) % 2 == 0
+        assert [len(thought[3]) for thought in entry["k"]] == [2 * thinks] * 2
+        assert thinks or [thought[:3] for thought in entry["k"]] == [[entry["b"], 0, 0]] * 2
+    assert f"{len(tokens) // 2 / len(tokens):.1%} of the tokens, chosen by the policy every:2" in page.read_text()
+    for think, message in (("never", "nothing to show"), ("margin:0", "thinks nowhere")):
+        with pytest.raises(UserError, match=message):
+            main([*command, "--think", think])
 
 
 def test_other_text_and_other_thoughts(run: Path, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_ensembles_by_hand():
     zeros, right = np.zeros((1, 2), np.float32), np.array([[[True, False]], [[False, False]]]).swapaxes(0, 1)
     base, talk = Prediction(zeros, zeros, zeros > 0), Prediction(nll, nll > 1, right)
     use = ThoughtUse(nll + 1, nll + 2, {"delete": (nll, nll + 4)})
-    scores = TokenScores(zeros == 0, base, zeros, talk, -nll, nll, nll, np.zeros((1, 2, 2, 3), int), use)
+    scores = TokenScores(zeros == 0, base, zeros, talk, -nll, nll, nll, np.zeros((1, 2, 2, 3), int), None, use)
     found = scores.average_thought()
     np.testing.assert_allclose(found.talk.nll, [[1.0, 501.5]])
     np.testing.assert_allclose(found.talk.correct, [[0.5, 0.0]])

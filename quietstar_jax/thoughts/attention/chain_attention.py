@@ -213,7 +213,10 @@ def _gradients(
 
 def _chain_scores(q: jax.Array, chain_keys: jax.Array, seen: ChainMask, cap: float) -> jax.Array:
     scores = soft_cap(dot("bgrjxh,bgrjeh->bgrjxe", q, chain_keys), cap)
-    return jnp.where(chain_visible(seen, chain_keys.shape[4]), scores, MASKED)
+    visible = chain_visible(seen, chain_keys.shape[4])
+    if visible.ndim > 2:  # [B, J, X, E]
+        visible = visible[:, None, None]
+    return jnp.where(visible, scores, MASKED)
 
 
 def _chain_softmax(
