@@ -1,7 +1,8 @@
 """Tokens per second, with and without thoughts: `python -m benchmarks.generate --preset paper_cpu --json`.
 
-`--think POLICY` also measures a policy of thinking that chooses, and compares it with the passes that it needs:
-1 + rate * (T + 2) for each token. With random weights, `every:10` and `random:0.1` have a known rate.
+`--think POLICY` also measures a policy of thinking that chooses, and compares it with the passes that it needs for each
+token: 1 + rate * (T + 2), with the rate of the sequence that thinks most, which ends last. With random weights,
+`every:10` and `random:0.1` have a known rate.
 
 With `--json`, prints one JSON object on the last line. Run it on an otherwise idle machine.
 """
@@ -130,11 +131,10 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
     plain = measured["seconds_per_token_without_thoughts"]
     if s.think:
         outputs = engine.decode(start(), knobs, plan, wanted)  # the last plan is that of the policy
-        thoughts = np.concatenate([one.thoughts[one.tokens >= 0] for one in outputs])
-        rate = float((thoughts[:, 0] >= 0).mean())
-        measured["thinking_rate"] = rate
+        made = sum(((one.tokens >= 0) & (one.thoughts[..., 0] >= 0)).sum(axis=0) for one in outputs)
+        measured["thinking_rate"] = float(np.mean(made)) / s.tokens
         measured["ratio_with_policy"] = measured["seconds_per_token_with_policy"] / plain
-        measured["passes_with_policy"] = 1 + rate * (s.thought_length + 2)
+        measured["passes_with_policy"] = 1 + float(np.max(made)) / s.tokens * (s.thought_length + 2)
     return measured | {
         "ratio": measured["seconds_per_token_with_thoughts"] / plain,
         "ratio_allowed": s.thought_length + 3,

@@ -188,40 +188,62 @@ def next_pass(model: QuietStar, state: State, knobs: SamplingParams, plan: Decod
     """Computes the next token of the text or of the thought of every sequence; `DecodeOutput` has no axis N.
 
     A sequence gets a token where the policy decides against a thought at c = 0, and at c = T + 2, the end of a thought.
+    A single sequence that is not in a thought runs the pass of generation without thoughts, which is a little cheaper.
+    Several always run that of a chain: the two round differently, and a text would depend on its neighbours.
     """
-    settings, thought = plan.thought, state.thought
+    thought = state.thought
     assert thought is not None  # made by `open_thought`
-    length, count, alive = settings.thought_length, thought.computed, state.left > 0
+    length, count, alive = plan.thought.thought_length, thought.computed, state.left > 0
     at_text, at_end = alive & (count == 0), alive & (count == length + 2)
     drawn = plan.sampled or plan.thoughts_sampled or THINKING[plan.think].traits["draws"]
     uniforms = _uniforms(knobs.keys if drawn else None, state.position, length + 2)
 
-    # The token with number c of the chain x_j, start, t_1 .. t_T, end.
-    newest = _at(thought.tokens, count - 2)
-    embedding = _embed(model, jnp.where(count == 0, state.token, newest), plan)
-    for c, of_meta_token in zip((1, length + 2), model.start_and_end(settings), strict=True):
+    def plain() -> tuple[jax.Array, jax.Array, OpenThought]:
+        own = jax.tree.map(lambda x: x[:, :, :, :, :, :1], thought.chain_kv)
+        hidden, own = _pass(model, _embed(model, state.token, plan), 0, state, own)
+        write = lambda chain, x: jax.lax.dynamic_update_slice_in_dim(chain, x, 0, axis=5)  # noqa: E731
+        after = thought._replace(chain_kv=jax.tree.map(write, thought.chain_kv, own), base=hidden[:, 0])
+        return model.decoder.logits(hidden[:, 0]), jnp.zeros(count.shape, jnp.float32), after
+
+    def chain() -> tuple[jax.Array, jax.Array, OpenThought]:
+        return _chain_token(model, state, thought, at_end, uniforms, knobs, plan)
+
+    scores, weight, thought = jax.lax.cond((count > 0).any(), chain, plain) if count.size == 1 else chain()
+    here = Position(scores, entropy(scores), state.position, uniforms[:, length + 1])
+    begins = at_text & thinks(plan.think, knobs.think, here)
+    talks = at_end | (at_text & ~begins)
+    state, new = _talk(state, thought.chain_kv, scores, uniforms[:, length], talks, knobs, plan)
+    made = DecodeOutput(new, jnp.where(at_end[:, None], thought.tokens, -1), weight)
+    return state._replace(thought=thought._replace(computed=jnp.where(talks | ~alive, 0, count + 1))), made
+
+
+def _chain_token(
+    model: QuietStar, state: State, thought: OpenThought, at_end: jax.Array, uniforms: jax.Array,
+    knobs: SamplingParams, plan: DecodeConfig,
+) -> tuple[jax.Array, jax.Array, OpenThought]:  # fmt: skip
+    """Computes the token with number c of the chain x_j, start, t_1 .. t_T, end of every sequence.
+
+    Returns:
+      (scores [B, V] of the next token: mixed `at_end` of a thought, elsewhere without a thought, and of use only at
+       c = 0; mixing weights [B], 0 except `at_end`; the thoughts with this token, `computed` unchanged).
+    """
+    settings, count = plan.thought, thought.computed
+    embedding = _embed(model, jnp.where(count == 0, state.token, _at(thought.tokens, count - 2)), plan)
+    for c, of_meta_token in zip((1, settings.thought_length + 2), model.start_and_end(settings), strict=True):
         embedding = jnp.where((count == c)[:, None, None], of_meta_token, embedding)
     hidden, chain_kv = _pass(model, embedding, count, state, thought.chain_kv)
     hidden = hidden[:, 0]
-    logits = model.decoder.logits(hidden)
+    logits, base = model.decoder.logits(hidden), jnp.where((count == 0)[:, None], hidden, thought.base)
 
-    here = Position(logits, entropy(logits), state.position, uniforms[:, length + 1])
-    begins = at_text & thinks(plan.think, knobs.think, here)
-    base = jnp.where(at_text[:, None], hidden, thought.base)
-
-    def talk() -> tuple[jax.Array, jax.Array]:
+    def mixed() -> tuple[jax.Array, jax.Array]:
         scores, weight = mix(model, base[:, None, None], hidden[:, None, None, None], settings.config.mixing)
         return jnp.where(at_end[:, None], scores[:, 0, 0, 0], logits), jnp.where(at_end, weight[:, 0, 0, 0], 0.0)
 
-    scores, weight = jax.lax.cond(at_end.any(), talk, lambda: (logits, jnp.zeros(count.shape, jnp.float32)))
-
+    scores, weight = jax.lax.cond(at_end.any(), mixed, lambda: (logits, jnp.zeros(count.shape, jnp.float32)))
     following = _think(logits, _at(uniforms, count - 1), knobs, plan)
-    tokens = jnp.where(jnp.arange(length) == count[:, None] - 1, following[:, None], thought.tokens)
-    talks = at_end | (at_text & ~begins)
-    state, new = _talk(state, chain_kv, scores, uniforms[:, length], talks, knobs, plan)
-    count = jnp.where(talks | ~alive, 0, count + 1)
-    made = DecodeOutput(new, jnp.where(at_end[:, None], tokens, -1), weight)
-    return state._replace(thought=OpenThought(count, chain_kv, base, tokens)), made
+    is_next = jnp.arange(settings.thought_length) == count[:, None] - 1
+    tokens = jnp.where(is_next, following[:, None], thought.tokens)
+    return scores, weight, OpenThought(count, chain_kv, base, tokens)
 
 
 def open_thought(a: Architecture, batch: int, plan: DecodeConfig, place: jax.sharding.Sharding) -> OpenThought:

@@ -14,6 +14,7 @@ from quietstar_jax.inference.decode import DecodeConfig
 from quietstar_jax.inference.engine import Request
 from quietstar_jax.inference.kv_cache import key_block
 from quietstar_jax.inference.sampling import Sampling
+from quietstar_jax.methods.thinking import parse_policy
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 SIZES = Sizes(layers=2, hidden=16, heads=2, kv_heads=1, head_dim=8, mlp=24, vocab=50, batch=2, prompt=70, tokens=4,
@@ -49,16 +50,15 @@ def test_blocks_out_of_the_window_are_not_touched():
     jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
 
 
-@pytest.mark.parametrize("thought_length", [0, 3])
-def test_the_cache_is_changed_in_place(thought_length):
+@pytest.mark.parametrize(("thought_length", "think"), [(0, "always"), (3, "always"), (3, "every")])
+def test_the_cache_is_changed_in_place(thought_length, think):
     """A copy of the cache among the temporaries would show: it is far larger than all else."""
     engine, asked = make_engine(SIZES), requests(3, 3)
     state = engine.start(asked, 1 << 16)
     cache_bytes = sum(x.nbytes for x in state.cache)
-    plan = DecodeConfig(ThoughtSettings(thought_length), tokens_per_call=4)
-    compiled = (
-        engine.step(plan).lower(engine.params, state, np.ones(2, bool), engine.knobs(asked, Sampling())).compile()
-    )
+    plan = DecodeConfig(ThoughtSettings(thought_length), think, tokens_per_call=4)
+    state, knobs = engine.with_thought(state, plan), engine.knobs(asked, Sampling(think=parse_policy("every:2")))
+    compiled = engine.step(plan).lower(engine.params, state, np.ones(2, bool), knobs).compile()
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < cache_bytes / 8
     assert memory.alias_size_in_bytes >= cache_bytes
@@ -80,7 +80,12 @@ def test_a_text_that_has_ended_gets_no_more_tokens():
 
 
 def test_the_benchmark_measures_what_it_says():
-    result = measure(SIZES, 1)
+    result = measure(dataclasses.replace(SIZES, think="every:2"), 1)
+    assert result["thinking_rate"] == 0.5
+    assert result["passes_with_policy"] == 1 + 0.5 * (3 + 2)
+    assert result["ratio_with_policy"] == pytest.approx(
+        result["tokens_per_second_without_thoughts"] / result["tokens_per_second_with_policy"]
+    )
     assert result["tokens_per_second_with_thoughts"] > 0
     assert result["ratio"] == pytest.approx(
         result["tokens_per_second_without_thoughts"] / result["tokens_per_second_with_thoughts"]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.inference.decode import generate_tokens, think_and_talk
@@ -132,8 +133,12 @@ def test_a_policy_thinks_in_an_export_where_it_thinks_here(policy, tmp_path, tho
     """Ragged batches, the policy once as an argument and once as the default that the export recommends."""
     model, folder = thoughtful
     ours = Generator(dataclasses.replace(model, eos_ids=()), batch_size=len(PROMPT_LENGTHS))
-    if policy in ("entropy", "margin"):  # a bound in the middle
-        policy += {"entropy": ":4.2,9", "margin": ":0.02"}[policy]
+    if policy == "entropy":  # a bound in the middle
+        made = ours.generate(prompts(), max_tokens=NEW)
+        texts = [[*prompt, *one.token_ids] for prompt, one in zip(prompts(), made, strict=True)]
+        scores = ContinuationScorer(model, model.settings(0), batch_size=4)([Continuation(t, NEW) for t in texts])
+        policy = f"entropy:{np.median(np.concatenate([score.base_entropy for score in scores])):.4f},9"
+    policy = {"margin": "margin:0.02"}.get(policy, policy)
     found = ours.generate(prompts(), max_tokens=NEW, think=policy)
     flags = [bool(token.thought_ids) for one in found for token in one.tokens]
     assert policy in ("never", "always") or len({*flags}) == 2

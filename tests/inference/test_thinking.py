@@ -29,8 +29,8 @@ def chosen(policy: str, logits: np.ndarray) -> list[bool]:
 
 
 def test_what_policies_choose():
-    logits = np.log([[0.25, 0.25, 0.25, 0.25], [0.97, 0.01, 0.01, 0.01], [0.5, 0.4, 0.05, 0.05], [0.7, 0.3, 0, 0]])
-    logits = np.maximum(logits, -1e10)
+    probabilities = [[0.25, 0.25, 0.25, 0.25], [0.97, 0.01, 0.01, 0.01], [0.5, 0.4, 0.05, 0.05], [0.7, 0.3, 0, 0]]
+    logits = np.log(np.maximum(probabilities, 1e-30))
     assert chosen("always", logits) == [True] * 4
     assert chosen("never", logits) == [False] * 4
     assert chosen("every:1", logits) == [True] * 4
