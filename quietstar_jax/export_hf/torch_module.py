@@ -466,11 +466,13 @@ for _name, _per_layer in DECODERS.items():
     _decoder = getattr(transformers, f"{_name}ForCausalLM", None)
     # Gemma 2 and 3 before 4.53 compute their own mask of windows, which is not that of thoughts.
     if _decoder is not None and (masking_utils is not None or _name not in ("Gemma2", "Gemma3")):
-        _fields = {
+        _fields: dict[str, Any] = {
             "__doc__": f"Quiet-STaR with a {_name} decoder.",
             "__module__": __name__,
             "mask_per_layer_type": _per_layer,
         }
+        if _name == "Gemma2":
+            _fields["_supports_sdpa"] = False  # in transformers 4 it ignores the soft cap of scores
         globals()[f"QuietStar{_name}ForCausalLM"] = type(f"QuietStar{_name}ForCausalLM", (Thinking, _decoder), _fields)
 
 

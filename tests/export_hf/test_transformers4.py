@@ -43,6 +43,8 @@ TIED = ("llama tied", "phi3 partial rotary", "gemma", "gemma2", "olmo2 tied")
 # What earlier ones do not compute; what they compute without thoughts only.
 SINCE = {"qwen3": (4, 51), "phi3 partial rotary": (4, 49), "gemma3_text": (4, 53), "olmo2": (4, 47), "olmo3": (4, 57)}
 THINKS_SINCE = {"gemma2": (4, 53)}
+# (family, field): defaults that differ between versions of transformers; published files have these fields.
+OTHER_DEFAULTS = {("gemma2", "hidden_size"), ("olmo3", "rope_theta")}
 
 
 def known_to(version: tuple[int, ...], variant: str, kind: str = "base") -> bool:
@@ -135,10 +137,12 @@ def test_a_field_that_is_left_out_means_the_same(tmp_path, python):
     read = ask(python, tmp_path, [], list(cases.items()))["configs"]
     assert len(read) > 40
     assert {name.split()[0] for name in read} == {family for family in FIELDS if known_to(version, family)}
+    wrong = []
     for name, complete in read.items():
         ours = read_or_none(cases[name])
         theirs = read_or_none({key: value for key, value in complete.items() if key != "layer_types" or value})
-        assert ours == theirs, name
+        wrong += [(name.split()[0], name.split()[-1])] if ours != theirs else []
+    assert not set(wrong) - OTHER_DEFAULTS
 
 
 def read_or_none(fields: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ folder gave as JSON to standard output.
 """
 
 import json
+import pathlib
 import sys
 import warnings
 
@@ -19,9 +20,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for folder in request["folders"]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        config = json.loads(pathlib.Path(folder, "config.json").read_text())
+        # By default transformers 4 computes Gemma 2 without the soft cap of scores.
+        capped = config.get("attn_logit_softcapping") and "auto_map" not in config
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, output_loading_info=True
-        )
+            folder, trust_remote_code=True, output_loading_info=True,
+            **({"attn_implementation": "eager"} if capped else {}),
+        )  # fmt: skip
         model.eval()
         tokens = torch.tensor([request["tokens"]])
         with torch.no_grad():
