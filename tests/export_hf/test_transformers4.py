@@ -44,7 +44,11 @@ TIED = ("llama tied", "phi3 partial rotary", "gemma", "gemma2", "olmo2 tied")
 SINCE = {"qwen3": (4, 51), "phi3 partial rotary": (4, 49), "gemma3_text": (4, 53), "olmo2": (4, 47), "olmo3": (4, 57)}
 THINKS_SINCE = {"gemma2": (4, 53)}
 # (family, field): defaults that differ between versions of transformers; published files have these fields.
-OTHER_DEFAULTS = {("gemma2", "hidden_size"), ("olmo3", "rope_theta")}
+OTHER_DEFAULTS = {
+    *(("gemma2", field) for field in
+      ("everything", "hidden_size", "intermediate_size", "num_key_value_heads", "query_pre_attn_scalar")),
+    *(("olmo3", field) for field in ("everything", "rope_theta", "rope_parameters")),
+}  # fmt: skip
 
 
 def known_to(version: tuple[int, ...], variant: str, kind: str = "base") -> bool:
