@@ -44,11 +44,11 @@ def make_parser() -> CommandParser:
     tasks = "\n".join(f"  {name:<20}{task.summary}" for name, task in TASKS.items())
     parser = CommandParser(
         "evaluate", "Measures a model on questions or text, with and without thoughts, and prints a table.",
-        "--checkpoint runs/mine --task gsm8k --data test.jsonl", f"tasks:\n{tasks}",
+        "--checkpoint runs/mine --task gsm8k --data test.jsonl", tasks,
     )  # fmt: skip
     add = parser.add_argument
     add_checkpoint_flags(parser)
-    add("--task", required=True, metavar="TASK", help="one of the tasks below")
+    add("--task", required=True, metavar="TASK", help="one of the tasks at the end of this page")
     add_flags(parser, "--data", required=True)
     add_flags(parser, "--thoughts", "--think", "--thought-length", "--max-length")
     add_flags(parser, "--limit", default=Options.limit)

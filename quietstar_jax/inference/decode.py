@@ -202,19 +202,20 @@ def next_pass(model: QuietStar, state: State, knobs: SamplingParams, plan: Decod
         own = jax.tree.map(lambda x: x[:, :, :, :, :, :1], thought.chain_kv)
         hidden, own = _pass(model, _embed(model, state.token, plan), 0, state, own)
         write = lambda chain, x: jax.lax.dynamic_update_slice_in_dim(chain, x, 0, axis=5)  # noqa: E731
-        after = thought._replace(chain_kv=jax.tree.map(write, thought.chain_kv, own), base=hidden[:, 0])
+        chain_kv = jax.tree.map(write, thought.chain_kv, own)
+        after = thought._replace(chain_kv=chain_kv, base=hidden[:, 0])
         return model.decoder.logits(hidden[:, 0]), jnp.zeros(count.shape, jnp.float32), after
 
     def chain() -> tuple[jax.Array, jax.Array, OpenThought]:
         return _chain_token(model, state, thought, at_end, uniforms, knobs, plan)
 
-    scores, weight, thought = jax.lax.cond((count > 0).any(), chain, plain) if count.size == 1 else chain()
+    scores, weight, after = jax.lax.cond((count > 0).any(), chain, plain) if count.size == 1 else chain()
     here = Position(scores, entropy(scores), state.position, uniforms[:, length + 1])
     begins = at_text & thinks(plan.think, knobs.think, here)
     talks = at_end | (at_text & ~begins)
-    state, new = _talk(state, thought.chain_kv, scores, uniforms[:, length], talks, knobs, plan)
-    made = DecodeOutput(new, jnp.where(at_end[:, None], thought.tokens, -1), weight)
-    return state._replace(thought=thought._replace(computed=jnp.where(talks | ~alive, 0, count + 1))), made
+    state, new = _talk(state, after.chain_kv, scores, uniforms[:, length], talks, knobs, plan)
+    made = DecodeOutput(new, jnp.where(at_end[:, None], after.tokens, -1), weight)
+    return state._replace(thought=after._replace(computed=jnp.where(talks | ~alive, 0, count + 1))), made
 
 
 def _chain_token(
