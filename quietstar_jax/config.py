@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import ml_collections
 
-from quietstar_jax.architecture import Architecture
+from quietstar_jax.architecture import Adapters, Architecture
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.methods.advantages import ADVANTAGES
 from quietstar_jax.methods.mixings import MIXINGS
@@ -90,11 +90,34 @@ class ModelConfig:
     # empty = random weights of `architecture`
     revision: SameWeights[str] = ""  # branch, tag or commit of a hub id
     architecture: Architecture = field(default_factory=Architecture)  # used only without `checkpoint`
+    adapters: Adapters = field(default_factory=Adapters)
+    adapter: str = ""  # folder of a PEFT adapter (LoRA) with which `adapters` begin, instead of at the base
+    frozen_dtype: ComputeDtype = "bfloat16"  # in which weights that adapters freeze are stored; norms are float32
     compute_dtype: ComputeDtype = "float32"  # master weights, logits, losses and rewards are always float32
     rematerialize: Unrelated[bool] = False  # recompute layers in the backward pass, for the text and for the chains
     prefix_attention: Unrelated[PrefixAttention] = "auto"  # how thoughts attend to the text before them: `auto` is a
     # Pallas kernel on TPUs and XLA elsewhere, `blocks` is XLA, `triton` is a Pallas kernel for NVIDIA's A100, H100 and
     # other GPUs with 163 KiB of shared memory per program
+
+    def decoder_learns(self, rates: RateScales) -> bool:
+        """Whether any weight of the decoder changes at these rates."""
+        if self.adapters.maps == "none":
+            return rates.decoder > 0
+        return rates.adapters > 0 or (self.adapters.norms and rates.decoder > 0)
+
+    def conflicts(self) -> list[str]:
+        adapted = self.adapters.maps != "none"
+        return [
+            *require(
+                not adapted or bool(self.checkpoint), "checkpoint", self.checkpoint,
+                "a model where adapters.maps is not 'none': checkpoints contain only what learns, and the rest is read "
+                "from this model again",
+            ),
+            *require(
+                adapted or not self.adapter, "adapter", self.adapter,
+                "empty where adapters.maps is 'none'; set adapters to the maps, rank and alpha of this adapter",
+            ),
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -196,10 +219,11 @@ class ThoughtConfig:
 
 @dataclass(frozen=True)
 class RateScales:
-    """Learning rates of the three groups of weights, as multiples of the phase's `learning_rate`; 0 freezes a group."""
+    """Learning rates of the groups of weights, as multiples of the phase's `learning_rate`; 0 freezes a group."""
 
     decoder: NonNegative[float] = 1.0  # all weights of the decoder; if frozen, phases with thoughts do not compute its
-    # gradient
+    # gradient. With `model.adapters`, the norms if they learn
+    adapters: NonNegative[float] = 1.0  # the adapters of the decoder, if it has any
     mixing_head: NonNegative[float] = 1.0  # the head that weighs predictions with and without thoughts
     thought_embeddings: NonNegative[float] = 1.0  # the embeddings of the start and end of a thought
 
@@ -232,17 +256,10 @@ class Phase:
         return self.thought_length > 0 and self.policy_weight > 0
 
     def conflicts(self) -> list[str]:
-        student = self.thought_length and self.rates.decoder
-        return [
-            *require(
-                self.batch_size % self.microbatches == 0,
-                "microbatches", self.microbatches, f"a divisor of batch_size ({self.batch_size})",
-            ),
-            *require(
-                bool(student) or not self.distill_weight, "distill_weight", self.distill_weight,
-                "0 where thought_length or rates.decoder is 0: there is no teacher, or nothing that learns from it",
-            ),
-        ]  # fmt: skip
+        return require(
+            self.batch_size % self.microbatches == 0,
+            "microbatches", self.microbatches, f"a divisor of batch_size ({self.batch_size})",
+        )  # fmt: skip
 
 
 class PhaseSpan(NamedTuple):
@@ -433,6 +450,12 @@ class Config:
                 not (phase.trains_thoughts and needs_others) or phase.num_thoughts > 1, f"phases[{i}].num_thoughts",
                 phase.num_thoughts,
                 f"at least 2 with the advantage {self.thought.advantage}, which is 0 for a single thought",
+            )  # fmt: skip
+            student = phase.thought_length and self.model.decoder_learns(phase.rates)
+            rate = "decoder" if self.model.adapters.maps == "none" else "adapters"
+            problems += require(
+                bool(student) or not phase.distill_weight, f"phases[{i}].distill_weight", phase.distill_weight,
+                f"0 where thought_length or rates.{rate} is 0: there is no teacher, or nothing that learns from it",
             )  # fmt: skip
         for path, group, thoughts in groups:
             tokens, ahead = group.batch_size * length, group.tokens_ahead
