@@ -1,7 +1,8 @@
-"""The architecture of a decoder: its sizes and variants, shared by settings, checkpoints and plans."""
+"""The architecture of a decoder and of its adapters, shared by settings, checkpoints and plans."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -10,6 +11,7 @@ from quietstar_jax.settings import Check, NonNegative, Portion, Positive, at_lea
 MOST_PARAMETERS = 10**13
 
 FamilyName = Literal["llama", "mistral", "phi3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3"]
+AdaptedMaps = Literal["none", "attention", "mlp", "all"]
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 Even = Annotated[int, Check(lambda value: value > 0 and value % 2 == 0, "an even number above 0 (rotary pairs)")]
 
@@ -117,3 +119,23 @@ class Architecture:
                 f"smaller, or other sizes: {self._parameters():.1e} parameters are more than {MOST_PARAMETERS:.0e}",
             ),
         ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters (LoRA) beside linear maps of the decoder: y = x W + scale * (x A) B, where W is frozen."""
+
+    maps: AdaptedMaps = "none"  # which maps have an adapter: the four of attention, the three of the feed-forward
+    # layers (`mlp`), or all seven; unless `none`, all other weights of the decoder are frozen
+    rank: Positive[int] = 16  # columns of A and rows of B
+    alpha: Positive[float] = 32.0  # the scale is alpha / rank
+    rank_stabilized: bool = False  # the scale is alpha / sqrt(rank) instead (rsLoRA)
+    norms: bool = False  # the norms of the decoder learn too
+
+    @property
+    def scale(self) -> float:
+        """The factor of the adapters' outputs."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+NO_ADAPTERS = Adapters()

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import ml_collections
 
-from quietstar_jax.architecture import Architecture
+from quietstar_jax.architecture import Adapters, Architecture
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.methods.advantages import ADVANTAGES
 from quietstar_jax.settings import (
@@ -40,7 +40,7 @@ from quietstar_jax.settings import (
     to_mapping,
     unknown,
 )
-from quietstar_jax.thought_config import Phase, ThoughtConfig
+from quietstar_jax.thought_config import Phase, RateScales, ThoughtConfig
 
 MOST_TOKENS = 2**31 - 1  # per batch
 MOST_THOUGHT_TOKENS = 2**34  # per batch
@@ -61,11 +61,34 @@ class ModelConfig:
     # empty = random weights of `architecture`
     revision: SameWeights[str] = ""  # branch, tag or commit of a hub id
     architecture: Architecture = field(default_factory=Architecture)  # used only without `checkpoint`
+    adapters: Adapters = field(default_factory=Adapters)
+    adapter: str = ""  # folder of a PEFT adapter (LoRA) with which `adapters` begin, instead of at the base
+    frozen_dtype: ComputeDtype = "bfloat16"  # in which weights that adapters freeze are stored; norms are float32
     compute_dtype: ComputeDtype = "float32"  # master weights, logits, losses and rewards are always float32
     rematerialize: Unrelated[bool] = False  # recompute layers in the backward pass, for the text and for the chains
     prefix_attention: Unrelated[PrefixAttention] = "auto"  # how thoughts attend to the text before them: `auto` is a
     # Pallas kernel on TPUs and XLA elsewhere, `blocks` is XLA, `triton` is a Pallas kernel for NVIDIA's A100, H100 and
     # other GPUs with 163 KiB of shared memory per program
+
+    def decoder_learns(self, rates: RateScales) -> bool:
+        """Whether any weight of the decoder changes at these rates."""
+        if self.adapters.maps == "none":
+            return rates.decoder > 0
+        return rates.adapters > 0 or (self.adapters.norms and rates.decoder > 0)
+
+    def conflicts(self) -> list[str]:
+        adapted = self.adapters.maps != "none"
+        return [
+            *require(
+                not adapted or bool(self.checkpoint), "checkpoint", self.checkpoint,
+                "a model where adapters.maps is not 'none': checkpoints contain only what learns, and the rest is read "
+                "from this model again",
+            ),
+            *require(
+                adapted or not self.adapter, "adapter", self.adapter,
+                "empty where adapters.maps is 'none'; set adapters to the maps, rank and alpha of this adapter",
+            ),
+        ]  # fmt: skip
 
 
 class PhaseSpan(NamedTuple):
@@ -253,9 +276,15 @@ class Config:
         for i, phase in enumerate(self.phases):
             needs_others = ADVANTAGES[self.thought.advantage].traits["one_thought_is_zero"]
             problems += require(
-                not (phase.trains_thoughts and needs_others) or phase.num_thoughts > 1, f"phases[{i}].num_thoughts",
+                not (self.reinforces(phase) and needs_others) or phase.num_thoughts > 1, f"phases[{i}].num_thoughts",
                 phase.num_thoughts,
                 f"at least 2 with the advantage {self.thought.advantage}, which is 0 for a single thought",
+            )  # fmt: skip
+            student = phase.thought_length and self.model.decoder_learns(phase.rates)
+            rate = "decoder" if self.model.adapters.maps == "none" else "adapters"
+            problems += require(
+                bool(student) or not phase.distill_weight, f"phases[{i}].distill_weight", phase.distill_weight,
+                f"0 where thought_length or rates.{rate} is 0: there is no teacher, or nothing that learns from it",
             )  # fmt: skip
         for path, group, thoughts in groups:
             tokens, ahead = group.batch_size * length, group.tokens_ahead
@@ -283,8 +312,13 @@ class Config:
         return next((span.start for span in spans if span.phase.steps and self.reinforces(span.phase)), None)
 
     def reinforces(self, phase: Phase) -> bool:
-        """Whether REINFORCE trains the thoughts of a phase; pauses are all equal, so nothing can be compared."""
-        return phase.trains_thoughts and self.thought.control != "pause"
+        """Whether REINFORCE trains the thoughts of a phase.
+
+        Thought tokens are predicted by the decoder after the start embedding, so one of the two must learn; the mixing
+        head has no part in it. Pauses are all equal, so nothing can be compared.
+        """
+        learns = phase.rates.thought_embeddings > 0 or self.model.decoder_learns(phase.rates)
+        return phase.trains_thoughts and learns and self.thought.control != "pause"
 
     @property
     def total_steps(self) -> int:

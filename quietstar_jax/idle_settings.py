@@ -41,6 +41,6 @@ def idle_settings(config: Config) -> list[str]:
     for i, phase in phases:
         if phase.policy_weight and phase not in trained:
             frozen = "decoder and thought embeddings are frozen"
-            reason = "the control `pause` has no thoughts to train" if phase.trains_thoughts else frozen
+            reason = "the control `pause` has no thoughts to train" if thought.control == "pause" else frozen
             idle[f"phases[{i}].policy_weight"] = phase.policy_weight, reason
     return [f"config.{path} is {shown(value)}, which has no effect: {why}" for path, (value, why) in idle.items()]

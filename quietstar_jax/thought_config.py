@@ -130,10 +130,11 @@ class ThoughtConfig:
 
 @dataclass(frozen=True)
 class RateScales:
-    """Learning rates of the three groups of weights, as multiples of the phase's `learning_rate`; 0 freezes a group."""
+    """Learning rates of the groups of weights, as multiples of the phase's `learning_rate`; 0 freezes a group."""
 
     decoder: NonNegative[float] = 1.0  # all weights of the decoder; if frozen, phases with thoughts do not compute its
-    # gradient
+    # gradient. With `model.adapters`, the norms if they learn
+    adapters: NonNegative[float] = 1.0  # the adapters of the decoder, if it has any
     mixing_head: NonNegative[float] = 1.0  # the head that weighs predictions with and without thoughts
     thought_embeddings: NonNegative[float] = 1.0  # the embeddings of the start and end of a thought
 
@@ -163,22 +164,11 @@ class Phase:
 
     @property
     def trains_thoughts(self) -> bool:
-        """Whether the phase has thoughts, REINFORCE a weight, and what predicts thought tokens a learning rate.
-
-        Thought tokens are predicted by the decoder after the start embedding; the mixing head has no part in it.
-        """
-        learns = bool(self.rates.decoder or self.rates.thought_embeddings)
-        return self.thought_length > 0 and self.policy_weight > 0 and learns
+        """Whether the phase has thoughts and REINFORCE a weight; see `Config.reinforces`."""
+        return self.thought_length > 0 and self.policy_weight > 0
 
     def conflicts(self) -> list[str]:
-        student = self.thought_length and self.rates.decoder
-        return [
-            *require(
-                self.batch_size % self.microbatches == 0,
-                "microbatches", self.microbatches, f"a divisor of batch_size ({self.batch_size})",
-            ),
-            *require(
-                bool(student) or not self.distill_weight, "distill_weight", self.distill_weight,
-                "0 where thought_length or rates.decoder is 0: there is no teacher, or nothing that learns from it",
-            ),
-        ]  # fmt: skip
+        return require(
+            self.batch_size % self.microbatches == 0,
+            "microbatches", self.microbatches, f"a divisor of batch_size ({self.batch_size})",
+        )  # fmt: skip

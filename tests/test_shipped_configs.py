@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from quietstar_jax.config import default_config, from_config_dict
+from quietstar_jax.thoughts.model import abstract_params
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer
-from quietstar_jax.training.setup import abstract_params, check_length
+from quietstar_jax.training.setup import check_length
 from quietstar_jax.training.step import initial_state, make_train_step
 
 FOLDER = Path(__file__).parents[1] / "configs"

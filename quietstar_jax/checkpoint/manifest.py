@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,8 +33,7 @@ def write(folder: epath.Path) -> None:
       OSError: a file cannot be read back, or the manifest cannot be written.
     """
     paths = sorted(files(folder))
-    with ThreadPoolExecutor(THREADS) as pool:
-        sums = list(pool.map(lambda path: _checksum(folder / path), paths))
+    sums = checksums([folder / path for path in paths])
     content = {
         "version": 1,
         "step": _stored_step(folder),
@@ -42,6 +41,16 @@ def write(folder: epath.Path) -> None:
         "files": dict(zip(paths, sums, strict=True)),
     }
     (folder / NAME).write_bytes(_encode(content))
+
+
+def checksums(paths: Sequence[epath.Path]) -> list[list[int]]:
+    """Returns size and CRC-32C of each file, all of which are read.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(_checksum, paths))
 
 
 def exists(folder: epath.Path) -> bool:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 
 from quietstar_jax.architecture import Architecture
@@ -40,6 +42,7 @@ class RunCheckpoint:
     vocabulary: Vocabulary
     model_commit: str  # commit of the hub id that training began from, or empty
     generation: Mapping[str, Any]  # generation_config.json of the checkpoint that training began from
+    base: Mapping[str, Any]  # fingerprint of the weights that training began from
     parameters: StoredParameters
 
     @property
@@ -89,6 +92,23 @@ class StoredParameters:
             self._piece = (target.path, first, layers)
         return layers[target.layer - first]
 
+    def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Returns the parameters with these paths, in these dtypes and shardings; they need not be all.
+
+        Raises:
+          CheckpointError: a parameter is missing, or its bytes are missing or damaged.
+        """
+        args = ocp.args.PyTreeRestore(
+            item=dict(abstract),
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                return checkpointer.restore(self.folder, args=args)
+        except UNREADABLE as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error}\nChoose another step.") from error
+
     def _read(self, path: str, array: Any) -> np.ndarray:
         try:
             return array.read().result()
@@ -123,6 +143,7 @@ def open_run(checkpoint: Path, step: int | None = None) -> RunCheckpoint:
             vocabulary=_vocabulary(record["vocabulary"] | {"unused": record.get("unused_ids", [])}),
             model_commit=record["model_commit"],
             generation=record.get("generation", {}),
+            base=record.get("base", {}),
             parameters=StoredParameters(folder / str(step) / "params"),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:

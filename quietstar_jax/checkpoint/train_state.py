@@ -14,12 +14,14 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: scalar int32, number of optimizer steps done, over all phases.
-      params: float32 master weights by dotted path.
+      params: float32 master weights by dotted path, all that may learn.
       opt_state: optimizer state of `make_optimizer`.
       entropy_bonus: scalar float32, adapted to hold `ThoughtConfig.entropy_target`; None before the first phase that
         trains thoughts, and where it is constant.
       reference: the weights when the first phase that trains thoughts began; None before, and where no setting compares
-        with them.
+        with them. With adapters, only the thought embeddings and the parameters of the decoder that learn without an
+        adapter: the reference is the model with its adapters off.
+      frozen: the weights that adapters freeze, by dotted path; not in checkpoints. Empty without adapters.
     """
 
     step: jax.Array
@@ -27,6 +29,12 @@ class TrainState(NamedTuple):
     opt_state: Any
     entropy_bonus: jax.Array | None = None
     reference: dict[str, jax.Array] | None = None
+    frozen: dict[str, jax.Array] = {}  # noqa: RUF012 - never modified
+
+    @property
+    def weights(self) -> dict[str, jax.Array]:
+        """All weights of the model by dotted path."""
+        return self.params | self.frozen
 
     @property
     def objective(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -54,6 +54,7 @@ def load_parameters(
     *,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     dtypes: Mapping[str, jnp.dtype] | None = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, jax.Array]:
     """Returns the parameters that the entries fill, by dotted path, with stacked layers.
 
@@ -62,6 +63,7 @@ def load_parameters(
       shardings: sharding of each parameter. Each is moved to its devices as soon as it is complete, and its host copy
         is freed. None = the default device.
       dtypes: dtype of each parameter; None = float32.
+      only: paths of the parameters to return; the others are not read. None = all.
 
     Raises:
       CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype (checked before any is read), or
@@ -74,13 +76,18 @@ def load_parameters(
     done: dict[str, jax.Array] = {}
     broken: list[str] = []
     for entry in entries:
+        if only is not None and not any(target.path in only for target in entry.targets):
+            continue
         if not _fill(entry, source.read(entry.name), filling, shapes):
             broken.append(f"{entry.name} ({source.tensors[entry.name].file})")
         for target in entry.targets:
             remaining[target.path] -= 1
             if not remaining[target.path]:
-                placed = _place(filling.pop(target.path), shardings, target.path)
-                done[target.path] = placed if dtypes is None else placed.astype(dtypes[target.path])
+                host = filling.pop(target.path)
+                if only is not None and target.path not in only:
+                    continue
+                host = host if dtypes is None else host.astype(dtypes[target.path], copy=False)
+                done[target.path] = _place(host, shardings, target.path)
     if broken:
         raise CheckpointError(
             listing("Tensors contain NaN, infinite values, or values beyond float32:", broken)

@@ -13,9 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
-from quietstar_jax.architecture import Architecture
+from quietstar_jax.architecture import NO_ADAPTERS, Adapters, Architecture
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, is_run, open_run, run_tokenizer
 from quietstar_jax.config import ComputeDtype, Config, ModelConfig, PrefixAttention
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
@@ -28,13 +27,13 @@ from quietstar_jax.hf.load import Info, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries
 from quietstar_jax.io import is_url, place
 from quietstar_jax.models.families import architecture_from_hf
-from quietstar_jax.models.parameters import GraphDef
+from quietstar_jax.models.parameters import GraphDef, stored_dtype
 from quietstar_jax.parallel.mesh import check_kernels
 from quietstar_jax.settings import from_mapping, one_of, to_mapping
 from quietstar_jax.thought_config import ThoughtConfig
+from quietstar_jax.thoughts.model import abstract_params
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, thought_settings
-from quietstar_jax.training.base import PUBLISHED_MIXING, PUBLISHED_SCALE, can_think
-from quietstar_jax.training.setup import abstract_params
+from quietstar_jax.training.base import PUBLISHED_MIXING, PUBLISHED_SCALE, can_think, run_weights
 
 PUBLISHED_LENGTH = 9  # T of checkpoints whose config.json has none: the paper's main setting
 Layout = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
@@ -173,30 +172,13 @@ def load_model(
     return dataclasses.replace(model, prefix_attention=prefix_attention)
 
 
-def stored_dtype(name: str, dtype: str) -> str:
-    """Returns the dtype in which a parameter is stored when the model computes in `dtype`.
-
-    Norms and the start and end embeddings are used in float32; all other parameters are cast before use.
-    """
-    exact = name.endswith("norm") or name in ("start_embedding", "end_embedding")
-    return "float32" if exact else dtype
-
-
 def _of_run(path: str, run: RunCheckpoint, dtype: ComputeDtype, layout: Layout | None) -> LoadedModel:
     thinking_phases = [phase for phase in run.config.phases if phase.thought_length]
     tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)
     eos, suppressed = stops_and_suppressed(run.generation, tokenizer.eos_id, run.workdir)
-    abstract, graphdef = _abstract(run.architecture, dtype, layout)
-    folder = run.parameters.folder
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(folder, abstract)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be read: {error}\nChoose another `step`, or continue the training."
-        ) from error
+    abstract, graphdef = _abstract(run.architecture, dtype, layout, run.config.model.adapters)
     return LoadedModel(
-        params=params,
+        params=run_weights(run, abstract),
         graphdef=graphdef,
         architecture=run.architecture,
         dtype=dtype,
@@ -263,10 +245,10 @@ def _of_files(
 
 
 def _abstract(
-    architecture: Architecture, dtype: ComputeDtype, layout: Layout | None
+    architecture: Architecture, dtype: ComputeDtype, layout: Layout | None, adapters: Adapters = NO_ADAPTERS
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], GraphDef]:
     """Shapes, dtypes and shardings of the parameters, and the graphdef."""
-    shapes, graphdef = abstract_params(architecture)
+    shapes, graphdef = abstract_params(architecture, adapters)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = layout(shapes) if layout else dict.fromkeys(shapes, here)
     return {

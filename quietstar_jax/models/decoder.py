@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from quietstar_jax.architecture import Architecture
+from quietstar_jax.architecture import NO_ADAPTERS, Adapters, Architecture
 from quietstar_jax.models import rope
+from quietstar_jax.models.adapters import add_adapters, learns
 from quietstar_jax.models.attention import ATTENTION, attend, causal_mask, soft_cap
 from quietstar_jax.models.layer_scan import scan_layers
-from quietstar_jax.models.linear import dense, linear, look_up
+from quietstar_jax.models.linear import MAPPED, linear, look_up, mapped
 from quietstar_jax.models.parameters import Initializer, normal, ones, parameter, zeros
 from quietstar_jax.parallel.axes import constrain, num_shards
 
@@ -43,11 +44,14 @@ REMAT_POLICY = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(ATTENTION),
 )
+# With adapters, the sum of the two products of a map is saved, and neither of them.
+ADAPTED_REMAT_POLICY = jax.checkpoint_policies.save_only_these_names(ATTENTION, MAPPED)
 
 # (queries, keys, values, window, state of this layer) -> (context, further output of this layer)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
+LayerWeights = dict[str, jax.Array]  # by name, e.g. `query`
 KEY_VALUE_AXES = ("layers", "batch", "keys", "kv_heads", "head_dim")  # of the text, which all thoughts attend to
 
 
@@ -90,17 +94,18 @@ class Layers(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder-only transformer: its weights and its architecture."""
+    """A decoder-only transformer: its weights, its architecture and its adapters."""
 
-    def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs, adapters: Adapters = NO_ADAPTERS):
         a = architecture
-        self.architecture = a
+        self.architecture, self.adapters = a, adapters
         dense = normal(a.initializer_range)
         self.embedding = parameter(rngs, (a.vocab_size, a.hidden_size), ("vocab", "embed"), dense)
         self.layers = Layers(a, rngs)
         self.final_norm = parameter(rngs, (a.hidden_size,), ("embed",), norm_initializer(a))
         if not a.tie_embeddings:
             self.lm_head = parameter(rngs, (a.hidden_size, a.vocab_size), ("embed", "vocab"), dense)
+        add_adapters(self.layers, adapters, rngs)
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Token ids [...] -> embeddings [..., D] in the compute dtype, as input of the layers."""
@@ -150,7 +155,7 @@ def normalize(a: Architecture, x: jax.Array, weight: jax.Array | None) -> jax.Ar
 
 def run_layers(
     decoder: Decoder, x: jax.Array, positions: jax.Array, attend_fn: Attend, state: Any, *, rematerialize: bool = False
-) -> tuple[jax.Array, Any, Layers]:
+) -> tuple[jax.Array, Any, LayerWeights]:
     """Runs all layers and the final norm.
 
     Args:
@@ -161,32 +166,36 @@ def run_layers(
       rematerialize: recompute each layer in the backward pass instead of saving its activations.
 
     Returns:
-      (hidden [..., D], further outputs of `attend_fn`, stacked along `layers`, the weights of the layers, unchanged).
-      A second use of the weights should use the returned ones: with `rematerialize`, the gradients of both uses are
-      then summed in one array (see `layer_scan`).
+      (hidden [..., D], further outputs of `attend_fn`, stacked along `layers`, the weights of the layers that are not
+      frozen by adapters, unchanged). A second use of the weights should use the returned ones: with `rematerialize`,
+      the gradients of both uses are then summed in one array (see `layer_scan`). Frozen weights have no gradient.
     """
-    a = decoder.architecture
+    a, adapters = decoder.architecture, decoder.adapters
     rotations = rope.rotations(a, positions)
+    weights = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(decoder.layers, nnx.Param)).items()}
+    learned = {name: value for name, value in weights.items() if learns(f"decoder.layers.{name}", adapters)}
+    frozen = {name: value for name, value in weights.items() if name not in learned}
 
-    def layer(x: jax.Array, inputs: tuple[Layers, tuple[jax.Array, jax.Array], Any]) -> tuple[jax.Array, Any]:
-        weights, (window, base), layer_state = inputs
-        w = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(weights, nnx.Param)).items()}
+    def layer(x: jax.Array, inputs: tuple[LayerWeights, Any, Any]) -> tuple[jax.Array, Any]:
+        learned, (frozen, window, base), layer_state = inputs
+        w: dict[str, Any] = {**learned, **frozen, "lora_scale": adapters.scale}
         cos, sin = (jax.lax.dynamic_index_in_dim(table, base, keepdims=False) for table in rotations)
         q, k, v = project(a, w, normalize(a, x, w.get("attention_norm")), cos, sin)
         context, ys = attend_fn(q, k, v, window, layer_state)
-        attended = dense(context, w["output"], w.get("output_bias"), inputs=2)
+        attended = mapped(context, w, "output", inputs=2)
         x = x + normalize(a, attended, w.get("attention_post_norm"))
         fed = feed_forward(a, w, normalize(a, x, w.get("mlp_norm")))
         x = x + normalize(a, fed, w.get("mlp_post_norm"))
         return constrain(x, "batch", ..., "hidden"), ys
 
-    layers, kinds = decoder.layers, (attention_windows(a), jnp.asarray(rope.bases(a)))
+    fixed = (frozen, attention_windows(a), jnp.asarray(rope.bases(a)))
     if rematerialize:
-        x, ys, layers = scan_layers(layer, x, layers, kinds, state)
+        x, ys, learned = scan_layers(layer, x, learned, fixed, state)
     else:
-        body = jax.checkpoint(layer, policy=REMAT_POLICY, prevent_cse=False)
-        x, ys = jax.lax.scan(body, x, (layers, kinds, state))
-    return normalize(a, x, decoder.final_norm[...]), ys, layers
+        policy = ADAPTED_REMAT_POLICY if frozen else REMAT_POLICY
+        body = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        x, ys = jax.lax.scan(body, x, (learned, fixed, state))
+    return normalize(a, x, decoder.final_norm[...]), ys, learned
 
 
 def attention_windows(a: Architecture) -> jax.Array:
@@ -196,32 +205,29 @@ def attention_windows(a: Architecture) -> jax.Array:
 
 
 def project(
-    a: Architecture, w: dict[str, jax.Array], x: jax.Array, cos: jax.Array, sin: jax.Array
+    a: Architecture, w: dict[str, Any], x: jax.Array, cos: jax.Array, sin: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [..., D] -> queries [..., Q, H], keys and values [..., G, H].
 
     Queries and keys have rotary positions. Queries are scaled: their products with keys are the scores of attention.
     """
-    q = dense(x, w["query"], w.get("query_bias"))
-    k = dense(x, w["key"], w.get("key_bias"))
-    v = dense(x, w["value"], w.get("value_bias"))
+    q, k, v = (mapped(x, w, name) for name in ("query", "key", "value"))
     if a.qk_norm:
         q, k = normalize(a, q, w["query_norm"]), normalize(a, k, w["key_norm"])
     scale = a.query_scale or a.head_dim**-0.5
     return rope.rotate(q, cos, sin) * scale, rope.rotate(k, cos, sin), v
 
 
-def feed_forward(a: Architecture, w: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+def feed_forward(a: Architecture, w: dict[str, Any], x: jax.Array) -> jax.Array:
     """Gated feed-forward [..., D] -> [..., D]."""
-    gate = ACTIVATIONS[a.activation](dense(x, w["gate"], w.get("gate_bias")))
-    up = dense(x, w["up"], w.get("up_bias"))
-    return dense(gate * up, w["down"], w.get("down_bias"))
+    gate = ACTIVATIONS[a.activation](mapped(x, w, "gate"))
+    return mapped(gate * mapped(x, w, "up"), w, "down")
 
 
 def base_pass(
     decoder: Decoder, tokens: jax.Array, mask: jax.Array, starts: jax.Array | None = None, *, dtype: jnp.dtype,
     rematerialize: bool = False,
-) -> tuple[jax.Array, KeyValues, Layers]:  # fmt: skip
+) -> tuple[jax.Array, KeyValues, LayerWeights]:  # fmt: skip
     """Runs the causal pass over the text itself.
 
     Rotary positions count from the start of the row, even where a row has several documents: attention depends only on

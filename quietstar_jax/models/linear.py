@@ -8,18 +8,36 @@ copies of some), and the gradient of a weight is accumulated in the float32 of t
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from quietstar_jax.parallel.axes import Axes, constrain, manual_shard_map, num_shards
+
+MAPPED = "mapped"  # name of the results of `mapped` in rematerialisation policies
 
 
 def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, inputs: int = 1) -> jax.Array:
     """Linear map in x's dtype: contracts the last `inputs` axes of x with the first ones of the weight."""
     y = linear(x, weight, inputs, x.dtype)
     return y if bias is None else y + bias.astype(x.dtype)
+
+
+def mapped(x: jax.Array, weights: Mapping[str, Any], name: str, *, inputs: int = 1) -> jax.Array:
+    """Linear map of a layer with its bias and its adapter, if it has them, in x's dtype.
+
+    Args:
+      weights: of the layer by name, e.g. `query`, `query_bias`, `query_lora_a`; `lora_scale` multiplies adapters.
+      inputs: as in `dense`.
+    """
+    y = dense(x, weights[name], weights.get(f"{name}_bias"), inputs=inputs)
+    if f"{name}_lora_a" not in weights:
+        return checkpoint_name(y, MAPPED)
+    low = checkpoint_name(linear(x, weights[f"{name}_lora_a"], inputs, x.dtype) * weights["lora_scale"], MAPPED)
+    return checkpoint_name(y + linear(low, weights[f"{name}_lora_b"], 1, x.dtype), MAPPED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

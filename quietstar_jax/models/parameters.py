@@ -23,6 +23,11 @@ def normal(stddev: float) -> Initializer:
     return lambda key, shape: stddev * jax.random.normal(key, shape, jnp.float32)
 
 
+def uniform(bound: float) -> Initializer:
+    """Initializer with float32 draws from a uniform distribution within -bound .. bound."""
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Initializer with zeros."""
     return jnp.zeros(shape, jnp.float32)
@@ -53,6 +58,15 @@ def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
     """Returns all parameters with metadata by dotted path, e.g. `decoder.layers.query`, in a fixed order."""
     flat: Any = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(str(part) for part in path): value for path, value in flat}
+
+
+def stored_dtype(name: str, dtype: str) -> str:
+    """Returns the dtype in which a parameter that is only read is stored when the model computes in `dtype`.
+
+    Norms and the start and end embeddings are used in float32; all other parameters are cast before use.
+    """
+    exact = name.endswith("norm") or name in ("start_embedding", "end_embedding")
+    return "float32" if exact else dtype
 
 
 class GraphDef(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.models.decoder import Decoder, KeyValues, Layers, run_layers
+from quietstar_jax.models.decoder import Decoder, KeyValues, LayerWeights, run_layers
 from quietstar_jax.thoughts.attention.chain_attention import attend_chains, to_chain_layout
 from quietstar_jax.thoughts.attention.mask import ChainMask
 from quietstar_jax.thoughts.text import here_and_ahead
@@ -20,7 +20,7 @@ from quietstar_jax.thoughts.text import here_and_ahead
 def chain_pass(
     decoder: Decoder, embeddings: jax.Array, positions: jax.Array, prefix: KeyValues, mask: jax.Array,
     starts: jax.Array | None = None, *, rematerialize: bool = False, prefix_attention: str = "auto",
-) -> tuple[jax.Array, Layers]:  # fmt: skip
+) -> tuple[jax.Array, LayerWeights]:  # fmt: skip
     """Runs all tokens of the chains of J positions in parallel.
 
     Args:

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.methods.rewards import REWARDS
-from quietstar_jax.models.decoder import KEY_VALUE_AXES, KeyValues, Layers
-from quietstar_jax.models.parameters import merge, named_parameters, split
+from quietstar_jax.models.decoder import KEY_VALUE_AXES, KeyValues, LayerWeights
+from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts.chunks import map_chunks, sum_chunks, take_chunk, take_positions
 from quietstar_jax.thoughts.diagnostics import distinct_thoughts, entropy_histogram
 from quietstar_jax.thoughts.model import QuietStar
@@ -134,9 +134,9 @@ def quiet_star_loss(
     return loss, {"loss": loss, "base_loss": base_loss, **metrics}
 
 
-def _layers(layers: Any, wanted: Any) -> dict[str, jax.Array]:
-    """The weights of the decoder's layers by dotted path, restricted to the names in `wanted`."""
-    named = {f"decoder.layers.{name}": value[...] for name, value in named_parameters(layers).items()}
+def _layers(layers: LayerWeights | None, wanted: Any) -> dict[str, jax.Array]:
+    """The weights of the decoder's layers by dotted path, restricted to the paths in `wanted`."""
+    named = {f"decoder.layers.{name}": value for name, value in (layers or {}).items()}
     return {name: value for name, value in named.items() if name in wanted}
 
 
@@ -210,7 +210,7 @@ def _rewards(
 def _chunk_loss(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: Thoughts, counts: Counts, entropy_bonus: jax.Array,
     settings: ThoughtSettings,
-) -> tuple[jax.Array, Metrics, Layers]:  # fmt: skip
+) -> tuple[jax.Array, Metrics, LayerWeights]:  # fmt: skip
     """Returns (loss terms of the thoughts at these positions, their metrics, layers as from `run_layers`).
 
     Every term is a sum over positions divided by a count of the whole batch, so chunks add up to the batch.

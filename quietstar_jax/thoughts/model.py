@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from quietstar_jax.architecture import Architecture
+from quietstar_jax.architecture import NO_ADAPTERS, Adapters, Architecture
 from quietstar_jax.models.decoder import Decoder
-from quietstar_jax.models.parameters import parameter, zeros
+from quietstar_jax.models.parameters import GraphDef, merge, parameter, split, zeros
 from quietstar_jax.thoughts.mixing import MixingHead
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
@@ -59,14 +60,25 @@ def initialize(
 
 def mean_embedding(embedding: jax.Array, tokens: Sequence[int], embedding_scale: float) -> jax.Array:
     """Returns the initial start or end embedding, [D] as stored: the mean of these rows of the embedding [V, D]."""
-    return embedding[jnp.array(tokens)].mean(axis=0) / embedding_scale
+    return embedding[jnp.array(tokens)].astype(jnp.float32).mean(axis=0) / embedding_scale
 
 
 def init_quiet_star(
     architecture: Architecture, start_tokens: Sequence[int], end_tokens: Sequence[int], embedding_scale: float,
-    key: jax.Array,
+    key: jax.Array, adapters: Adapters = NO_ADAPTERS,
 ) -> QuietStar:  # fmt: skip
     """Returns a model with random weights."""
     decoder_key, head_key = jax.random.split(key)
-    decoder = Decoder(architecture, nnx.Rngs(decoder_key))
+    decoder = Decoder(architecture, nnx.Rngs(decoder_key), adapters)
     return initialize(decoder, start_tokens, end_tokens, embedding_scale, head_key)
+
+
+def abstract_params(architecture: Architecture, adapters: Adapters = NO_ADAPTERS) -> tuple[dict[str, Any], GraphDef]:
+    """Returns float32 shapes of all parameters, and the graph definition of the model; allocates nothing."""
+    return split(jax.eval_shape(lambda: init_quiet_star(architecture, [0], [0], 1.0, jax.random.key(0), adapters)))
+
+
+def with_adapters_off(model: QuietStar, replaced: Mapping[str, jax.Array]) -> QuietStar:
+    """Returns the model without its adapters and with other values of some parameters, by dotted path."""
+    _, graphdef = abstract_params(model.decoder.architecture)
+    return merge(graphdef, split(model)[0] | dict(replaced))

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.methods.mixings import MIXINGS
-from quietstar_jax.models.decoder import Layers
+from quietstar_jax.models.decoder import LayerWeights
 from quietstar_jax.models.linear import cross_entropy, pick
 from quietstar_jax.thoughts.chains import chain_pass
 from quietstar_jax.thoughts.mixing import mixing_weight
@@ -49,7 +49,7 @@ class Scores(NamedTuple):
     log_probs: jax.Array
     weight: jax.Array
     log_scores: jax.Array
-    layers: Layers
+    layers: LayerWeights
     entropy: jax.Array | None = None
 
 
@@ -113,7 +113,7 @@ def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing
 def chain_hidden_states(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, settings: ThoughtSettings, *,
     hide_text: bool = False,
-) -> tuple[jax.Array, jax.Array, Layers]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, LayerWeights]:  # fmt: skip
     """Runs the chains of given thoughts and returns their hidden states; see the drawing at the top of this file.
 
     Args:

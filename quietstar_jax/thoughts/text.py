@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.models.decoder import Decoder, KeyValues, Layers, base_pass
+from quietstar_jax.models.decoder import Decoder, KeyValues, LayerWeights, base_pass
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.parallel.axes import constrain, merge_microbatches, num_shards, split_microbatches
 
@@ -34,7 +34,7 @@ class Text(NamedTuple):
     prefix: KeyValues
     nll: jax.Array
     entropy: jax.Array | None = None
-    layers: Layers | None = None
+    layers: LayerWeights | None = None
     starts: jax.Array | None = None
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+import jax.numpy as jnp
+from etils import epath
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint import manifest
@@ -18,21 +21,22 @@ from quietstar_jax.data.fingerprint import fingerprint
 from quietstar_jax.data.sources.files import one_file
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.data.vocabulary import UNUSED
-from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.load import build, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries, thought_entries
+from quietstar_jax.models.adapters import is_adapter, learns, merge_adapters
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf
-from quietstar_jax.models.parameters import split
-from quietstar_jax.thoughts.model import QuietStar, init_quiet_star, initialize
+from quietstar_jax.models.parameters import split, stored_dtype
+from quietstar_jax.thoughts.model import abstract_params, initialize
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.step import initial_thought_embeddings
 
 PUBLISHED_SCALE, PUBLISHED_MIXING = 100.0, "hidden_states"  # for checkpoints whose config.json has no such fields
 
 Base = CheckpointFiles | RunCheckpoint
-Shardings = Mapping[str, Sharding]
+Abstract = Mapping[str, jax.ShapeDtypeStruct]
 
 
 def open_base(model: ModelConfig) -> Base | None:
@@ -58,8 +62,41 @@ def base_architecture(base: Base) -> Architecture:
     return base.architecture if isinstance(base, RunCheckpoint) else architecture_from_hf(base.config, base.folder)
 
 
-def base_record(base: Base | None) -> dict[str, Any]:
-    """Returns what a run records about its base, so that it can resume without the base."""
+def open_base_again(model: ModelConfig, saved: Mapping[str, Any], owner: object) -> Base:
+    """Opens the base of a run with adapters, whose checkpoints lack the frozen weights.
+
+    Args:
+      saved: the part `base` of the run's record; owner: the run, for messages.
+
+    Raises:
+      CheckpointError: the base is missing, or its files are not those that the adapters were trained on.
+    """
+    try:
+        base = open_base(model)
+        assert base is not None
+        found = base_record(base, frozen=True)["base"]
+    except (CheckpointError, DataError, OSError) as error:
+        raise CheckpointError(
+            f"The checkpoints of {owner} contain only the weights that learn; the others are read from its base, "
+            f"config.model.checkpoint {model.checkpoint}, which cannot be opened: {error}\n"
+            "Put this folder, or a link to it, where it was."
+        ) from error
+    if found != saved:
+        raise CheckpointError(
+            f"The base {model.checkpoint} is not the one that the adapters of {owner} were trained on: its files have "
+            f"{found['bytes']:,} bytes and the hash {found['content'][:16]}, then {saved['bytes']:,} bytes and "
+            f"{saved['content'][:16]}. Restore these files, or set config.model.checkpoint to a copy of them."
+        )
+    return base
+
+
+def base_record(base: Base | None, *, frozen: bool = False) -> dict[str, Any]:
+    """Returns what a run records about its base, so that it can resume without the base.
+
+    Args:
+      frozen: the run needs the base to resume, because it freezes weights that its checkpoints lack. Then the record
+        has a hash of all bytes; without, the bytes are sampled.
+    """
     if base is None:
         return {"model_commit": "", "generation": {}, "base": {}}
     if isinstance(base, RunCheckpoint):
@@ -69,11 +106,19 @@ def base_record(base: Base | None) -> dict[str, Any]:
     else:
         files, commit = sorted({info.file for info in base.tensors.values()}), base.commit
     content = fingerprint("", [one_file(str(file)) for file in files])
+    if frozen:
+        parts = [*manifest.checksums([epath.Path(file) for file in files]), base_content(base)]
+        content["content"] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return {
         "model_commit": commit,
         "generation": dict(base.generation),
-        "base": {name: content[name] for name in ("bytes", "marks")},
+        "base": {name: content[name] for name in ("bytes", "marks", "content") if name in content},
     }
+
+
+def base_content(base: Base) -> str:
+    """Returns the content hash of the base of a base that is a run with adapters; else empty."""
+    return str(base.base.get("content", "")) if isinstance(base, RunCheckpoint) else ""
 
 
 def base_vocabulary(base: Base | None) -> Mapping[str, Any]:
@@ -118,21 +163,27 @@ def check_base(base: Base | None, config: Config, tokenizer: Tokenizer, meta: tu
 
 
 def load_base(base: Base, architecture: Architecture, config: Config, vocabulary: Vocabulary, key: jax.Array,
-              shardings: Shardings) -> dict[str, jax.Array]:  # fmt: skip
+              abstract: Abstract) -> dict[str, jax.Array]:  # fmt: skip
     """Returns all parameters of a run that begins from a base; parameters that the base lacks are initialised.
 
     Every process reads the files and keeps its own shards.
+
+    Args:
+      abstract: shapes, dtypes and shardings of all parameters except adapters.
 
     Raises:
       CheckpointError: a weight is missing or cannot be read.
     """
     scale = config.thought.embedding_scale
     if isinstance(base, RunCheckpoint):
-        return _of_run(base, architecture, vocabulary, scale, shardings)
+        params = base_weights(base, architecture, abstract)
+        if vocabulary.start_tokens:  # the thought embeddings are not trained yet
+            return params | initial_thought_embeddings(params, vocabulary, scale)
+        return _rescaled(params, base.config.thought.embedding_scale, scale)
     if can_think(base):
-        return split(load_thinking(base, architecture, scale, shardings=shardings))[0]
-    params = load_parameters(base, decoder_entries(architecture, "decoder."), shardings=shardings)
-    names = [name for name in shardings if name not in params]
+        return _rescaled(base_weights(base, architecture, abstract), _scale_of(base), scale)
+    names = [name for name in abstract if not name.startswith("decoder.")]
+    params = base_weights(base, architecture, {name: x for name, x in abstract.items() if name not in names})
 
     def make(params: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
         weights = {name.removeprefix("decoder."): value for name, value in params.items()}
@@ -140,44 +191,70 @@ def load_base(base: Base, architecture: Architecture, config: Config, vocabulary
         made, _ = split(initialize(decoder, vocabulary.start_tokens, vocabulary.end_tokens, scale, key))
         return {name: made[name] for name in names}
 
-    return params | jax.jit(make, out_shardings={name: shardings[name] for name in names})(params, key)
+    return params | jax.jit(make, out_shardings={name: abstract[name].sharding for name in names})(params, key)
 
 
-def _of_run(
-    run: RunCheckpoint, architecture: Architecture, vocabulary: Vocabulary, embedding_scale: float, shardings: Shardings
-) -> dict[str, jax.Array]:
-    shapes = jax.eval_shape(lambda: split(init_quiet_star(architecture, [0], [0], 1.0, jax.random.key(0)))[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=shardings[name]) for name, value in shapes.items()
-    }
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params: dict[str, jax.Array] = checkpointer.restore(run.parameters.folder, abstract)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise CheckpointError(f"{run.parameters.folder} cannot be read: {error}") from error
-    if vocabulary.start_tokens:  # the thought embeddings are not trained yet
-        return params | initial_thought_embeddings(params, vocabulary, embedding_scale)
-    return _rescaled(params, run.config.thought.embedding_scale, embedding_scale)
-
-
-def load_thinking(
-    files: CheckpointFiles, architecture: Architecture, embedding_scale: float, *, shardings: Shardings | None = None
-) -> QuietStar:
-    """Returns the model of a checkpoint in the published layout, with all of its weights: nothing is initialised.
+def base_weights(base: Base, architecture: Architecture, abstract: Abstract) -> dict[str, jax.Array]:
+    """Returns parameters of a base as they are stored; those of a run with adapters are merged with them.
 
     Args:
-      embedding_scale: start and end embeddings are stored divided by this number; converted from that of the file.
-      shardings: as in `load_parameters`.
+      abstract: shapes, dtypes and shardings of the parameters to return.
 
     Raises:
-      CheckpointError: as in `load_parameters`.
+      CheckpointError: a weight is missing or cannot be read.
     """
-    parameters = load_parameters(files, quietstar_entries(architecture), shardings=shardings)
-    theirs = files.config.get("thought_embedding_scale", PUBLISHED_SCALE)
-    return build(
-        lambda: init_quiet_star(architecture, [0], [0], 1.0, jax.random.key(0)),
-        _rescaled(parameters, theirs, embedding_scale),
-    )
+    shardings: Any = {name: value.sharding for name, value in abstract.items()}
+    if isinstance(base, RunCheckpoint):
+        adapters = base.config.model.adapters
+        needed = dict(abstract)
+        for name, value in abstract_params(architecture, adapters)[0].items():
+            if is_adapter(name):
+                needed[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=_replicated(shardings))
+        merge = jax.jit(lambda params: merge_adapters(params, adapters), out_shardings=shardings)
+        params = run_weights(base, needed)
+        return params if len(needed) == len(abstract) else merge(params)
+    entries = quietstar_entries(architecture) if can_think(base) else decoder_entries(architecture, "decoder.")
+    dtypes: Any = {name: value.dtype for name, value in abstract.items()}
+    return load_parameters(base, entries, shardings=shardings, dtypes=dtypes, only=abstract)
+
+
+def run_weights(run: RunCheckpoint, abstract: Abstract) -> dict[str, jax.Array]:
+    """Returns parameters of a run: from its checkpoint, and those that adapters freeze from its base.
+
+    Args:
+      abstract: shapes, dtypes and shardings of the parameters to return.
+
+    Raises:
+      CheckpointError: a weight cannot be read, or the base is missing or another one.
+    """
+    model = run.config.model
+    learned = {name: value for name, value in abstract.items() if learns(name, model.adapters)}
+    params = run.parameters.restore(learned)
+    if len(learned) == len(abstract):
+        return params
+    base = open_base_again(model, run.base, run.workdir)
+    # Rounded to the dtype in which they were frozen, if this is narrower than the requested one.
+    rounded = {
+        name: jax.ShapeDtypeStruct(
+            value.shape,
+            min(value.dtype, jnp.dtype(stored_dtype(name, model.frozen_dtype)), key=lambda dtype: dtype.itemsize),
+            sharding=value.sharding,
+        )
+        for name, value in abstract.items()
+        if name not in learned
+    }
+    frozen = base_weights(base, run.architecture, rounded)
+    return params | {name: value.astype(abstract[name].dtype) for name, value in frozen.items()}
+
+
+def _replicated(shardings: Mapping[str, Sharding]) -> Sharding:
+    """A sharding on the devices of these, under which each device has the whole array."""
+    some = next(iter(shardings.values()))
+    return NamedSharding(some.mesh, PartitionSpec()) if isinstance(some, NamedSharding) else some
+
+
+def _scale_of(files: CheckpointFiles) -> float:
+    return files.config.get("thought_embedding_scale", PUBLISHED_SCALE)
 
 
 def _rescaled(params: dict[str, jax.Array], theirs: float, ours: float) -> dict[str, jax.Array]:

@@ -22,7 +22,7 @@ from quietstar_jax.thoughts.loss import (
     quiet_star_loss,
     reward_thoughts,
 )
-from quietstar_jax.thoughts.model import QuietStar
+from quietstar_jax.thoughts.model import QuietStar, with_adapters_off
 from quietstar_jax.thoughts.objective import Counts
 from quietstar_jax.thoughts.positions import at_positions, choose
 from quietstar_jax.thoughts.reference import reference_log_probs
@@ -52,6 +52,7 @@ class Shared(NamedTuple):
     counts: Counts
     entropy_bonus: jax.Array | None
     reference: dict[str, jax.Array] | None
+    frozen: dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class BatchLoss:
 
     def loss(self, params: Any, rows: Rows, shared: Shared) -> tuple[jax.Array, Metrics]:
         """Returns (loss, metrics); the sums over all rows are those of the batch."""
-        (batch, draws, thoughts, positions), model = rows, merge(self.graphdef, params)
+        (batch, draws, thoughts, positions), model = rows, merge(self.graphdef, params | shared.frozen)
         if not self.settings.thought_length:
             return language_model_loss(model, batch.tokens, batch.mask, shared.counts, self.settings, batch.starts)
 
@@ -75,17 +76,17 @@ class BatchLoss:
             model, batch.tokens, batch.mask, think, shared.counts, self.settings, self._chunk(model, batch.tokens),
             starts=batch.starts,
             choose=lambda text: choose(text, draws.positions, self.settings) if positions is None else positions,
-            frozen=lambda name: not rate_scale(name, self.rates),
+            frozen=lambda name: name in shared.frozen or not rate_scale(name, self.rates),
             entropy_bonus=shared.entropy_bonus,
         )  # fmt: skip
 
-    def rewards(self, params: Any, rows: Rows, reference: Any) -> Rewarded:
+    def rewards(self, params: Any, rows: Rows, shared: Shared) -> Rewarded:
         """Samples and rewards the thoughts of the rows, without gradients."""
         batch, draws, *_ = rows
-        model = merge(self.graphdef, params)
+        model = merge(self.graphdef, params | shared.frozen)
 
         def think(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:
-            return self._think(model, text, positions, draws, reference)
+            return self._think(model, text, positions, draws, shared.reference)
 
         return reward_thoughts(
             model, batch.tokens, batch.mask, think, self.settings, self._chunk(model, batch.tokens),
@@ -100,7 +101,7 @@ class BatchLoss:
         thoughts = sample_or_control(model, text, positions, uniforms, settings, sampled)
         if reference is None or not settings.reinforced:
             return thoughts
-        model = merge(self.graphdef, reference)
+        model = with_adapters_off(model, reference)
         chunk = self._chunk(model, text.tokens)
         log_probs = reference_log_probs(model, text, positions, thoughts.tokens, settings, chunk)
         return thoughts._replace(reference_log_probs=log_probs)

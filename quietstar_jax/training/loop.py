@@ -37,7 +37,15 @@ from quietstar_jax.training.evaluation import evaluation_settings, make_token_sc
 from quietstar_jax.training.metrics import MetricsWriter, read_metrics
 from quietstar_jax.training.profile import StepProfile
 from quietstar_jax.training.resume import check_position, check_same_run, check_same_sources, saved_record
-from quietstar_jax.training.setup import Run, abstract_state, begin_objective, first_state, prepare, start_optimizer
+from quietstar_jax.training.setup import (
+    Run,
+    abstract_state,
+    begin_objective,
+    first_state,
+    frozen_weights,
+    prepare,
+    start_optimizer,
+)
 from quietstar_jax.training.speed import SpeedMeter
 from quietstar_jax.training.step import TrainStep, compile_train_step
 from quietstar_jax.training.summary import config_hash, most_helpful_thoughts
@@ -142,7 +150,7 @@ def resume_or_start(run: Run, checkpoints: Checkpoints, sequences: SequenceItera
     if "sources" not in restored.data:
         check_same_sources(saved, run.record)
     sequences.set_state(restored.data)
-    return restored.state
+    return restored.state._replace(frozen=frozen_weights(run))
 
 
 class Trainer:
@@ -172,7 +180,7 @@ class Trainer:
                 continue
             if phase.fresh_optimizer and int(state.step) == start:
                 step, kept = state.step, state.objective
-                state = start_optimizer(run, state.params)._replace(step=step, **kept)
+                state = start_optimizer(run, state.weights)._replace(step=step, **kept)
             if start == run.config.policy_start and int(state.step) == start:
                 state = begin_objective(run, state)
             numbers = self._reader.numbers(phase.batch_size)
@@ -302,10 +310,10 @@ class Trainer:
         step = int(state.step)
         if self._measured is None or self._measured[0] != step:
             between = functools.partial(self._leave_if_told, state)
-            scores = score_batches(self._scorer, state.params, self._held_out, between=between)
+            scores = score_batches(self._scorer, state.weights, self._held_out, between=between)
             values = summarize(scores)
             if self._run.tokenizer.name == "synthetic":
-                values |= measure_answers(self._run, self._scorer, state.params, between)
+                values |= measure_answers(self._run, self._scorer, state.weights, between)
             self._measured = (step, values, scores)
         return self._measured[1]
 
@@ -320,5 +328,5 @@ class Trainer:
         names = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "summary": "summary.json"}
         summary["config_hash"] = config_hash(self._run.config)
         summary["paths"] = {name: str(folder / file) for name, file in names.items()}
-        summary["parameters"] = int(sum(np.prod(value.shape) for value in state.params.values()))
+        summary["parameters"] = int(sum(np.prod(value.shape) for value in state.weights.values()))
         return summary

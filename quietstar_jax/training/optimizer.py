@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from quietstar_jax.config import OptimizerConfig
+from quietstar_jax.models.adapters import is_adapter
 from quietstar_jax.thought_config import Phase, RateScales
 
 Params = dict[str, jax.Array]
@@ -55,6 +56,8 @@ def rate_scale(name: str, rates: RateScales) -> float:
         return rates.thought_embeddings
     if name in ("start_spare", "end_spare"):
         return 0.0  # the model does not use them
+    if is_adapter(name):
+        return rates.adapters
     return rates.decoder
 
 

@@ -47,6 +47,11 @@ def same_base(saved: Mapping[str, Any], config: Config) -> bool:
     return (model["checkpoint"], model.get("revision", "")) == (config.model.checkpoint, config.model.revision)
 
 
+def same_adapters(saved: Mapping[str, Any], config: Config) -> bool:
+    """Whether the saved run has the adapters of this configuration; if not, `check_same_run` says what differs."""
+    return saved["config"]["model"].get("adapters") == to_mapping(config.model.adapters)
+
+
 def tokenizer_source(config: Config) -> tuple[str, str]:
     """Returns (folder or hub id of a run's tokenizer, its revision).
 

@@ -9,32 +9,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
-from quietstar_jax.architecture import Architecture
+from quietstar_jax.architecture import NO_ADAPTERS, Adapters, Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
 from quietstar_jax.data.pipeline import check_vocabulary
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.data.vocabulary import UNUSED, unused_ids
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.models.adapters import is_adapter
 from quietstar_jax.models.parameters import GraphDef, split
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
 from quietstar_jax.parallel.sharding import on_mesh
 from quietstar_jax.settings import from_mapping, to_mapping
-from quietstar_jax.thoughts.model import init_quiet_star
+from quietstar_jax.thoughts.model import abstract_params, init_quiet_star
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.base import (
     Base,
     base_architecture,
     base_record,
     base_vocabulary,
+    base_weights,
     check_base,
     has_thought,
     load_base,
     open_base,
+    open_base_again,
 )
-from quietstar_jax.training.resume import resumed_tokenizer, same_base, tokenizer_source
+from quietstar_jax.training.resume import resumed_tokenizer, same_adapters, same_base, tokenizer_source
 from quietstar_jax.training.step import initial_state, objective_state, state_specs
 
 
@@ -74,8 +77,12 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
     Raises:
       ConfigError, DataError, CheckpointError: the parts do not fit together; raised before any weight is read.
     """
-    base = None if saved and same_base(saved, config) else open_base(config.model)
-    record = base_record(base)
+    frozen = config.model.adapters.maps != "none"  # and must be read again when the run resumes
+    if saved and frozen and same_adapters(saved, config):
+        base: Base | None = open_base_again(config.model, saved["base"], config.workdir)
+    else:
+        base = None if saved and same_base(saved, config) else open_base(config.model)
+    record = base_record(base, frozen=frozen)
     if saved and base is None:
         record = {name: saved[name] for name in record if name in saved}
     if saved and config.model.checkpoint:
@@ -100,7 +107,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
         config=config,
         tokenizer=tokenizer,
         architecture=architecture,
-        graphdef=abstract_structure(architecture),
+        graphdef=abstract_structure(architecture, config.model.adapters),
         vocabulary=Vocabulary(
             pad_id=tokenizer.pad_id,
             meta_tokens=tuple(token for token in meta if token is not None),
@@ -120,14 +127,9 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
     )
 
 
-def abstract_params(architecture: Architecture) -> tuple[dict[str, Any], GraphDef]:
-    """Returns shapes and dtypes of all parameters, and the graph definition of the model; allocates nothing."""
-    return split(jax.eval_shape(lambda: init_quiet_star(architecture, [0], [0], 1.0, jax.random.key(0))))
-
-
-def abstract_structure(architecture: Architecture) -> GraphDef:
+def abstract_structure(architecture: Architecture, adapters: Adapters = NO_ADAPTERS) -> GraphDef:
     """Returns the graph definition of the model with this architecture."""
-    return abstract_params(architecture)[1]
+    return abstract_params(architecture, adapters)[1]
 
 
 def abstract_state(config: Config, architecture: Architecture, mesh: Mesh, step: int = 0) -> TrainState:
@@ -135,7 +137,7 @@ def abstract_state(config: Config, architecture: Architecture, mesh: Mesh, step:
 
     A checkpoint of this step and of any mesh can be restored into it.
     """
-    params, graphdef = abstract_params(architecture)
+    params, graphdef = abstract_params(architecture, config.model.adapters)
     begun = config.policy_start is not None and step > config.policy_start
     state = jax.eval_shape(lambda params: initial_state(params, config, objective=begun), params)
     return jax.tree.map(
@@ -149,13 +151,38 @@ def first_state(run: Run) -> TrainState:
     """Returns the state at step 0, with the weights of the base (also its thought weights, if any) or random ones."""
     vocabulary, scale = run.vocabulary, run.config.thought.embedding_scale
     key = jax.random.fold_in(run.key, jnp.iinfo(jnp.int32).max)  # a number that no step folds in
-    layout = jax.tree.map(lambda x: x.sharding, abstract_state(run.config, run.architecture, run.mesh)).params
+    abstract = abstract_state(run.config, run.architecture, run.mesh).weights
+    layout = {name: value.sharding for name, value in abstract.items()}
     base = run.base or open_base(run.config.model)
     if base:
-        return start_optimizer(run, load_base(base, run.architecture, run.config, vocabulary, key, layout))
+        others: Any = {name: value for name, value in abstract.items() if not is_adapter(name)}
+        weights = load_base(base, run.architecture, run.config, vocabulary, key, others)
+        return start_optimizer(run, weights | first_adapters(run, layout))
     meta = (vocabulary.start_tokens, vocabulary.end_tokens, scale)
     make = jax.jit(lambda key: split(init_quiet_star(run.architecture, *meta, key))[0], out_shardings=layout)
     return start_optimizer(run, make(key))
+
+
+def first_adapters(run: Run, layout: Mapping[str, Sharding]) -> dict[str, jax.Array]:
+    """Returns the weights of the adapters at step 0, in these shardings: without effect."""
+    names = [name for name in layout if is_adapter(name)]
+
+    def make(key: jax.Array) -> dict[str, jax.Array]:
+        model = init_quiet_star(run.architecture, [0], [0], 1.0, key, run.config.model.adapters)
+        params, _ = split(model)
+        return {name: params[name] for name in names}
+
+    key = jax.random.fold_in(run.key, jnp.iinfo(jnp.int32).max - 1)  # a number that no step folds in
+    return jax.jit(make, out_shardings={name: layout[name] for name in names})(key) if names else {}
+
+
+def frozen_weights(run: Run) -> dict[str, jax.Array]:
+    """Returns the weights that adapters freeze, which checkpoints lack."""
+    abstract: Any = abstract_state(run.config, run.architecture, run.mesh).frozen
+    if not abstract:
+        return {}
+    assert run.base is not None
+    return base_weights(run.base, run.architecture, abstract)
 
 
 def start_optimizer(run: Run, params: dict[str, jax.Array]) -> TrainState:

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec
 
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
-from quietstar_jax.models.parameters import GraphDef
+from quietstar_jax.models.adapters import is_adapter, learns
+from quietstar_jax.models.parameters import GraphDef, stored_dtype
 from quietstar_jax.parallel.axes import (
     constrain_tree,
     manual_shard_map,
@@ -38,22 +39,34 @@ from quietstar_jax.training.optimizer import apply_updates, learning_rate, make_
 TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, Metrics]]
 
 
-def initial_state(params: dict[str, jax.Array], config: Config, *, objective: bool = False) -> TrainState:
-    """Returns the state at step 0 with these weights.
+def initial_state(weights: dict[str, jax.Array], config: Config, *, objective: bool = False) -> TrainState:
+    """Returns the state at step 0 with these weights, of which those that never learn are stored in `frozen_dtype`.
 
     Args:
+      weights: all weights by dotted path.
       objective: also with the state of the objective, as when the first phase that trains thoughts begins.
     """
-    state = TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer).init(params))
+    params = {name: value for name, value in weights.items() if learns(name, config.model.adapters)}
+    frozen = {
+        name: value.astype(stored_dtype(name, config.model.frozen_dtype))
+        for name, value in weights.items()
+        if name not in params
+    }
+    state = TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer).init(params), frozen=frozen)
     return state._replace(**objective_state(params, config)) if objective else state
 
 
 def objective_state(params: dict[str, jax.Array], config: Config) -> dict[str, Any]:
     """Returns the fields `entropy_bonus` and `reference` when the first phase that trains thoughts begins."""
-    thought = config.thought
+    thought, adapted = config.thought, config.model.adapters.maps != "none"
+    compared = {
+        name: value
+        for name, value in params.items()
+        if not (adapted and (is_adapter(name) or name.startswith("mixing_head.")))
+    }
     return {
         "entropy_bonus": jnp.float32(thought.entropy_bonus) if thought.entropy_target else None,
-        "reference": jax.tree.map(jnp.copy, params) if thought.needs_reference else None,
+        "reference": jax.tree.map(jnp.copy, compared) if thought.needs_reference else None,
     }
 
 
@@ -72,6 +85,7 @@ def make_train_step(
     """
     until_now = [p.name for p in config.phases].index(phase.name) + 1
     never_thought = bool(vocabulary.start_tokens) and not any(p.thought_length for p in config.phases[:until_now])
+    embeddings_follow = never_thought and learns("decoder.embedding", config.model.adapters)
     settings = phase_settings(config, phase, vocabulary)
     optimizer = make_optimizer(config.optimizer)
     axes = graphdef.axes_by_name
@@ -81,11 +95,11 @@ def make_train_step(
         """Gradients and metrics of one shard of the data axis, summed over all shards at the end."""
         gradient = jax.grad(objective.loss, has_aux=True)
         gradients, metrics = accumulate(lambda part: gradient(params, part, shared), rows, phase.microbatches)
-        return psum((constrain_tree(gradients, axes), metrics), "data")
+        return psum((constrain_tree(gradients, {name: axes[name] for name in gradients}), metrics), "data")
 
-    def rewards_of_rows(_: Any, params: Any, rows: Rows, reference: Any) -> Rewarded:
+    def rewards_of_rows(_: Any, params: Any, rows: Rows, shared: Shared) -> Rewarded:
         """Thoughts and rewards of one shard of the data axis."""
-        return map_microbatches(lambda part: objective.rewards(params, part, reference), rows, phase.microbatches)
+        return map_microbatches(lambda part: objective.rewards(params, part, shared), rows, phase.microbatches)
 
     def step(state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array) -> tuple[TrainState, Metrics]:
         draws = draw(jax.random.fold_in(key, state.step), batch.tokens.shape, settings, row_numbers)
@@ -93,20 +107,22 @@ def make_train_step(
         chosen = count_chosen(batch.mask, draws.positions, settings, batch.starts) if some else None
         counts = count_targets(batch.mask, phase.tokens_ahead, chosen, batch.starts)
         rows, bonus = Rows(batch, draws), state.entropy_bonus
+        shared = Shared(counts, bonus, state.reference, state.frozen)
         if settings.needs_batch_rewards:
             all_rewards = manual_shard_map(rewards_of_rows, ("data",), ((), ("rows",), ()), ("rows",))
-            rewarded = all_rewards(state.params, rows, state.reference)
+            rewarded = all_rewards(state.params, rows, shared)
             rows = rows._replace(thoughts=rewarded.thoughts, positions=rewarded.positions)
             counts = with_batch_std(counts, rewarded.rewards, rewarded.scored, config.thought.advantage)
+            shared = shared._replace(counts=counts)
         all_gradients = manual_shard_map(gradients_of_rows, ("data",), ((), ("rows",), ()), ())
-        gradients, metrics = all_gradients(state.params, rows, Shared(counts, bonus, state.reference))
+        gradients, metrics = all_gradients(state.params, rows, shared)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = learning_rate(phase, state.step - phase_start)
         params = apply_updates(state.params, updates, rate, phase.rates)
-        if never_thought:
+        if embeddings_follow:
             params |= initial_thought_embeddings(params, vocabulary, config.thought.embedding_scale)
         if "entropy_histogram" in metrics:
-            metrics |= histogram_quantiles(metrics.pop("entropy_histogram"), len(params["decoder.embedding"]))
+            metrics |= histogram_quantiles(metrics.pop("entropy_histogram"), len(state.weights["decoder.embedding"]))
         if bonus is not None and "policy_entropy" in metrics:
             metrics["entropy_bonus"] = bonus
             bonus = adapted_entropy_bonus(
@@ -118,7 +134,7 @@ def make_train_step(
             "parameter_norm": optax.tree.norm(params),  # of the new weights: not finite if they have diverged
             "learning_rate": rate,
         }
-        return TrainState(state.step + 1, params, opt_state, bonus, state.reference), metrics
+        return TrainState(state.step + 1, params, opt_state, bonus, state.reference, state.frozen), metrics
 
     return step
 

@@ -18,7 +18,7 @@ from quietstar_jax.parallel.mesh import check_batches, check_weights, make_mesh,
 from quietstar_jax.parallel.sharding import ProcessBatchShard, specs_like_parameters
 from quietstar_jax.settings import from_mapping
 from quietstar_jax.thought_config import Phase
-from quietstar_jax.training.setup import abstract_params
+from quietstar_jax.thoughts.model import abstract_params
 from quietstar_jax.training.step import initial_state, state_specs
 
 

@@ -15,8 +15,8 @@ from quietstar_jax.errors import EXIT_USER_ERROR, ConfigError
 from quietstar_jax.planning.programs import find_phase, passes, plan_mesh, train_program
 from quietstar_jax.planning.targets import find_target
 from quietstar_jax.thought_config import ThoughtConfig
+from quietstar_jax.thoughts.model import abstract_params
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.training.setup import abstract_params
 from tests.support.commands import Ended, run_command
 from tests.training.tiny import tiny_config
 
