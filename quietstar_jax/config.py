@@ -99,12 +99,6 @@ class ModelConfig:
     # Pallas kernel on TPUs and XLA elsewhere, `blocks` is XLA, `triton` is a Pallas kernel for NVIDIA's A100, H100 and
     # other GPUs with 163 KiB of shared memory per program
 
-    def decoder_learns(self, rates: RateScales) -> bool:
-        """Whether any weight of the decoder changes at these rates."""
-        if self.adapters.maps == "none":
-            return rates.decoder > 0
-        return rates.adapters > 0 or (self.adapters.norms and rates.decoder > 0)
-
     def conflicts(self) -> list[str]:
         adapted = self.adapters.maps != "none"
         return [
@@ -223,9 +217,15 @@ class RateScales:
 
     decoder: NonNegative[float] = 1.0  # all weights of the decoder; if frozen, phases with thoughts do not compute its
     # gradient. With `model.adapters`, the norms if they learn
-    adapters: NonNegative[float] = 1.0  # the adapters of the decoder, if it has any
     mixing_head: NonNegative[float] = 1.0  # the head that weighs predictions with and without thoughts
     thought_embeddings: NonNegative[float] = 1.0  # the embeddings of the start and end of a thought
+    adapters: NonNegative[float] = 1.0  # the adapters of the decoder, if `model.adapters` gives it any
+
+    def move_decoder(self, adapters: Adapters) -> bool:
+        """Whether any weight of a decoder with these adapters learns."""
+        if adapters.maps == "none":
+            return self.decoder > 0
+        return self.adapters > 0 or (adapters.norms and self.decoder > 0)
 
 
 @dataclass(frozen=True)
@@ -451,7 +451,7 @@ class Config:
                 phase.num_thoughts,
                 f"at least 2 with the advantage {self.thought.advantage}, which is 0 for a single thought",
             )  # fmt: skip
-            student = phase.thought_length and self.model.decoder_learns(phase.rates)
+            student = phase.thought_length and phase.rates.move_decoder(self.model.adapters)
             rate = "decoder" if self.model.adapters.maps == "none" else "adapters"
             problems += require(
                 bool(student) or not phase.distill_weight, f"phases[{i}].distill_weight", phase.distill_weight,

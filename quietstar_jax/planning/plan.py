@@ -136,7 +136,7 @@ def suggestions(config: Config, result: dict[str, Any]) -> list[str]:
     """Returns changes that may make a program fit, likeliest first."""
     mesh, bytes_per_chip = result["mesh"], result["bytes_per_chip"]
     hbm = bytes_per_chip.get("usable", result["hbm_bytes"])
-    state = bytes_per_chip["parameters"] + bytes_per_chip.get("optimizer", 0.0)
+    state = sum(bytes_per_chip.get(name, 0.0) for name in ("parameters", "frozen", "optimizer"))
     ways = mesh["fsdp"] * mesh["tensor"]
     lines = []
     if state > 0.4 * hbm:
@@ -149,6 +149,8 @@ def suggestions(config: Config, result: dict[str, Any]) -> list[str]:
         )
     if result["program"] == "generate":
         return [*lines, "fewer texts in a batch (evaluation.batch_size), or shorter ones (data.sequence_length)"]
+    if lines and config.model.adapters.maps == "none":
+        lines.append("adapters on a frozen bfloat16 base: --config.model.adapters.maps=all (needs model.checkpoint)")
     if not config.model.rematerialize:
         lines.append("recompute layers in the backward pass: --config.model.rematerialize=True")
     if result.get("positions_per_chunk", 1) > 1:
