@@ -40,7 +40,7 @@ from quietstar_jax.settings import (
     to_mapping,
     unknown,
 )
-from quietstar_jax.thought_config import Phase, RateScales, ThoughtConfig
+from quietstar_jax.thought_config import Phase, ThoughtConfig
 
 MOST_TOKENS = 2**31 - 1  # per batch
 MOST_THOUGHT_TOKENS = 2**34  # per batch
@@ -69,12 +69,6 @@ class ModelConfig:
     prefix_attention: Unrelated[PrefixAttention] = "auto"  # how thoughts attend to the text before them: `auto` is a
     # Pallas kernel on TPUs and XLA elsewhere, `blocks` is XLA, `triton` is a Pallas kernel for NVIDIA's A100, H100 and
     # other GPUs with 163 KiB of shared memory per program
-
-    def decoder_learns(self, rates: RateScales) -> bool:
-        """Whether any weight of the decoder changes at these rates."""
-        if self.adapters.maps == "none":
-            return rates.decoder > 0
-        return rates.adapters > 0 or (self.adapters.norms and rates.decoder > 0)
 
     def conflicts(self) -> list[str]:
         adapted = self.adapters.maps != "none"
@@ -280,7 +274,7 @@ class Config:
                 phase.num_thoughts,
                 f"at least 2 with the advantage {self.thought.advantage}, which is 0 for a single thought",
             )  # fmt: skip
-            student = phase.thought_length and self.model.decoder_learns(phase.rates)
+            student = phase.thought_length and phase.rates.move_decoder(self.model.adapters)
             rate = "decoder" if self.model.adapters.maps == "none" else "adapters"
             problems += require(
                 bool(student) or not phase.distill_weight, f"phases[{i}].distill_weight", phase.distill_weight,
@@ -317,7 +311,7 @@ class Config:
         Thought tokens are predicted by the decoder after the start embedding, so one of the two must learn; the mixing
         head has no part in it. Pauses are all equal, so nothing can be compared.
         """
-        learns = phase.rates.thought_embeddings > 0 or self.model.decoder_learns(phase.rates)
+        learns = phase.rates.thought_embeddings > 0 or phase.rates.move_decoder(self.model.adapters)
         return phase.trains_thoughts and learns and self.thought.control != "pause"
 
     @property

@@ -31,7 +31,7 @@ def make_parser() -> CommandParser:
     add_flags(parser, "--output", required=True)
     parser.add_argument(
         "--format", choices=FORMATS, required=True, metavar="FORMAT",
-        help="quietstar (with thoughts), or base (the decoder alone)",
+        help="quietstar (with thoughts), base (the decoder alone), or adapter (for peft, if adapters were trained)",
     )  # fmt: skip
     add_flags(parser, "--think", default="")
     parser.add_argument(

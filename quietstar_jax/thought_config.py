@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, get_args
 
+from quietstar_jax.architecture import Adapters
 from quietstar_jax.methods.advantages import ADVANTAGES
 from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.methods.rewards import REWARDS
@@ -134,9 +135,15 @@ class RateScales:
 
     decoder: NonNegative[float] = 1.0  # all weights of the decoder; if frozen, phases with thoughts do not compute its
     # gradient. With `model.adapters`, the norms if they learn
-    adapters: NonNegative[float] = 1.0  # the adapters of the decoder, if it has any
     mixing_head: NonNegative[float] = 1.0  # the head that weighs predictions with and without thoughts
     thought_embeddings: NonNegative[float] = 1.0  # the embeddings of the start and end of a thought
+    adapters: NonNegative[float] = 1.0  # the adapters of the decoder, if `model.adapters` gives it any
+
+    def move_decoder(self, adapters: Adapters) -> bool:
+        """Whether any weight of a decoder with these adapters learns."""
+        if adapters.maps == "none":
+            return self.decoder > 0
+        return self.adapters > 0 or (adapters.norms and self.decoder > 0)
 
 
 @dataclass(frozen=True)

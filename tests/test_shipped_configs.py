@@ -35,7 +35,7 @@ def test_config_fits_together(path):
     config = load(path)
     architecture = config.model.architecture
     check_length(config, architecture)
-    params, graphdef = abstract_params(architecture)
+    params, graphdef = abstract_params(architecture, config.model.adapters)
     states = {
         objective: jax.eval_shape(lambda p, objective=objective: initial_state(p, config, objective=objective), params)
         for objective in (False, True)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, open_run, run_tokenizer
 from quietstar_jax.data.vocabulary import UNUSED, unused_ids
-from quietstar_jax.export_hf.model_card import model_card
-from quietstar_jax.export_hf.save import ExportOptions, Thoughts, save
+from quietstar_jax.export_hf.merged import merged_parameters
+from quietstar_jax.export_hf.model_card import last_part, model_card
+from quietstar_jax.export_hf.save import ExportOptions, Thoughts, save, save_adapter
+from quietstar_jax.hf.adapter import adapter_config, check_expressible
 
 
 def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | None = None) -> RunCheckpoint:
@@ -25,6 +27,13 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
       UserError: the export failed; the message says what to do. No folder named `output` is left behind.
     """
     run = open_run(checkpoint, step)
+    if options.format == "adapter":
+        model = run.config.model
+        check_expressible(model.adapters, run.architecture)
+        described = adapter_config(run.architecture, model.adapters, last_part(model.checkpoint), model.revision)
+        card = model_card(run, options)
+        save_adapter(output, run.parameters, run.architecture, model.adapters, described, options.dtype, card)
+        return run
     tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)  # pads with a token that has a row
     tokenizer.begin_with(tokenizer.begins(run.config.data.prepend_bos))
     thought = run.config.thought
@@ -37,5 +46,5 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
         unused_ids=unused_ids(tokenizer, run.architecture.vocab_size, {UNUSED: run.vocabulary.unused}),
     )
     card = model_card(run, options)
-    save(output, run.parameters, run.architecture, tokenizer, thoughts, options, card, run.generation)
+    save(output, merged_parameters(run), run.architecture, tokenizer, thoughts, options, card, run.generation)
     return run

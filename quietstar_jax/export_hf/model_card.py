@@ -22,7 +22,7 @@ MEASURED = {
     "reward": "mean reward (nats)",
     "tokens": "held-out tokens",
 }
-PATHS = {"model": ("checkpoint",), "data": ("train", "validation", "data_dir", "tokenizer")}  # settings
+PATHS = {"model": ("checkpoint", "adapter"), "data": ("train", "validation", "data_dir", "tokenizer")}  # settings
 USE = {
     "quietstar": """\
 ```python
@@ -44,6 +44,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 ```""",
+    "adapter": """\
+The low-rank adapters (LoRA) of the decoder alone, without its base and without thoughts.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)  # BASE: see Training
+```""",
 }
 
 
@@ -52,7 +61,7 @@ def model_card(run: RunCheckpoint, options: ExportOptions) -> str:
     config = run.config
     settings = _without_folders({key: value for key, value in to_mapping(config).items() if key != "workdir"})
     settings["model"]["architecture"] = to_mapping(run.architecture)  # the model's, which may differ from the setting
-    origin = f"`{_last_part(config.model.checkpoint)}`" if config.model.checkpoint else "random weights"
+    origin = f"`{last_part(config.model.checkpoint)}`" if config.model.checkpoint else "random weights"
     if run.model_commit:
         origin += f" at commit `{run.model_commit}`"
     parts = [
@@ -109,7 +118,7 @@ def _phase_table(config: Config, step: int) -> str:
 
 
 def _sources(names: Sequence[str]) -> str:
-    return ", ".join(f"`{_last_part(name)}`" for name in names)
+    return ", ".join(f"`{last_part(name)}`" for name in names)
 
 
 def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,11 +126,11 @@ def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(settings)
     for group, names in PATHS.items():
         shown = {name: settings[group][name] for name in names}
-        shown = {k: _last_part(v) if isinstance(v, str) else [_last_part(item) for item in v] for k, v in shown.items()}
+        shown = {k: last_part(v) if isinstance(v, str) else [last_part(item) for item in v] for k, v in shown.items()}
         found[group] = {**settings[group], **shown}
     return found
 
 
-def _last_part(name: str) -> str:
+def last_part(name: str) -> str:
     """Returns the last part of a path that begins with `/`, `~` or `.`; a hub id or `tfds:...` stays as it is."""
     return Path(name).name if name.startswith(("/", "~", ".")) else name

@@ -4,7 +4,7 @@ The format `base` is the decoder alone with an unchanged tokenizer: a model of t
 began from. It has no start and end tokens: with tied embeddings, their rows would also be rows of the head, and the
 model could predict them. The format `quietstar` adds the mixing head and the thought embeddings under their published
 names, and a torch module that thinks. Start and end tokens that the tokenizer lacks get new rows after the existing
-ones, which stay the same bit for bit.
+ones, which stay the same bit for bit. The format `adapter` is the adapters of the decoder alone, as peft stores them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from typing import Any, Protocol
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from quietstar_jax.architecture import Architecture, FamilyName
+from quietstar_jax.architecture import Adapters, Architecture, FamilyName
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.data.vocabulary import UNUSED
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.export_hf.added_tokens import add_tokens, pad_as_trained
+from quietstar_jax.hf.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from quietstar_jax.hf.adapter import adapter_entries, check_expressible
 from quietstar_jax.hf.canonical import EMBEDDING, LM_HEAD
-from quietstar_jax.hf.files import INDEX
+from quietstar_jax.hf.files import ADAPTER, INDEX
 from quietstar_jax.hf.generation import generation_config
 from quietstar_jax.hf.names import Entry, Shape, Target, decoder_entries, parameter_shapes, quietstar_entries, to_theirs
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, write_file
@@ -37,7 +39,7 @@ from quietstar_jax.io import new_folder
 from quietstar_jax.methods.thinking import parse_policy
 from quietstar_jax.models.families import FAMILIES, architecture_to_hf
 
-FORMATS = ("quietstar", "base")
+FORMATS = ("quietstar", "base", "adapter")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 MODULE = Path(__file__).with_name("torch_module.py")
 SHIPPED_MODULE = "modeling_quietstar"
@@ -67,7 +69,7 @@ class Thoughts:
 class ExportOptions:
     """Format, dtype and shard size of an export."""
 
-    format: str = "quietstar"  # quietstar | base
+    format: str = "quietstar"  # quietstar | base | adapter
     dtype: str = "float32"  # float32 | bfloat16 | float16
     max_shard_size: str = "5GB"
     think: str = ""  # policy of thinking that generation_config.json recommends; empty = that of the base model, if any
@@ -142,6 +144,33 @@ def save(
         _write_json(folder / "config.json", _config(architecture, tokenizer, thoughts, ids, options))
 
 
+def save_adapter(
+    output: Path, parameters: Parameters, architecture: Architecture, adapters: Adapters, config: Mapping[str, Any],
+    dtype: str, card: str,
+) -> None:  # fmt: skip
+    """Writes the adapters of the decoder as a folder that peft loads onto their base; other weights are left out.
+
+    Args:
+      config: adapter_config.json; dtype: as in `ExportOptions`; card: as in `save`.
+
+    Raises:
+      CheckpointError: the output exists or cannot be written, or a value is not finite in this dtype.
+      ConfigError: peft has no form for these adapters.
+    """
+    check_expressible(adapters, architecture)
+    if _is_there(output, card):
+        return
+    entries = adapter_entries(architecture, adapters)
+    tensors = (
+        (entry.name, to_theirs(entry, [_cast(parameters.read(target), entry.name, dtype) for target in entry.targets]))
+        for entry in entries
+    )
+    with _complete_folder(output) as folder:
+        (folder / "README.md").write_text(card, "utf-8")
+        write_file(folder / ADAPTER_WEIGHTS, {entry.name: entry.shape for entry in entries}, DTYPES[dtype], tensors)
+        _write_json(folder / ADAPTER, config)
+
+
 @contextmanager
 def _complete_folder(output: Path) -> Iterator[Path]:
     """Like `io.new_folder`, but raises CheckpointError."""
@@ -189,7 +218,7 @@ class _Writer:
           CheckpointError: a value is not finite.
         """
         pieces = [self._parameters.read(target) for target in entry.targets]
-        tensor = to_theirs(entry, [self._cast(piece, entry.name) for piece in pieces])
+        tensor = to_theirs(entry, [_cast(piece, entry.name, self._options.dtype) for piece in pieces])
         if entry.name not in (EMBEDDING, LM_HEAD) or not self._added:
             return tensor
         added = np.zeros((self._added, tensor.shape[1]), np.float32)
@@ -200,7 +229,7 @@ class _Writer:
         else:
             # The mean of all rows: its logit is the mean logit, so the probability of an added token is at most 1 / V.
             added[:] = pieces[0].mean(axis=1, dtype=np.float64)
-        return np.concatenate([tensor, self._cast(added, entry.name)])
+        return np.concatenate([tensor, _cast(added, entry.name, self._options.dtype)])
 
     def _effective_embeddings(self) -> np.ndarray:
         """The embeddings of start and end as the decoder reads them, [2, D]."""
@@ -209,18 +238,18 @@ class _Writer:
         stored = [self._parameters.read(Target(path, shapes[path])) for path in paths]
         return np.stack(stored) * np.float32(self._scale)
 
-    def _cast(self, array: np.ndarray, name: str) -> np.ndarray:
-        dtype = self._options.dtype
-        with np.errstate(over="ignore"):
-            cast = array.astype(FLOAT_DTYPES[DTYPES[dtype]], copy=False)
-        if not np.isfinite(cast).all():
-            advice = (
-                f"are out of range for {dtype}: set `dtype` to bfloat16 or float32"
-                if np.isfinite(array).all()
-                else "are not finite"
-            )
-            raise CheckpointError(f"Tensor {name} cannot be exported: some of its values {advice}.")
-        return cast
+
+def _cast(array: np.ndarray, name: str, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = array.astype(FLOAT_DTYPES[DTYPES[dtype]], copy=False)
+    if not np.isfinite(cast).all():
+        advice = (
+            f"are out of range for {dtype}: set `dtype` to bfloat16 or float32"
+            if np.isfinite(array).all()
+            else "are not finite"
+        )
+        raise CheckpointError(f"Tensor {name} cannot be exported: some of its values {advice}.")
+    return cast
 
 
 def _config(

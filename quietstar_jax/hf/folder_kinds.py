@@ -67,7 +67,8 @@ def adapter_advice(folder: Path) -> str:
     base, method = (short(config.get(key, "?"), str) for key in ("base_model_name_or_path", "peft_type"))
     return (
         f"It is of type {method} and belongs to the model {base}. Merge it: load both with peft, call "
-        "`merge_and_unload()`, then `save_pretrained(FOLDER)`, and give that folder"
+        "`merge_and_unload()`, then `save_pretrained(FOLDER)`, and give that folder; or train it further, with "
+        "config.model.checkpoint set to the model, config.model.adapter to this folder, and config.model.adapters"
     )
 
 

@@ -42,6 +42,9 @@ KNOWN: dict[str, dict[str, Any]] = {
         "llama", (128_256, 2048, 8192, 16, 32, 8, 131_072), head_dim=64, tie_word_embeddings=True,
         rope_parameters={**_LLAMA_3_ROPE, "factor": 32.0},
     ),
+    "HuggingFaceTB/SmolLM2-135M": _hf(
+        "llama", (49_152, 576, 1536, 30, 9, 3, 8192), rope_theta=100_000.0, tie_word_embeddings=True
+    ),
     "Qwen/Qwen2.5-7B": _hf("qwen2", (152_064, 3584, 18_944, 28, 28, 4, 131_072), rope_theta=1e6, rms_norm_eps=1e-6),
     "Qwen/Qwen3-8B": _hf(
         "qwen3", (151_936, 4096, 12_288, 36, 32, 8, 40_960), head_dim=128, rope_theta=1e6, rms_norm_eps=1e-6

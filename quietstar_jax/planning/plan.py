@@ -136,7 +136,7 @@ def suggestions(config: Config, result: dict[str, Any]) -> list[str]:
     """Returns changes that may make a program fit, likeliest first."""
     mesh, bytes_per_chip = result["mesh"], result["bytes_per_chip"]
     hbm = bytes_per_chip.get("usable", result["hbm_bytes"])
-    parts = ("parameters", "optimizer", "reference")
+    parts = ("parameters", "frozen", "optimizer", "reference")
     state = sum(bytes_per_chip.get(part, 0.0) for part in parts)
     ways = mesh["fsdp"] * mesh["tensor"]
     lines = []
@@ -150,6 +150,8 @@ def suggestions(config: Config, result: dict[str, Any]) -> list[str]:
         )
     if result["program"] == "generate":
         return [*lines, "fewer texts in a batch (evaluation.batch_size), or shorter ones (data.sequence_length)"]
+    if lines and config.model.adapters.maps == "none":
+        lines.append("adapters on a frozen bfloat16 base: --config.model.adapters.maps=all (needs model.checkpoint)")
     if not config.model.rematerialize:
         lines.append("recompute layers in the backward pass: --config.model.rematerialize=True")
     if result.get("positions_per_chunk", 1) > 1:

@@ -66,8 +66,8 @@ def generate_program(config: Config, target: Target, phase_name: str = "") -> Pr
     architecture, mesh = plan_mesh(config, target)
     batch, settings = config.evaluation.batch_size, evaluation_settings(config, VOCABULARY)
     with jax.set_mesh(mesh):
-        params = abstract_state(config, architecture, mesh).params
-        graphdef = abstract_structure(architecture)
+        params = abstract_state(config, architecture, mesh).weights
+        graphdef = abstract_structure(architecture, config.model.adapters)
         engine = Engine(params, graphdef, architecture, config.model.compute_dtype, batch)
         length = engine.cache_length(config.data.sequence_length)
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -90,7 +90,11 @@ def generate_program(config: Config, target: Target, phase_name: str = "") -> Pr
         sizes={},
         lowered=lowered,
         bytes_per_device={"parameters": bytes_per_device(params), "cache": bytes_per_device(state.cache)},
-        flops=batch * (tokens * decoder_flops(architecture, length / 2) + (settings.thought_length + 1) * head),
+        flops=batch
+        * (
+            tokens * decoder_flops(architecture, length / 2, config.model.adapters)
+            + (settings.thought_length + 1) * head
+        ),
         recomputed=0.0,
         tokens=batch,
         weight_reads=(settings.thought_length + 1) * gathered / (mesh.shape["tensor"] * mesh.shape["group"]),
@@ -137,7 +141,7 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
     """The step of a phase, as `training/loop.py` compiles it."""
     architecture, mesh = plan_mesh(config, target)
     phase = find_phase(config, architecture, phase_name)
-    graphdef = abstract_structure(architecture)
+    graphdef = abstract_structure(architecture, config.model.adapters)
     with jax.set_mesh(mesh):
         start = next(span.start for span in config.phase_spans() if span.phase == phase)
         state = abstract_state(config, architecture, mesh, step=start + 1)  # with the reference, once there is one
@@ -160,6 +164,7 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
         lowered=lowered,
         bytes_per_device={
             "parameters": bytes_per_device(state.params),
+            **({"frozen": bytes_per_device(state.frozen)} if state.frozen else {}),
             "optimizer": bytes_per_device(state.opt_state),
             **({"reference": bytes_per_device(state.reference)} if state.reference else {}),
             "batch": bytes_per_device(batch),
@@ -215,14 +220,16 @@ def _weight_reads(
     local_positions = math.ceil(settings.thinking_positions(length) / mesh.shape["position"])
     without, with_gradient = passes(settings, phase.microbatches, chunks, local_positions)
     each = without + with_gradient * (4 if settings.rematerialize else 3)
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(state.weights))
     gathered = count * settings.dtype.itemsize / (mesh.shape["tensor"] * mesh.shape["group"])
     return each * gathered + 2.5 * bytes_per_device((state.params, state.opt_state))
 
 
 def _flops(config: Config, architecture: Architecture, phase: Phase) -> Flops:
     settings = phase_settings(config, phase, VOCABULARY)
-    return step_flops(architecture, settings, phase.batch_size, config.data.sequence_length, phase.rates)
+    return step_flops(
+        architecture, settings, phase.batch_size, config.data.sequence_length, phase.rates, config.model.adapters
+    )
 
 
 def _abstract(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

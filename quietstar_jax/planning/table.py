@@ -7,6 +7,7 @@ from typing import Any
 
 ROWS = (
     ("parameters", "float32"),
+    ("frozen", "of the base, in model.frozen_dtype"),
     ("optimizer", "Adam moments"),
     ("reference", "a copy of the weights, for the KL divergence"),
     ("cache", "keys and values of the text"),

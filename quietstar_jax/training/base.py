@@ -25,7 +25,7 @@ from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.load import build, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries, thought_entries
-from quietstar_jax.models.adapters import is_adapter, learns, merge_adapters
+from quietstar_jax.models.adapters import A, B, is_adapter, learns, merge_adapters
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import split, stored_dtype
@@ -39,8 +39,11 @@ Base = CheckpointFiles | RunCheckpoint
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
 
 
-def open_base(model: ModelConfig) -> Base | None:
+def open_base(model: ModelConfig, step: int | None = None) -> Base | None:
     """Opens the base of a run without reading weights; returns None if the run begins with random weights.
+
+    Args:
+      step: which checkpoint, if the base is a run; None = the newest.
 
     Raises:
       CheckpointError: the base is missing, incomplete or damaged.
@@ -54,7 +57,7 @@ def open_base(model: ModelConfig) -> Base | None:
             f"config.model.checkpoint {model.checkpoint} is a run and has no revision {model.revision!r}. "
             "Leave config.model.revision empty."
         )
-    return open_run(run)
+    return open_run(run, step)
 
 
 def base_architecture(base: Base) -> Architecture:
@@ -72,7 +75,7 @@ def open_base_again(model: ModelConfig, saved: Mapping[str, Any], owner: object)
       CheckpointError: the base is missing, or its files are not those that the adapters were trained on.
     """
     try:
-        base = open_base(model)
+        base = open_base(model, saved.get("step"))
         assert base is not None
         found = base_record(base, frozen=True)["base"]
     except (CheckpointError, DataError, OSError) as error:
@@ -109,10 +112,12 @@ def base_record(base: Base | None, *, frozen: bool = False) -> dict[str, Any]:
     if frozen:
         parts = [*manifest.checksums([epath.Path(file) for file in files]), base_content(base)]
         content["content"] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    if frozen and isinstance(base, RunCheckpoint):
+        content["step"] = base.step
     return {
         "model_commit": commit,
         "generation": dict(base.generation),
-        "base": {name: content[name] for name in ("bytes", "marks", "content") if name in content},
+        "base": {name: content[name] for name in ("bytes", "marks", "content", "step") if name in content},
     }
 
 
@@ -206,13 +211,22 @@ def base_weights(base: Base, architecture: Architecture, abstract: Abstract) -> 
     shardings: Any = {name: value.sharding for name, value in abstract.items()}
     if isinstance(base, RunCheckpoint):
         adapters = base.config.model.adapters
-        needed = dict(abstract)
+        if adapters.maps == "none":
+            return run_weights(base, abstract)
+        needed, replicated = dict(abstract), _replicated(shardings)
         for name, value in abstract_params(architecture, adapters)[0].items():
             if is_adapter(name):
-                needed[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=_replicated(shardings))
-        merge = jax.jit(lambda params: merge_adapters(params, adapters), out_shardings=shardings)
-        params = run_weights(base, needed)
-        return params if len(needed) == len(abstract) else merge(params)
+                weight = name.removesuffix(A).removesuffix(B)
+                needed[name] = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=replicated)
+                needed[weight] = jax.ShapeDtypeStruct(  # rounded once, after the sum
+                    abstract[weight].shape, value.dtype, sharding=abstract[weight].sharding
+                )
+
+        def merge(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            merged = merge_adapters(params, adapters)
+            return {name: merged[name].astype(value.dtype) for name, value in abstract.items()}
+
+        return jax.jit(merge, out_shardings=shardings)(run_weights(base, needed))
     entries = quietstar_entries(architecture) if can_think(base) else decoder_entries(architecture, "decoder.")
     dtypes: Any = {name: value.dtype for name, value in abstract.items()}
     return load_parameters(base, entries, shardings=shardings, dtypes=dtypes, only=abstract)

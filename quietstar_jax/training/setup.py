@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from quietstar_jax.data.pipeline import check_vocabulary
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.data.vocabulary import UNUSED, unused_ids
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.hf.adapter import AdapterFiles, open_adapter
 from quietstar_jax.models.adapters import is_adapter
 from quietstar_jax.models.parameters import GraphDef, split
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
@@ -97,6 +99,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
     meta = (tokenizer.token_id(config.thought.start_token), tokenizer.token_id(config.thought.end_token))
     learned = not saved["vocabulary"]["start_tokens"] if saved else has_thought(base)
     if not saved:
+        named_adapter(config, architecture)
         check_base(base, config, tokenizer, meta)
     start_tokens = _embedding_tokens(tokenizer, config.thought.initial_start_token, "initial_start_token")
     end_tokens = _embedding_tokens(tokenizer, config.thought.initial_end_token, "initial_end_token")
@@ -164,7 +167,7 @@ def first_state(run: Run) -> TrainState:
 
 
 def first_adapters(run: Run, layout: Mapping[str, Sharding]) -> dict[str, jax.Array]:
-    """Returns the weights of the adapters at step 0, in these shardings: without effect."""
+    """Returns the weights of the adapters at step 0, in these shardings: without effect, or as `model.adapter`."""
     names = [name for name in layout if is_adapter(name)]
 
     def make(key: jax.Array) -> dict[str, jax.Array]:
@@ -173,7 +176,20 @@ def first_adapters(run: Run, layout: Mapping[str, Sharding]) -> dict[str, jax.Ar
         return {name: params[name] for name in names}
 
     key = jax.random.fold_in(run.key, jnp.iinfo(jnp.int32).max - 1)  # a number that no step folds in
-    return jax.jit(make, out_shardings={name: layout[name] for name in names})(key) if names else {}
+    if not names:
+        return {}
+    first = jax.jit(make, out_shardings={name: layout[name] for name in names})(key)
+    return first | (opened.load(layout) if (opened := named_adapter(run.config, run.architecture)) else {})
+
+
+def named_adapter(config: Config, architecture: Architecture) -> AdapterFiles | None:
+    """Opens the adapter that `config.model.adapter` names; None if it names none.
+
+    Raises:
+      CheckpointError, ConfigError: it cannot be used with these settings.
+    """
+    model = config.model
+    return open_adapter(Path(model.adapter).expanduser(), architecture, model.adapters) if model.adapter else None
 
 
 def frozen_weights(run: Run) -> dict[str, jax.Array]:

@@ -121,7 +121,9 @@ class SpeedMeter:
             "compile_seconds": self._compiling.total(),
         }
         if (chip := chip_of(device.device_kind)) is not None:
-            flops = step_flops(self._architecture, settings, phase.batch_size, length, phase.rates).necessary
+            flops = step_flops(
+                self._architecture, settings, phase.batch_size, length, phase.rates, self._config.model.adapters
+            ).necessary
             found["mfu"] = flops / seconds / (chip.flops * jax.device_count())
         memory = device.memory_stats() or {}
         for name, key in (("memory_gib", "bytes_in_use"), ("memory_peak_gib", "peak_bytes_in_use")):

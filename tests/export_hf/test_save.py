@@ -18,10 +18,9 @@ from quietstar_jax.export_hf.added_tokens import add_tokens
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.hf.files import open_checkpoint
-from quietstar_jax.models.families import architecture_from_hf
-from quietstar_jax.training.base import load_thinking
 from tests.checkpoint.saved import edit
 from tests.export_hf.exports import DTYPES, tensors, write_checkpoint
+from tests.hf.checkpoints import load_thinking
 from tests.hf.runs import END, START, start_run
 from tests.models.test_parity import VARIANTS, VOCAB, batch, our_logits, their_logits
 
@@ -142,7 +141,7 @@ def test_thoughts_are_read_back_as_they_were(run, tmp_path):
     export(run, tmp_path / "out", ExportOptions())
     _, state = start_run(tmp_path / "scaled", tmp_path / "out", keep_thoughts=True, embedding_scale=10.0)
     opened = open_checkpoint(str(tmp_path / "out"))
-    same = load_thinking(opened, architecture_from_hf(opened.config), 100.0)
+    same = load_thinking(opened, 100.0)
     stored = load_file(tmp_path / "out/model.safetensors")["start_embedding"]
     assert stored.shape == (2, 32)
     np.testing.assert_array_equal(same.start_embedding[...], stored[0])

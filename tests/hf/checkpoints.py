@@ -13,11 +13,13 @@ from safetensors.numpy import save_file
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import CheckpointError
-from quietstar_jax.hf.files import open_checkpoint
+from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.load import TensorSource, build, load_parameters
-from quietstar_jax.hf.names import decoder_entries
+from quietstar_jax.hf.names import decoder_entries, quietstar_entries
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.models.families import architecture_from_hf, architecture_to_hf
+from quietstar_jax.models.parameters import merge
+from quietstar_jax.thoughts.model import QuietStar, abstract_params
 
 TINY = Architecture(
     "llama", vocab_size=20, hidden_size=8, intermediate_size=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6
@@ -74,6 +76,15 @@ def load_decoder(source: TensorSource, architecture: Architecture, **options: An
     """The decoder alone, with the weights of a checkpoint; options as of `load_parameters`."""
     parameters = load_parameters(source, decoder_entries(architecture), **options)
     return build(lambda: Decoder(architecture, nnx.Rngs(0)), parameters)
+
+
+def load_thinking(files: CheckpointFiles, embedding_scale: float) -> QuietStar:
+    """The model of a checkpoint in the published layout, its start and end embeddings divided by this number."""
+    architecture = architecture_from_hf(files.config)
+    params = load_parameters(files, quietstar_entries(architecture))
+    ratio = files.config.get("thought_embedding_scale", 100.0) / embedding_scale
+    params |= {name: ratio * params[name] for name in ("start_embedding", "end_embedding")}
+    return merge(abstract_params(architecture)[1], params)
 
 
 def refusal(folder: Path) -> str:

@@ -18,15 +18,14 @@ from safetensors.numpy import load_file, save_file
 
 from quietstar_jax.export_hf.export_run import ExportOptions, export
 from quietstar_jax.hf.files import open_checkpoint
-from quietstar_jax.hf.load import load_parameters
-from quietstar_jax.hf.names import quietstar_entries
-from quietstar_jax.models.families import architecture_from_hf, architecture_to_hf
-from quietstar_jax.models.parameters import merge, split
+from quietstar_jax.models.families import architecture_to_hf
+from quietstar_jax.models.parameters import split
 from quietstar_jax.thoughts.loss import quiet_star_loss
-from quietstar_jax.thoughts.model import QuietStar, abstract_params
+from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.objective import count_targets
 from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.training.base import can_think
+from tests.hf.checkpoints import load_thinking
 from tests.hf.runs import END, START, start_run, write_tokenizer
 from tests.thoughts.cases import relative_error, worst_errors
 from tests.thoughts.test_golden import FILES, Golden, read
@@ -74,10 +73,7 @@ def test_out_comes_what_went_in(through):
 def test_golden_loss_and_gradients_through_an_export(through):
     golden, s = through["golden"], through["golden"].settings
     opened = open_checkpoint(str(through["folder"] / "out"))
-    assert opened.config["thought_embedding_scale"] == s.config.embedding_scale
-    architecture = architecture_from_hf(opened.config)
-    parameters = load_parameters(opened, quietstar_entries(architecture))
-    model = merge(abstract_params(architecture)[1], parameters)
+    model = load_thinking(opened, s.config.embedding_scale)
 
     @jax.jit
     def objective(model: QuietStar, tokens: jax.Array, mask: jax.Array, thoughts: jax.Array) -> Any:

@@ -1,7 +1,8 @@
 """The training step and the token scorer on many meshes of CPU devices against one device, in one process.
 
 `JAX_NUM_CPU_DEVICES=8 python -m tests.parallel.shapes step 8,1,1,1 2,2,2,1 ...`: data, fsdp, tensor and position;
-`step`, `objective` (a step whose terms need figures of the whole batch, and a reference) or `scores`.
+`step`, `objective` (a step whose terms need figures of the whole batch, and a reference), `adapters` (the same with
+adapters, whose reference is their base) or `scores`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from quietstar_jax.architecture import Architecture
+from quietstar_jax.architecture import Adapters, Architecture
 from quietstar_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from quietstar_jax.models.parameters import split
+from quietstar_jax.models.parameters import GraphDef, split
 from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.parallel.sharding import on_mesh
 from quietstar_jax.thought_config import Phase, ThoughtConfig
 from quietstar_jax.thoughts import text
+from quietstar_jax.thoughts.model import abstract_params
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.thoughts.token_scores import TokenScores
 from quietstar_jax.training.batch import to_device
@@ -40,6 +42,14 @@ PHASE = Phase(
 VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(5,), start_tokens=(1,), end_tokens=(2,))
 ARRAYS, STRUCTURE = split(random_model(ARCHITECTURE, 7.0))
 PARAMS = jax.device_get(ARRAYS)  # a step gives up what it is given
+ADAPTERS = Adapters("all", rank=3, alpha=5.0)
+
+
+def with_random_adapters() -> tuple[dict[str, np.ndarray], GraphDef]:
+    names, structure = abstract_params(ARCHITECTURE, ADAPTERS)
+    rng = np.random.default_rng(0)
+    drawn = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in names.items() if name not in PARAMS}
+    return PARAMS | {name: 0.4 * value for name, value in drawn.items()}, structure
 
 
 OBJECTIVE = {
@@ -70,12 +80,13 @@ def rows() -> dict[str, np.ndarray]:
 
 def step_on(config: Config, devices: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metrics, first Adam moments, which are the gradients) after one step."""
+    params, structure = (PARAMS, STRUCTURE) if config.model.adapters.maps == "none" else with_random_adapters()
     with jax.set_mesh(mesh := make_mesh(config.mesh, ARCHITECTURE, devices)):
-        state = initial_state(PARAMS, config, objective=True)
-        if state.reference is not None:  # a divergence from equal weights would be 0
+        state = initial_state(params, config, objective=True)
+        if state.reference is not None and not state.frozen:  # a divergence from equal weights would be 0
             state = state._replace(reference=jax.device_get(split(random_model(ARCHITECTURE, 7.0, seed=5))[0]))
-        state = jax.device_put(state, on_mesh(mesh, state_specs(state, STRUCTURE)))
-        step = compile_train_step(config, PHASE, STRUCTURE, VOCABULARY, state)
+        state = jax.device_put(state, on_mesh(mesh, state_specs(state, structure)))
+        step = compile_train_step(config, PHASE, structure, VOCABULARY, state)
         state, metrics = step(state, to_device(rows()), jax.random.key(1), np.int32(0))
         metrics = {name: value for name, value in metrics.items() if not name.startswith("entropy_p")}
         if state.entropy_bonus is not None:
@@ -96,7 +107,12 @@ def function(kind: str) -> Any:
 
 
 def thought(kind: str) -> dict[str, Any]:
-    return OBJECTIVE if kind == "objective" else {}
+    return OBJECTIVE if kind in ("objective", "adapters") else {}
+
+
+def model(kind: str) -> dict[str, Any]:
+    adapted = {"adapters": ADAPTERS, "checkpoint": "the base", "frozen_dtype": "float32", "rematerialize": True}
+    return adapted if kind == "adapters" else {}
 
 
 def named(scores: TokenScores) -> dict[str, Any]:
@@ -104,20 +120,21 @@ def named(scores: TokenScores) -> dict[str, Any]:
 
 
 @functools.cache
-def alone(kind: str, **model: Any) -> Any:
-    return function(kind)(config(MeshConfig(), thought(kind), **model), jax.devices()[:1])
+def alone(kind: str, **settings: Any) -> Any:
+    return function(kind)(config(MeshConfig(), thought(kind), **settings), jax.devices()[:1])
 
 
-def compare(kind: str, shape: str, **model: Any) -> None:
+def compare(kind: str, shape: str, **settings: Any) -> None:
     sizes = dict(zip(("data", "fsdp", "tensor", "position"), map(int, shape.split(",")), strict=True))
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-    spread = config(MeshConfig(**sizes), thought(kind), **model)
-    tolerance = 2e-2 if model else 1e-4 if kind == "objective" else 1e-5
+    tolerance = 2e-2 if settings else 1e-5 if kind in ("step", "scores") else 1e-4
+    settings |= model(kind)
+    spread = config(MeshConfig(**sizes), thought(kind), **settings)
     if kind != "scores":
-        (metrics, gradients), (wanted, wanted_gradients) = step_on(spread, devices), alone(kind, **model)
+        (metrics, gradients), (wanted, wanted_gradients) = step_on(spread, devices), alone(kind, **settings)
         wrong = worst_errors(metrics, wanted, tolerance) | worst_errors(gradients, wanted_gradients, 10 * tolerance)
     else:
-        found, wanted = scores_on(spread, devices), alone(kind, **model)
+        found, wanted = scores_on(spread, devices), alone(kind, **settings)
         assert len(np.unique(wanted.thoughts)) > 20
         wrong = worst_errors(named(found), named(wanted), tolerance)
         wrong |= {"thoughts": 1.0} if not np.array_equal(found.thoughts, wanted.thoughts) else {}

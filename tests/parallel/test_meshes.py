@@ -28,6 +28,10 @@ def test_figures_of_the_whole_batch_on_8_devices():
     equal("objective", "8,1,1,1", "2,2,2,1", "2,1,1,4")
 
 
+def test_adapters_on_8_devices():
+    equal("adapters", "8,1,1,1", "2,2,2,1")
+
+
 def test_a_step_on_2_devices():
     equal("step", "2,1,1,1", "1,2,1,1", "1,1,2,1", "1,1,1,2")
 

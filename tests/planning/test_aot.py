@@ -60,6 +60,19 @@ def test_weights_and_moments_are_counted_as_they_are_split(aot, tmp_path):
     assert "seconds" not in plan  # rates of CPUs are not known
 
 
+def test_frozen_weights_are_counted_apart(tmp_path):
+    """2 bytes for each weight that adapters freeze, but 4 for norms; moments only of what learns."""
+    config = tiny_config(tmp_path, model__checkpoint="the base", model__adapters__maps="mlp", model__adapters__rank=2)
+    sizes = train_program(config, find_target("cpu:1"), "plain").bytes_per_device
+    params, _ = abstract_params(config.model.architecture)
+    decoder = {name: value.size for name, value in params.items() if name.startswith("decoder.")}
+    norms = sum(size for name, size in decoder.items() if name.endswith("norm"))
+    assert sizes["frozen"] == 2 * sum(decoder.values()) + 2 * norms
+    adapters = 2 * 2 * 3 * (16 + 24)  # layers, rank, maps, inputs and outputs
+    assert sizes["parameters"] == 4 * (parameters(tmp_path) - sum(decoder.values()) + adapters)
+    assert sizes["optimizer"] == 2 * sizes["parameters"] + 4
+
+
 def test_a_search_ranks_mesh_shapes(aot):
     plans = planned(aot, "--topology", "cpu:2", "--phase", "plain", "--search", "--tries", "2")["plans"]
     assert len(plans) == 2

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from quietstar_jax.architecture import Architecture
+from quietstar_jax.architecture import Adapters, Architecture
 from quietstar_jax.config import Config
 from quietstar_jax.models.parameters import split
 from quietstar_jax.thought_config import CONTROLS, Phase, RateScales, ThoughtConfig
@@ -60,6 +60,27 @@ def test_a_frozen_decoder_costs_the_way_to_what_learns() -> None:
     assert head_only.backward == 2 * mixing
     embeddings_too = step_flops(SMALL, settings, 1, 7, RateScales(decoder=0.0))
     assert embeddings_too.backward == mixing + head_only.scoring + head_only.scoring_heads
+
+
+def test_adapters_cost_the_way_through_everything_and_their_own_gradients() -> None:
+    settings = ThoughtSettings(thought_length=2, num_thoughts=3, tokens_ahead=2, policy_weight=1.0)
+    adapters = Adapters("all", rank=3)
+    whole, found = step_flops(SMALL, settings, 1, 7), step_flops(SMALL, settings, 1, 7, adapters=adapters)
+    a = SMALL
+    width, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    sizes = (a.hidden_size + width) * 2 + (a.hidden_size + kv) * 2 + (a.hidden_size + a.intermediate_size) * 3
+    added = a.num_layers * 2 * 3 * sizes  # per token
+    assert found.base == whole.base + 7 * added
+    assert found.scoring == whole.scoring + 7 * 3 * 5 * added
+    assert found.scoring_heads == whole.scoring_heads
+    frozen = 7 * (decoder_flops(SMALL, 0) + HEAD) + 7 * 3 * 5 * decoder_flops(SMALL, 0)  # not counted a second time
+    mixing = 7 * 3 * 2 * 2 * (4 * 4 + 4 * 4 + 4) + 7 * 2 * 4 * 4
+    all_twice = 2 * (found.base + found.scoring + found.scoring_heads)
+    assert found.backward == all_twice - frozen - (found.scoring_heads - mixing)
+    resting = step_flops(SMALL, settings, 1, 7, RateScales(adapters=0.0), adapters)
+    assert resting.backward == mixing + found.scoring + found.scoring_heads
+    plain = step_flops(SMALL, ThoughtSettings(thought_length=0), 1, 7, adapters=adapters)
+    assert plain.backward == 2 * plain.base - 7 * (decoder_flops(SMALL, 0) + HEAD)
 
 
 def test_only_what_is_computed_is_counted() -> None:
