@@ -59,3 +59,20 @@ def test_the_frozen_weights_have_no_gradient_and_no_float32_copy(tmp_path, remat
     gradients, wide, shapes = found("all")
     assert not gradients
     assert not wide
+
+
+def test_memory_of_a_step(tmp_path):
+    """No stack of gradients among the temporaries; no moments of frozen weights; the state is updated in place."""
+    large = {"model__architecture__hidden_size": 128, "model__architecture__intermediate_size": 512,
+             "model__architecture__num_layers": 8, "data__sequence_length": 8, "model__rematerialize": True,
+             "model__frozen_dtype": "float32"}  # fmt: skip
+    temporaries = {}
+    for maps in ("none", "all"):
+        state, lowered = lowered_step(tmp_path, 0, maps, **large)
+        memory = lowered.compile().memory_analysis()
+        temporaries[maps] = memory.temp_size_in_bytes
+        assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 10_000
+    stack = sum(4 * x.size for name, x in state.frozen.items() if name.startswith("decoder.layers."))
+    assert temporaries["none"] - temporaries["all"] > 0.9 * stack
+    assert temporaries["all"] < 0.5 * stack  # nor a copy of the frozen weights
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 1 + 2 * sum(x.size for x in state.params.values())
