@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax import config, settings
+from quietstar_jax import settings, thought_config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import MODULE, ExportOptions, torch_names
@@ -36,7 +36,7 @@ def average(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         return (logits(base)[:, None] + logits(talk)) / 2, weight
 
     with monkeypatch.context() as patch:
-        patch.setattr(config, "Mixing", Literal[tuple(MIXINGS)])
+        patch.setattr(thought_config, "Mixing", Literal[tuple(MIXINGS)])
         settings.type_hints.cache_clear()
         yield "average"
     del MIXINGS["average"]

@@ -33,7 +33,7 @@ ROWS, LENGTH = 16, 12
 ARCHITECTURE = Architecture(
     vocab_size=104, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=8, num_kv_heads=2, head_dim=4,
     sliding_window=5, full_attention_layers=(1,), rope_local_theta=50.0, norm_placement="around", norm_adds_one=True,
-    qk_norm=True, qk_norm_all_heads=True, score_cap=4.0, logit_cap=5.0, embedding_multiplier=2.0,
+    qk_norm=True, qk_norm_all_heads=True, score_cap=4.0, logit_cap=30.0, embedding_multiplier=2.0,
 )  # fmt: skip
 PHASE = Phase(
     batch_size=ROWS, microbatches=2, thought_length=2, num_thoughts=2, tokens_ahead=2, policy_weight=3.0,
