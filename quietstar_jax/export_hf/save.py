@@ -80,8 +80,10 @@ class ExportOptions:
                 raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
         if self.think:
             parse_policy(self.think)
-            if self.format == "base":
-                raise ConfigError(f"think is {self.think!r}, but `format` is base, which has no thoughts. Omit it.")
+            if self.format != "quietstar":
+                raise ConfigError(
+                    f"think is {self.think!r}, but `format` is {self.format}, which has no thoughts. Omit it."
+                )
 
 
 def save(

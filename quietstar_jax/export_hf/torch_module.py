@@ -418,6 +418,8 @@ def think_entropy(logits: torch.Tensor, index: torch.Tensor, least: float, most:
 
 def think_margin(logits: torch.Tensor, index: torch.Tensor, bound: float) -> torch.Tensor:
     """Thinks where the two largest probabilities of the prediction without a thought differ by less than a bound."""
+    if not 0 <= bound <= 1:
+        raise ValueError(f"bound is {bound}; it must be a difference of probabilities, 0 .. 1.")
     first, second = logits.softmax(-1).topk(2).values.unbind(-1)
     return first - second < bound
 
@@ -437,9 +439,9 @@ THINKING: dict[str, Callable[..., torch.Tensor]] = {
 
 def _policy(think: str | None) -> Callable[..., torch.Tensor]:
     """Reads a policy of thinking and checks its numbers; None = `think_always`."""
-    name, _, rest = ("always" if think is None else think).partition(":")
+    name, colon, rest = ("always" if think is None else think).partition(":")
     try:
-        policy, numbers = THINKING[name], [float(number) for number in rest.split(",")] if rest else []
+        policy, numbers = THINKING[name], [float(number) for number in rest.split(",")] if colon else []
         policy(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.long), *numbers)
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(

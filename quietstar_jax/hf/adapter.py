@@ -27,6 +27,7 @@ PREFIX = "base_model.model."  # of every name, before that of the adapted module
 UNSUPPORTED = (
     "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
     "layer_replication", "trainable_token_indices", "target_parameters", "megatron_config", "arrow_config",
+    "alora_invocation_tokens", "kasa_config", "monteclora_config", "use_bdlora", "velora_config",
 )  # fmt: skip
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 

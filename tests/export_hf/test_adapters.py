@@ -151,7 +151,8 @@ def test_adapters_that_do_not_fit(saved, tmp_path):
     )
     prepare(config_of(folder, "norms", adapter=str(tmp_path / "adapter"), adapters__norms=True))
     for wrong, match in (
-        ({"use_dora": True}, "use_dora is True"), ({"bias": "all"}, "bias is 'all'"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is"), ({"bias": "all"}, "bias is 'all'"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3', not LORA"), ({"init_lora_weights": "pissa"}, "changes the base"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is"),
     ):  # fmt: skip

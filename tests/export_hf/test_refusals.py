@@ -153,6 +153,9 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
         ExportOptions(dtype="int8")
     with pytest.raises(ConfigError, match="'gguf'; it must be one of quietstar"):
         ExportOptions(format="gguf")
+    for kind in ("base", "adapter"):
+        with pytest.raises(ConfigError, match=f"`format` is {kind}, which has no thoughts"):
+            ExportOptions(format=kind, think="entropy:1.5")
     with pytest.raises(ConfigError, match="two different texts"):
         tiny_save(tmp_path / "out", tokens=(START, START))
     with pytest.raises(CheckpointError, match=r"do not fit.*\n  - decoder.embedding: \(20, 8\), \(120, 8\)"):
