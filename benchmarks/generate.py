@@ -1,7 +1,7 @@
 """Tokens per second, with and without thoughts: `python -m benchmarks.generate --preset paper_cpu --json`.
 
-`--think POLICY` also measures a policy of thinking that chooses, and compares it with the passes that it needs for each
-token: 1 + rate * (T + 2), with the rate of the sequence that thinks most, which ends last. With random weights,
+`--think POLICY` also measures a policy of thinking that chooses, and reports the passes that it needs for each token:
+1 + rate * (T + 2), with the rate of the sequence that thinks most, which ends last. With random weights,
 `every:10` and `random:0.1` have a known rate.
 
 With `--json`, prints one JSON object on the last line. Run it on an otherwise idle machine.

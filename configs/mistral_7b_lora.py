@@ -1,7 +1,7 @@
 """The paper's main run with adapters: Mistral-7B frozen in bfloat16, so that one accelerator with 80 GB is enough.
 
-What learns, 0.1 billion parameters in float32, is the adapters of all linear maps, the mixing head and the embeddings
-of a thought. Gradients and Adam moments exist only for these.
+The adapters of all linear maps, the mixing head and the embeddings of a thought learn: 0.1 billion parameters in
+float32. Gradients and Adam moments exist only for these.
 """
 
 import runpy
@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     openwebmath["mistral_7b"](config)
     openwebmath["paper_recipe"](config, thought_tokens=12, tokens_ahead=4)
     config.model.adapters.update(maps="all", rank=16, alpha=32.0)
-    config.phases[0].update(learning_rate=1e-5, microbatches=4)  # adapters need larger steps than all weights
+    config.phases[0].update(learning_rate=1e-5, microbatches=4)  # adapters need larger steps than full training
     config.thought.chunk_megabytes = 4_096
     config.data.train = ("data/open-web-math/train/*.parquet",)
     config.data.validation = ("data/open-web-math/validation/*.parquet",)

@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.packing = "packed"
     config.thought.chunk_megabytes = 2_048
     config.phases = [
-        # First the mixing head and the embeddings of a thought learn beside a decoder that is exactly the base.
+        # First only the mixing head and the embeddings of a thought learn; the decoder is still exactly the base.
         phase(
             name="opening", steps=100, batch_size=8, thought_length=8, num_thoughts=2, tokens_ahead=4,
             policy_weight=0.0, learning_rate=1e-3, rates={"adapters": 0.0},

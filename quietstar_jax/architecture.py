@@ -44,7 +44,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a decoder-only transformer of one of the families."""
+    """Shape of a decoder-only transformer of one of the supported families."""
 
     family: FamilyName = "llama"  # affects only how checkpoints are written
     vocab_size: Positive[int] = 512  # rows of the embedding
@@ -57,11 +57,11 @@ class Architecture:
     max_positions: Positive[int] = 2048  # longest text, thoughts included
     rope_theta: Positive[float] = 10_000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    rope_local_theta: NonNegative[float] = 0.0  # base in layers with a window, without scaling; 0 = as in all layers
+    rope_local_theta: NonNegative[float] = 0.0  # rotary base of layers with a window, unscaled; 0 = as in all layers
     rotary_fraction: Portion = 1.0  # fraction of the dimensions of a head that rotate, the first ones
     rms_norm_eps: NonNegative[float] = 1e-5  # added to the mean square
     norm_adds_one: bool = False  # norms multiply by 1 + their weight (Gemma)
-    norm_placement: Literal["before", "after", "around"] = "before"  # where attention and feed-forward have a norm
+    norm_placement: Literal["before", "after", "around"] = "before"  # norms before, after or around each block
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"  # of the gate of the feed-forward layers
     sliding_window: NonNegative[int] = 0  # keys that a query attends to, its own included; 0 = all
     full_attention_layers: tuple[NonNegative[int], ...] = ()  # layers that ignore `sliding_window`
@@ -70,10 +70,10 @@ class Architecture:
     mlp_bias: bool = False  # biases of the feed-forward layers
     qk_norm: bool = False  # normalize queries and keys (Qwen3)
     qk_norm_all_heads: bool = False  # with `qk_norm`: one norm over all heads instead of one for each (OLMo 2)
-    query_scale: NonNegative[float] = 0.0  # factor of products of queries and keys; 0 = 1 / sqrt(head_dim)
-    score_cap: NonNegative[float] = 0.0  # attention scores s become cap tanh(s / cap); 0 = no cap (Gemma 2)
+    query_scale: NonNegative[float] = 0.0  # factor of the products of queries and keys; 0 = 1 / sqrt(head_dim)
+    score_cap: NonNegative[float] = 0.0  # attention scores s become cap * tanh(s / cap); 0 = no cap (Gemma 2)
     logit_cap: NonNegative[float] = 0.0  # the same for logits; 0 = no cap (Gemma 2)
-    embedding_multiplier: Positive[float] = 1.0  # factor of embeddings as input (Gemma: sqrt(hidden_size))
+    embedding_multiplier: Positive[float] = 1.0  # factor of input embeddings (Gemma: sqrt(hidden_size))
     tie_embeddings: bool = False  # the output projection is the transposed embedding
     initializer_range: Positive[float] = 0.02  # standard deviation of random weights
 

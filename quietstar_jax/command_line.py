@@ -88,7 +88,7 @@ class CommandParser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def parsed(self, arguments: Sequence[str]) -> Iterator[argparse.Namespace]:
-        """Parses the arguments, for the work in this context, whose errors name flags; see `naming_flags`."""
+        """Yields the parsed arguments; errors raised in this context name flags, see `naming_flags`."""
         args = self.parse_args(arguments)
         with self.naming_flags():
             yield args
@@ -226,7 +226,7 @@ SHARED: dict[str, dict[str, Any]] = {
     ),
     "--think": dict(
         metavar="POLICY",
-        help=f"tokens to think before: {', '.join(map(usage, THINKING))}",
+        help=f"tokens that get a thought: {', '.join(map(usage, THINKING))}",
     ),
     "--thought-length": dict(type=integer_from(1), metavar="N", help="tokens of a thought (default: as in training)"),
     "--max-tokens": dict(type=integer_from(1), metavar="N", help="most tokens to generate (default: %(default)s)"),

@@ -62,8 +62,9 @@ class ModelConfig:
     revision: SameWeights[str] = ""  # branch, tag or commit of a hub id
     architecture: Architecture = field(default_factory=Architecture)  # used only without `checkpoint`
     adapters: Adapters = field(default_factory=Adapters)
-    adapter: str = ""  # folder of a PEFT adapter (LoRA) with which `adapters` begin, instead of at the base
-    frozen_dtype: ComputeDtype = "bfloat16"  # in which weights that adapters freeze are stored; norms are float32
+    adapter: str = ""  # folder of a PEFT adapter (LoRA) from which `adapters` start; empty = new adapters, which
+    # have no effect at first
+    frozen_dtype: ComputeDtype = "bfloat16"  # dtype in which weights that adapters freeze are stored; norms are float32
     compute_dtype: ComputeDtype = "float32"  # master weights, logits, losses and rewards are always float32
     rematerialize: Unrelated[bool] = False  # recompute layers in the backward pass, for the text and for the chains
     prefix_attention: Unrelated[PrefixAttention] = "auto"  # how thoughts attend to the text before them: `auto` is a
@@ -309,7 +310,7 @@ class Config:
         """Whether REINFORCE trains the thoughts of a phase.
 
         Thought tokens are predicted by the decoder after the start embedding, so one of the two must learn; the mixing
-        head has no part in it. Pauses are all equal, so nothing can be compared.
+        head does not affect them. Pauses are all equal, so nothing can be compared.
         """
         learns = phase.rates.thought_embeddings > 0 or phase.rates.move_decoder(self.model.adapters)
         return phase.trains_thoughts and learns and self.thought.control != "pause"

@@ -1,7 +1,7 @@
-"""Settings of the objective that change nothing in a run, which a run names when it starts.
+"""Settings of the objective that have no effect in a run; the run prints them when it starts.
 
-They are not refused, since each has a legitimate use: a control keeps the objective that it is compared with, a run may
-begin without the phases that train thoughts and get them later, and the configuration of a finished run must load.
+They are accepted, because they can be intended: a control keeps the objective of the run it is compared with, phases
+that train thoughts can be added to a run later, and the configuration of a finished run must load.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TRAINING = tuple(name for name in marked(ThoughtConfig, OnResume.REINFORCE) if n
 def idle_settings(config: Config) -> list[str]:
     """Returns a line for each setting of the objective that is not its default but has no effect in any phase.
 
-    Also for each `policy_weight` of a phase with thoughts that cannot be trained.
+    There is also a line for each `policy_weight` of a phase whose thoughts cannot be trained.
     """
     thought, default = config.thought, ThoughtConfig()
     phases = [(i, phase) for i, phase in enumerate(config.phases) if phase.steps and phase.thought_length]
@@ -27,7 +27,7 @@ def idle_settings(config: Config) -> list[str]:
         (METRICS, not phases, "no phase has thoughts"),
         (TRAINING, not trained, "no phase trains thoughts"),
         (("discount",), all(phase.tokens_ahead == 1 for _, phase in phases), "the first token ahead has no discount"),
-        (("advantage",), all(phase.num_thoughts == 1 for phase in trained), "a single thought has its reward as such"),
+        (("advantage",), all(phase.num_thoughts == 1 for phase in trained), "of a single thought it is the reward"),
         (("entropy_bonus_step", "entropy_bonus_max"), not thought.entropy_target, "`entropy_target` is 0"),
         (("clip_epsilon",), equal, "`sampling_temperature` and `score_temperature` are equal"),
         (("importance_cap",), equal and thought.importance_cap >= 1,

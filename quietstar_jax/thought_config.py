@@ -134,10 +134,10 @@ class RateScales:
     """Learning rates of the groups of weights, as multiples of the phase's `learning_rate`; 0 freezes a group."""
 
     decoder: NonNegative[float] = 1.0  # all weights of the decoder; if frozen, phases with thoughts do not compute its
-    # gradient. With `model.adapters`, the norms if they learn
+    # gradient. With `model.adapters`, only the norms, if `model.adapters.norms` is set
     mixing_head: NonNegative[float] = 1.0  # the head that weighs predictions with and without thoughts
     thought_embeddings: NonNegative[float] = 1.0  # the embeddings of the start and end of a thought
-    adapters: NonNegative[float] = 1.0  # the adapters of the decoder, if `model.adapters` gives it any
+    adapters: NonNegative[float] = 1.0  # the adapters of the decoder, if it has any (`model.adapters`)
 
     def move_decoder(self, adapters: Adapters) -> bool:
         """Whether any weight of a decoder with these adapters learns."""
@@ -158,8 +158,8 @@ class Phase:
     thought_length: NonNegative[int] = 9  # T, sampled tokens of a thought; 0 = plain language modelling
     num_thoughts: Positive[int] = 2  # R, thoughts per position
     tokens_ahead: Positive[int] = 4  # K, true tokens scored after a thought
-    policy_weight: NonNegative[float] = 1e6  # weight of the REINFORCE term; 0 = thoughts are not trained, as
-    # when decoder and thought embeddings are frozen
+    policy_weight: NonNegative[float] = 1e6  # weight of the REINFORCE term; 0 = thoughts are not trained; nor
+    # are they while the decoder and the thought embeddings are frozen
     distill_weight: NonNegative[float] = 0.0  # weight of the KL divergence from the prediction with thoughts to that
     # without, which trains the latter to match the former
     learning_rate: NonNegative[float] = 1e-6  # of Adam, after the warm-up
@@ -171,7 +171,7 @@ class Phase:
 
     @property
     def trains_thoughts(self) -> bool:
-        """Whether the phase has thoughts and REINFORCE a weight; see `Config.reinforces`."""
+        """Whether the phase has thoughts and a `policy_weight` above 0; see `Config.reinforces`."""
         return self.thought_length > 0 and self.policy_weight > 0
 
     def conflicts(self) -> list[str]:

@@ -93,7 +93,7 @@ class StoredParameters:
         return layers[target.layer - first]
 
     def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """Returns the parameters with these paths, in these dtypes and shardings; they need not be all.
+        """Returns the parameters with these paths, all or some, in these dtypes and shardings.
 
         Raises:
           CheckpointError: a parameter is missing, or its bytes are missing or damaged.

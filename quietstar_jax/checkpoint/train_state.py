@@ -14,13 +14,13 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: scalar int32, number of optimizer steps done, over all phases.
-      params: float32 master weights by dotted path, all that may learn.
+      params: float32 master weights by dotted path: those that may learn.
       opt_state: optimizer state of `make_optimizer`.
       entropy_bonus: scalar float32, adapted to hold `ThoughtConfig.entropy_target`; None before the first phase that
         trains thoughts, and where it is constant.
       reference: the weights when the first phase that trains thoughts began; None before, and where no setting compares
-        with them. With adapters, only the thought embeddings and the parameters of the decoder that learn without an
-        adapter: the reference is the model with its adapters off.
+        with them. With adapters, only the thought embeddings and the norms, if these learn: the reference is the
+        model with its adapters off.
       frozen: the weights that adapters freeze, by dotted path; not in checkpoints. Empty without adapters.
     """
 
@@ -38,6 +38,6 @@ class TrainState(NamedTuple):
 
     @property
     def objective(self) -> dict[str, Any]:
-        """The item `OBJECTIVE` of a checkpoint: the last two fields, without those that are None."""
+        """The item `OBJECTIVE` of a checkpoint: `entropy_bonus` and `reference`, unless they are None."""
         fields = {"entropy_bonus": self.entropy_bonus, "reference": self.reference}
         return {name: value for name, value in fields.items() if value is not None}

@@ -107,7 +107,7 @@ class Options:
         """Raises ConfigError if an option needs thoughts, and the measurement has none."""
         for name, value in self._of_thoughts().items():
             if "with_thoughts" not in modes:
-                why = "by default never thinks" if model.can_think else "cannot think (its thoughts have 0 tokens)"
+                why = "thinks only with `think`" if model.can_think else "cannot think (its thoughts have 0 tokens)"
                 raise ConfigError(
                     f"{name} is {value!r}, but {model.path} {why}. Give a run or an export that was trained with "
                     f"thoughts, or omit `{name}`."

@@ -92,7 +92,8 @@ class ContinuationScorer:
           settings: from `model.settings`, length 0 = no thoughts.
           batch_size: texts over all devices.
           use: None = one greedy thought, and no `TokenScores.use`.
-          think: other than `NEVER`; at other positions, the prediction is the one without thoughts; seed: of its draws.
+          think: any policy but `NEVER`; where it does not think, the prediction is the one without thoughts; seed: of
+            its draws.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more.")

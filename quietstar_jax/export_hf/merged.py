@@ -18,16 +18,16 @@ from quietstar_jax.training.base import can_think, open_base_again
 
 
 def merged_parameters(run: RunCheckpoint) -> Parameters:
-    """Returns the parameters of the equal model without adapters.
+    """Returns the parameters of the equivalent model without adapters.
 
     Raises:
-      CheckpointError: the base of the adapters is missing, or another one.
+      CheckpointError: the base of the adapters is missing or has changed.
     """
     return run.parameters if run.config.model.adapters.maps == "none" else _Merged(run)
 
 
 class _Merged:
-    """W + scale * A B in float32, where W is as it was frozen."""
+    """W + scale * A B in float32, where W is rounded to the dtype in which it was frozen."""
 
     def __init__(self, run: RunCheckpoint):
         base = open_base_again(run.config.model, run.base, run.workdir)

@@ -157,7 +157,7 @@ def save_adapter(
 
     Raises:
       CheckpointError: the output exists or cannot be written, or a value is not finite in this dtype.
-      ConfigError: peft has no form for these adapters.
+      ConfigError: peft cannot represent these adapters.
     """
     check_expressible(adapters, architecture)
     if _is_there(output, card):
@@ -290,7 +290,7 @@ def _old_rope(parameters: Mapping[str, Any], local_theta: str) -> dict[str, Any]
     """The rotary parameters in the format of transformers 4, which would otherwise silently use its defaults.
 
     Args:
-      parameters: of all layers, or by kind of layer; local_theta: name of the base of layers with a window.
+      parameters: of all layers, or by kind of layer; local_theta: the field of the base in layers with a window.
     """
     if "full_attention" in parameters:
         base = {local_theta: parameters["sliding_attention"]["rope_theta"]} if local_theta else {}

@@ -288,7 +288,8 @@ class Thinking:
     def _meta(self, stored: torch.Tensor, batch: int, count: int) -> torch.Tensor:
         embedding = self.get_input_embeddings()
         row = (stored[0].float() * self.config.thought_embedding_scale).to(embedding.weight.dtype)
-        # Where the table multiplies its rows (Gemma), this row too. Other versions of transformers multiply all inputs.
+        # Where the embedding multiplies its rows (Gemma), so must this row. Other versions of transformers multiply all
+        # inputs, whatever their origin.
         return (row * getattr(embedding, "embed_scale", torch.ones(())).to(row)).expand(batch, count, -1)
 
     def _masks(self, at: torch.Tensor, c: int, real: torch.Tensor, dtype: torch.dtype) -> Any:
@@ -466,7 +467,7 @@ DECODERS = {
 }
 for _name, _per_layer in DECODERS.items():
     _decoder = getattr(transformers, f"{_name}ForCausalLM", None)
-    # Gemma 2 and 3 before 4.53 compute their own mask of windows, which is not that of thoughts.
+    # Before 4.53, Gemma 2 and 3 compute a window mask of their own, which does not fit thoughts.
     if _decoder is not None and (masking_utils is not None or _name not in ("Gemma2", "Gemma3")):
         _fields: dict[str, Any] = {
             "__doc__": f"Quiet-STaR with a {_name} decoder.",
@@ -474,12 +475,12 @@ for _name, _per_layer in DECODERS.items():
             "mask_per_layer_type": _per_layer,
         }
         if _name == "Gemma2":
-            _fields["_supports_sdpa"] = False  # in transformers 4 it ignores the soft cap of scores
+            _fields["_supports_sdpa"] = False  # SDPA in transformers 4 ignores the soft cap of scores
         globals()[f"QuietStar{_name}ForCausalLM"] = type(f"QuietStar{_name}ForCausalLM", (Thinking, _decoder), _fields)
 
 
 def __getattr__(name: str) -> Any:
     raise AttributeError(
-        f"There is no {name} with transformers {transformers.__version__}: install a newer version, which has its "
+        f"There is no {name} with transformers {transformers.__version__}: install a newer version that has its "
         "decoder (Gemma 2 and 3 need 4.53)."
     )

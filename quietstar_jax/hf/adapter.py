@@ -23,7 +23,7 @@ from quietstar_jax.models.adapters import MAPS, A, B
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name, before that of the adapted module in the base
 # Fields of adapter_config.json that must be empty: they add weights, or change what rank and scale mean. An
-# initialisation other than these changes the base, so that the adapter belongs to another one.
+# initialisation not in `INITIALISATIONS` changes the base, so that the adapter belongs to a different base.
 UNSUPPORTED = (
     "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
     "layer_replication", "trainable_token_indices", "target_parameters", "megatron_config", "arrow_config",
@@ -33,10 +33,10 @@ INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def check_expressible(adapters: Adapters, architecture: Architecture) -> None:
-    """Checks that adapters have a form in peft.
+    """Checks that peft can represent adapters.
 
     Raises:
-      ConfigError: there are none, they include norms, or a linear map of theirs is several of ours.
+      ConfigError: there are none, they include norms, or one linear map of the base's files is several of ours.
     """
     problem = ""
     if adapters.maps == "none":
@@ -53,7 +53,7 @@ def check_expressible(adapters: Adapters, architecture: Architecture) -> None:
 
 
 def adapter_entries(architecture: Architecture, adapters: Adapters) -> list[Entry]:
-    """Returns the entries of a PEFT adapter; empty if a tensor of the base has several of the adapted maps."""
+    """Returns the entries of a PEFT adapter; empty if a tensor of the base contains several of the adapted maps."""
     entries, rank = [], adapters.rank
     paths = {f"decoder.layers.{name}" for name in MAPS[adapters.maps]}
     for entry in decoder_entries(architecture, "decoder."):
@@ -115,10 +115,10 @@ class AdapterFiles:
 def open_adapter(folder: Path, architecture: Architecture, adapters: Adapters) -> AdapterFiles:
     """Opens an adapter that peft has saved.
 
-    It may adapt fewer maps than `adapters`, each in all layers: the others then begin without effect.
+    It may adapt fewer maps than `adapters`, but each in all layers; the other adapters begin without effect.
 
     Raises:
-      CheckpointError: the folder is not a LoRA adapter in safetensors, or has what is not supported.
+      CheckpointError: the folder is not a LoRA adapter in safetensors, or uses something that is not supported.
       ConfigError: rank, scale or maps differ from the settings; the message says which values fit.
     """
     if not (folder / ADAPTER).is_file() or not (folder / WEIGHTS).is_file():
@@ -146,7 +146,7 @@ def open_adapter(folder: Path, architecture: Architecture, adapters: Adapters) -
     unknown = [short(name, str) for name in tensors if name not in every]
     if unknown:
         raise ConfigError(
-            listing(f"{folder / WEIGHTS} has tensors that config.model.adapters.maps={adapters.maps} has not:", unknown)
+            listing(f"{folder / WEIGHTS} has tensors outside config.model.adapters.maps={adapters.maps}:", unknown)
             + "\nSet config.model.adapters.maps to all; adapters of embeddings and of the head are not supported."
         )
     paths = {target.path for name in tensors for target in every[name].targets}
@@ -164,4 +164,4 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
     if start not in INITIALISATIONS:
         problems.append(f"init_lora_weights is {short(start)}, which changes the base: convert the adapter to LoRA")
     if problems:
-        raise CheckpointError(listing(f"{folder / ADAPTER} describes what is not supported:", problems))
+        raise CheckpointError(listing(f"{folder / ADAPTER} is not supported:", problems))

@@ -43,7 +43,7 @@ QUANTIZED = re.compile(
     r".*\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_zero_point|weight_packed|absmax|quant_map|SCB"
     r"|quant_state\..*|weight\.(absmax|quant_map|quant_state\..*))"
 )
-# Heads that read the decoder's hidden states but do not change its predictions, and what reads images beside it.
+# Heads that read the decoder's hidden states but do not change its predictions, and the parts that read images.
 IGNORED_HEADS = re.compile(
     r"(v|q|value|reward|rm|critic|regression|classification|medusa|eagle|mtp|draft|aux)_?heads?\b.*"
     r"|(score|critic|classifier|qa_outputs|ilql_heads|vhead|(model\.)?(vision_tower|multi_modal_projector))\..*",
@@ -62,13 +62,14 @@ def describe_folder(folder: Path) -> str:
 
 
 def adapter_advice(folder: Path) -> str:
-    """Returns how to merge an adapter."""
+    """Returns how to merge an adapter, or train it further."""
     config = read_json(folder / "adapter_config.json")
     base, method = (short(config.get(key, "?"), str) for key in ("base_model_name_or_path", "peft_type"))
     return (
         f"It is of type {method} and belongs to the model {base}. Merge it: load both with peft, call "
         "`merge_and_unload()`, then `save_pretrained(FOLDER)`, and give that folder; or train it further, with "
-        "config.model.checkpoint set to the model, config.model.adapter to this folder, and config.model.adapters"
+        "config.model.checkpoint set to the model, config.model.adapter to this folder, and config.model.adapters to "
+        "its maps, rank and alpha"
     )
 
 

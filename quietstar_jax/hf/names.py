@@ -17,7 +17,8 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.families import FAMILIES
 
 Shape = tuple[int, ...]
-# Per placement of norms: their name -> ours. Both have other names for the same thing where there are more of them.
+# By placement of norms: their name -> ours. Their `post_attention_layernorm` is the norm after attention, except in
+# `before`: there it is the one before the feed-forward layers.
 NORMS = {
     "before": {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
     "after": {"post_attention_layernorm": "attention_post_norm", "post_feedforward_layernorm": "mlp_post_norm"},

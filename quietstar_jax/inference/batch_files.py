@@ -36,8 +36,8 @@ def generate_file(
 
     Args:
       source: as in `DataConfig.train`; each record needs a `prompt`, other fields are copied.
-      show_thoughts: also write thoughts and mixing weights; if a policy chooses the tokens that have a thought, also
-        the share of these, and null as the thought of others.
+      show_thoughts: also write thoughts and mixing weights; if a policy chooses which tokens have a thought,
+        also the share of tokens with one, and null for the others.
       quiet: no progress bar.
 
     Returns:

@@ -10,6 +10,8 @@ its text or the next of its thought (T = 2; the policy thinks after x_5 and z_3 
     sequence x   x_5  start  t_1  t_2  end  x_6  x_7      c = 0 1 2 3 4 0 0
     sequence z   z_1  z_2    z_3  start t_1 t_2  end      c = 0 0 0 1 2 3 4
 
+c is the number of the token in its chain `x_j, start, t_1 .. t_T, end`; it remains 0 while no thought begins.
+
 A token without a thought then needs one pass and a token with a thought T + 3, and no sequence waits for another.
 """
 
@@ -45,7 +47,7 @@ class DecodeConfig:
       sampled: whether tokens are sampled; nucleus: only from the nucleus; thoughts_sampled: in thoughts too.
       forbidden: ids that are never generated; eos_ids: ids that end a text.
       tokens_per_call: number of tokens of each sequence that one call generates; if the policy chooses, a call ends
-        when a sequence has so many.
+        when any sequence has that many.
     """
 
     thought: ThoughtSettings
@@ -189,7 +191,8 @@ def next_pass(model: QuietStar, state: State, knobs: SamplingParams, plan: Decod
 
     A sequence gets a token where the policy decides against a thought at c = 0, and at c = T + 2, the end of a thought.
     A single sequence that is not in a thought runs the pass of generation without thoughts, which is a little cheaper.
-    Several always run that of a chain: the two round differently, and a text would depend on its neighbours.
+    Several always run the pass of a chain: the two passes round differently, and otherwise a text would depend on its
+    neighbours.
     """
     thought = state.thought
     assert thought is not None  # made by `open_thought`
@@ -225,7 +228,7 @@ def _chain_token(
     """Computes the token with number c of the chain x_j, start, t_1 .. t_T, end of every sequence.
 
     Returns:
-      (scores [B, V] of the next token: mixed `at_end` of a thought, elsewhere without a thought, and of use only at
+      (scores [B, V] of the next token: mixed `at_end` of a thought, elsewhere without a thought, and used only at
        c = 0; mixing weights [B], 0 except `at_end`; the thoughts with this token, `computed` unchanged).
     """
     settings, count = plan.thought, thought.computed

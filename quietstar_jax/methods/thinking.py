@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.methods.registry import Registry
 
-LARGEST = 10**6  # of a whole number; float32 has them exactly
+LARGEST = 10**6  # bound of whole numbers; float32 represents all of these exactly
 
 
 class Position(NamedTuple):

@@ -60,7 +60,7 @@ def learns(name: str, adapters: Adapters) -> bool:
 
 
 def merge_adapters(params: Mapping[str, jax.Array], adapters: Adapters) -> dict[str, jax.Array]:
-    """Returns the parameters of the equal model without adapters: W + scale * A B, summed in float32, in W's dtype."""
+    """Returns the parameters of the model without adapters: W + scale * A B, summed in float32, in W's dtype."""
     merged = {name: value for name, value in params.items() if not is_adapter(name)}
     for name in merged:
         if name + A in params:

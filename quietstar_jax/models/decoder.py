@@ -44,7 +44,7 @@ REMAT_POLICY = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(ATTENTION),
 )
-# With adapters, the sum of the two products of a map is saved, and neither of them.
+# With adapters, the result of a map and its scaled x A are saved, not the products x W and (x A) B.
 ADAPTED_REMAT_POLICY = jax.checkpoint_policies.save_only_these_names(ATTENTION, MAPPED)
 
 # (queries, keys, values, window, state of this layer) -> (context, further output of this layer)

@@ -43,10 +43,10 @@ class Family(NamedTuple):
     window_everywhere: bool = False  # the window applies to all layers
     window_by_layer: bool = False  # `use_sliding_window`, `layer_types` or `max_window_layers`
     window_pattern: int = 0  # `layer_types`; by default every n-th layer has full attention, the others have windows
-    window_pattern_field: str = ""  # older spelling of `layer_types`: this n
+    window_pattern_field: str = ""  # older field, with this n instead of `layer_types`
     theta: float = 10_000.0  # rotary base
     local_theta: float = 0.0  # rotary base of layers with a window; 0 = one base for all layers
-    local_theta_field: str = ""  # older spelling of this base, beside `rope_theta`
+    local_theta_field: str = ""  # older field for this base, next to `rope_theta`
     fused: bool = False  # one tensor for queries, keys and values, one for gate and up
     partial_rotary: bool = False  # `partial_rotary_factor`
     rope_kinds: tuple[str, ...] = get_args(RopeKind)
@@ -368,7 +368,7 @@ def _query_scale(config: Mapping[str, Any], family: Family, head_dim: Any) -> fl
 
 
 def _query_scalar(a: Architecture) -> int | float:
-    """The inverse of `_query_scale`: an integer if one has this scale, as transformers 5 demands."""
+    """The inverse of `_query_scale`: an integer if possible, as transformers 5 requires."""
     scalar = a.query_scale**-2 if a.query_scale else a.head_dim
     return round(scalar) if round(scalar) and round(scalar) ** -0.5 == a.query_scale else scalar
 

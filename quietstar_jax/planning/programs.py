@@ -109,7 +109,7 @@ def find_phase(config: Config, architecture: Architecture, name: str = "") -> Ph
     """
     phases = {phase.name: phase for phase in config.phases if phase.steps}
     if not phases or name not in ("", *phases):
-        names = ", ".join(phases) or "none has"
+        names = ", ".join(phases) or "there are none"
         raise ConfigError(f"phase is {name!r}; it must be one of config.phases that have steps: {names}.")
     if name:
         return phases[name]
@@ -144,7 +144,7 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
     graphdef = abstract_structure(architecture, config.model.adapters)
     with jax.set_mesh(mesh):
         start = next(span.start for span in config.phase_spans() if span.phase == phase)
-        state = abstract_state(config, architecture, mesh, step=start + 1)  # with the reference, once there is one
+        state = abstract_state(config, architecture, mesh, step=start + 1)  # with the reference, if any
         numbers = find_process_shard(mesh).numbers(phase.batch_size)
         step = compile_train_step(config, phase, graphdef, VOCABULARY, state, numbers)
         rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())

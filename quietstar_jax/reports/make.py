@@ -170,8 +170,8 @@ def _notes(
     ]
     if think.constant is None:
         notes.append(
-            f"Thoughts before {share:.1%} of the tokens, chosen by the policy {think} (--think). Elsewhere the "
-            "prediction is the one without thoughts."
+            f"Thoughts are used before only {share:.1%} of the tokens, chosen by the policy {think} (--think). "
+            "Elsewhere the prediction is the one without thoughts."
         )
     if model.thought.control != "none":
         notes.append(f"This is a control run: thoughts are replaced as set by thought.control={model.thought.control}.")

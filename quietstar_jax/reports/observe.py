@@ -78,7 +78,7 @@ def observe(
 
     Args:
       kinds: of perturbations; given, the scores have `use`.
-      think: at other positions of a window, the predictions after thoughts are those without.
+      think: policy; where it does not think, the predictions after thoughts are those without.
 
     Returns:
       For each window of n tokens the scores of its n - 1 predictions, [n-1] without and [R, n-1] with thoughts, with

@@ -79,8 +79,8 @@ def step_flops(
     tokens without REINFORCE, no mixing head where the mixing has none, a second forward pass only where the objective
     needs one. The backward pass includes the gradients of weights that learn and the gradients of activations on the
     path to them: with a frozen decoder, that path is through the chains to the start and end embeddings, if they learn.
-    With adapters, it is through everything, and of the decoder only attention and the adapters cost a second time what
-    they cost forward: the weights that the adapters freeze need no gradient.
+    With adapters, that path is through the whole decoder, but only attention and the adapters need a second product:
+    the weights that the adapters freeze need no gradient.
     """
 
     def decoder(keys: float) -> float:

@@ -10,8 +10,8 @@ Except for `all`, the choice is among positions whose K true tokens are real.
 | `entropy` | where the prediction without a thought is least certain: thoughts help at few tokens (paper section 5) |
 
 Training chooses a fixed number of positions, so that its shapes do not depend on the text. Evaluation and generation
-decide at each position by itself; the policies of `methods/thinking.py` that choose alike are `always`, `every`,
-`random` and `entropy`.
+decide at each position by itself; the similar policies of `methods/thinking.py` are `always`, `every`, `random` and
+`entropy`.
 """
 
 from __future__ import annotations

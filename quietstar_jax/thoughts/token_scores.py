@@ -274,7 +274,7 @@ def score_given_thoughts(
       candidates: [B, A] ids whose log-probabilities are returned at every position.
       likeliest: N, how many of the likeliest tokens are returned; 0 = none.
       hide_text: the chains do not attend to the text, see `score.chain_hidden_states`.
-      thinking: positions at which its policy does not think keep the prediction without thoughts; None = all think.
+      thinking: where its policy does not think, the prediction is the one without thoughts; None = all think.
     """
     ahead, mixing = settings.tokens_ahead, MIXINGS[settings.config.mixing]
 

@@ -87,8 +87,8 @@ def open_base_again(model: ModelConfig, saved: Mapping[str, Any], owner: object)
     if found != saved:
         raise CheckpointError(
             f"The base {model.checkpoint} is not the one that the adapters of {owner} were trained on: its files have "
-            f"{found['bytes']:,} bytes and the hash {found['content'][:16]}, then {saved['bytes']:,} bytes and "
-            f"{saved['content'][:16]}. Restore these files, or set config.model.checkpoint to a copy of them."
+            f"{found['bytes']:,} bytes and the hash {found['content'][:16]}, but had {saved['bytes']:,} bytes and "
+            f"the hash {saved['content'][:16]}. Restore these files, or set config.model.checkpoint to a copy of them."
         )
     return base
 
@@ -122,7 +122,7 @@ def base_record(base: Base | None, *, frozen: bool = False) -> dict[str, Any]:
 
 
 def base_content(base: Base) -> str:
-    """Returns the content hash of the base of a base that is a run with adapters; else empty."""
+    """Returns the content hash that a base records of its own base, if it is a run with adapters; else empty."""
     return str(base.base.get("content", "")) if isinstance(base, RunCheckpoint) else ""
 
 
@@ -200,7 +200,7 @@ def load_base(base: Base, architecture: Architecture, config: Config, vocabulary
 
 
 def base_weights(base: Base, architecture: Architecture, abstract: Abstract) -> dict[str, jax.Array]:
-    """Returns parameters of a base as they are stored; those of a run with adapters are merged with them.
+    """Returns parameters of a base as they are stored; adapters of a base that is a run are merged.
 
     Args:
       abstract: shapes, dtypes and shardings of the parameters to return.
@@ -239,7 +239,7 @@ def run_weights(run: RunCheckpoint, abstract: Abstract) -> dict[str, jax.Array]:
       abstract: shapes, dtypes and shardings of the parameters to return.
 
     Raises:
-      CheckpointError: a weight cannot be read, or the base is missing or another one.
+      CheckpointError: a weight cannot be read, or the base is missing or has changed.
     """
     model = run.config.model
     learned = {name: value for name, value in abstract.items() if learns(name, model.adapters)}

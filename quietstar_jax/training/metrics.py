@@ -117,7 +117,7 @@ class _TensorBoard:
             raise ConfigError(
                 "config.logging.tensorboard is on but tensorboardX is missing: pip install 'quietstar_jax[logging]'."
             ) from error
-        # The suffix keeps the file of a run that resumes within the same second, after which files are named.
+        # Files are named by the second: the suffix keeps a run that resumes within it from overwriting its last file.
         self._writer = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=first_step + 1, filename_suffix=f".{first_step}"
         )

@@ -133,7 +133,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], step: i
     settings = "config.model.architecture"
     architecture = "architecture" if current["config"].get("model", {}).get("checkpoint") else settings
     changed = [line for line in changed if not line.startswith(settings)]
-    # An architecture recorded before a field existed has its default.
+    # An architecture recorded before a field existed has that field's default.
     before, after = (_with_defaults(to_mapping(Architecture()), record["architecture"]) for record in (saved, current))
     changed += differences(before, after, architecture)
     for part in ("model_commit", "vocabulary"):

@@ -79,7 +79,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
     Raises:
       ConfigError, DataError, CheckpointError: the parts do not fit together; raised before any weight is read.
     """
-    frozen = config.model.adapters.maps != "none"  # and must be read again when the run resumes
+    frozen = config.model.adapters.maps != "none"  # whether weights of the base must be read again on resume
     if saved and frozen and same_adapters(saved, config):
         base: Base | None = open_base_again(config.model, saved["base"], config.workdir)
     else:
@@ -167,7 +167,7 @@ def first_state(run: Run) -> TrainState:
 
 
 def first_adapters(run: Run, layout: Mapping[str, Sharding]) -> dict[str, jax.Array]:
-    """Returns the weights of the adapters at step 0, in these shardings: without effect, or as `model.adapter`."""
+    """Returns the weights of the adapters at step 0, in these shardings: without effect, or from `model.adapter`."""
     names = [name for name in layout if is_adapter(name)]
 
     def make(key: jax.Array) -> dict[str, jax.Array]:

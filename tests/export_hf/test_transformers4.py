@@ -40,7 +40,7 @@ MODELS = {
 }  # fmt: skip
 
 TIED = ("llama tied", "phi3 partial rotary", "gemma", "gemma2", "olmo2 tied")
-# What earlier ones do not compute; what they compute without thoughts only.
+# First versions that compute a family or option; first versions that also compute it with thoughts.
 SINCE = {"qwen3": (4, 51), "phi3 partial rotary": (4, 49), "gemma3_text": (4, 53), "olmo2": (4, 47), "olmo3": (4, 57)}
 THINKS_SINCE = {"gemma2": (4, 53)}
 # (family, field): defaults that differ between versions of transformers; published files have these fields.

@@ -13,7 +13,7 @@ from tests.hf.runs import END, START, start_run, write_tokenizer
 ARCHITECTURE = dataclasses.replace(
     TINY, family="mistral", vocab_size=40, max_positions=96, sliding_window=9, num_layers=1
 )
-WORDS = 36  # the tokenizer knows so many and the two of a thought: ids 38 and 39 are no tokens
+WORDS = 36  # the tokenizer knows these and the two tokens of a thought: ids 38 and 39 are not tokens
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Policies of thinking: what they choose, and that generation thinks there and only there, whatever stands beside."""
+"""Policies of thinking: what they choose, and that generation thinks only there, whatever else is in the batch."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_logits(variant, tmp_path):
 
 @pytest.mark.parametrize("named", ["model.language_model.", "language_model.model."])
 def test_the_text_part_of_a_model_of_text_and_images(named, tmp_path, caplog):
-    """As transformers 5 and 4 name its tensors; the image part is left out with a word."""
+    """As transformers 5 and 4 name its tensors; the image part is ignored with a warning."""
     text = {**SIZES, **VARIANTS["gemma3_text"], "tie_word_embeddings": True}
     sizes = dict(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
