@@ -10,13 +10,34 @@ TEST_EXTRAS ?= test
 # How a test process shares the machine; tests are many small compilations.
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 FAULTS ?= 100
+# A pretrained model (folder or hub id), and a folder with GSM8K's train.jsonl and test.jsonl (empty = the hub).
+REAL_MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+REAL_DATA ?=
+REAL_RUN ?= runs/real
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart test torture lint types docs install clean
+.PHONY: quickstart real test torture lint types docs install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m quietstar_jax.train --config configs/quickstart.py --config.workdir=$(RUN) --config.seed=$(SEED)
+
+# A pretrained model learns to think on GSM8K, in a short version. The last table compares the model that thinks with the
+# untouched one; the page shows thoughts.
+REAL_TEXT = tfds:$(REAL_RUN)/data/gsm8k_text/2.0.0:test
+REAL_TEST = --task spans --data $(REAL_TEXT) --limit 24 --batch-size 4
+real: $(VENV)/.installed
+	$(BIN)/python -m quietstar_jax.data.build gsm8k_text --data-dir $(REAL_RUN)/data \
+	    $(if $(REAL_DATA),$(foreach split,train test,--split $(split)=$(REAL_DATA)/$(split).jsonl))
+	$(BIN)/python -m quietstar_jax.evaluate --checkpoint $(REAL_MODEL) --thoughts off $(REAL_TEST) \
+	    --records $(REAL_RUN)/untouched.jsonl
+	$(BIN)/python -m quietstar_jax.train --config configs/smollm2_gsm8k.py --config.workdir=$(REAL_RUN)/run \
+	    --config.seed=$(SEED) --config.model.checkpoint=$(REAL_MODEL) --config.data.data_dir=$(REAL_RUN)/data \
+	    '--config.phases[0].steps=15' '--config.phases[1].steps=10' '--config.phases[2].steps=20'
+	$(BIN)/python -m quietstar_jax.report --checkpoint $(REAL_RUN)/run --data $(REAL_TEXT) --limit 4 \
+	    --page-tokens 300 --samples 1 --output $(REAL_RUN)/thoughts.html
+	$(BIN)/python -m quietstar_jax.evaluate --checkpoint $(REAL_RUN)/run $(REAL_TEST) \
+	    --records $(REAL_RUN)/trained.jsonl --against $(REAL_RUN)/untouched.jsonl --output $(REAL_RUN)/result.json
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -35,6 +56,7 @@ types: $(VENV)/.installed-test
 docs: $(VENV)/.installed
 	$(BIN)/python docs/configuration.py > docs/configuration.md
 	$(BIN)/python docs/objectives.py
+	$(BIN)/python docs/api.py > docs/api.md
 
 install: $(VENV)/.installed
 

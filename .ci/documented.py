@@ -32,11 +32,12 @@ QUICK = " ".join([PHASES.format(i=0, steps=2), *(SHORT_PHASE.format(i=i, steps=1
 # Put behind the name of a configuration, so that what the text sets itself stays in force.
 SETTINGS = {
     "configs/quickstart.py": f"{SHORT} {QUICK}",
+    "configs/my_model.py": f"{SHORT} {OWN}{SHORT_PHASE.format(i=0, steps=1)} {SHORT_PHASE.format(i=1, steps=1)}",
     "configs/mistral_7b_openwebmath.py": f"{SHORT} {OWN}{SHORT_PHASE.format(i=0, steps=1)}",
     "configs/mistral_7b_c4.py": f"{SHORT} {OWN}{SHORT_PHASE.format(i=0, steps=1)}",
 }
 STUDY = """
-from configs import quickstart
+from quietstar_jax.configs import quickstart
 from quietstar_jax.studies.study import Study
 
 def get_study():
@@ -72,7 +73,8 @@ ENVIRONMENT = {
     "quietstar_jax.aot": {"JAX_OPTIMIZATION_LEVEL": "O0", "JAX_MEMORY_FITTING_LEVEL": "O0"},
 }
 FIRST = (r"\.(train|data\.prepare) ", r"\.export ")
-OTHERS = ("launch/slurm.sh", "launch/gke_jobset.sh")  # dry runs, with variables that only the reader knows
+# Dry runs with variables that only the reader knows, and what needs the reader's account of the hub.
+OTHERS = ("launch/slurm.sh", "launch/gke_jobset.sh", "--push")
 
 
 def make_material() -> None:
@@ -110,7 +112,9 @@ def make_material() -> None:
     for i in range(2):
         with gzip.open(f"c4/{i}.json.gz", "wt") as file:
             file.write("".join(json.dumps(row) + "\n" for row in documents))
-    answers = [{"question": f"What is {i} + 2?", "answer": f"It is {i + 2}.\n#### {i + 2}"} for i in range(8)]
+    answers = [
+        {"question": f"What is {i} + 2?", "answer": f"It is <<{i}+2={i + 2}>>{i + 2}.\n#### {i + 2}"} for i in range(8)
+    ]
     write("gsm8k/test.jsonl", answers)
     write("train.jsonl", answers)
     write("test.jsonl", answers)
@@ -136,7 +140,7 @@ def blocks(document: Path) -> list[tuple[str, str]]:
 
 def shortened(command: str) -> str:
     command = re.sub(r"\s+\.\.\.$", "", re.sub(r"\s+#.*", "", command.strip()) if "\n" not in command else command)
-    if command.startswith("python "):
+    if command.startswith(("python ", "quietstar ")):
         command = ".venv/bin/" + command
     if command.startswith("pip "):
         command = ".venv/bin/python -m " + command
@@ -156,7 +160,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not Path("my_text").exists():
         make_material()
-    every = [block for document in arguments.documents or [Path("README.md")] for block in blocks(document)]
+    pages = arguments.documents or [Path("README.md")]
+    every = dict.fromkeys(block for document in pages for block in blocks(document))  # what two pages say runs once
     chosen = [
         (language, body) for language, body in every
         if arguments.only in body and not any(text in body for text in (*arguments.without, "make ", *OTHERS))

@@ -2,7 +2,10 @@
 
 `--think POLICY` also measures a policy of thinking that chooses, and reports the passes that it needs for each token:
 1 + rate * (T + 2), with the rate of the sequence that thinks most, which ends last. With random weights,
-`every:10` and `random:0.1` have a known rate.
+`every:10` and `random:0.1` have a known rate. In a batch, `every:10` is the best case: all sequences think at the same
+tokens, and none waits for another. With `--stagger`, prompts differ in length, so that no two do.
+
+`cpu_ratio` compares seconds of the processor, which other programs on the machine affect less than `ratio`.
 
 With `--json`, prints one JSON object on the last line. Run it on an otherwise idle machine.
 """
@@ -11,9 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import resource
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ import numpy as np
 
 from benchmarks.command import run
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.inference.decode import DecodeConfig, State
+from quietstar_jax.inference.decode_state import DecodeConfig, State
 from quietstar_jax.inference.engine import Engine, Request
 from quietstar_jax.inference.kv_cache import append, cached_pass
 from quietstar_jax.inference.load_model import stored_dtype
@@ -50,6 +52,7 @@ class Sizes:
     window: int = 0
     batch: int = 1
     prompt: int = 128  # tokens before the first generated one
+    stagger: bool = False  # every prompt is a token shorter than the one before it
     tokens: int = 64  # generated for each prompt
     room: int = 0  # minimum length of the cache in tokens; 0 = as much as is needed
     thought_length: int = 9
@@ -93,13 +96,16 @@ def make_engine(s: Sizes) -> Engine:
 
 
 def measure(s: Sizes, steps: int) -> dict[str, Any]:
-    """Times the generation of whole texts, `steps` times, after the prompts have been read."""
+    """Times the generation of whole texts, `steps` times, after the prompts have been read; the least time counts."""
     engine = make_engine(s)
     draw = np.random.default_rng(0)
     requests = [
-        Request(tuple(draw.integers(3, s.vocab, s.prompt).tolist()), s.tokens, np.array([0, row], np.uint32))
+        Request(
+            tuple(draw.integers(3, s.vocab, s.prompt - row * s.stagger).tolist()), s.tokens,
+            np.array([0, row], np.uint32),
+        )
         for row in range(s.batch)
-    ]
+    ]  # fmt: skip
     length = engine.cache_length(max(s.room, requests[0].length))
     sampling = Sampling(s.temperature, s.top_p, think=parse_policy(s.think or "always"))
     wanted = np.ones(s.batch, bool)
@@ -109,12 +115,15 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
 
     state = start()
     cache_bytes = sum(x.nbytes for x in state.cache)
-    prompt_seconds = median_seconds(start, lambda: None, steps)
     knobs = engine.knobs(requests, sampling)
     measured: dict[str, Any] = {}
-    cases = [("with_thoughts", s.thought_length, "always"), ("without_thoughts", 0, "always")]
-    cases += [("with_policy", s.thought_length, sampling.think.name)] if s.think else []
-    for name, thought_length, think in cases:
+    cases: dict[str, tuple[int, str]] = {
+        "with_thoughts": (s.thought_length, "always"), "without_thoughts": (0, "always"),
+    }  # fmt: skip
+    if s.think:
+        cases["with_policy"] = s.thought_length, sampling.think.name
+    timed: dict[str, Callable[[State], Any]] = {}
+    for name, (thought_length, think) in cases.items():
         plan = DecodeConfig(
             ThoughtSettings(thought_length, compute_dtype=s.dtype, config=ThoughtConfig(mixing=s.mixing)), think,
             sampled=s.temperature > 0, nucleus=s.temperature > 0 and s.top_p < 1, tokens_per_call=s.tokens_per_call,
@@ -123,23 +132,28 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
         compiled = engine.step(plan).lower(engine.params, engine.with_thought(state, plan), wanted, knobs).compile()
         measured[f"compile_seconds_{name}"] = time.perf_counter() - begun
         measured[f"temp_bytes_{name}"] = compiled.memory_analysis().temp_size_in_bytes
-        seconds = median_seconds(lambda state, plan=plan: list(engine.decode(state, knobs, plan, wanted)), start, steps)
-        measured[f"seconds_per_token_{name}"] = seconds / s.tokens
-        measured[f"tokens_per_second_{name}"] = s.batch * s.tokens / seconds
+        timed[name] = lambda state, plan=plan: list(engine.decode(state, knobs, plan, wanted))
     bare = bare_step(engine, s)
-    bare_seconds = median_seconds(lambda state: bare(state, s.tokens), start, steps) / s.tokens
-    plain = measured["seconds_per_token_without_thoughts"]
+    timed |= {"bare": lambda state: bare(state, s.tokens)}
+    seconds, cpu_seconds, prompt_seconds = least_seconds(timed, start, steps)
+    for name in cases:
+        measured[f"seconds_per_token_{name}"] = seconds[name] / s.tokens
+        measured[f"tokens_per_second_{name}"] = s.batch * s.tokens / seconds[name]
+        measured[f"cpu_seconds_per_token_{name}"] = cpu_seconds[name] / s.tokens
+    plain, cpu_plain = seconds["without_thoughts"], cpu_seconds["without_thoughts"]
     if s.think:
-        outputs = engine.decode(start(), knobs, plan, wanted)  # the last plan is that of the policy
+        outputs = timed["with_policy"](start())
         made = sum(((one.tokens >= 0) & (one.thoughts[..., 0] >= 0)).sum(axis=0) for one in outputs)
         measured["thinking_rate"] = float(np.mean(made)) / s.tokens
-        measured["ratio_with_policy"] = measured["seconds_per_token_with_policy"] / plain
+        measured["ratio_with_policy"] = seconds["with_policy"] / plain
+        measured["cpu_ratio_with_policy"] = cpu_seconds["with_policy"] / cpu_plain
         measured["passes_with_policy"] = 1 + float(np.max(made)) / s.tokens * (s.thought_length + 2)
     return measured | {
-        "ratio": measured["seconds_per_token_with_thoughts"] / plain,
+        "ratio": seconds["with_thoughts"] / plain,
+        "cpu_ratio": cpu_seconds["with_thoughts"] / cpu_plain,
         "ratio_allowed": s.thought_length + 3,
-        "seconds_per_bare_step": bare_seconds,
-        "plain_to_bare": plain / bare_seconds,
+        "seconds_per_bare_step": seconds["bare"] / s.tokens,
+        "plain_to_bare": plain / seconds["bare"],
         "prompt_seconds": prompt_seconds,
         "cache_bytes": cache_bytes,
         "cache_length": length,
@@ -154,7 +168,7 @@ def bare_step(engine: Engine, s: Sizes) -> Callable[[State, int], Any]:
 
     def step(params: Any, cache: Any, token: jax.Array, positions: jax.Array) -> tuple[Any, jax.Array]:
         decoder = merge(engine.graphdef, params).decoder
-        own = empty_chains(decoder, s.batch, 1, 1, 1, dtype)
+        own = empty_chains(decoder.architecture, s.batch, 1, 1, 1, dtype)
         hidden, own = cached_pass(decoder, decoder.embed(token, dtype)[:, None], jnp.int32(0), positions, cache, own)
         return append(cache, own, positions), decoder.logits(hidden[:, 0])
 
@@ -170,21 +184,31 @@ def bare_step(engine: Engine, s: Sizes) -> Callable[[State, int], Any]:
     return run_steps
 
 
-def median_seconds(timed: Callable[..., Any], prepare: Callable[[], Any], steps: int) -> float:
-    """Median seconds of `timed(prepare())`; the preparation is not timed, and the first round is a warm-up."""
-    seconds = []
-    for _ in range(steps + 1):
-        prepared = prepare()
-        arguments = () if prepared is None else (prepared,)
-        begun = time.perf_counter()
-        timed(*arguments)
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds[1:])
+def least_seconds(
+    timed: Mapping[str, Callable[[State], Any]], start: Callable[[], State], rounds: int
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Times every case once in each round, after a round of warm-up, so that other load meets all cases alike.
+
+    Returns:
+      The least seconds of each case, the least seconds of the processor, and those of `start`.
+    """
+    seconds, cpu_seconds, starting = {name: [] for name in timed}, {name: [] for name in timed}, []
+    for _ in range(rounds + 1):
+        for name, fn in timed.items():
+            begun = time.perf_counter()
+            state = start()
+            starting.append(time.perf_counter() - begun)
+            begun, cpu_begun = time.perf_counter(), time.process_time()
+            fn(state)
+            seconds[name].append(time.perf_counter() - begun)
+            cpu_seconds[name].append(time.process_time() - cpu_begun)
+    least = [{name: min(values[1:]) for name, values in of.items()} for of in (seconds, cpu_seconds)]
+    return least[0], least[1], min(starting[1:])
 
 
 def main() -> None:
     """Parses the flags, measures, and prints."""
-    run(__doc__, PRESETS, measure, steps=5, steps_help="timed texts after one of warm-up")
+    run(__doc__, PRESETS, measure, steps=5, steps_help="timed rounds after one of warm-up")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,16 @@ import numpy as np
 from benchmarks.command import matmul_rate, run
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import Config, DataConfig, ModelConfig
-from quietstar_jax.models.parameters import split
+from quietstar_jax.models.parameters import GraphDef, merge, split
 from quietstar_jax.thought_config import Phase, RateScales, ThoughtConfig
-from quietstar_jax.thoughts.chunks import max_positions_per_chunk
+from quietstar_jax.thoughts.chunks import max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.flops import step_flops
+from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.model import init_quiet_star
-from quietstar_jax.thoughts.settings import Vocabulary, phase_settings
+from quietstar_jax.thoughts.objective import count_targets
+from quietstar_jax.thoughts.sample import Thoughts, sample_thoughts
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, phase_settings
+from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.step import initial_state, make_train_step
 
@@ -55,6 +59,8 @@ class Sizes:
     positions_per_chunk: int = 0
     positions: str = "all"
     position_fraction: float = 1.0
+    positions_per_sequence: int = 0
+    parts: bool = False  # measures the gradient of given thoughts and sampling apart, instead of the step
     profile: str = ""  # folder for a trace of the timed steps, to open in XProf or Perfetto
 
 
@@ -66,11 +72,16 @@ PRESETS = {
     "paper_cpu": Sizes(),  # the paper's (12, 4) on a model that two cores can train
     "quickstart": _QUICKSTART,
     "quickstart_plain": dataclasses.replace(_QUICKSTART, batch=64, thought_length=0),
+    "long_thoughts": Sizes(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, mlp=128, vocab=1024, length=128,
+                           thought_length=512, tokens_ahead=1, positions="random", positions_per_sequence=1),
     "half_billion": Sizes(layers=24, hidden=1024, heads=16, kv_heads=8, head_dim=64, mlp=4096, vocab=32000, length=1024,
                           batch=8, dtype="bfloat16", chunk_megabytes=8192),
     "mistral_7b": Sizes(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, mlp=14336, vocab=32000, batch=8,
                         dtype="bfloat16", rematerialize=True, chunk_megabytes=4096),
 }  # fmt: skip
+
+
+VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(), start_tokens=(1,), end_tokens=(2,))
 
 
 def config_of(s: Sizes) -> Config:
@@ -88,28 +99,29 @@ def config_of(s: Sizes) -> Config:
         architecture=architecture, compute_dtype=s.dtype, rematerialize=s.rematerialize,
         prefix_attention=s.prefix_attention,
     )  # fmt: skip
-    shared = ("chunk_megabytes", "positions_per_chunk", "positions", "position_fraction")
+    shared = ("chunk_megabytes", "positions_per_chunk", "positions", "position_fraction", "positions_per_sequence")
     thought = ThoughtConfig(**{name: getattr(s, name) for name in shared})
     return Config(model=model, thought=thought, phases=(phase,), data=DataConfig(sequence_length=s.length))
 
 
 def measure(s: Sizes, steps: int) -> dict[str, Any]:
-    """Compiles and times the train step of these sizes."""
+    """Compiles and times the train step of these sizes, or its parts."""
     config = config_of(s)
     architecture, phase = config.model.architecture, config.phases[0]
-    vocabulary = Vocabulary(pad_id=0, meta_tokens=(), start_tokens=(1,), end_tokens=(2,))
-    settings = phase_settings(config, phase, vocabulary)
+    settings = phase_settings(config, phase, VOCABULARY)
 
     model = jax.jit(
         lambda: init_quiet_star(architecture, [1], [2], config.thought.embedding_scale, jax.random.key(0))
     )()
     params, graphdef = split(model)
-    state = initial_state(params, config)
     tokens = np.random.default_rng(0).integers(3, s.vocab, (s.batch, s.length)).astype(np.int32)
     batch = Batch(jnp.asarray(tokens), jnp.ones(tokens.shape, bool))
+    if s.parts:
+        return measure_parts(batch, params, graphdef, settings, steps)
+    state = initial_state(params, config)
     arguments = (batch, jax.random.key(1), jnp.int32(0))
 
-    step = jax.jit(make_train_step(config, phase, graphdef, vocabulary), donate_argnums=0)
+    step = jax.jit(make_train_step(config, phase, graphdef, VOCABULARY), donate_argnums=0)
     start = time.perf_counter()
     compiled = step.lower(state, *arguments).compile()
     compile_seconds = time.perf_counter() - start
@@ -141,6 +153,42 @@ def measure(s: Sizes, steps: int) -> dict[str, Any]:
         "loss": float(metrics["loss"]),
         "device": jax.devices()[0].device_kind,
     }
+
+
+def measure_parts(
+    batch: Batch, params: dict[str, jax.Array], graphdef: GraphDef, settings: ThoughtSettings, steps: int
+) -> dict[str, Any]:
+    """Compiles and times the gradient of the loss with given thoughts, and sampling, each with its own base pass."""
+    (tokens, mask, _), ahead = batch, settings.tokens_ahead
+    (rows, length), architecture = tokens.shape, merge(graphdef, params).decoder.architecture
+    count = settings.thinking_positions(length)
+    positions = jnp.tile((jnp.arange(count) + 1) * (length - 2 - ahead) // (count + 1), (rows, 1))
+    uniforms = jax.random.uniform(jax.random.key(1), (rows, settings.num_thoughts, count, settings.thought_length))
+    given = Thoughts((uniforms * architecture.vocab_size).astype(jnp.int32), uniforms, -uniforms)
+    counts, chunk = count_targets(mask, ahead, jnp.full(rows, count)), (architecture, settings, rows, length)
+
+    @jax.grad
+    def scoring(params: dict[str, jax.Array]) -> jax.Array:
+        return quiet_star_loss(
+            merge(graphdef, params), tokens, mask, lambda *_: given, counts, settings, max_positions_per_chunk(*chunk),
+            choose=lambda _: positions,
+        )[0]  # fmt: skip
+
+    def sampling(params: dict[str, jax.Array]) -> Thoughts:
+        model = merge(graphdef, params)
+        text = read_text(model.decoder, tokens, mask, dtype=settings.dtype)
+        return sample_thoughts(model, text, positions, uniforms, settings, max_sampled_positions_per_chunk(*chunk))
+
+    measured = {}
+    for name, part in (("scoring", scoring), ("sampling", sampling)):
+        compiled, seconds = jax.jit(part).lower(params).compile(), []
+        for _ in range(steps + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(params))
+            seconds.append(time.perf_counter() - start)
+        measured[f"{name}_temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+        measured[f"{name}_seconds"] = statistics.median(seconds[1:])
+    return measured
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ phase of distillation replaces it (docs/objectives.md). Afterwards the model nee
 
 import ml_collections
 
-from configs import quickstart
 from quietstar_jax.config import phase
+from quietstar_jax.configs import quickstart
 
 
 def get_config() -> ml_collections.ConfigDict:

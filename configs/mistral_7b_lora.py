@@ -4,24 +4,16 @@ The adapters of all linear maps, the mixing head and the embeddings of a thought
 float32. Gradients and Adam moments exist only for these.
 """
 
-import runpy
-from pathlib import Path
-
 import ml_collections
 
-from quietstar_jax.config import default_config
+from quietstar_jax.configs import mistral_7b_openwebmath
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Set `--config.data.train` and `--config.data.validation` to the files of your copy of OpenWebMath."""
-    openwebmath = runpy.run_path(str(Path(__file__).with_name("mistral_7b_openwebmath.py")))
-    config = default_config()
+    config = mistral_7b_openwebmath.get_config()
     config.workdir = "runs/mistral_7b_lora"
-    openwebmath["mistral_7b"](config)
-    openwebmath["paper_recipe"](config, thought_tokens=12, tokens_ahead=4)
     config.model.adapters.update(maps="all", rank=16, alpha=32.0)
     config.phases[0].update(learning_rate=1e-5, microbatches=4)  # adapters need larger steps than full training
     config.thought.chunk_megabytes = 4_096
-    config.data.train = ("data/open-web-math/train/*.parquet",)
-    config.data.validation = ("data/open-web-math/validation/*.parquet",)
     return config

@@ -5,7 +5,7 @@ A study consists of dozens of runs.
 
 import ml_collections
 
-from configs import quickstart
+from quietstar_jax.configs import quickstart
 
 
 def get_config() -> ml_collections.ConfigDict:

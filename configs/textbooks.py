@@ -6,8 +6,8 @@ runs/textbooks_base_hf --format base`.
 
 import ml_collections
 
-from configs import textbooks_base
 from quietstar_jax.config import phase
+from quietstar_jax.configs import textbooks_base
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import io
-import tokenize
 import typing
 from collections.abc import Iterator
 
 from quietstar_jax.config import Config
+from quietstar_jax.setting_help import meanings
 from quietstar_jax.settings import OnResume, described, type_hints, unmarked
 
 INTRODUCTION = """\
@@ -19,26 +17,11 @@ INTRODUCTION = """\
 `make docs` generates this page from [config.py](../quietstar_jax/config.py),
 [thought_config.py](../quietstar_jax/thought_config.py) and [architecture.py](../quietstar_jax/architecture.py).
 
-Any setting can be changed on the command line: `--config.NAME=VALUE`, for example `--config.phases[0].steps=500`. The
-column *on resume* says when a run that resumes from its checkpoint may change a setting."""
+Any setting can be changed on the command line: `--config.NAME=VALUE`, also inside lists:
+`"--config.phases[0].steps=500"`. `--help-settings` lists the same. `--config FILE:ARGUMENT` passes `ARGUMENT` to a
+`get_config` with one parameter. The column *on resume* says when a run that resumes from its checkpoint may change a
+setting."""
 HEAD = "| setting | value | default | on resume | meaning |\n|---|---|---|---|---|"
-
-
-def meanings(cls: type) -> dict[str, str]:
-    """Returns the comment on every field of a dataclass that has one: it begins on the line of the field's value."""
-    source = inspect.getsource(cls)
-    definition = typing.cast(ast.ClassDef, ast.parse(source).body[0])
-    fields = {node.lineno: node for node in definition.body if isinstance(node, ast.AnnAssign)}
-    found: dict[str, str] = {}
-    name, last = "", 0  # the field that a comment may belong to; the last line of its value or comment
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        line = token.start[0]
-        if line in fields:
-            name, last = typing.cast(ast.Name, fields[line].target).id, fields[line].end_lineno or line
-        if token.type == tokenize.COMMENT and last <= line <= last + 1:
-            found[name] = f"{found.get(name, '')} {token.string.lstrip('# ')}".strip()
-            last = line
-    return found
 
 
 def groups(cls: type = Config, path: str = "", on_resume: str = "no", comment: str = "") -> Iterator[str]:

@@ -9,13 +9,30 @@ DRY_RUN=false
 ARGUMENTS=() # of the training command
 TOLD_TO_LEAVE=false # `again` ended because of SIGTERM or SIGINT, not by itself
 
+# The head of the script, and its variables as its lines NAME=${NAME:-DEFAULT} # MEANING declare them.
+show_help() {
+  local line name value meaning needed declaration='^([A-Z_]+)=\$\{[A-Z_]+:-(.*)\}( # (.*))?$'
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+  needed=" $(sed -n 's/^need //p' "$0") "
+  printf '%s\n' "Variables, set before the command (NAME=... $0 ...) or at the top of the script, with their defaults:"
+  while IFS= read -r line; do
+    [[ $line =~ $declaration ]] || continue
+    name=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]} meaning=${BASH_REMATCH[4]:-}
+    if [[ -z $value && $needed == *" $name "* ]]; then value="(required)"; fi
+    printf '  %s=%s%s\n' "$name" "$value" "${meaning:+  # $meaning}"
+  done <"$0"
+  printf '  %s\n' "MAX_RESTARTS=$MAX_RESTARTS  # of a run that saved and left, or was killed" \
+    "RESTART_SECONDS=$RESTART_SECONDS  # before the first restart; each further pause is twice as long" \
+    "MAX_RESTART_SECONDS=$MAX_RESTART_SECONDS  # the longest of these pauses"
+}
+
 # Takes --dry-run and --help away; everything else is for the training command.
 parse_arguments() {
   local argument
   for argument in "$@"; do
     case $argument in
       --dry-run) DRY_RUN=true ;;
-      -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit 0 ;;
+      -h | --help) show_help && exit 0 ;;
       *) ARGUMENTS+=("$argument") ;;
     esac
   done

@@ -10,22 +10,27 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quietstar_jax.command_line import CommandParser, add_config_flags, add_flags, integer_from, parse_with_config
 from quietstar_jax.config import Config, MeshConfig
 from quietstar_jax.errors import ConfigError, run_command
-from quietstar_jax.planning.plan import PROGRAMS, plan
-from quietstar_jax.planning.programs import plan_mesh, planned_for
-from quietstar_jax.planning.search import SIZES, candidates, search
-from quietstar_jax.planning.table import format_plan, format_search
-from quietstar_jax.planning.targets import Target, compile_only, find_target
+from quietstar_jax.planning import PROGRAMS
+
+if TYPE_CHECKING:
+    from quietstar_jax.planning.targets import Target
 
 
 def main(arguments: Sequence[str]) -> int:
     """Compiles the program and prints the plan; returns 1 if it does not fit."""
     parser = make_parser()
     args, config = parse_with_config(parser, arguments)
+    from quietstar_jax.planning.plan import plan
+    from quietstar_jax.planning.programs import planned_for
+    from quietstar_jax.planning.search import search
+    from quietstar_jax.planning.table import format_plan, format_search
+    from quietstar_jax.planning.targets import compile_only, find_target
+
     compile_only()
     result: dict[str, Any]
     with parser.naming_flags():
@@ -45,14 +50,13 @@ def main(arguments: Sequence[str]) -> int:
 def make_parser() -> CommandParser:
     """Returns the parser of this command."""
     parser = CommandParser(
-        "aot", "Compiles the train step, or the decoder, for devices that need not be attached. Prints whether it\n"
-        "fits in memory, what the devices communicate, and the shortest time of a step. Status 1: it does not fit.",
+        "aot",
         "--config configs/mistral_7b_openwebmath.py --topology v5e:8x8 --config.mesh.fsdp=8",
     )  # fmt: skip
     add = parser.add_argument
     add("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:2x2x4*2 (two slices), gpu:h100x8, cpu:8 ...")
     add_config_flags(parser)
-    add("--program", choices=list(PROGRAMS), default="train", help="program to compile (default: %(default)s)")
+    add("--program", choices=PROGRAMS, default="train", help="program to compile (default: %(default)s)")
     add("--phase", default="", metavar="NAME", help="phase whose step is compiled (default: the most expensive one)")
     add("--search", action="store_true", help="try mesh shapes and chunk sizes, and rank those that fit")
     add("--tries", type=integer_from(1), default=6, metavar="N", help="how many of them to compile (default: 6)")
@@ -62,6 +66,9 @@ def make_parser() -> CommandParser:
 
 def _suited(config: Config, target: Target, phase: str) -> Config:
     """Returns the configuration; a default mesh that does not suit the target is replaced by the best guess."""
+    from quietstar_jax.planning.programs import plan_mesh
+    from quietstar_jax.planning.search import SIZES, candidates
+
     if config.mesh != MeshConfig():
         return config
     try:

@@ -11,11 +11,13 @@ import itertools
 import os
 import re
 import shutil
+import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from quietstar_jax.commands import COMMANDS, written
 from quietstar_jax.config import TEXT_DOCUMENTS, Config
 from quietstar_jax.config_file import read_config
 from quietstar_jax.errors import ConfigError, UserError
@@ -41,18 +43,16 @@ class CommandParser(argparse.ArgumentParser):
     """The parser of one command: raises `ConfigError` for invalid arguments; its help fits one screen.
 
     Args:
-      command: name of the module in this package.
-      does: what the command does, in one or two sentences.
+      command: its name in `COMMANDS`, which says what it does.
       example: arguments that work.
       more: text for the end of the help.
     """
 
-    def __init__(self, command: str, does: str, example: str, more: str = ""):
-        prog = f"python -m quietstar_jax.{command}"
-        super().__init__(
-            prog=prog, description=does, epilog="\n\n".join(filter(None, [f"example:\n  {prog} {example}", more])),
-            formatter_class=_Help, allow_abbrev=False,
-        )  # fmt: skip
+    def __init__(self, command: str, example: str, more: str = ""):
+        prog = written(command)
+        end = "\n".join(filter(None, [f"example:\n  {prog} {example}", more]))
+        does = COMMANDS[command].does
+        super().__init__(prog=prog, description=does, epilog=end, formatter_class=_Help, allow_abbrev=False)
 
     def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
         """Parses the arguments as `argparse` does, without abbreviated flags.
@@ -204,6 +204,12 @@ SHARED: dict[str, dict[str, Any]] = {
         metavar="SOURCE",
         help="file, folder, glob, URL, hf:NAME:SPLIT or tfds:NAME:SPLIT, as in data.train (docs/data.md)",
     ),
+    "--prompt": dict(
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text to continue, or to show (report); - = read it from standard input; may be repeated",
+    ),
     "--text-key": dict(default="text", metavar="FIELD", help="field that contains the text (default: %(default)s)"),
     "--text-documents": dict(
         default="file",
@@ -212,12 +218,22 @@ SHARED: dict[str, dict[str, Any]] = {
         help=f"one document of a text file: {', '.join(TEXT_DOCUMENTS)} (default: %(default)s)",
     ),
     "--data-dir": dict(type=path_or_url, metavar="FOLDER", help="folder of tensorflow-datasets, as data.data_dir"),
+    "--against": dict(
+        default="",
+        metavar="PATH",
+        help="another model to compare with: file of its records (evaluate), or its checkpoint (report)",
+    ),
     "--limit": dict(
         type=integer_from(0),
         metavar="N",
         help="number of questions, texts or documents, from the first; 0 = all (default: %(default)s)",
     ),
     "--output": dict(type=path, metavar="PATH", help="path of the result: a file, or a folder (export, data.prepare)"),
+    "--figures": dict(
+        type=path,
+        metavar="FOLDER",
+        help="folder for the charts of the page, or of evaluate --think-front, as SVG files",
+    ),
     "--workdir": dict(type=path, metavar="FOLDER", help="work directory of a study: its runs and its table"),
     "--thoughts": dict(
         default="auto",
@@ -226,7 +242,8 @@ SHARED: dict[str, dict[str, Any]] = {
     ),
     "--think": dict(
         metavar="POLICY",
-        help=f"tokens that get a thought: {', '.join(map(usage, THINKING))}",
+        help="tokens that get a thought; in an export, those before which its model thinks by default: "
+        f"{', '.join(map(usage, THINKING))}",
     ),
     "--thought-length": dict(type=integer_from(1), metavar="N", help="tokens of a thought (default: as in training)"),
     "--max-tokens": dict(type=integer_from(1), metavar="N", help="most tokens to generate (default: %(default)s)"),
@@ -262,6 +279,11 @@ def add_flags(parser: Any, *names: str, **options: Any) -> None:
         parser.add_argument(name, **{**SHARED[name], **options})
 
 
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """Returns the texts of `--prompt`, with standard input in place of `-`."""
+    return [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in args.prompt]
+
+
 def add_checkpoint_flags(parser: Any, choice: Any = None, *, hub: bool = True) -> None:
     """Adds the flags that name a model and how it is loaded.
 
@@ -274,20 +296,24 @@ def add_checkpoint_flags(parser: Any, choice: Any = None, *, hub: bool = True) -
 
 
 class _ListSettings(argparse.Action):
-    """Prints all settings with their defaults, and exits."""
+    """Prints all settings with their defaults and meanings, and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print("--config.NAME=VALUE changes a setting. All names, with their defaults:")
-        print("\n".join(f"  {name}={value!r}" for name, value in _defaults(Config(), "")))
+        from quietstar_jax.setting_help import list_settings
+
+        print("--config.NAME=VALUE changes a setting. All names, with their defaults, values and meanings:")
+        print("\n".join(list_settings(shutil.get_terminal_size().columns)))
         parser.exit()
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that `parse_with_config` reads."""
-    parser.add_argument("--config", metavar="FILE", help="Python file with a function get_config() (required)")
+    parser.add_argument(
+        "--config", metavar="FILE", help="Python file with get_config(), or a shipped name: quickstart ... (required)"
+    )
     parser.add_argument("--config.NAME", metavar="VALUE", dest="setting", help="change a setting of this file")
     parser.add_argument(
-        "--help-settings", action=_ListSettings, nargs=0, help="list all settings (also in docs/configuration.md)"
+        "--help-settings", action=_ListSettings, nargs=0, help="list all settings: defaults, values and meanings"
     )
 
 
@@ -340,15 +366,3 @@ def _value_of(word: str, name: str, words: Iterator[str]) -> str:
     if value is None:
         raise ConfigError(f"{word} has no value: settings are given as --config.NAME=VALUE.")
     return value
-
-
-def _defaults(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Yields the names of all settings with their defaults."""
-    if dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _defaults(getattr(value, field.name), f"{name}.{field.name}" if name else field.name)
-    elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-        for i, item in enumerate(value):
-            yield from _defaults(item, f"{name}[{i}]")
-    else:
-        yield name, value

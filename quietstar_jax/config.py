@@ -62,8 +62,8 @@ class ModelConfig:
     revision: SameWeights[str] = ""  # branch, tag or commit of a hub id
     architecture: Architecture = field(default_factory=Architecture)  # used only without `checkpoint`
     adapters: Adapters = field(default_factory=Adapters)
-    adapter: str = ""  # folder of a PEFT adapter (LoRA) from which `adapters` start; empty = new adapters, which
-    # have no effect at first
+    adapter: SameWeights[str] = ""  # folder of a PEFT adapter (LoRA) from which `adapters` start; empty = new ones,
+    # which have no effect at first
     frozen_dtype: ComputeDtype = "bfloat16"  # dtype in which weights that adapters freeze are stored; norms are float32
     compute_dtype: ComputeDtype = "float32"  # master weights, logits, losses and rewards are always float32
     rematerialize: Unrelated[bool] = False  # recompute layers in the backward pass, for the text and for the chains
@@ -225,7 +225,7 @@ class LoggingConfig:
     """Metrics are always written to `metrics.jsonl` in the work directory and to the terminal."""
 
     every_steps: Positive[int] = 1  # steps between two records of training metrics
-    progress_bar: bool = True  # show a progress bar on a terminal
+    progress_bar: bool = True  # show a status line on a terminal
     tensorboard: bool = False  # also write metrics for TensorBoard, in the work directory
     wandb_project: str = ""  # also send metrics to this project of Weights & Biases; empty = no
     profile_steps: tuple[Positive[int], ...] = ()  # (first, last) step to record with the profiler of JAX, into the
@@ -275,6 +275,11 @@ class Config:
                 phase.num_thoughts,
                 f"at least 2 with the advantage {self.thought.advantage}, which is 0 for a single thought",
             )  # fmt: skip
+            gated, ahead = self.thought.gate and phase.thought_length, self.thought.gate_tokens_ahead
+            problems += require(
+                not gated or phase.tokens_ahead >= ahead, "thought.gate_tokens_ahead", ahead,
+                f"at most phases[{i}].tokens_ahead = {phase.tokens_ahead}",
+            )  # fmt: skip
             student = phase.thought_length and phase.rates.move_decoder(self.model.adapters)
             rate = "decoder" if self.model.adapters.maps == "none" else "adapters"
             problems += require(
@@ -307,13 +312,8 @@ class Config:
         return next((span.start for span in spans if span.phase.steps and self.reinforces(span.phase)), None)
 
     def reinforces(self, phase: Phase) -> bool:
-        """Whether REINFORCE trains the thoughts of a phase.
-
-        Thought tokens are predicted by the decoder after the start embedding, so one of the two must learn; the mixing
-        head does not affect them. Pauses are all equal, so nothing can be compared.
-        """
-        learns = phase.rates.thought_embeddings > 0 or phase.rates.move_decoder(self.model.adapters)
-        return phase.trains_thoughts and learns and self.thought.control != "pause"
+        """Whether REINFORCE trains the thoughts of a phase, see `Phase.reinforces`."""
+        return phase.reinforces(self.model.adapters, self.thought.control)
 
     @property
     def total_steps(self) -> int:

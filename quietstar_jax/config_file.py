@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import re
 import sys
@@ -29,6 +30,8 @@ class _SettingError(ConfigError):
     """The error is on the command line, not in the file."""
 
 
+SHIPPED = Path(__file__).parent / "configs"  # of the package; a link to configs/ of the repository
+FOLDERS = {"get_config": SHIPPED, "get_study": SHIPPED / "studies"}  # where a name without a folder is looked up
 LARGEST_FILE = 10 * 2**20  # bytes
 LONGEST_LITERAL = 100_000  # characters
 SETTING = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*|\[\d{1,9}\])*", re.ASCII)
@@ -78,11 +81,19 @@ def call_function(path: str, name: str) -> Any:
 def load_function(path: str, name: str) -> Callable[..., Any]:
     """Executes a Python file and returns one of its functions.
 
+    Args:
+      path: of a file, or a shipped configuration, see `find_file`.
+
     Raises:
       ConfigError: names the file, and the line and the exception if its execution failed.
     """
-    if not is_file(path):
-        raise ConfigError(f"There is no file {path!r}. Give a Python file with a function {name}().")
+    found = find_file(path, name)
+    if found is None:
+        names = [file.stem for file in sorted(FOLDERS[name].glob("*.py")) if file.stem != "__init__"]
+        near = difflib.get_close_matches(Path(path).stem, names, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"These come with the package: {', '.join(names)}."
+        raise ConfigError(f"There is no file {path!r}. Give a Python file with a function {name}(). {hint}")
+    path = found
     module = types.ModuleType(f"quietstar_jax.file.{Path(path).stem}")
     module.__file__ = path
     with _blame(path, "this file"):
@@ -95,6 +106,23 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ConfigError(f"{path} has no function {name}().")
     return function
+
+
+def find_file(path: str, function: str) -> str | None:
+    """Returns the path of the Python file that a user names, None if there is no such file.
+
+    Args:
+      path: a file; or, in any folder, a configuration of this package: `configs/quickstart.py`, `quickstart`,
+        `objectives/rlp`, or for `get_study` `controls`.
+      function: `get_config` or `get_study`.
+    """
+    if is_file(path):
+        return path
+    name = path.removesuffix(".py")
+    folder = SHIPPED if name.startswith("configs/") else FOLDERS[function]
+    name = name.removeprefix("configs/")
+    shipped = f"{folder / name}.py"
+    return shipped if is_file(shipped) and ".." not in Path(name).parts and not Path(name).is_absolute() else None
 
 
 @contextlib.contextmanager

@@ -15,35 +15,45 @@ from quietstar_jax.command_line import (
     integer_from,
 )
 from quietstar_jax.config import PREFIX_ATTENTION
-from quietstar_jax.errors import run_command
-from quietstar_jax.evals.measure import Options, measure
-from quietstar_jax.evals.questions import ANSWER_KEYS
-from quietstar_jax.evals.table import format_result
-from quietstar_jax.evals.tasks import TASKS
+from quietstar_jax.errors import ConfigError, run_command
+from quietstar_jax.evals.options import Options
+from quietstar_jax.evals.tasks import ANSWER_KEYS, TASKS
 from quietstar_jax.io import write_json
-from quietstar_jax.thoughts.perturbations import KINDS
+from quietstar_jax.thought_config import PERTURBATIONS
 
 
 def main(arguments: list[str]) -> None:
     """Runs the measurement, then prints a table or one line of JSON."""
     with make_parser().parsed(arguments) as args:
+        from quietstar_jax.evals.measure import measure
+        from quietstar_jax.evals.table import format_result, right_name
+        from quietstar_jax.reports.drawings import write_drawings
+        from quietstar_jax.reports.front_figures import front_charts
+
         given = vars(args)
-        as_json, output = given.pop("json"), given.pop("output")
+        as_json, output, figures = (given.pop(name) for name in ("json", "output", "figures"))
         if output is not None:
             check_writable(output, "--output")
+        if figures is not None and not given["think_front"]:
+            raise ConfigError("--figures needs --think-front: other measurements have no charts.")
         given["fields"] = tuple(given.pop("field"))
         given |= {name: given[name] or 0 for name in ("thought_length", "max_length")}
         result = measure(Options(**given))
     if output is not None:
         write_json(output, result)
+    if figures is not None:
+        write_drawings(figures, front_charts(result["front"], "A position predicts one token.", right_name(result)))
     print(json.dumps(result) if as_json else format_result(result))
 
 
 def make_parser() -> CommandParser:
     """Returns the parser of this command."""
-    tasks = "\n".join(f"  {name:<20}{task.summary}" for name, task in TASKS.items())
+    named: dict[str, list[str]] = {}
+    for name, task in TASKS.items():
+        named.setdefault(task.summary, []).append(name)
+    tasks = "\n".join(f"  {', '.join(names):<26}{summary}" for summary, names in named.items())
     parser = CommandParser(
-        "evaluate", "Measures a model on questions or text, with and without thoughts, and prints a table.",
+        "evaluate",
         "--checkpoint runs/mine --task gsm8k --data test.jsonl", tasks,
     )  # fmt: skip
     add = parser.add_argument
@@ -51,6 +61,8 @@ def make_parser() -> CommandParser:
     add("--task", required=True, metavar="TASK", help="one of the tasks at the end of this page")
     add_flags(parser, "--data", required=True)
     add_flags(parser, "--thoughts", "--think", "--thought-length", "--max-length")
+    add("--think-front", action="store_true", help="also list loss and right answers at every threshold of --think")
+    add_flags(parser, "--figures")
     add_flags(parser, "--limit", default=Options.limit)
     add_flags(parser, "--batch-size", default=BATCH_SIZE)
     add_flags(parser, "--seed", "--output", "--json", "--quiet")
@@ -81,9 +93,9 @@ def make_parser() -> CommandParser:
     )
     text.add_argument(
         "--perturb", default="", metavar="KIND",
-        help=f"also measure thoughts that are changed step by step: {', '.join(KINDS)}",
+        help=f"also measure thoughts that are changed step by step: {', '.join(PERTURBATIONS)}",
     )  # fmt: skip
-    votes = parser.add_argument_group("gsm8k_cot, numeric_cot")
+    votes = parser.add_argument_group("gsm8k_cot, numeric_cot; spans: --records, --against")
     add_flags(votes, "--samples", default=Options.samples)
     add_flags(votes, "--temperature", default=Options.temperature)
     add_flags(votes, "--max-tokens", default=Options.max_tokens)
@@ -91,6 +103,7 @@ def make_parser() -> CommandParser:
         "--records", default="", metavar="FILE",
         help="file from which a killed command resumes (default: named after the measurement)",
     )  # fmt: skip
+    add_flags(votes, "--against")
     return parser
 
 

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
-from quietstar_jax.command_line import BATCH_SIZE, CommandParser, add_checkpoint_flags, add_flags
+from quietstar_jax.command_line import BATCH_SIZE, CommandParser, add_checkpoint_flags, add_flags, prompts_of
 from quietstar_jax.errors import ConfigError, run_command
-from quietstar_jax.inference.batch import Generation, GenerationConfig, Token
-from quietstar_jax.inference.batch_files import generate_file
-from quietstar_jax.inference.generator import TOKENS_PER_CALL, Generator
-from quietstar_jax.inference.terminal import print_tokens
 from quietstar_jax.methods.thinking import choose_policy
 
-__all__ = ["Generation", "Generator", "Token"]
+if TYPE_CHECKING:
+    from quietstar_jax.inference.batch import Generation as Generation
+    from quietstar_jax.inference.batch import GenerationConfig
+    from quietstar_jax.inference.batch import Token as Token
+    from quietstar_jax.inference.generator import Generator as Generator
 
 THOUGHTS = {"auto": None, "on": True, "off": False}
+
+
+def __getattr__(name: str) -> Any:
+    """The Python API, which this module has beside the command: `Generator`, `Generation` and `Token`."""
+    if name in ("Generator", "Generation", "Token"):
+        from quietstar_jax.inference import batch, generator
+
+        return getattr(generator if name == "Generator" else batch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main(arguments: list[str]) -> None:
@@ -29,6 +39,9 @@ def main(arguments: list[str]) -> None:
             hint = " To print thoughts, add --show-thoughts." if args.thoughts == "show" else ""
             raise ConfigError(f"--thoughts is {args.thoughts!r}; allowed: {', '.join(THOUGHTS)}.{hint}")
         choose_policy(THOUGHTS[args.thoughts], args.think)  # before anything is loaded
+        from quietstar_jax.inference.batch_files import generate_file
+        from quietstar_jax.inference.generator import TOKENS_PER_CALL, Generator
+
         generator = Generator.open(
             args.checkpoint, step=args.step, revision=args.revision, dtype=args.dtype,
             batch_size=args.batch_size or (1 if args.prompt else BATCH_SIZE), max_length=args.max_length,
@@ -39,7 +52,7 @@ def main(arguments: list[str]) -> None:
             [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in args.stop], args.think,
         )  # fmt: skip
         if args.data is None:
-            _to_terminal(generator, args.prompt, job, args.seed, args.show_thoughts)
+            _to_terminal(generator, prompts_of(args), job, args.seed, args.show_thoughts)
             return
         rows = generate_file(
             generator, args.data, args.output, job, seed=args.seed, show_thoughts=args.show_thoughts,
@@ -49,7 +62,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _to_terminal(generator: Generator, prompts: list[str], job: GenerationConfig, seed: int, show: bool) -> None:
-    prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
+    from quietstar_jax.inference.terminal import print_tokens
+
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for prompt, request in zip(prompts, generator.requests(prompts, job, seed), strict=True):
         print(prompt, end="", flush=True)
@@ -63,19 +77,12 @@ def _to_terminal(generator: Generator, prompts: list[str], job: GenerationConfig
 def make_parser() -> CommandParser:
     """Returns the parser of this command."""
     parser = CommandParser(
-        "generate", "Continues prompts: to the terminal, or from file to file (JSON lines with a completion each).",
+        "generate",
         "--checkpoint runs/mine --prompt '2 + 2 =' --show-thoughts",
     )  # fmt: skip
     add = parser.add_argument
     add_checkpoint_flags(parser)
-    add(
-        "--prompt",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="text to continue; - = read it from standard input",
-    )
-    add_flags(parser, "--data", "--output", "--thoughts", "--think")
+    add_flags(parser, "--prompt", "--data", "--output", "--thoughts", "--think")
     add(
         "--show-thoughts",
         action="store_true",

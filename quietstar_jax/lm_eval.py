@@ -6,20 +6,22 @@ packages; its releases up to 0.4.13 do not. Until then, this module registers th
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from quietstar_jax.errors import ConfigError, DataError, run_command
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Registers the model and calls the harness, which parses the arguments."""
     if find_spec("lm_eval") is None:
         raise ConfigError("The evaluation harness is missing: pip install 'quietstar_jax[eval]'.")
-    import lm_eval.models  # noqa: F401  its own models: it looks no further once any is known
+    if not {"-h", "--help"} & {*arguments}:  # help is for all models alike, and these take seconds to import
+        import quietstar_jax.evals.harness  # noqa: F401  registers ours
     from lm_eval.__main__ import cli_evaluate
 
-    import quietstar_jax.evals.harness  # noqa: F401  registers ours
-
+    sys.argv[1:] = arguments  # where the harness reads them
     try:
         cli_evaluate()
     except ConnectionError as error:
@@ -30,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: main(sys.argv[1:]))

@@ -32,6 +32,13 @@ class Check(NamedTuple):
     text: str  # completes the sentence "it must be ..."
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choices:
+    """Mark of a string that must be one of these names, such as those of a registry, which may grow."""
+
+    names: Mapping[str, Any]
+
+
 def between(least: float, most: float) -> Check:
     """Returns the check that a number is within these bounds, both included."""
     return Check(lambda value: least <= value <= most, f"within {least} .. {most}")
@@ -80,8 +87,8 @@ def require(holds: bool, name: str, value: Any, must_be: str) -> list[str]:
 
 
 def one_of(name: str, value: Any, choices: Any) -> list[str]:
-    """Returns a problem with field `name` if its value is not among the choices of a `Literal`."""
-    names = typing.get_args(choices)
+    """Returns a problem with field `name` if its value is not among those of a `Literal` or of `Choices`."""
+    names = names_of(choices)
     near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
     hint = f"; did you mean {near[0]}?" if near else ""
     return require(isinstance(value, str) and value in names, name, value, described(choices) + hint)
@@ -110,11 +117,18 @@ def marked(cls: type, mark: Any, root: str = "") -> tuple[str, ...]:
     return tuple(paths)
 
 
+def names_of(hint: Any) -> tuple[str, ...]:
+    """Returns the names that a type accepts, of a `Literal` or of `Choices`; empty for other types."""
+    kind, marks = unmarked(hint)
+    names = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    return next((tuple(mark.names) for mark in marks if isinstance(mark, Choices)), names)
+
+
 def described(kind: Any) -> str:
     """Returns a description of the values that a type accepts."""
+    if names := names_of(kind):
+        return "one of " + ", ".join(names)
     kind, marks = unmarked(kind)
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         kind = f"a list, each item {described(typing.get_args(kind)[0])}"
     checks = [mark.text for mark in marks if isinstance(mark, Check)]
@@ -226,8 +240,8 @@ def _convert(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         if None in value:
             return None
         conflicts = []
-    elif typing.get_origin(kind) is Literal:
-        conflicts = one_of(path, value, kind)
+    elif names_of(hint):
+        conflicts = one_of(path, value, hint)
     else:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value) if abs(value) < 1e300 else math.inf

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+SCRIPT = "quietstar"  # the name of the console script
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NAMES: dict[int, str] = {
     signal.SIGINT: "Ctrl-C",
@@ -108,7 +109,7 @@ def while_importing(package: str) -> None:
     """
     multiprocessing: Any = sys.modules.get("multiprocessing")
     if multiprocessing and multiprocessing.parent_process() is not None:
-        if sys.argv and sys.argv[0].startswith(package):
+        if sys.argv and (sys.argv[0].startswith(package) or os.path.basename(sys.argv[0]) == SCRIPT):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     elif sys.argv[:1] == ["-m"]:  # while Python looks for the module
         signal.signal(signal.SIGINT, lambda number, frame: end_now(128 + number, "Stopped by Ctrl-C."))

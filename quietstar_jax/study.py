@@ -8,14 +8,15 @@ from collections.abc import Sequence
 
 from quietstar_jax.command_line import CommandParser, add_flags, integer_from
 from quietstar_jax.errors import UserError, run_command
-from quietstar_jax.studies.results import collect, write_results
-from quietstar_jax.studies.runner import plan, run_study
-from quietstar_jax.studies.study import load_study
 
 
 def main(arguments: Sequence[str]) -> int:
     """Executes the missing runs, updates `study.json` and `table.md` after each, and prints the table."""
     args = make_parser().parse_args(arguments)
+    from quietstar_jax.studies.results import collect, write_results
+    from quietstar_jax.studies.runner import plan, run_study
+    from quietstar_jax.studies.study import load_study
+
     study = load_study(args.study)
     seeds = args.seeds or study.seeds
     variants = args.variants or list(study.variants)
@@ -36,11 +37,11 @@ def main(arguments: Sequence[str]) -> int:
 def make_parser() -> CommandParser:
     """Returns the parser of this command."""
     parser = CommandParser(
-        "study", "Trains every variant of a study with every seed, and compares them. The same command resumes.",
+        "study",
         "--study configs/studies/controls.py --workdir runs/controls --seeds 0,1",
     )  # fmt: skip
     add = parser.add_argument
-    add("--study", required=True, metavar="FILE", help="Python file with a function get_study()")
+    add("--study", required=True, metavar="FILE", help="Python file with get_study(), or a shipped name: controls ...")
     add_flags(parser, "--workdir", required=True)
     add("--seeds", type=_seeds, metavar="N,N", help="run only these seeds; seeds that the study lacks are added to it")
     add("--variants", type=lambda text: text.split(","), metavar="NAME,NAME", help="run only these variants")

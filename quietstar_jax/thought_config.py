@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, get_args
+from typing import Annotated, Literal, get_args
 
 from quietstar_jax.architecture import Adapters
 from quietstar_jax.methods.advantages import ADVANTAGES
@@ -16,6 +16,7 @@ from quietstar_jax.methods.rewards import REWARDS
 from quietstar_jax.settings import (
     Below1,
     Check,
+    Choices,
     Fraction,
     NonEmpty,
     NonNegative,
@@ -28,14 +29,12 @@ from quietstar_jax.settings import (
     require,
 )
 
-if TYPE_CHECKING:
-    Reward: TypeAlias = str
-    Advantage: TypeAlias = str
-    Mixing: TypeAlias = str
-else:  # the names in these registries
-    Reward, Advantage, Mixing = (Literal[tuple(registry)] for registry in (REWARDS, ADVANTAGES, MIXINGS))
+Reward = Annotated[str, Choices(REWARDS)]
+Advantage = Annotated[str, Choices(ADVANTAGES)]
+Mixing = Annotated[str, Choices(MIXINGS)]
 Control = Literal["none", "pause", "random", "shuffled"]
-CONTROLS = get_args(Control)
+Perturbation = Literal["delete", "replace", "truncate", "shuffle"]
+CONTROLS, PERTURBATIONS = map(get_args, (Control, Perturbation))
 TalkWeight = Annotated[float, Check(lambda value: value >= 0 or value == -1, "at least 0, or -1")]
 
 
@@ -60,9 +59,13 @@ class ThoughtConfig:
     advantage_clip: Reinforce[NonNegative[float]] = 0.0  # bound of the absolute value of an advantage, after the scale;
     # 0 = none
     positive_only: Reinforce[bool] = True  # drop negative advantages
+    end: Literal["fixed", "sampled"] = "fixed"  # when a thought ends: after T tokens, or, up to T, when the model
+    # samples its end, see docs/objectives.md
+    length_penalty: Reinforce[NonNegative[float]] = 0.0  # the reward of a thought decreases by this for each of its
+    # tokens, in the unit of the reward; needs `end="sampled"`
     policy_reduction: Reinforce[Literal["mean", "sum", "sum_over_max"]] = "mean"  # over the tokens of a thought:
     # `mean` as in the published code, `sum` as in the paper, `sum_over_max` = the sum divided by the longest thought
-    # length of this phase and those before
+    # length of this phase and those before; a sampled end counts as a token
     importance_cap: Reinforce[NonNegative[float]] = 0.0  # weigh each thought token by min(ratio, cap), the ratio of its
     # probability in scoring to that in sampling, which corrects for different temperatures; 0 = off
     clip_epsilon: Reinforce[Below1] = 0.0  # clip this ratio to 1 - epsilon .. 1 + epsilon in PPO's surrogate; 0 = off
@@ -73,7 +76,8 @@ class ThoughtConfig:
     entropy_bonus_step: Reinforce[Positive[float]] = 0.001  # amount by which `entropy_bonus` changes in a step
     entropy_bonus_max: Reinforce[Positive[float]] = 1.0  # largest adapted `entropy_bonus`
     kl_weight: Reinforce[NonNegative[float]] = 0.0  # weight of the KL divergence of thought tokens to the reference:
-    # the weights when the first phase that trains thoughts begins, which are then kept in memory and in checkpoints
+    # the weights when the first phase that trains thoughts begins; those that learn are then kept in memory and in
+    # checkpoints
     kl_in_reward: Reinforce[NonNegative[float]] = 0.0  # the reward decreases by this for each nat by which a thought is
     # more likely than under the reference (LaTRO)
     talk_reduction: Thinking[Literal["mean", "log_mean_exp"]] = "mean"  # how the losses with the thoughts of a
@@ -81,6 +85,12 @@ class ThoughtConfig:
     mixing: Thinking[Mixing] = "hidden_states"  # how predictions with and without a thought are combined:
     # `hidden_states` as in the published code, `log_probabilities` as in the paper (the weight passes through a
     # sigmoid), `none` = only the prediction after the thought, see docs/objectives.md
+    gate: bool = False  # also train a thinking gate, which predicts where a thought gains more than a price
+    # (`--think gate:PRICE`), see docs/objectives.md; it changes no other weight
+    gate_prices: Thinking[tuple[NonNegative[float], ...]] = (0.05, 0.1, 0.2, 0.5)  # nats; the gate is trained to
+    # predict for each of these prices whether a thought gains more
+    gate_tokens_ahead: Thinking[Positive[int]] = 1  # how many tokens after a thought count in the gain that the
+    # gate predicts, at most `tokens_ahead` of each phase with thoughts; generation uses a thought for one token
     control: Thinking[Control] = "none"  # what replaces the thoughts, to measure their effect
     base_loss_weight: Thinking[Fraction] = 0.5  # weight of the loss without thoughts in the total
     talk_loss_weight: Thinking[TalkWeight] = -1.0  # weight of the loss with thoughts; -1 = 1 - `base_loss_weight`
@@ -88,14 +98,23 @@ class ThoughtConfig:
     # every n-th (`stride`), random ones, or those with the least certain predictions (`entropy`); in evaluation all
     # positions think
     position_fraction: Thinking[Portion] = 1.0  # fraction of positions that think; the cost decreases with it
+    positions_per_sequence: Thinking[NonNegative[int]] = 0  # number of positions that think in each sequence, for long
+    # thoughts at few positions, where positions is random or entropy; 0 = `position_fraction` of them
     positions_per_chunk: Unrelated[NonNegative[int]] = 0  # positions whose chains are in memory together; 0 = derived
     # from `chunk_megabytes`
-    chunk_megabytes: Unrelated[Positive[int]] = 256  # memory budget for the activations of one chunk, per device
+    chunk_megabytes: Unrelated[Positive[int]] = 256  # memory budget for the activations of one chunk, per device;
+    # a chunk has at least one position, even if that exceeds the budget
 
     @property
     def talk_weight(self) -> float:
         """Weight of the loss with thoughts."""
         return 1.0 - self.base_loss_weight if self.talk_loss_weight == -1 else self.talk_loss_weight
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that a model has only with these settings, as `QuietStar` names them."""
+        there = {"gate": self.gate, "end_head": self.end == "sampled"}
+        return tuple(name for name, is_there in there.items() if is_there)
 
     @property
     def needs_reference(self) -> bool:
@@ -106,6 +125,7 @@ class ThoughtConfig:
         fraction = self.position_fraction
         is_reciprocal = fraction > 1e-9 and math.isclose(1 / fraction, round(1 / fraction), rel_tol=1e-3)
         return [
+            *require(bool(self.gate_prices), "gate_prices", self.gate_prices, "a list of at least one price"),
             *require(
                 self.positions != "all" or fraction == 1.0, "position_fraction", fraction,
                 "1.0 where positions is 'all'; to choose positions, set it to stride, random or entropy",
@@ -115,8 +135,30 @@ class ThoughtConfig:
                 "1/n for positions='stride', every n-th position",
             ),
             *require(
+                self.positions_per_sequence == 0 or self.positions in ("random", "entropy"), "positions_per_sequence",
+                self.positions_per_sequence, f"0 where positions is {self.positions!r}; set it to random or entropy",
+            ),
+            *require(
+                self.positions_per_sequence == 0 or fraction == 1.0, "position_fraction", fraction,
+                "1.0 where positions_per_sequence sets the number of positions",
+            ),
+            *require(
                 self.discount == 1.0 or bool(REWARDS[self.reward].traits["discounted"]), "discount", self.discount,
                 f"1.0 for the reward {self.reward}, which has no discount",
+            ),
+            *require(
+                self.length_penalty == 0 or self.end == "sampled", "length_penalty", self.length_penalty,
+                "0 where end is 'fixed': all thoughts then have the same length, so the penalty cancels",
+            ),
+            *require(
+                self.control != "pause" or self.end == "fixed", "end", self.end,
+                "'fixed' with the control pause: thoughts of pauses are not trained, so nothing trains their ends",
+            ),
+            *require(
+                not (self.control == "random" and self.end == "sampled" and (self.clip_epsilon or self.importance_cap)),
+                "control", self.control,
+                "none where importance_cap or clip_epsilon is set and ends are sampled: the ratio of an end that was "
+                "sampled after other tokens means nothing",
             ),
             *require(
                 not (self.clip_epsilon and self.importance_cap), "importance_cap", self.importance_cap,
@@ -137,6 +179,8 @@ class RateScales:
     # gradient. With `model.adapters`, only the norms, if `model.adapters.norms` is set
     mixing_head: NonNegative[float] = 1.0  # the head that weighs predictions with and without thoughts
     thought_embeddings: NonNegative[float] = 1.0  # the embeddings of the start and end of a thought
+    gate: NonNegative[float] = 1.0  # the thinking gate, if there is one (`thought.gate`)
+    end_head: NonNegative[float] = 1.0  # the head that decides when a thought ends, if there is one (`thought.end`)
     adapters: NonNegative[float] = 1.0  # the adapters of the decoder, if it has any (`model.adapters`)
 
     def move_decoder(self, adapters: Adapters) -> bool:
@@ -144,6 +188,13 @@ class RateScales:
         if adapters.maps == "none":
             return self.decoder > 0
         return self.adapters > 0 or (adapters.norms and self.decoder > 0)
+
+    def move_thoughts(self, adapters: Adapters) -> bool:
+        """Whether any of the weights on which thought tokens depend learns.
+
+        The decoder predicts them after the start embedding; the mixing head does not affect them.
+        """
+        return self.thought_embeddings > 0 or self.move_decoder(adapters)
 
 
 @dataclass(frozen=True)
@@ -155,7 +206,10 @@ class Phase:
     batch_size: Positive[int] = 8  # sequences per optimizer step, over all devices
     microbatches: Unrelated[Positive[int]] = 1  # the batch is split into this many parts, whose
     # gradients are accumulated
-    thought_length: NonNegative[int] = 9  # T, sampled tokens of a thought; 0 = plain language modelling
+    thought_length: NonNegative[int] = (
+        9  # T, sampled tokens of a thought, the maximum if `thought.end` is `sampled`; 0 =
+    )
+    # plain language modelling
     num_thoughts: Positive[int] = 2  # R, thoughts per position
     tokens_ahead: Positive[int] = 4  # K, true tokens scored after a thought
     policy_weight: NonNegative[float] = 1e6  # weight of the REINFORCE term; 0 = thoughts are not trained; nor
@@ -171,8 +225,15 @@ class Phase:
 
     @property
     def trains_thoughts(self) -> bool:
-        """Whether the phase has thoughts and a `policy_weight` above 0; see `Config.reinforces`."""
+        """Whether the phase has thoughts and a `policy_weight` above 0; see `reinforces`."""
         return self.thought_length > 0 and self.policy_weight > 0
+
+    def reinforces(self, adapters: Adapters, control: Control) -> bool:
+        """Whether REINFORCE trains the thoughts of the phase, in a run with these adapters and this control.
+
+        A weight on which thoughts depend must learn. Pauses are all equal, so nothing can be compared.
+        """
+        return self.trains_thoughts and self.rates.move_thoughts(adapters) and control != "pause"
 
     def conflicts(self) -> list[str]:
         return require(

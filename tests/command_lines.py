@@ -114,7 +114,7 @@ class Commands:
             generate.main: ["--checkpoint", "x", "--data", data, "--output", new, "--max-tokens=5", "--top-p", "0.4",
                             "--batch-size=3", "--step", "4", "--stop", "x", "--thoughts", "on", "--seed=1"],
             export.main: ["--checkpoint", "x", "--output", new, "--format", "base", "--dtype=bfloat16", "--step", "3",
-                          "--max-shard-size", "1GB"],
+                          "--max-shard-size", "1GB", "--push", "a/b", "--public"],
             report.main: ["--checkpoint", "x", "--data", data, "--output", str(folder / "page.html"), "--limit=3",
                           "--samples", "2", "--thought-length", "4", "--step", "3"],
             prepare.main: ["--data", data, "--tokenizer", "synthetic", "--output", new, "--shards", "2", "--workers=1"],
@@ -125,19 +125,16 @@ class Commands:
         self._stack = contextlib.ExitStack()
         config = default_config()
         config.workdir = str(self.folder / "run")
-        places = (
-            (train, "train"), (aot, "plan"), (aot, "search"), (study, "run_study"), (generate.Generator, "open"), (export, "export"),
-            (report, "report_checkpoint"), (report, "report_study"), (prepare, "prepare"), (build, "BUILDERS"),
-        )  # fmt: skip
-        for where, name in places:
-            stop = mock.MagicMock(side_effect=Reached)
-            stop.__getitem__.side_effect = Reached
-            stop.__iter__.side_effect = lambda: iter(["gsm8k"])
-            stop.__contains__.side_effect = lambda name: name == "gsm8k"
-            self._stack.enter_context(mock.patch.object(where, name, stop))
-        for module in ("quietstar_jax.evals.measure.load_model", "quietstar_jax.aot.compile_only"):
-            effect = Reached if module.endswith("model") else None
-            self._stack.enter_context(mock.patch(module, side_effect=effect))
+        for name in (
+            "training.loop.train", "planning.plan.plan", "planning.search.search", "studies.runner.run_study",
+            "inference.generator.Generator.open", "export_hf.export_run.export", "reports.make.report_checkpoint",
+            "reports.make.report_study", "data.pretokenized.write.prepare", "data.builders.gsm8k.Gsm8k",
+            "data.builders.gsm8k_text.Gsm8kText", "data.builders.commonsense_qa.CommonsenseQa",
+            "data.builders.open_web_math.OpenWebMath", "evals.measure.load_model",
+        ):  # fmt: skip
+            self._stack.enter_context(mock.patch(f"quietstar_jax.{name}", side_effect=Reached))
+        self._stack.enter_context(mock.patch("quietstar_jax.planning.targets.compile_only"))
+        self._stack.enter_context(mock.patch("quietstar_jax.export.hub_token"))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # one test of it; others shall compile what they test
 # Tiny shapes: nearly all time goes into compiling, which without optimizations takes a quarter as long.
 os.environ.setdefault(
     "XLA_FLAGS",

@@ -31,6 +31,8 @@ def test_defaults_survive_the_round_trip():
          r"config\.phases\[0\]\.num_thoughts is 1; it must be at least 2 with the advantage leave_one_out"),
         ({"thought": {"reward": "probability", "discount": 0.5}},
          r"config\.thought\.discount is 0\.5; it must be 1\.0 for the reward probability"),
+        ({"thought": {"gate": True, "gate_tokens_ahead": 4}, "phases": [{"tokens_ahead": 2}]},
+         r"config\.thought\.gate_tokens_ahead is 4; it must be at most phases\[0\]\.tokens_ahead = 2"),
         ({"thought": {"clip_epsilon": 0.2, "importance_cap": 3.0}}, r"importance_cap is 3\.0; it must be 0 where"),
         ({"thought": {"entropy_target": 1.0, "entropy_bonus": 2.0}}, r"entropy_bonus is 2\.0; it must be at most"),
         ({"thought": {"talk_loss_weight": -0.5}}, r"talk_loss_weight is -0\.5; it must be at least 0, or -1"),

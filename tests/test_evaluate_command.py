@@ -180,7 +180,7 @@ def test_refusals(folder, capsys):
         (ConfigError, "--output", {"args": ["--output", "/nowhere/at/all.json"]}),
         (ConfigError, "--window is 999", {"task": "language_modeling", "data": "text.jsonl",
                                           "args": ["--window", "999"]}),
-        (ConfigError, "--perturb is 'shufle'; .* Did you mean shuffle", {"args": ["--perturb", "shufle"]}),
+        (ConfigError, "--perturb is 'shufle'; .*did you mean shuffle", {"args": ["--perturb", "shufle"]}),
         (ConfigError, "--perturb is 'delete', but --task is gsm8k", {"args": ["--perturb", "delete"]}),
         (ConfigError, "--perturb is 'delete', but --thoughts is off", {
             "task": "language_modeling", "data": "text.jsonl", "args": ["--perturb", "delete", "--thoughts", "off"]}),
@@ -221,3 +221,52 @@ def test_real_questions_and_a_real_model(capsys, task, data):
     found = evaluate(capsys, file.parent, "--limit", "4", task=task, data=file, checkpoint=checkpoint)
     assert found["questions"] == 4
     assert 0 < found["official_probability"] < 0.5
+
+
+@pytest.mark.parametrize(("task", "data"), [("gsm8k", "numbers.jsonl"), ("language_modeling", "text.jsonl")])
+def test_the_front_has_the_figures_of_single_policies(folder, capsys, tmp_path, task, data):
+    given = dict(task=task, data=data)
+    plain = evaluate(capsys, folder, **given)
+    found = evaluate(capsys, folder, "--think-front", "--figures", str(tmp_path / "charts"), **given)
+    front = found.pop("front")
+    assert found["with_thoughts"] == plain["with_thoughts"]
+    assert list(front["policies"]) == ["random", "entropy", "margin", "entropy_band"]
+    right = "exact_match" if task == "gsm8k" else "accuracy"
+    for points in (of_policy["points"] for of_policy in front["policies"].values()):
+        assert (points[0]["think"], points[-1]["think"]) == ("never", "always")
+        assert points[0]["right"] == pytest.approx(plain["without_thoughts"][right])
+        assert points[-1]["right"] == pytest.approx(plain["with_thoughts"][right])
+        middle = points[len(points) // 2]
+        single = evaluate(capsys, folder, "--think", middle["think"], **given)
+        assert 0 < middle["thinking_rate"] < 1
+        assert middle["thinking_rate"] == pytest.approx(single["with_thoughts"]["thinking_rate"])
+        assert middle["right"] == pytest.approx(single["with_thoughts"][right])
+        if task == "language_modeling":
+            assert middle["nats_per_token"] == pytest.approx(single["with_thoughts"]["nats_per_token"], rel=1e-5)
+    charts = sorted(path.name for path in (tmp_path / "charts").iterdir())
+    assert len(charts) == 2
+    assert all(name.startswith("by_thinking_rate") for name in charts)
+
+
+def test_the_front_as_a_table(folder, capsys):
+    main(["--checkpoint", str(folder / "run"), "--task", "gsm8k", "--data", str(folder / "numbers.jsonl"),
+          "--thought-length", "2", "--think-front", "--quiet"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "(a position predicts one token of an answer)" in printed
+    assert printed.count("    never  ") == printed.count("    always  ") == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "given", "message"),
+    [
+        (["--think-front", "--think", "every:2"], {}, "think is 'every:2', but --think-front"),
+        (["--think-front"], dict(task="gsm8k_cot"), "--think-front is set, but --task is gsm8k_cot"),
+        (["--think-front"], dict(task="spans"), "--task is spans; it must be one of gsm8k, .*, language_modeling"),
+        (["--think-front", "--thoughts", "off"], {}, "--think-front is True, but --thoughts is off"),
+        (["--think-front"], dict(checkpoint="plain"), "--think-front is True, but .* cannot think"),
+        (["--figures", "charts"], {}, "--figures needs --think-front"),
+    ],
+)
+def test_fronts_that_cannot_be(folder, capsys, more, given, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(capsys, folder, *more, **given)

@@ -34,12 +34,41 @@ FROZEN = {"rates": {"decoder": 0.0, "thought_embeddings": 0.0}}
         ({"importance_cap": 0.5, "score_temperature": 1.0}, {}, []),
         ({"importance_cap": 2.0, "score_temperature": 1.0}, {}, ["thought.importance_cap.*no ratio exceeds 1"]),
         ({"kl_weight": 0.1}, FROZEN, ["thought.kl_weight", r"phases\[0\].policy_weight.*frozen"]),
+        ({"gate": True, "gate_prices": [0.3]}, {"rates": {"gate": 2.0}}, []),
+        ({"gate": True}, PLAIN, ["thought.gate is True.*no phase with thoughts trains the gate"]),
+        ({"gate": True}, {"rates": {"gate": 0.0}}, ["thought.gate"]),
+        ({"gate_prices": [0.3], "gate_tokens_ahead": 2}, {}, ["thought.gate_prices.*is off", "thought.gate_tokens"]),
+        ({}, {"rates": {"gate": 2.0}}, [r"phases\[0\].rates.gate is 2.0.*`thought.gate` is off"]),
         ({"control": "pause"}, {}, [r"phases\[0\].policy_weight.*`pause`"]),
     ],
 )
 def test_what_has_no_effect_is_named(thought: dict[str, Any], phase: dict[str, Any], expected: list[str]) -> None:
     found = idle_settings(from_mapping(Config, {"thought": thought, "phases": [phase]}))
     assert len(found) == len(expected)
+    for line, pattern in zip(found, expected, strict=True):
+        assert re.match(f"config.{pattern}", line), line
+
+
+ADAPTED = {"checkpoint": "base", "adapters": {"maps": "mlp", "rank": 4}, "frozen_dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("model", "rates", "expected"),
+    [
+        (ADAPTED, {"adapters": 0.5}, []),
+        (ADAPTED, {"decoder": 0.0}, [r"phases\[0\].rates.decoder is 0.0, .*: adapters freeze .*`rates.adapters`"]),
+        (ADAPTED | {"adapters": {"maps": "mlp", "norms": True}}, {"decoder": 0.0}, []),
+        (ADAPTED, {"adapters": 0.0, "thought_embeddings": 0.0}, [r"phases\[0\].policy_weight.*adapters and .* frozen"]),
+        ({}, {"adapters": 0.0}, [r"phases\[0\].rates.adapters is 0.0, .*maps` is 'none'"]),
+        (ADAPTED | {"adapters": {"rank": 4, "alpha": 8.0}}, {},
+         ["model.frozen_dtype is 'float32'", "model.adapters.rank is 4", "model.adapters.alpha is 8.0"]),
+    ],
+)  # fmt: skip
+def test_settings_of_adapters_without_an_effect(
+    model: dict[str, Any], rates: dict[str, float], expected: list[str]
+) -> None:
+    found = idle_settings(from_mapping(Config, {"model": model, "phases": [{"rates": rates}]}))
+    assert len(found) == len(expected), found
     for line, pattern in zip(found, expected, strict=True):
         assert re.match(f"config.{pattern}", line), line
 

@@ -81,6 +81,21 @@ def test_mistral_7b_has_its_published_size():
     assert (phase.thought_length, phase.tokens_ahead, phase.num_thoughts, phase.batch_size) == (9, 4, 2, 8)
 
 
+def test_every_decision_in_the_config_to_copy_is_valid(tmp_path):
+    """Each commented line, when uncommented, gives another valid configuration."""
+    lines = (FOLDER / "my_model.py").read_text().split("\n")
+    decisions = [i for i, line in enumerate(lines) if line.startswith("    # config.")]
+    assert len(decisions) >= 6
+    before = load(FOLDER / "my_model.py")
+    assert not before.phases[0].rates.move_decoder(before.model.adapters)
+    for i in decisions:
+        edited = tmp_path / "edited.py"
+        edited.write_text("\n".join([*lines[:i], lines[i].replace("# ", "", 1), *lines[i + 1 :]]))
+        after = load(edited)
+        assert after != before, lines[i]
+        assert not after.phases[0].rates.move_decoder(after.model.adapters)  # the opening leaves the decoder as it is
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("objectives/[!_c]*.py")), ids=lambda path: path.stem)
 def test_a_preset_sets_the_whole_objective(path):
     """Whatever objective a configuration had before, also in phases that do not train thoughts."""

@@ -2,8 +2,8 @@
 
 import ml_collections
 
-from configs import quickstart
 from quietstar_jax.config import default_config
+from quietstar_jax.configs import quickstart
 
 OBJECTIVE = (
     "reward", "discount", "advantage", "advantage_scale", "advantage_clip", "positive_only", "policy_reduction",

@@ -7,7 +7,7 @@ Published: one thought before a whole answer (K = all of it).
 
 import ml_collections
 
-from configs.objectives.common import quickstart_without_mixing_head, set_objective
+from quietstar_jax.configs.objectives.common import quickstart_without_mixing_head, set_objective
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

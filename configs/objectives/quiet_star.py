@@ -6,8 +6,8 @@ reinforced, and the mixing head decides how much a thought changes the predictio
 
 import ml_collections
 
-from configs import quickstart
-from configs.objectives.common import set_objective
+from quietstar_jax.configs import quickstart
+from quietstar_jax.configs.objectives.common import set_objective
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

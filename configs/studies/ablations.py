@@ -15,7 +15,7 @@ def both(name: str, value: Any) -> dict[str, Any]:
 
 def get_study() -> Study:
     """Returns the study; each variant changes one setting."""
-    variants = {"baseline": {}}
+    variants: dict[str, dict[str, Any]] = {"baseline": {}}
     variants |= {f"length_{n}": both("thought_length", n) for n in (2, 4, 8, 12)}
     variants["length_0"] = both("thought_length", 0) | {
         "phases[1].rates.decoder": 1.0, "phases[1].learning_rate": 3e-4, "evaluation.thought_length": 6,

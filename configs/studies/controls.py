@@ -3,7 +3,7 @@
 `python -m quietstar_jax.study --study configs/studies/controls.py --workdir runs/controls`
 """
 
-from quietstar_jax.studies.study import Study, steps_of_equal_flops
+from quietstar_jax.studies.study import Study, controls
 
 BASE = "configs/small_quickstart.py"
 PLAIN = {  # the phases with thoughts become plain language modelling; evaluation still thinks
@@ -19,11 +19,7 @@ def get_study() -> Study:
         baseline="thoughts",
         variants={
             "thoughts": {},
-            "plain_equal_tokens": PLAIN,
-            "plain_equal_flops": PLAIN | {"phases[0].steps": steps_of_equal_flops(BASE, PLAIN, phase=0)},
-            "pause_tokens": {"thought.control": "pause"},
-            "random_thoughts": {"thought.control": "random"},
-            "shuffled_thoughts": {"thought.control": "shuffled"},
+            **controls(BASE, PLAIN, phase=0),
             "frozen_thoughts": {"phases[2].policy_weight": 0.0},
             "no_mixing_head": {"thought.mixing": "none"},
         },

@@ -5,8 +5,8 @@
 
 from typing import Any
 
-from configs.objectives import jepo, latro, rlp
 from quietstar_jax.config import default_config
+from quietstar_jax.configs.objectives import jepo, latro, rlp
 from quietstar_jax.studies.study import Study, steps_of_equal_flops
 
 BASE = "configs/small_quickstart.py"
@@ -57,4 +57,5 @@ def get_study() -> Study:
             "answer_accuracy_with_thoughts", "useful_sampled_thought_rate", "loss_without_thoughts",
             "loss_with_thoughts", "thought_entropy",
         ),
+        fronts=(("loss_with_thoughts", "useful_sampled_thought_rate"),),
     )  # fmt: skip

@@ -64,7 +64,8 @@ class Checkpoints:
             lightweight_initialize=True,  # do not read a damaged step before it is checked
             temporary_path_class=_step_path(directory, lambda: prune(directory, kept)),
         )
-        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in (*ARRAYS, OBJECTIVE)}
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
+        handlers[OBJECTIVE] = ocp.PyTreeCheckpointHandler()  # references of earlier versions have a mixing head
         handlers |= {name: ocp.JsonCheckpointHandler() for name in RECORDS}
         with self._disk_errors("The folder of checkpoints cannot be used"):
             self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
@@ -147,12 +148,12 @@ class Checkpoints:
             return
         objective = state.objective
         items = ocp.args.Composite(
-            params=_layers_apart(state.params),
-            opt_state=_layers_apart(state.opt_state),
+            params=ocp.args.StandardSave(state.params, save_args=_layers_apart(state.params)),
+            opt_state=ocp.args.StandardSave(state.opt_state, save_args=_layers_apart(state.opt_state)),
             data=ocp.args.JsonSave(dict(data)),
             config=ocp.args.JsonSave(dict(record)),
             progress=ocp.args.JsonSave({"step": step}),
-            **({OBJECTIVE: _layers_apart(objective)} if objective else {}),
+            **({OBJECTIVE: ocp.args.PyTreeSave(objective, _layers_apart(objective))} if objective else {}),
         )
         with self._disk_errors(f"The checkpoint of step {step}, or the one before it, cannot be written"):
             if "://" not in str(self._directory) and not self._directory.is_dir():
@@ -170,14 +171,24 @@ class Checkpoints:
           CheckpointError: the checkpoint is damaged or of another model.
         """
         objective = abstract.objective
+        arguments = ocp.checkpoint_utils.construct_restore_args(objective)
+        further = ocp.args.PyTreeRestore(objective, arguments, partial_restore=True)
         items = self._restore(
             step,
             params=ocp.args.StandardRestore(abstract.params),
             opt_state=ocp.args.StandardRestore(abstract.opt_state),
             data=ocp.args.JsonRestore(),
             progress=ocp.args.JsonRestore(),
-            **({OBJECTIVE: ocp.args.StandardRestore(objective)} if objective else {}),
+            **({OBJECTIVE: further} if objective else {}),
         )
+        reference = items[OBJECTIVE].get("reference", {}) if objective else {}
+        if absent := [name for name, value in reference.items() if isinstance(value, jax.ShapeDtypeStruct)]:
+            raise CheckpointError(
+                f"The checkpoint of step {step} in {self._directory} has no {absent[0]} in the reference of the KL "
+                "divergence: an earlier version wrote it, whose reference was the model without adapters. This run "
+                "cannot resume. To continue from its weights in a new run, set config.model.checkpoint to its workdir, "
+                "and config.workdir to a new folder."
+            )
         done = jax.device_put(np.int32(items["progress"]["step"]), abstract.step.sharding)
         rest = items[OBJECTIVE] if objective else {}
         return Restored(TrainState(done, items["params"], items["opt_state"], **rest), items["data"])
@@ -264,9 +275,9 @@ def _raised_anyway(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or not record.exc_info
 
 
-def _layers_apart(arrays: Any) -> ocp.args.StandardSave:
+def _layers_apart(arrays: Any) -> Any:
     def layout(path: Any, array: Any) -> ocp.SaveArgs:
         apart = "layers." in jax.tree_util.keystr(path) and array.nbytes > LARGE_BYTES
         return ocp.SaveArgs(chunk_byte_size=LARGE_BYTES, shard_axes=(0,)) if apart else ocp.SaveArgs()
 
-    return ocp.args.StandardSave(arrays, save_args=jax.tree_util.tree_map_with_path(layout, arrays))
+    return jax.tree_util.tree_map_with_path(layout, arrays)

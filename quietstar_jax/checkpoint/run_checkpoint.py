@@ -5,6 +5,7 @@ Needs no accelerator, and works for checkpoints written on any mesh.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.hf.names import Shape, Target
 from quietstar_jax.io import folder_to_read
+from quietstar_jax.methods.advantages import ADVANTAGES
+from quietstar_jax.methods.rewards import REWARDS
 from quietstar_jax.settings import from_mapping
 from quietstar_jax.thoughts.settings import Vocabulary
 
@@ -42,7 +45,9 @@ class RunCheckpoint:
     vocabulary: Vocabulary
     model_commit: str  # commit of the hub id that training began from, or empty
     generation: Mapping[str, Any]  # generation_config.json of the checkpoint that training began from
+    license: Mapping[str, str]  # of the checkpoint that training began from, as in `CheckpointFiles`
     base: Mapping[str, Any]  # fingerprint of the weights that training began from
+    base_folder: str  # absolute path of their folder when training began or resumed; empty for a hub id
     parameters: StoredParameters
 
     @property
@@ -98,6 +103,8 @@ class StoredParameters:
         Raises:
           CheckpointError: a parameter is missing, or its bytes are missing or damaged.
         """
+        if absent := [name for name in abstract if name not in self.shapes]:  # orbax would return only their shapes
+            raise CheckpointError(f"{self.folder} has no parameter {', '.join(absent[:3])}. Choose another step.")
         args = ocp.args.PyTreeRestore(
             item=dict(abstract),
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -138,12 +145,14 @@ def open_run(checkpoint: Path, step: int | None = None) -> RunCheckpoint:
         return RunCheckpoint(
             workdir=folder.parent,
             step=step,
-            config=from_mapping(Config, record["config"]),
+            config=_config(record["config"]),
             architecture=from_mapping(Architecture, record["architecture"], root="architecture"),
             vocabulary=_vocabulary(record["vocabulary"] | {"unused": record.get("unused_ids", [])}),
             model_commit=record["model_commit"],
             generation=record.get("generation", {}),
+            license=record.get("license", {}),
             base=record.get("base", {}),
+            base_folder=record.get("base_folder", ""),
             parameters=StoredParameters(folder / str(step) / "params"),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
@@ -188,6 +197,22 @@ def run_tokenizer(run: RunCheckpoint) -> Tokenizer:
         raise CheckpointError(
             f"The tokenizer of the run in {folder} cannot be used: {error} Copy the complete run."
         ) from error
+
+
+def _config(record: dict[str, Any]) -> Config:
+    """The configuration of a run.
+
+    A reward or an advantage that this process has not registered keeps its name: only training calls the function.
+    """
+    thought = record.get("thought", {})
+    own = {
+        name: thought[name]
+        for name, registry in (("reward", REWARDS), ("advantage", ADVANTAGES))
+        if str(thought.get(name, "")).isidentifier() and thought[name] not in registry
+    }
+    known = {name: value for name, value in thought.items() if name not in own}
+    config = from_mapping(Config, record | {"thought": known})
+    return dataclasses.replace(config, thought=dataclasses.replace(config.thought, **own))
 
 
 def _vocabulary(record: dict[str, Any]) -> Vocabulary:

@@ -18,9 +18,8 @@ class TrainState(NamedTuple):
       opt_state: optimizer state of `make_optimizer`.
       entropy_bonus: scalar float32, adapted to hold `ThoughtConfig.entropy_target`; None before the first phase that
         trains thoughts, and where it is constant.
-      reference: the weights when the first phase that trains thoughts began; None before, and where no setting compares
-        with them. With adapters, only the thought embeddings and the norms, if these learn: the reference is the
-        model with its adapters off.
+      reference: `params` when the first phase that trains thoughts began, except the mixing head and the gate, on which
+        thoughts do not depend; None before, and where no setting compares with them.
       frozen: the weights that adapters freeze, by dotted path; not in checkpoints. Empty without adapters.
     """
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from quietstar_jax.command_line import CommandParser, add_flags
-from quietstar_jax.data.builders.commonsense_qa import CommonsenseQa
-from quietstar_jax.data.builders.gsm8k import Gsm8k
-from quietstar_jax.data.builders.open_web_math import OpenWebMath
 from quietstar_jax.errors import DataError, run_command
 
-BUILDERS = {"gsm8k": Gsm8k, "commonsense_qa": CommonsenseQa, "open_web_math": OpenWebMath}
+# The class of the module of this name in `builders/`.
+BUILDERS = {
+    "gsm8k": "Gsm8k", "gsm8k_text": "Gsm8kText", "commonsense_qa": "CommonsenseQa", "open_web_math": "OpenWebMath",
+}  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
@@ -21,7 +22,10 @@ def main(arguments: list[str]) -> None:
         for text, (name, _, files) in zip(args.split, pairs, strict=True):
             if not name.isidentifier() or not files:
                 raise DataError(f"--split {text} is not NAME=FILES. An example: --split train=gsm8k/train.jsonl")
-        builder = BUILDERS[args.dataset](sources={name: files for name, _, files in pairs}, data_dir=data_dir)
+        module = importlib.import_module(f"quietstar_jax.data.builders.{args.dataset}")
+        builder = getattr(module, BUILDERS[args.dataset])(
+            sources={name: files for name, _, files in pairs}, data_dir=data_dir
+        )  # fmt: skip
         builder.download_and_prepare()
     for name, split in builder.info.splits.items():
         print(f"{split.num_examples:,} examples: data.data_dir={data_dir}, source tfds:{args.dataset}:{name}")
@@ -30,7 +34,7 @@ def main(arguments: list[str]) -> None:
 def make_parser() -> CommandParser:
     """Returns the parser of this command."""
     parser = CommandParser(
-        "data.build", "Builds a dataset of tensorflow-datasets in array_record format, to be read as tfds:NAME:SPLIT.",
+        "build",
         "gsm8k --data-dir ~/tensorflow_datasets --split train=gsm8k/train.jsonl",
     )  # fmt: skip
     parser.add_argument("dataset", choices=BUILDERS, metavar="DATASET", help=", ".join(BUILDERS))

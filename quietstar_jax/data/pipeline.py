@@ -35,6 +35,7 @@ from quietstar_jax.data.packing import (
     span_bounds,
     spanned,
 )
+from quietstar_jax.data.pretokenized.read import PreparedDocuments
 from quietstar_jax.data.sources import Split
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.data.unknown import Unknown, sampled, total
@@ -101,6 +102,12 @@ class SequenceIterator:
             )
             for spec, documents in self._sources
         ]
+
+    @property
+    def counted_tokens(self) -> int | None:
+        """Tokens of all documents, without added ones; None unless all sources were prepared."""
+        counts = [documents.tokens for _, documents in self._sources if isinstance(documents, PreparedDocuments)]
+        return sum(counts) if len(counts) == len(self._sources) else None
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position after the batches returned so far, JSON-serializable; the same on every process."""

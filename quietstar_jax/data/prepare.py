@@ -7,8 +7,6 @@ import sys
 
 from quietstar_jax.command_line import CommandParser, add_flags, integer_from, path
 from quietstar_jax.config import DataConfig
-from quietstar_jax.data.pretokenized.write import prepare
-from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import ConfigError, run_command
 
 
@@ -21,6 +19,9 @@ def main(arguments: list[str]) -> None:
             text_key=args.text_key, text_documents=args.text_documents, data_dir=str(args.data_dir or ""),
             cache_dir=str(args.cache_dir or ""), max_unknown_fraction=args.max_unknown_fraction,
         )  # fmt: skip
+        from quietstar_jax.data.pretokenized.write import prepare
+        from quietstar_jax.data.tokenization import load_tokenizer
+
         output = args.output
         tokenizer = load_tokenizer(args.tokenizer, args.revision)
         manifest = prepare(
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> None:
 def make_parser() -> CommandParser:
     """Returns the parser of this command."""
     parser = CommandParser(
-        "data.prepare", "Tokenizes text into a folder that training reads. The same command resumes.",
+        "prepare",
         "--data 'c4/*.json.gz' --tokenizer path/to/hf-folder --output c4-tokens",
     )  # fmt: skip
     add = parser.add_argument

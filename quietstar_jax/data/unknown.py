@@ -12,7 +12,7 @@ from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.errors import DataError
 
 SETTING = "config.data.max_unknown_fraction"
-WARNED = 0.01
+WARNED, SHOWN = 0.01, 0.0005  # a smaller fraction would print as 0.0%
 SAMPLED_DOCUMENTS = 64  # of each source, evenly spaced
 SAMPLED_CHARACTERS = 20_000  # of each document
 EXAMPLES = 3
@@ -68,23 +68,23 @@ def sampled(count: int) -> Sequence[int]:
 
 
 def check_known(
-    sources: Iterable[tuple[str, Unknown]], most: float, tokenizer: Tokenizer, setting: str, *, log: bool = True
+    sources: Iterable[tuple[str, Unknown]], most: float, tokenizer: Tokenizer, setting: str, *, log_above: float = -1.0
 ) -> None:
-    """Prints the unknown fraction of each source to stderr, and checks it.
+    """Prints the unknown fraction of each source that has one to stderr, and checks it.
 
     Args:
       most: the maximum fraction.
       setting: the name of the setting for `most`, for messages.
-      log: whether to print; False on all processes but one.
+      log_above: fractions up to this one are not printed; infinite on all processes but one.
 
     Raises:
       DataError: the unknown fraction of a source is larger than `most`.
     """
     for spec, unknown in sources:
-        _check(spec, unknown, most, tokenizer, setting, log)
+        _check(spec, unknown, most, tokenizer, setting, log_above)
 
 
-def _check(spec: str, unknown: Unknown, most: float, tokenizer: Tokenizer, setting: str, log: bool) -> None:
+def _check(spec: str, unknown: Unknown, most: float, tokenizer: Tokenizer, setting: str, log_above: float) -> None:
     """Checks one source; raises DataError if its unknown fraction is too large."""
     examples = f" (such as {', '.join(f'{one[:20]!r}' for one in unknown.examples)})" if unknown.examples else ""
     share = f"The tokenizer {tokenizer.name!r} has no tokens for {unknown.fraction:.1%} of {spec}{examples}"
@@ -93,7 +93,7 @@ def _check(spec: str, unknown: Unknown, most: float, tokenizer: Tokenizer, setti
             f"{share}: it was trained on other text, and a model cannot learn unknown text. Use a tokenizer for this "
             f"text, or set {setting} to at least {unknown.fraction:.2g} to train with this one."
         )
-    if log and unknown.tokens:
+    if unknown.fraction > log_above and unknown.fraction >= SHOWN:
         warning = "warning: " if unknown.fraction > WARNED else ""
         print(f"{warning}{share}.", file=sys.stderr)
 

@@ -12,6 +12,7 @@ from quietstar_jax.evals.answers import AnswerWriter, WrittenAnswer
 from quietstar_jax.evals.questions import Question
 from quietstar_jax.evals.statistics import compare_paired, confidence_interval
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer
+from quietstar_jax.thoughts.front import of_scores, summarize_front
 from quietstar_jax.thoughts.token_scores import Prediction
 
 METRICS = {
@@ -70,7 +71,8 @@ def measure_answers(
     Returns:
       the number of `questions` measured and `too_long`; under `without_thoughts` and `with_thoughts` the mean of each
       of `METRICS` with its confidence interval (`..._interval`), and `thinking_rate` if a policy chooses the positions
-      that think; `comparison` by metric if both were measured.
+      that think; `comparison` by metric if both were measured; with a scorer that ranks positions, `front` (see
+      `front.summarize_front`) over the tokens of the answers.
 
     Raises:
       DataError: no question is short enough.
@@ -96,6 +98,8 @@ def measure_answers(
     found = summarize_answers(values, seed)
     if scores[0].made is not None:
         found["with_thoughts"]["thinking_rate"] = float(np.concatenate([score.made for score in scores]).mean())
+    if scores[0].rankings:
+        found["front"] = summarize_front(of_scores(scores, one_answer=True))
     return {
         "questions": len(fitting),
         "too_long": len(written) - len(fitting),

@@ -22,7 +22,10 @@ from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.evals.statistics import compare_paired, interval_of_ratio
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.evals.thought_use import summarize_use
-from quietstar_jax.thoughts.token_scores import TokenScores, summarize
+from quietstar_jax.thoughts.ending import thought_ids
+from quietstar_jax.thoughts.front import of_scores, summarize_front
+from quietstar_jax.thoughts.score_figures import summarize
+from quietstar_jax.thoughts.token_scores import TokenScores
 
 BATCHES_AT_ONCE = 4  # of windows, per update of the progress bar
 SHOWN_CONTEXT = 24  # tokens shown before a token
@@ -80,8 +83,9 @@ def measure_text(
     Returns:
       `texts`, `tokens`, `bytes`; under `without_thoughts` and `with_thoughts` `nats_per_token` with its interval,
       `bits_per_byte`, and `accuracy` of the likeliest token; `comparison` over windows; `deciles` (see
-      `token_scores.summarize`); `helped` and `harmed`; with a scorer that measures it, the use of thoughts (see
-      `thought_use.summarize_use`). With several random thoughts per position, figures are means over them.
+      `score_figures.summarize`); `helped` and `harmed`; with a scorer that measures it, the use of thoughts (see
+      `thought_use.summarize_use`); with a scorer that ranks positions, `front` (see `front.summarize_front`). With
+      several random thoughts per position, figures are means over them.
 
     Raises:
       DataError: there is nothing to score.
@@ -98,10 +102,12 @@ def measure_text(
             done(share)
     if not columns:
         raise DataError(f"The {texts} texts contain no token to score. Give other text.")
-    found = {"texts": texts, "bytes": size, "window": windows.length, "context": windows.context}
+    found: dict[str, Any] = {"texts": texts, "bytes": size, "window": windows.length, "context": windows.context}
     found |= summarize_windows(columns, size, seed)
     if columns[0].use is not None:
         found |= summarize_use(columns, seed, scorer.samples)
+    if columns[0].rankings:
+        found["front"] = summarize_front(of_scores(columns, one_answer=False))
     return found | (moments.shown(tokenizer) if "with_thoughts" in found else {})
 
 
@@ -174,7 +180,7 @@ class _Extremes:
                     break
                 moment = Moment(
                     sign * float(gain[place]), -next(self._order), tail, len(tail.tokens) - tail.last + int(place),
-                    tuple(score.thoughts[place].tolist()),
+                    thought_ids(score.thoughts[place]),
                     (float(score.base.nll[place]), float(score.talk.nll[place])),
                     float(score.weight[place]),
                 )  # fmt: skip

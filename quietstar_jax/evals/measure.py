@@ -9,7 +9,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,101 +16,26 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from quietstar_jax.config import ComputeDtype, DataConfig, PrefixAttention, TextDocuments
+from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources import content_hash, open_source
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.evals.answers import AnswerWriter
 from quietstar_jax.evals.direct import measure_answers
 from quietstar_jax.evals.language_modeling import Windows, measure_text, text_bytes
+from quietstar_jax.evals.options import Options, policy_of
 from quietstar_jax.evals.questions import Question, read_questions
 from quietstar_jax.evals.records import Records
+from quietstar_jax.evals.spans import measure_spans, read_marked_texts
 from quietstar_jax.evals.tails import ContinuationScorer, UseOptions, longest_text
-from quietstar_jax.evals.tasks import DIRECT, TEXT, VOTING, find_task, with_fields
+from quietstar_jax.evals.tasks import DIRECT, SPANS, TEXT, VOTING, find_task, with_fields
 from quietstar_jax.evals.voting import ANSWER_TOKENS, CONCLUSION, STEPS, Sampling, measure_votes
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import LoadedModel, load_model
-from quietstar_jax.inference.sampling import TEMPERATURES, is_temperature
-from quietstar_jax.methods.thinking import NEVER, ThinkPolicy, choose_policy
-from quietstar_jax.thoughts.perturbations import check_kind
+from quietstar_jax.methods.thinking import ALWAYS, NEVER, ThinkPolicy
 
-MODES = ("auto", "on", "off", "both")
 PACKAGES = ("quietstar_jax", "jax", "jaxlib", "flax", "transformers", "numpy")
 WINDOW = 1024  # tokens, if the model has that many positions
 VOTES = 8  # samples of a majority vote
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to measure; the fields are those of the command line (see `evaluate.py`), 0 = the default given there."""
-
-    checkpoint: str
-    task: str
-    data: str
-    thoughts: str = "auto"
-    think: str | None = None
-    step: int | None = None
-    revision: str = ""
-    dtype: ComputeDtype = "float32"
-    prefix_attention: PrefixAttention = "auto"
-    thought_length: int = 0
-    batch_size: int = 16
-    limit: int = 0
-    max_length: int = 0
-    seed: int = 0
-    fields: tuple[str, ...] = ()
-    answer_key: str = "auto"
-    text_key: str = "text"
-    text_documents: TextDocuments = "file"
-    window: int = 0
-    context: int = 0
-    top: int = 10
-    perturb: str = ""
-    samples: int = 0
-    temperature: float = 0.7
-    max_tokens: int = 384
-    records: str = ""
-    quiet: bool = False
-
-    def check(self) -> None:
-        """Raises ConfigError for impossible values, before anything is loaded."""
-        find_task(self.task)
-        if self.thoughts not in MODES:
-            raise ConfigError(f"thoughts is {self.thoughts!r}; it must be one of {', '.join(MODES)}.")
-        policy = policy_of(self.thoughts, self.think)
-        positive = ("batch_size", "max_tokens")
-        for name in (*positive, "samples", "thought_length", "limit", "max_length", "seed", "window", "context", "top"):
-            if getattr(self, name) < (name in positive):
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {int(name in positive)} or more.")
-        if not is_temperature(self.temperature):
-            raise ConfigError(f"temperature is {self.temperature}; it must be {TEMPERATURES}.")
-        if self.perturb:
-            check_kind(self.perturb)
-            if find_task(self.task).kind != TEXT:
-                raise ConfigError(
-                    f"perturb is {self.perturb!r}, but `task` is {self.task}; it must be language_modeling."
-                )
-        for name, value in self._of_thoughts().items():
-            if policy == NEVER:
-                off = f"`think` is {self.think}" if self.think else "`thoughts` is off"
-                raise ConfigError(
-                    f"{name} is {value!r}, but {off}, so there are no thoughts. Set `thoughts` to on or both, or omit "
-                    f"`{name}`."
-                )
-
-    def _of_thoughts(self) -> dict[str, Any]:
-        """The given options that need thoughts, by name."""
-        options = {"perturb": self.perturb, "samples": self.samples if find_task(self.task).kind == TEXT else 0}
-        return {name: value for name, value in options.items() if value}
-
-    def check_thoughts(self, model: LoadedModel, modes: tuple[str, ...]) -> None:
-        """Raises ConfigError if an option needs thoughts, and the measurement has none."""
-        for name, value in self._of_thoughts().items():
-            if "with_thoughts" not in modes:
-                why = "thinks only with `think`" if model.can_think else "cannot think (its thoughts have 0 tokens)"
-                raise ConfigError(
-                    f"{name} is {value!r}, but {model.path} {why}. Give a run or an export that was trained with "
-                    f"thoughts, or omit `{name}`."
-                )
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -133,11 +57,12 @@ def measure(options: Options) -> dict[str, Any]:
         options.checkpoint, step=options.step, revision=options.revision, dtype=options.dtype,
         prefix_attention=options.prefix_attention,
     )  # fmt: skip
-    policy = thinking_policy(options.thoughts, options.think, model)
+    everywhere = str(ALWAYS) if options.think_front and model.can_think else None
+    policy = thinking_policy(options.thoughts, options.think or everywhere, model)
     modes = thought_modes(options.thoughts, policy)
     options.check_thoughts(model, modes)
-    kinds = {DIRECT: _answers, VOTING: _votes, TEXT: _text}
-    found = kinds[task.kind](options, model, modes, questions)
+    kinds = {DIRECT: _answers, VOTING: _votes, TEXT: _text, SPANS: _spans}
+    found = kinds[task.kind](options, model, policy, modes, questions)
     primary = found[modes[-1]]
     return {
         "task": options.task,
@@ -156,16 +81,11 @@ def measure(options: Options) -> dict[str, Any]:
     }
 
 
-def policy_of(thoughts: str, think: str | None, default: str = "always") -> ThinkPolicy:
-    """Returns the policy of thinking that `thoughts`, one of `MODES`, and `think` (None = `default`) select."""
-    return choose_policy({"on": True, "both": True, "off": False}.get(thoughts), think, default)
-
-
 def thinking_policy(thoughts: str, think: str | None, model: LoadedModel) -> ThinkPolicy:
     """Returns the policy of thinking of a measurement, see `policy_of`.
 
     Raises:
-      CheckpointError: thoughts are requested from a model that cannot think.
+      CheckpointError: thoughts are requested from a model that cannot think, or a gate from one that has none.
     """
     policy = policy_of(thoughts, think, model.think)
     if policy != NEVER and not model.can_think:
@@ -174,7 +94,7 @@ def thinking_policy(thoughts: str, think: str | None, model: LoadedModel) -> Thi
             f"{asked}, but {model.path} has no trained mixing head. Set `thoughts` to off, or give a run or an export "
             "that was trained with thoughts."
         )
-    return policy
+    return model.check_policy(policy)
 
 
 def thought_modes(thoughts: str, policy: ThinkPolicy) -> tuple[str, ...]:
@@ -185,13 +105,13 @@ def thought_modes(thoughts: str, policy: ThinkPolicy) -> tuple[str, ...]:
 
 
 def make_scorer(
-    options: Options, model: LoadedModel, modes: tuple[str, ...], use: UseOptions | None = None
+    options: Options, model: LoadedModel, policy: ThinkPolicy, modes: tuple[str, ...], use: UseOptions | None = None
 ) -> ContinuationScorer:
     """Returns the scorer for the texts of a measurement; `use`: what else it measures if there are thoughts."""
     length = 0 if "with_thoughts" not in modes else options.thought_length or model.thought_length
     return ContinuationScorer(
-        model, model.settings(length), options.batch_size, use if length else None, seed=options.seed,
-        think=thinking_policy(options.thoughts, options.think, model),
+        model, model.settings(length), options.batch_size, use if length else None, think=policy, seed=options.seed,
+        ranked=options.think_front,
     )  # fmt: skip
 
 
@@ -207,50 +127,81 @@ def versions() -> dict[str, str]:
     }
 
 
-def _answers(options: Options, model: LoadedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
+def _answers(
+    options: Options, model: LoadedModel, policy: ThinkPolicy, modes: tuple[str, ...], questions: list[Question]
+) -> dict[str, Any]:
     writer = AnswerWriter(model.tokenizer, model.bos)
-    scorer = make_scorer(options, model, modes)
+    scorer = make_scorer(options, model, policy, modes)
     longest = longest_allowed(options, scorer.longest)
     with progress(len(questions), "question", options) as done:
         return _asked_for(modes, measure_answers(questions, writer, scorer, longest, options.seed, done))
 
 
-def _votes(options: Options, model: LoadedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
+def _votes(
+    options: Options, model: LoadedModel, policy: ThinkPolicy, modes: tuple[str, ...], questions: list[Question]
+) -> dict[str, Any]:
     length = options.thought_length or model.thought_length
     settings = model.settings(length if "with_thoughts" in modes else 0)
     longest = longest_allowed(options, longest_text(model.architecture, settings.thought_length))
     samples = options.samples or VOTES
-    think = str(thinking_policy(options.thoughts, options.think, model))
-    sampling = Sampling(samples, options.temperature, options.max_tokens, length, options.seed, think)
+    sampling = Sampling(samples, options.temperature, options.max_tokens, length, options.seed, str(policy))
     measurement = {
-        "task": options.task,
-        "data_hash": content_hash(options.data, _data_config(options)),
         "fields": options.fields,
-        "checkpoint_hash": model.fingerprint,
-        "dtype": model.dtype,
         "texts": [STEPS, CONCLUSION, ANSWER_TOKENS],
         "longest_tokens": longest,
         **dataclasses.asdict(sampling),
     }
-    path = Path(options.records).expanduser() if options.records else _records_file(options.task, measurement)
     generator = Generator(model, batch_size=options.batch_size)
     with (
-        Records(path, measurement) as records,
-        progress(len(questions) * len(modes), "question", options, f"records: {path}") as done,
+        _open_records(options, model, measurement) as records,
+        progress(len(questions) * len(modes), "question", options, f"records: {records.path}") as done,
     ):
         found = measure_votes(questions, generator, sampling, modes, longest, records, done)
-    return {**found, "samples": samples, "temperature": options.temperature, "records": str(path)}
+    return {**found, "samples": samples, "temperature": options.temperature, "records": str(records.path)}
 
 
-def _records_file(task: str, measurement: Mapping[str, Any]) -> Path:
-    """The file from which a measurement that began in this folder resumes."""
-    name = hashlib.sha256(json.dumps(measurement, sort_keys=True).encode()).hexdigest()
-    return Path(f"{task}-{name[:12]}.records.jsonl")
+def _spans(
+    options: Options, model: LoadedModel, policy: ThinkPolicy, modes: tuple[str, ...], questions: list[Question]
+) -> dict[str, Any]:
+    scorer = make_scorer(options, model, policy, modes)
+    longest = longest_allowed(options, scorer.longest)
+    texts = read_marked_texts(options.data, options.limit, model.tokenizer, model.bos)
+    length = options.thought_length or model.thought_length
+    measurement = {
+        "tokenizer": model.tokenizer.vocabulary_fingerprint,
+        "begin": list(model.bos),
+        "longest_tokens": longest,
+        "thought_length": length if "with_thoughts" in modes else 0,
+        "think": str(policy),
+        "seed": options.seed,
+    }
+    against = Path(options.against).expanduser() if options.against else None
+    with (
+        _open_records(options, model, measurement) as records,
+        progress(len(texts), "text", options, f"records: {records.path}") as done,
+    ):
+        found = measure_spans(texts, scorer, longest, records, options.seed, done, against)
+    return {**_asked_for(modes, found), "records": str(records.path)}
 
 
-def _text(options: Options, model: LoadedModel, modes: tuple[str, ...], questions: list[Question]) -> dict[str, Any]:
+def _open_records(options: Options, model: LoadedModel, measurement: Mapping[str, Any]) -> Records:
+    """Opens the file of records from which a measurement resumes; by default it is named after the measurement."""
+    whole = {
+        "task": options.task,
+        "data_hash": content_hash(options.data, _data_config(options)),
+        "checkpoint_hash": model.fingerprint,
+        "dtype": model.dtype,
+        **measurement,
+    }
+    name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    return Records(Path(options.records or f"{options.task}-{name[:12]}.records.jsonl").expanduser(), whole)
+
+
+def _text(
+    options: Options, model: LoadedModel, policy: ThinkPolicy, modes: tuple[str, ...], questions: list[Question]
+) -> dict[str, Any]:
     kinds = (options.perturb,) if options.perturb else ()
-    scorer = make_scorer(options, model, modes, UseOptions(kinds, options.samples, options.seed))
+    scorer = make_scorer(options, model, policy, modes, UseOptions(kinds, options.samples, options.seed))
     render = model.tokenizer.render_conversation
     source = open_source(options.data, _data_config(options), split="validation", seed=options.seed, render=render)
     texts = min(len(source), options.limit or len(source))

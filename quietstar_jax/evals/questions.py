@@ -17,11 +17,10 @@ from quietstar_jax.data.sources.common import Record
 from quietstar_jax.data.sources.texts import field_at
 from quietstar_jax.errors import DataError
 from quietstar_jax.evals.numbers import parse_number
+from quietstar_jax.evals.tasks import ANSWER_KEYS, Layout
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ANSWER_MARK = "####"  # GSM8K: the answer follows it, the steps of the solution precede it
-ANSWER_KEYS = ("auto", "label", "text", "index", "index-from-1")
-FIELDS = ("question", "choices", "answer")
 
 
 @dataclass(frozen=True)
@@ -39,22 +38,6 @@ class Question:
     answer: str
     labels: tuple[str, ...]
     line: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The fields of a question set: their paths, with dots for nested fields.
-
-    Attributes:
-      choices: None = answers are numbers.
-      answer_key: how answers name a choice, one of `ANSWER_KEYS`; `auto` finds what fits every question of
-        the file.
-    """
-
-    question: str
-    answer: str
-    choices: str | None = None
-    answer_key: str = "auto"
 
 
 def read_questions(source: str | PathLike[str], layouts: Sequence[Layout], limit: int | None = None) -> list[Question]:

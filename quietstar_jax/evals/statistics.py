@@ -36,17 +36,26 @@ def confidence_interval(values: Sequence[float] | np.ndarray, seed: int) -> tupl
 
 
 def interval_of_ratio(
-    totals: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray, seed: int
+    totals: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray, seed: int, *, rate: bool = False
 ) -> tuple[float, float] | None:
     """95 % interval of sum(totals) / sum(counts) over units of unequal size, linearised around their mean size.
 
     Args:
       totals, counts: of each unit, such as the nats and the tokens of a window.
+      rate: totals are numbers of right answers among `counts`. The interval is within [0, 1]; if all or none are right,
+        it is the exact one of `confidence_interval`, in which each unit that is not empty is one trial.
     """
     amount, size = np.asarray(totals, np.float64), np.asarray(counts, np.float64)
     mean = amount.sum() / size.sum()
-    found = confidence_interval((amount - mean * size) / size.mean(), seed)
-    return None if found is None else (float(mean + found[0]), float(mean + found[1]))
+    if rate and mean in (0.0, 1.0):
+        return confidence_interval(np.full(int((size > 0).sum()), mean), seed)
+    deviations = (amount - mean * size) / size.mean()
+    # Deviations that are all 0 are not wrong answers, for which `confidence_interval` has an exact interval.
+    found = confidence_interval(deviations, seed) if deviations.any() or size.size < 2 else (0.0, 0.0)
+    if found is None:
+        return None
+    low, high = (float(mean + end) for end in found)
+    return (max(0.0, low), min(1.0, high)) if rate else (low, high)
 
 
 def interval_of_difference(better: int, worse: int, pairs: int) -> tuple[float, float]:

@@ -12,7 +12,9 @@ PERCENT = {
     "official_probability": "official metric (probability), %",
 }
 PLAIN = {"nats_per_token": "nats per token", "bits_per_byte": "bits per byte"}
+GROUPS = {"spans": "tokens in spans", "others": "other tokens"}
 SHOWN = 5  # of the tokens helped and harmed
+SHARES = (0, 2, 5, 10, 15, 20, 30, 50, 75, 100)  # of positions that think, in %: rows of the table of a policy
 
 
 def format_result(result: Mapping[str, Any]) -> str:
@@ -25,9 +27,15 @@ def format_result(result: Mapping[str, Any]) -> str:
     for name in (*PERCENT, *PLAIN):
         if name in result[modes[0]]:
             lines.append(_row(name, [result[mode] for mode in modes]))
+    for group, title in GROUPS.items():
+        if group in result[modes[0]]:
+            values = [result[mode][group] for mode in modes]
+            lines += ["", f"{result['tokens'][group]} {title}:"]
+            lines += [_row(name, values) for name in (*PERCENT, *PLAIN) if name in values[0]]
     lines += _votes(result, modes)
     lines += _comparison(result)
     lines += _use(result)
+    lines += _front(result)
     lines += _deciles(result, modes)
     for name, title in (("helped", "helped"), ("harmed", "harmed")):
         if result.get(name):
@@ -36,13 +44,16 @@ def format_result(result: Mapping[str, Any]) -> str:
 
 
 def _counted(result: Mapping[str, Any]) -> str:
-    if "tokens" in result:
+    left_out = ""
+    if result.get("too_long"):  # results for text have no such figure
+        left_out = f"; {result['too_long']} omitted, longer than {result['longest_tokens']} tokens"
+    if "window" in result:
         return (
             f"{result['tokens']} tokens of {result['texts']} texts ({result['bytes']} bytes), windows of "
             f"{result['window']} tokens, at least {result['context']} of them context"
         )
-    left_out = f"; {result['too_long']} omitted, longer than {result['longest_tokens']} tokens"
-    return f"{result['questions']} questions" + (left_out if result["too_long"] else "")
+    count = f"{result['questions']} questions" if "questions" in result else f"{result['texts']} texts"
+    return count + left_out
 
 
 def _row(name: str, values: list[Mapping[str, Any]]) -> str:
@@ -68,13 +79,30 @@ def _votes(result: Mapping[str, Any], modes: list[str]) -> list[str]:
 
 
 def _comparison(result: Mapping[str, Any]) -> list[str]:
+    """Lines of the differences with minus without thoughts, and of this model minus another."""
+    found, lines = result.get("comparison"), []
+    if found:
+        lines += ["", "the same items with and without thoughts:", *_differences(found, " with thoughts")]
+    other = result.get("against", {})
+    for mode in MODES:
+        if mode in other:
+            here = f"this model {MODES[other['mode']]}, minus the other {MODES[mode]}"
+            lines += ["", f"{here}, {other['texts']} texts ({other['records']}):", *_differences(other[mode])]
+    return lines
+
+
+def _differences(found: Mapping[str, Any], after: str = "", group: str = "") -> list[str]:
+    """Lines of comparisons by metric, or by group of tokens and metric."""
     lines = []
-    for name, found in result.get("comparison", {}).items():
+    for name, value in found.items():
+        if name in GROUPS:
+            lines += _differences(value, after, f"{GROUPS[name]}, ")
+            continue
         scale = 100 if name in PERCENT else 1
-        p_value = "" if found["p_value"] is None else f", p = {found['p_value']:.3g} ({found['test']})"
-        label = (PERCENT | PLAIN)[name]
-        lines.append(f"    {label}: {scale * found['difference']:+.4g} with thoughts{p_value}")
-    return ["", "the same items with and without thoughts:", *lines] if lines else []
+        p_value = "" if value["p_value"] is None else f", p = {value['p_value']:.3g} ({value['test']})"
+        label = group + (PERCENT | PLAIN)[name]
+        lines.append(f"    {label}: {scale * value['difference']:+.4g}{after}{p_value}")
+    return lines
 
 
 def _use(result: Mapping[str, Any]) -> list[str]:
@@ -107,6 +135,40 @@ def _use_row(what: str, loss: Mapping[str, Any], difference: Mapping[str, Any] |
 
 def _with_interval(value: float, interval: tuple[float, float] | None, spell: str) -> str:
     return f"{value:{spell}}" + ("" if interval is None else f" ({interval[0]:{spell}} .. {interval[1]:{spell}})")
+
+
+def right_name(result: Mapping[str, Any]) -> str:
+    """What `right` counts in the front of a result."""
+    return "exact match" if "questions" in result else "tokens right"
+
+
+def _front(result: Mapping[str, Any]) -> list[str]:
+    """Policies of thinking at some of their thresholds: for each of `SHARES`, the most positions up to this share."""
+    if "front" not in result:
+        return []
+    front, of_answers = result["front"], "questions" in result
+    what = "token of an answer" if of_answers else "scored token"
+    lines = [
+        "",
+        f"if only some of the {front['positions']} positions think (a position predicts one {what}):",
+        f"{'    policy':<36}{'thinking, %':>14}{'nats per token':>18}{right_name(result) + ', %':>18}{'kept, %':>14}",
+    ]
+    for name, found in front["policies"].items():
+        shown = [max(p for p in range(len(found["points"])) if 100 * found["points"][p]["thinking_rate"] <= share)
+                 for share in SHARES]  # fmt: skip
+        lines += [_front_row(found["points"][i]) for i in sorted(set(shown))]
+        if best := found["keeps_97_percent"]:
+            policy = name.replace("_", " ")
+            lines.append(f"    {policy}, the fewest thoughts that keep 97 % of what is right if all positions think:")
+            lines.append(_front_row(best))
+    return lines
+
+
+def _front_row(point: Mapping[str, Any]) -> str:
+    cells = [f"{100 * point['thinking_rate']:>14.2f}", f"{point['nats_per_token']:>18.4f}"]
+    for name, width in (("right", 18), ("kept", 14)):
+        cells.append(f"{'-':>{width}}" if point[name] is None else f"{100 * point[name]:>{width}.2f}")
+    return f"{'    ' + point['think']:<36}" + "".join(cells)
 
 
 def _deciles(result: Mapping[str, Any], modes: list[str]) -> list[str]:

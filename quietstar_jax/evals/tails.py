@@ -72,8 +72,14 @@ def grid_length(length: int, shortest: int = SHORTEST) -> int:
 
 
 def grid_count(count: int) -> int:
-    """Rounds up to a power of two: how many positions are scored if `count` are requested."""
-    return 1 << (count - 1).bit_length()
+    """Returns how many positions are scored if `count` are requested: 1, 2, 4, .. 64, 72, .. 128, 144 ...
+
+    Each number is a program and a batch of its own. Up to 64 there are few of them; above, where a position more costs
+    more than another program, steps are an eighth of the power of two below.
+    """
+    power = 1 << (count - 1).bit_length()
+    step = power if power <= 64 else power // 16
+    return -(-count // step) * step
 
 
 class ContinuationScorer:
@@ -84,7 +90,7 @@ class ContinuationScorer:
 
     def __init__(
         self, model: LoadedModel, settings: ThoughtSettings, batch_size: int, use: UseOptions | None = None, *,
-        think: ThinkPolicy = ALWAYS, seed: int = 0,
+        think: ThinkPolicy = ALWAYS, seed: int = 0, ranked: bool = False,
     ):  # fmt: skip
         """Initializes the scorer; nothing is compiled yet.
 
@@ -94,6 +100,7 @@ class ContinuationScorer:
           use: None = one greedy thought, and no `TokenScores.use`.
           think: any policy but `NEVER`; where it does not think, the prediction is the one without thoughts; seed: of
             its draws.
+          ranked: all positions think, and the scores have `rankings`.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more.")
@@ -101,7 +108,7 @@ class ContinuationScorer:
         ways = row_ways(self._mesh)
         self.batch_size = -(-batch_size // ways) * ways
         self._params = jax.device_put(model.params, NamedSharding(self._mesh, PartitionSpec()))
-        chosen = (think, seed) if think.constant is None else None
+        chosen = (None if ranked else think, seed) if ranked or think.constant is None else None
         score = functools.partial(_score_tails, model.graphdef, settings, model.forbidden_ids, use, chosen)
         self._score = jax.jit(score, static_argnames="count")
         self._use = use
@@ -183,13 +190,13 @@ def longest_text(architecture: Architecture, thought_length: int) -> int:
 
 def _score_tails(
     graphdef: GraphDef, settings: ThoughtSettings, forbidden: tuple[int, ...], use: UseOptions | None,
-    think: tuple[ThinkPolicy, int] | None, params: Mapping[str, jax.Array], tokens: jax.Array, mask: jax.Array,
+    think: tuple[ThinkPolicy | None, int] | None, params: Mapping[str, jax.Array], tokens: jax.Array, mask: jax.Array,
     candidates: jax.Array, numbers: jax.Array, *, count: int,
 ) -> TokenScores:  # fmt: skip
     """Scores the last P = `count` tokens of texts [B, L], with candidates [B, A]; numbers [B] as in `Continuation`.
 
     Args:
-      think: a policy of thinking that chooses, and the seed of its draws; None = all positions think.
+      think: a policy of thinking that chooses, and the seed of its draws, see `Thinking`; None = all positions think.
     """
     length = tokens.shape[1]
     positions = length - 1 - count + jnp.arange(count)  # those that predict the scored tokens

@@ -8,9 +8,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.evals.questions import ANSWER_KEYS, FIELDS, Layout
 
-DIRECT, VOTING, TEXT = "direct", "voting", "text"
+DIRECT, VOTING, TEXT, SPANS = "direct", "voting", "text", "spans"
+ANSWER_KEYS = ("auto", "label", "text", "index", "index-from-1")
+FIELDS = ("question", "choices", "answer")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The fields of a question set: their paths, with dots for nested fields.
+
+    Attributes:
+      choices: None = answers are numbers.
+      answer_key: how answers name a choice, one of `ANSWER_KEYS`; `auto` finds what fits every question of
+        the file.
+    """
+
+    question: str
+    answer: str
+    choices: str | None = None
+    answer_key: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -18,9 +35,9 @@ class Task:
     """One evaluation task.
 
     Attributes:
-      kind: `direct` answers, chains of thought with `voting`, or `text` for language modelling.
+      kind: `direct` answers, chains of thought with `voting`, `text` for language modelling, or `spans`.
       layouts: the usual layouts of its records; none for text.
-      summary: one line of help.
+      summary: one line of help, which several tasks may share.
     """
 
     kind: str
@@ -34,15 +51,20 @@ _COMMONSENSE_QA = (
     Layout("question", "answerKey", "choices"),  # as in Hugging Face's data set
     Layout("question.stem", "answerKey", "question.choices"),  # as its authors publish it
 )
-
+# Tasks with the same summary share a line of help.
+_PUBLISHED = "published questions, answered directly: grade-school mathematics; five choices"
+_VOTES = "questions with numbers as answers: written steps, and a majority vote"
+_OWN = "your own questions, answered directly: numbers; choices"
+_TEXT = "nats per token of a text; loss and accuracy of its marked spans and of the other tokens"
 TASKS: Mapping[str, Task] = {
-    "gsm8k": Task(DIRECT, _GSM8K, "grade-school mathematics, answered directly"),
-    "gsm8k_cot": Task(VOTING, _GSM8K, "the same, with written steps and a majority vote of samples"),
-    "commonsense_qa": Task(DIRECT, _COMMONSENSE_QA, "five choices, answered with a letter"),
-    "numeric": Task(DIRECT, (_NUMERIC,), "your own questions with numbers as answers"),
-    "numeric_cot": Task(VOTING, (_NUMERIC,), "the same, with written steps and a majority vote of samples"),
-    "multiple_choice": Task(DIRECT, (Layout("question", "answer", "choices"),), "your own questions with choices"),
-    "language_modeling": Task(TEXT, (), "nats per token of a text"),
+    "gsm8k": Task(DIRECT, _GSM8K, _PUBLISHED),
+    "gsm8k_cot": Task(VOTING, _GSM8K, _VOTES),
+    "commonsense_qa": Task(DIRECT, _COMMONSENSE_QA, _PUBLISHED),
+    "numeric": Task(DIRECT, (_NUMERIC,), _OWN),
+    "numeric_cot": Task(VOTING, (_NUMERIC,), _VOTES),
+    "multiple_choice": Task(DIRECT, (Layout("question", "answer", "choices"),), _OWN),
+    "language_modeling": Task(TEXT, (), _TEXT),
+    "spans": Task(SPANS, (), _TEXT),
 }
 
 

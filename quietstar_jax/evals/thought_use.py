@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from quietstar_jax.evals.statistics import compare_paired, interval_of_ratio
+from quietstar_jax.thoughts.ending import thought_lengths
 from quietstar_jax.thoughts.perturbations import PERCENTS, changed_tokens
 from quietstar_jax.thoughts.token_scores import TokenScores, ensemble_nll
 
@@ -49,7 +50,8 @@ def summarize_use(columns: Sequence[TokenScores], seed: int, samples: int = 0) -
       (`empty_thought`), and the paired `gain_over_empty_thought`;
       with samples, `ensemble`: `samples`, the loss, its interval, `one_thought` (the mean of the losses with one of the
       thoughts), `gain_over_one_thought` and `gain_over_no_thoughts`;
-      with perturbations, `perturbed` by kind, a row for each share: `percent`, `changed_tokens` of each thought, the
+      with perturbations, `perturbed` by kind, a row for each share: `percent`, `changed_tokens` of each thought
+      (their mean where thoughts differ in length), the
       loss, its interval, and the paired `change` from share 0.
     """
     losses = WindowLosses(np.array([column.base.nll.size for column in columns]), seed)
@@ -73,7 +75,7 @@ def summarize_use(columns: Sequence[TokenScores], seed: int, samples: int = 0) -
         found.setdefault("perturbed", {})[kind] = [
             {
                 "percent": percent,
-                "changed_tokens": changed_tokens(columns[0].thoughts.shape[-1], percent),
+                "changed_tokens": _changed_tokens(columns, percent),
                 **losses.loss(perturbed),
                 "change": losses.difference(perturbed, curve[0]),
             }
@@ -109,6 +111,13 @@ def _ensemble(losses: WindowLosses, together: np.ndarray, one: np.ndarray, witho
         "gain_over_one_thought": losses.difference(one, together),
         "gain_over_no_thoughts": losses.difference(without, together),
     }
+
+
+def _changed_tokens(columns: Sequence[TokenScores], percent: int) -> float:
+    """Returns how many tokens of a thought are changed; the mean where thoughts differ in length."""
+    lengths = np.concatenate([np.ravel(thought_lengths(column.thoughts)) for column in columns])
+    mean = float(changed_tokens(lengths, percent).mean())
+    return int(mean) if mean.is_integer() else round(mean, 2)
 
 
 def _totals(values: Sequence[np.ndarray]) -> np.ndarray:

@@ -6,10 +6,16 @@ from pathlib import Path
 
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, open_run, run_tokenizer
 from quietstar_jax.data.vocabulary import UNUSED, unused_ids
+from quietstar_jax.errors import ConfigError
 from quietstar_jax.export_hf.merged import merged_parameters
 from quietstar_jax.export_hf.model_card import last_part, model_card
 from quietstar_jax.export_hf.save import ExportOptions, Thoughts, save, save_adapter
-from quietstar_jax.hf.adapter import adapter_config, check_expressible
+from quietstar_jax.hf.adapter import adapter_config
+from quietstar_jax.hf.files import CheckpointFiles
+from quietstar_jax.hf.json_file import read_json
+from quietstar_jax.models.families import TEXT_PARTS
+from quietstar_jax.training.base import open_base
+from quietstar_jax.training.base_record import RecordedBase
 
 
 def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | None = None) -> RunCheckpoint:
@@ -29,8 +35,9 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
     run = open_run(checkpoint, step)
     if options.format == "adapter":
         model = run.config.model
-        check_expressible(model.adapters, run.architecture)
-        described = adapter_config(run.architecture, model.adapters, last_part(model.checkpoint), model.revision)
+        if model.adapters.maps != "none":
+            _check_base(run)
+        described = adapter_config(run.architecture, model.adapters, last_part(model.checkpoint), run.model_commit)
         card = model_card(run, options)
         save_adapter(output, run.parameters, run.architecture, model.adapters, described, options.dtype, card)
         return run
@@ -41,6 +48,7 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
         length=run.config.evaluation_thought_length,
         embedding_scale=thought.embedding_scale,
         mixing=thought.mixing,
+        heads=thought.heads,
         start_token=thought.start_token,
         end_token=thought.end_token,
         unused_ids=unused_ids(tokenizer, run.architecture.vocab_size, {UNUSED: run.vocabulary.unused}),
@@ -48,3 +56,20 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
     card = model_card(run, options)
     save(output, merged_parameters(run), run.architecture, tokenizer, thoughts, options, card, run.generation)
     return run
+
+
+def _check_base(run: RunCheckpoint) -> None:
+    """Raises ConfigError if peft cannot load an adapter onto the base of a run."""
+    model, problem = run.config.model, ""
+    if "step" in run.base:
+        problem = "is a run of this program, which transformers cannot load"
+    elif run.architecture.family in TEXT_PARTS.values():
+        base = open_base(RecordedBase.of(run).source)
+        assert isinstance(base, CheckpointFiles)
+        if read_json(base.folder / "config.json").get("model_type") in TEXT_PARTS:
+            problem = "is a model of text and images, in which transformers gives the decoder's maps other names"
+    if problem:
+        raise ConfigError(
+            f"A PEFT adapter is impossible: the base {last_part(model.checkpoint)} {problem}. The formats base and "
+            "quietstar merge adapters."
+        )

@@ -15,6 +15,7 @@ from quietstar_jax.hf.names import Shape, Target, decoder_entries, parameter_sha
 from quietstar_jax.models.adapters import A, B
 from quietstar_jax.models.parameters import stored_dtype
 from quietstar_jax.training.base import can_think, open_base_again
+from quietstar_jax.training.base_record import RecordedBase
 
 
 def merged_parameters(run: RunCheckpoint) -> Parameters:
@@ -30,10 +31,12 @@ class _Merged:
     """W + scale * A B in float32, where W is rounded to the dtype in which it was frozen."""
 
     def __init__(self, run: RunCheckpoint):
-        base = open_base_again(run.config.model, run.base, run.workdir)
+        base = open_base_again(RecordedBase.of(run), run.workdir)
         self._model, self._stored = run.config.model, run.parameters
         self._base = merged_parameters(base) if isinstance(base, RunCheckpoint) else _OfFiles(base, run.architecture)
-        self.shapes: Mapping[str, Shape] = parameter_shapes(quietstar_entries(run.architecture))
+        self.shapes: Mapping[str, Shape] = parameter_shapes(
+            quietstar_entries(run.architecture, run.config.thought.heads)
+        )
         self._adapter: tuple[str, np.ndarray, np.ndarray] = ("", np.empty(0), np.empty(0))  # the last: path, A, B
 
     def read(self, target: Target) -> np.ndarray:

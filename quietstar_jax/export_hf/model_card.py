@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint
 from quietstar_jax.config import Config
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.evals.statistics import confidence_interval
 from quietstar_jax.export_hf.save import ExportOptions
+from quietstar_jax.hf.names import parameter_shapes, quietstar_entries
 from quietstar_jax.io import read_json_lines
 from quietstar_jax.settings import to_mapping
+from quietstar_jax.training.answers import QUESTIONS
 
-MEASURED = {
-    "loss_without_thoughts": "loss without thoughts (nats per token)",
-    "loss_with_thoughts": "loss with thoughts (nats per token)",
-    "accuracy_without_thoughts": "accuracy of the next token without thoughts",
-    "accuracy_with_thoughts": "accuracy of the next token with thoughts",
-    "mixing_weight": "mean mixing weight",
-    "reward": "mean reward (nats)",
-    "tokens": "held-out tokens",
+# Metrics of `metrics.jsonl` that end in `_without_thoughts` and `_with_thoughts`: meaning; factor.
+PAIRS = {
+    "loss": ("loss, nats per token", 1),
+    "accuracy": ("next token right, %", 100),
+    "answer_accuracy": (f"answer right without written steps, % of {QUESTIONS} questions", 100),
+    "answer_loss": ("loss of this answer, nats", 1),
 }
+SINGLE = {"mixing_weight": "mean mixing weight", "reward": "mean reward, nats"}
 PATHS = {"model": ("checkpoint", "adapter"), "data": ("train", "validation", "data_dir", "tokenizer")}  # settings
 USE = {
     "quietstar": """\
@@ -55,9 +61,39 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FO
 ```""",
 }
 
+CITATION = """\
+## Citation
 
-def model_card(run: RunCheckpoint, options: ExportOptions) -> str:
-    """Returns the model card: Markdown with the front matter that the Hugging Face hub expects."""
+```bibtex
+@article{zelikman2024quietstar,
+  title   = {Quiet-STaR: Language Models Can Teach Themselves to Think Before Speaking},
+  author  = {Zelikman, Eric and Harik, Georges and Shao, Yijia and Jayasiri, Varuna and
+             Haber, Nick and Goodman, Noah D.},
+  journal = {arXiv preprint arXiv:2403.09629},
+  year    = {2024}
+}
+```"""
+
+
+def model_card(run: RunCheckpoint, options: ExportOptions) -> dict[str, bytes]:
+    """Returns the files of the model card by name.
+
+    These are README.md, Markdown with the front matter that the Hugging Face hub expects, and the picture of
+    `options`. The sample thoughts of `summary.json` are left out: they quote the held-out text, which may be private.
+
+    Raises:
+      ConfigError: the picture cannot be read.
+    """
+    files: dict[str, bytes] = {}
+    if options.picture:
+        try:
+            files[f"thought{options.picture.suffix}"] = options.picture.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"picture is {options.picture}, which cannot be read: {error}. Omit it.") from error
+    return {"README.md": _text(run, options, next(iter(files), "")).encode(), **files}
+
+
+def _text(run: RunCheckpoint, options: ExportOptions, picture: str) -> str:
     config = run.config
     settings = _without_folders({key: value for key, value in to_mapping(config).items() if key != "workdir"})
     settings["model"]["architecture"] = to_mapping(run.architecture)  # the model's, which may differ from the setting
@@ -65,44 +101,91 @@ def model_card(run: RunCheckpoint, options: ExportOptions) -> str:
     if run.model_commit:
         origin += f" at commit `{run.model_commit}`"
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- quiet-star\n---",
+        _front_matter(run, options),
         "# Quiet-STaR",
         "Trained with quietstar_jax, Quiet-STaR in JAX ([paper](https://arxiv.org/abs/2403.09629)): the model learns "
         "from plain text to think before every token.",
-        f"## Use\n\n{USE[options.format]}"
+        f"![A text, coloured by how much each thought helped, and one thought]({picture})" if picture else "",
+        f"## Use\n\n{USE[options.format]}\n\n`FOLDER` is this folder, or the id of this repository on the hub."
         + (f"\n\n`generate` thinks by the policy `{options.think}` by default." if options.think else ""),
-        f"## Training\n\nFrom {origin}; {run.step} of {config.total_steps} steps done. Weights: {options.dtype}, "
+        f"## Training\n\n{_shape(run)}",
+        f"From {origin}; {run.step} of {config.total_steps} steps done. Weights: {options.dtype}, "
         f"from checkpoint `{run.checksum[:16]}`.",
         _phase_table(config, run.step),
         f"Text: {_sources(config.data.train)}, sequences of "
         f"{config.data.sequence_length} tokens ({config.data.packing}).",
         _measurements(run),
+        _licence(run, options),
+        CITATION,
         "## Configuration\n\n```json\n" + json.dumps(settings, indent=2, ensure_ascii=False) + "\n```",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def measurements(run: RunCheckpoint) -> dict[str, Any]:
-    """Returns the run's held-out metrics at the exported step; empty if the run did not evaluate at that step."""
-    for record in reversed(read_json_lines(run.workdir / "metrics.jsonl")):
-        if record.get("kind") == "evaluation" and record.get("step") == run.step:
-            return {name: record[name] for name in MEASURED if name in record}
-    return {}
+def _front_matter(run: RunCheckpoint, options: ExportOptions) -> str:
+    fields = {
+        "library_name": "peft" if options.format == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        **({"base_model": run.config.model.checkpoint} if _from_hub(run) else {}),
+        **run.license,
+    }
+    return "\n".join(["---", *(f"{name}: {value}" for name, value in fields.items()), "tags:\n- quiet-star\n---"])
+
+
+def _from_hub(run: RunCheckpoint) -> bool:
+    """Whether training began from a hub id: a folder or another run has a recorded place."""
+    return bool(run.model_commit) and not run.base_folder
+
+
+def _shape(run: RunCheckpoint) -> str:
+    a = run.architecture
+    shapes = parameter_shapes(quietstar_entries(a, run.config.thought.heads))
+    count = sum(math.prod(shape) for shape in shapes.values())
+    return (
+        f"A decoder of the family {a.family} with {a.num_layers} layers, {a.hidden_size} wide, {a.num_heads} attention "
+        f"heads and {a.vocab_size:,} tokens: {count:,} parameters, including those of the thoughts."
+    )
+
+
+def _licence(run: RunCheckpoint, options: ExportOptions) -> str:
+    checkpoint = run.config.model.checkpoint
+    if not checkpoint:
+        text = "The weights were trained from random ones. State their licence here before you publish them."
+    else:
+        kind = run.license.get("license_name") or run.license.get("license")
+        stated = f" ({kind})" if kind else " (see its model card)"
+        text = f"The weights derive from `{last_part(checkpoint)}`, whose licence{stated} applies to them."
+    code = " The module modeling_quietstar.py is under Apache-2.0." if options.format == "quietstar" else ""
+    return f"## Licence\n\n{text}{code}"
 
 
 def _measurements(run: RunCheckpoint) -> str:
-    found = measurements(run)
+    """The held-out metrics at the exported step."""
+    records = read_json_lines(run.workdir / "metrics.jsonl")
+    found = [r for r in records if r.get("kind") == "evaluation" and r.get("step") == run.step]
     if not found:
         return "## Measured\n\nNothing was measured on held-out text at this step."
-    rows = [f"| {MEASURED[name]} | {value:.6g} |" for name, value in found.items()]
-    return "\n".join(
-        [
-            f"## Measured\n\nOn {_sources(run.config.data.validation)}, with greedy thoughts:\n",
-            "| figure | value |",
-            "|---|---|",
-            *rows,
-        ]
-    )
+    record = found[-1]
+
+    def cell(name: str, factor: int) -> str:
+        value = record.get(name)
+        if value is None:
+            return "-"
+        if name.startswith("answer_accuracy"):
+            low, high = confidence_interval(np.arange(QUESTIONS) < round(value * QUESTIONS), seed=0) or (0.0, 1.0)
+            return f"{100 * value:.1f} ({100 * low:.1f} .. {100 * high:.1f})"
+        return f"{factor * value:.4f}" if factor == 1 else f"{factor * value:.1f}"
+
+    rows = [
+        f"| {meaning} | {' | '.join(cells)} |"
+        for name, (meaning, factor) in PAIRS.items()
+        if set(cells := [cell(f"{name}_{kind}_thoughts", factor) for kind in ("without", "with")]) != {"-"}
+    ]
+    rows += [f"| {meaning} | - | {record[name]:.4f} |" for name, meaning in SINGLE.items() if name in record]
+    size = f", {record['tokens']:,} tokens" if "tokens" in record else ""
+    title = f"## Measured\n\nOn {_sources(run.config.data.validation)}{size}, with greedy thoughts"
+    exact = "; 95 % intervals of answers are exact" if any("answer right" in row for row in rows) else ""
+    return "\n".join([f"{title}{exact}.\n", "| figure | without thoughts | with thoughts |", "|---|---|---|", *rows])
 
 
 def _phase_table(config: Config, step: int) -> str:
@@ -132,5 +215,14 @@ def _without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def last_part(name: str) -> str:
-    """Returns the last part of a path that begins with `/`, `~` or `.`; a hub id or `tfds:...` stays as it is."""
-    return Path(name).name if name.startswith(("/", "~", ".")) else name
+    """Returns the last part of a path; a hub id, a URL or a dataset of a hub stays as it is.
+
+    `hf:` and `tfds:` may be followed by a path.
+    """
+    kind, colon, rest = name.partition(":")
+    if colon and kind in ("hf", "tfds"):
+        return f"{kind}:{last_part(rest)}"
+    path = name.removeprefix("file://")
+    if path.startswith(("/", "~", ".")) or (path.count("/") > 1 and "://" not in path) or "*" in path:
+        return Path(path).name
+    return path

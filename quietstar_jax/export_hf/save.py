@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +28,28 @@ from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.data.vocabulary import UNUSED
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.export_hf.added_tokens import add_tokens, pad_as_trained
+from quietstar_jax.export_hf.options import DTYPES, ExportOptions
 from quietstar_jax.hf.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from quietstar_jax.hf.adapter import adapter_entries, check_expressible
 from quietstar_jax.hf.canonical import EMBEDDING, LM_HEAD
+from quietstar_jax.hf.config_json import architecture_to_hf
 from quietstar_jax.hf.files import ADAPTER, INDEX
 from quietstar_jax.hf.generation import generation_config
-from quietstar_jax.hf.names import Entry, Shape, Target, decoder_entries, parameter_shapes, quietstar_entries, to_theirs
+from quietstar_jax.hf.names import (
+    HEADS,
+    Entry,
+    Shape,
+    Target,
+    decoder_entries,
+    parameter_shapes,
+    quietstar_entries,
+    to_theirs,
+)
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, write_file
 from quietstar_jax.io import new_folder
 from quietstar_jax.methods.thinking import parse_policy
-from quietstar_jax.models.families import FAMILIES, architecture_to_hf
+from quietstar_jax.models.families import FAMILIES
 
-FORMATS = ("quietstar", "base", "adapter")
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 MODULE = Path(__file__).with_name("torch_module.py")
 SHIPPED_MODULE = "modeling_quietstar"
 
@@ -60,35 +69,15 @@ class Thoughts:
     length: int  # T when the exported model generates; 0 = it does not think
     embedding_scale: float  # start and end embeddings are stored divided by this number
     mixing: str = "hidden_states"
+    heads: tuple[str, ...] = ()  # see `ThoughtConfig.heads`
     start_token: str = "<|startthought|>"
     end_token: str = "<|endthought|>"
     unused_ids: tuple[int, ...] = ()  # ids of the model that are not tokens: never in a thought, never generated
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """Format, dtype and shard size of an export."""
-
-    format: str = "quietstar"  # quietstar | base | adapter
-    dtype: str = "float32"  # float32 | bfloat16 | float16
-    max_shard_size: str = "5GB"
-    think: str = ""  # policy of thinking that generation_config.json recommends; empty = that of the base model, if any
-
-    def __post_init__(self) -> None:
-        for name, value, choices in (("format", self.format, FORMATS), ("dtype", self.dtype, tuple(DTYPES))):
-            if value not in choices:
-                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
-        if self.think:
-            parse_policy(self.think)
-            if self.format != "quietstar":
-                raise ConfigError(
-                    f"think is {self.think!r}, but `format` is {self.format}, which has no thoughts. Omit it."
-                )
-
-
 def save(
     output: Path, parameters: Parameters, architecture: Architecture, tokenizer: Tokenizer, thoughts: Thoughts,
-    options: ExportOptions, card: str, generation: Mapping[str, Any] | None = None,
+    options: ExportOptions, card: Mapping[str, bytes], generation: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Writes a checkpoint folder that transformers loads.
 
@@ -97,7 +86,7 @@ def save(
 
     Args:
       tokenizer: the model's tokenizer; if the format is `quietstar`, missing start and end tokens are added to it.
-      card: text of README.md, different for each checkpoint and format. An output with this text is complete.
+      card: files of the model card by name, different for each checkpoint and format. An output with them is complete.
       generation: generation_config.json of the model that training began from.
 
     Raises:
@@ -109,10 +98,16 @@ def save(
     if options.format == "quietstar":
         _check_exportable("mixing", thoughts.mixing, "MIXINGS")
         if options.think:
-            _check_exportable("policy of thinking", parse_policy(options.think).name, "THINKING")
+            policy = parse_policy(options.think)
+            _check_exportable("policy of thinking", policy.name, "THINKING")
+            if policy.needs_gate and "gate" not in thoughts.heads:
+                raise ConfigError(
+                    f"think is {options.think!r}, but the run has no thinking gate. Give another policy, or train with "
+                    "config.thought.gate."
+                )
     if _is_there(output, card):
         return
-    _check_parameters(parameters, architecture)
+    _check_parameters(parameters, architecture, thoughts.heads)
     ids: tuple[int, ...] = ()
     tokens = (thoughts.start_token, thoughts.end_token)
     known = tuple(i for i in map(tokenizer.token_id, tokens) if i is not None)
@@ -126,7 +121,7 @@ def save(
     writer = _Writer(parameters, architecture, thoughts, ids, options)
     shards = _split(writer.tensor_shapes(), options)
     with _complete_folder(output) as folder:
-        (folder / "README.md").write_text(card, "utf-8")
+        _write_files(folder, card)
         tokenizer.save(folder)
         _write_json(
             folder / "generation_config.json",
@@ -148,7 +143,7 @@ def save(
 
 def save_adapter(
     output: Path, parameters: Parameters, architecture: Architecture, adapters: Adapters, config: Mapping[str, Any],
-    dtype: str, card: str,
+    dtype: str, card: Mapping[str, bytes],
 ) -> None:  # fmt: skip
     """Writes the adapters of the decoder as a folder that peft loads onto their base; other weights are left out.
 
@@ -168,7 +163,7 @@ def save_adapter(
         for entry in entries
     )
     with _complete_folder(output) as folder:
-        (folder / "README.md").write_text(card, "utf-8")
+        _write_files(folder, card)
         write_file(folder / ADAPTER_WEIGHTS, {entry.name: entry.shape for entry in entries}, DTYPES[dtype], tensors)
         _write_json(folder / ADAPTER, config)
 
@@ -194,7 +189,7 @@ class _Writer:
     ):  # fmt: skip
         entries = decoder_entries(architecture, "decoder.")
         if options.format == "quietstar":
-            entries = quietstar_entries(architecture)
+            entries = quietstar_entries(architecture, thoughts.heads)
         self._parameters, self._options, self._scale = parameters, options, thoughts.embedding_scale
         self._entries = {entry.name: entry for entry in entries}
         self._ids, self._vocab = ids, architecture.vocab_size
@@ -274,6 +269,7 @@ def _config(
             "thought_mixing": thoughts.mixing,
             "thought_token_ids": list(ids),
             "text_vocab_size": architecture.vocab_size,
+            **{HEADS[head].removesuffix(".weight"): True for head in thoughts.heads},
         }
         # Rows that are not tokens, and tokens that have no row in the trained model.
         unused = [*thoughts.unused_ids, *sorted(set(range(architecture.vocab_size, rows)) - set(ids))]
@@ -301,7 +297,7 @@ def _old_rope(parameters: Mapping[str, Any], local_theta: str) -> dict[str, Any]
     return old if parameters["rope_type"] == "default" else {**old, "rope_scaling": scaling}
 
 
-def _is_there(output: Path, card: str) -> bool:
+def _is_there(output: Path, card: Mapping[str, bytes]) -> bool:
     """Whether the folder already contains this export: an earlier call may have been killed after completing it.
 
     Raises:
@@ -309,8 +305,8 @@ def _is_there(output: Path, card: str) -> bool:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    with contextlib.suppress(OSError, ValueError):
-        if (output / "README.md").read_text("utf-8") == card:
+    with contextlib.suppress(OSError):
+        if all((output / name).read_bytes() == content for name, content in card.items()):
             return True
     raise CheckpointError(f"{output} exists already. Remove it, or choose another folder.")
 
@@ -333,8 +329,8 @@ def _check_exportable(what: str, name: str, table: str) -> None:
         )
 
 
-def _check_parameters(parameters: Parameters, architecture: Architecture) -> None:
-    wanted = parameter_shapes(quietstar_entries(architecture))
+def _check_parameters(parameters: Parameters, architecture: Architecture, heads: Collection[str]) -> None:
+    wanted = parameter_shapes(quietstar_entries(architecture, heads))
     found = dict(parameters.shapes)
     wrong = [path for path in {**wanted, **found} if wanted.get(path) != found.get(path)]
     if wrong:
@@ -359,6 +355,11 @@ def _split(shapes: Mapping[str, Shape], options: ExportOptions) -> Any:
         raise ConfigError(
             f"max_shard_size is {options.max_shard_size!r}; it must be a number with a unit, such as 5GB."
         ) from error
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

@@ -37,13 +37,15 @@ except ImportError:  # before 4.53
     masking_utils = None  # type: ignore[assignment]
 
 POSITIONS_AT_ONCE = 64  # chains in memory at the same time
+ENDED = -2
 
 
 @dataclass
 class QuietStarOutput(CausalLMOutputWithPast):
     """The output of `forward`, with thoughts [B, P, T] and mixing weights [B, P]; both are None without thoughts.
 
-    Where a policy of thinking makes no thought, the thought is -1 and the weight is 0.
+    Where a policy of thinking makes no thought, the thought is -1 and the weight is 0. After the end of a thought of
+    fewer than T tokens, it is `ENDED`.
     """
 
     thoughts: torch.Tensor | None = None
@@ -59,6 +61,8 @@ class Thinking:
     thought_token_ids: ids of start and end, which are never predicted.
     text_vocab_size: size of the vocabulary in training; start and end may have ids beyond it.
     unused_token_ids: ids that are not tokens of the tokenizer used in training, never in a thought; optional.
+    thought_gate: whether there is a thinking gate, for the policy `gate`; optional.
+    thought_end: whether the model decides before each token of a thought whether it ends; T is then the most; optional.
     """
 
     _supports_flash_attn = _supports_flash_attn_2 = False  # chains need custom masks
@@ -88,6 +92,11 @@ class Thinking:
         )
         self.start_embedding = nn.Parameter(torch.zeros(2, d))  # the second rows are not used, only preserved
         self.end_embedding = nn.Parameter(torch.zeros(2, d))
+        if getattr(config, "thought_gate", False):
+            self.thought_gate = nn.Linear(d, 1)
+            self.thought_gate_log_slope = nn.Parameter(torch.zeros(1))
+        if getattr(config, "thought_end", False):
+            self.thought_end = nn.Linear(d, 1)
         self.post_init()
 
     @can_return_tuple
@@ -233,7 +242,7 @@ class Thinking:
           (logits [B, P, V], thoughts [B, P, T], mixing weights [B, P]); no chain runs where no sequence thinks.
         """
         logits = self._text_logits(text)
-        chosen = chooses(logits.detach(), positions)
+        chosen = chooses(Position(logits.detach(), positions, self._gain(text.detach())))
         thoughts = positions.new_full((*chosen.shape, length), -1)
         weight = logits.new_zeros(chosen.shape)
         some = chosen.any(0).nonzero()[:, 0]
@@ -245,6 +254,14 @@ class Thinking:
             thoughts = thoughts.index_copy(1, some, torch.where(own[..., None], made, -1))
             weight = weight.index_copy(1, some, torch.where(own, mixed_weight, 0.0))
         return logits, thoughts, weight
+
+    def _gain(self, text: torch.Tensor) -> torch.Tensor | None:
+        """The gain of a thought that the gate predicts after hidden states [B, P, D], nats [B, P]; None without it."""
+        if not getattr(self.config, "thought_gate", False):
+            return None
+        weight, bias, log_slope = self.thought_gate.weight, self.thought_gate.bias, self.thought_gate_log_slope
+        score = nn.functional.linear(text.float(), weight.float(), bias.float())[..., 0]
+        return score * (-log_slope.float()).exp()
 
     def _think(
         self, at: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, cache: Any, length: int
@@ -266,8 +283,10 @@ class Thinking:
         self, at: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, cache: Any, length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, count = positions.shape
-        thoughts: list[torch.Tensor] = []
-        inputs = self._meta(self.start_embedding, batch, count)
+        thoughts = positions.new_full((batch, count, length), ENDED)
+        inputs, end = self._meta(self.start_embedding, batch, count), self._meta(self.end_embedding, batch, count)
+        ended = torch.zeros_like(positions, dtype=torch.bool)  # the input is `end`, or was
+        after, done = torch.zeros_like(inputs), torch.zeros_like(ended)
         for c in range(length + 2):
             hidden = self.model(
                 inputs_embeds=inputs,
@@ -276,14 +295,25 @@ class Thinking:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
+            after, done = torch.where((ended & ~done)[..., None], hidden, after), ended
+            if done.all():
+                break
+            ended = ended | self._ends(hidden, c, length)
+            inputs = end
             if c < length:
                 unused = getattr(self.config, "unused_token_ids", None) or []
-                thoughts.append(self._forbid(self._text_logits(hidden), unused).argmax(-1))
-                inputs = self.get_input_embeddings()(thoughts[-1])
-            else:
-                inputs = self._meta(self.end_embedding, batch, count)
-        cache.crop(-count * (length + 2))
-        return torch.stack(thoughts, -1), hidden
+                tokens = self._forbid(self._text_logits(hidden), unused).argmax(-1)
+                thoughts[..., c] = torch.where(ended, ENDED, tokens)
+                inputs = torch.where(ended[..., None], end, self.get_input_embeddings()(tokens))
+        cache.crop(-count * (c + 1))
+        return thoughts, after
+
+    def _ends(self, hidden: torch.Tensor, c: int, length: int) -> torch.Tensor:
+        """Whether `end` follows token c of chains with hidden states [B, P, D], [B, P]."""
+        if not getattr(self.config, "thought_end", False) or c >= length:
+            return torch.full(hidden.shape[:-1], c >= length, device=hidden.device)
+        weight, bias = self.thought_end.weight.float(), self.thought_end.bias.float()
+        return nn.functional.linear(hidden.float(), weight, bias)[..., 0] > 0
 
     def _meta(self, stored: torch.Tensor, batch: int, count: int) -> torch.Tensor:
         embedding = self.get_input_embeddings()
@@ -382,52 +412,72 @@ MIXINGS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
 }
 
 
-def think_always(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True)
+class Position:
+    """What a policy of thinking sees: logits without thoughts [B, P, V], the index of each position in its text [B, P],
+    and the gain of a thought that the gate predicts, nats [B, P], None if there is no gate.
+    """
+
+    logits: torch.Tensor
+    index: torch.Tensor
+    gain: torch.Tensor | None = None
+
+
+def think_always(at: Position) -> torch.Tensor:
     """Thinks at every position."""
-    return torch.ones_like(index, dtype=torch.bool)
+    return torch.ones_like(at.index, dtype=torch.bool)
 
 
-def think_never(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def think_never(at: Position) -> torch.Tensor:
     """Thinks nowhere."""
-    return torch.zeros_like(index, dtype=torch.bool)
+    return torch.zeros_like(at.index, dtype=torch.bool)
 
 
-def think_every(logits: torch.Tensor, index: torch.Tensor, n: float) -> torch.Tensor:
+def think_every(at: Position, n: float) -> torch.Tensor:
     """Thinks after every n-th token of the text."""
     if n < 1 or n % 1:
         raise ValueError(f"n is {n}; it must be a whole number, 1 or more.")
-    return (index + 1) % int(n) == 0
+    return (at.index + 1) % int(n) == 0
 
 
-def think_random(logits: torch.Tensor, index: torch.Tensor, p: float) -> torch.Tensor:
+def think_random(at: Position, p: float) -> torch.Tensor:
     """Thinks at each position with probability p; the draws are those of torch, which differ from those of JAX."""
     if not 0 <= p <= 1:
         raise ValueError(f"p is {p}; it must be a probability.")
-    return torch.rand(index.shape, device=index.device) < p
+    return torch.rand(at.index.shape, device=at.index.device) < p
 
 
-def think_entropy(logits: torch.Tensor, index: torch.Tensor, least: float, most: float = float("inf")) -> torch.Tensor:
+def think_entropy(at: Position, least: float, most: float = float("inf")) -> torch.Tensor:
     """Thinks where the entropy of the prediction without a thought is within a band, in nats."""
     if not 0 <= least <= most:
         raise ValueError(f"The band is {least} .. {most}; it must ascend from 0 or more.")
-    shifted = logits - logits.max(-1, keepdim=True).values
+    shifted = at.logits - at.logits.max(-1, keepdim=True).values
     mass = shifted.exp()
     total = mass.sum(-1)
     entropy = total.log() - (mass * shifted).sum(-1) / total
     return (entropy >= least) & (entropy <= most)
 
 
-def think_margin(logits: torch.Tensor, index: torch.Tensor, bound: float) -> torch.Tensor:
+def think_margin(at: Position, bound: float) -> torch.Tensor:
     """Thinks where the two largest probabilities of the prediction without a thought differ by less than a bound."""
     if not 0 <= bound <= 1:
         raise ValueError(f"bound is {bound}; it must be a difference of probabilities, 0 .. 1.")
-    first, second = logits.softmax(-1).topk(2).values.unbind(-1)
+    first, second = at.logits.softmax(-1).topk(2).values.unbind(-1)
     return first - second < bound
 
 
-# Policies of thinking, functions of (logits without thoughts [B, P, V], index of each position in its text [B, P],
-# numbers) -> bool [B, P]. They are written as text: `always`, `never`, `every:4`, `random:0.1`, `entropy:1.5`,
-# `entropy:1.5,4`, `margin:0.2`. The export reads the keys, and refuses a policy that is not here.
+def think_gate(at: Position, price: float) -> torch.Tensor:
+    """Thinks where the gate predicts that a thought gains more than its price, in nats."""
+    if not abs(price) < float("inf"):
+        raise ValueError(f"price is {price}; it must be a number.")
+    if at.gain is None:
+        raise ValueError("This model has no thinking gate: give another policy, or train with thought.gate.")
+    return at.gain > price
+
+
+# Policies of thinking, functions of (`Position`, numbers) -> bool [B, P]. They are written as text: `always`, `never`,
+# `every:4`, `random:0.1`, `entropy:1.5`, `entropy:1.5,4`, `margin:0.2`, `gate:0.1`. The export reads the keys, and
+# refuses a policy that is not here.
 THINKING: dict[str, Callable[..., torch.Tensor]] = {
     "always": think_always,
     "never": think_never,
@@ -435,6 +485,7 @@ THINKING: dict[str, Callable[..., torch.Tensor]] = {
     "random": think_random,
     "entropy": think_entropy,
     "margin": think_margin,
+    "gate": think_gate,
 }
 
 
@@ -443,13 +494,13 @@ def _policy(think: str | None) -> Callable[..., torch.Tensor]:
     name, colon, rest = ("always" if think is None else think).partition(":")
     try:
         policy, numbers = THINKING[name], [float(number) for number in rest.split(",")] if colon else []
-        policy(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.long), *numbers)
+        policy(Position(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1)), *numbers)
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"think is {think!r}; it must be one of {', '.join(THINKING)}, with the numbers of that policy, as in "
-            "every:4, random:0.1, entropy:1.5, entropy:1.5,4 or margin:0.2."
+            "every:4, random:0.1, entropy:1.5, entropy:1.5,4, margin:0.2 or gate:0.1."
         ) from error
-    return policy if not numbers else lambda logits, index: policy(logits, index, *numbers)
+    return policy if not numbers else lambda at: policy(at, *numbers)
 
 
 # Families: name of their decoder in transformers -> whether it expects one mask for each kind of layer.

@@ -147,7 +147,8 @@ def open_adapter(folder: Path, architecture: Architecture, adapters: Adapters) -
     if unknown:
         raise ConfigError(
             listing(f"{folder / WEIGHTS} has tensors outside config.model.adapters.maps={adapters.maps}:", unknown)
-            + "\nSet config.model.adapters.maps to all; adapters of embeddings and of the head are not supported."
+            + ("\n" if adapters.maps == "all" else "\nSet config.model.adapters.maps to all. ")
+            + "Adapters of embeddings and of the head are not supported."
         )
     paths = {target.path for name in tensors for target in every[name].targets}
     # A and B of a map, so that one without the other is reported as missing.

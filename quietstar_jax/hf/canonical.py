@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from quietstar_jax.errors import CheckpointError, short
+from quietstar_jax.hf.config_json import tied
 from quietstar_jax.hf.folder_kinds import classifier_advice, is_classifier
 from quietstar_jax.hf.safetensors_file import TensorInfo
-from quietstar_jax.models.families import tied
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Name components that wrappers add; no supported model has a module with such a name.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import numpy as np
 
 from quietstar_jax.errors import CheckpointError, short
 from quietstar_jax.hf.canonical import canonical_names, tie
+from quietstar_jax.hf.config_json import text_config
 from quietstar_jax.hf.folder_kinds import adapter_advice, describe_folder
 from quietstar_jax.hf.generation import LEGACY_GENERATION
 from quietstar_jax.hf.json_file import MAX_JSON_BYTES, read_json
@@ -22,7 +24,6 @@ from quietstar_jax.hf.safetensors_file import (
     read_header,
     read_tensor,
 )
-from quietstar_jax.models.families import text_config
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -33,8 +34,10 @@ TEXT_FILES = (
 )  # fmt: skip
 MAX_LINES = 8  # lines of a list in a message
 MAX_NAME_BYTES = 255  # limit of common file systems for one component of a path
-DOWNLOADED = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+DOWNLOADED = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja", "README.md"]
 NOT_DOWNLOADED = ["*/*", "*.bin", "*.pt", "*.pth", "*.pkl"]  # copies in subfolders, and pickled files
+# Values of a model card that are copied; a link may not lead to another file of that repository.
+LICENSE = {"license": r"[\w.+-]+", "license_name": r"[\w.+-]+", "license_link": r"https?://[\w./%+-]+"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class CheckpointFiles:
     tensors: Mapping[str, TensorInfo]
     commit: str = ""  # of a hub id: the commit that `revision` resolved to
     generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json, or its fields in config.json
+    license: Mapping[str, str] = field(default_factory=dict)  # of the model card: license, license_name, license_link
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor in the dtype of its file (float16, bfloat16, float32 or float64).
@@ -106,7 +110,20 @@ def open_checkpoint(name: str, revision: str = "") -> CheckpointFiles:
         generation=read_json(generation)
         if generation.exists()
         else {k: config[k] for k in LEGACY_GENERATION & config.keys()},
+        license=_license(folder / "README.md"),
     )
+
+
+def _license(card: Path) -> dict[str, str]:
+    """Returns the fields about the licence in the front matter of a model card; empty if there are none."""
+    from huggingface_hub import metadata_load
+
+    try:
+        fields = metadata_load(card) or {}
+    except Exception:  # no such file, or front matter that is not YAML
+        return {}
+    found = {name: fields.get(name) for name in LICENSE}
+    return {k: v for k, v in found.items() if isinstance(v, str) and re.fullmatch(LICENSE[k], v)}
 
 
 def check_regular(folder: Path) -> None:

@@ -49,7 +49,9 @@ IGNORED_HEADS = re.compile(
     r"|(score|critic|classifier|qa_outputs|ilql_heads|vhead|(model\.)?(vision_tower|multi_modal_projector))\..*",
     re.IGNORECASE,
 )
-THOUGHT_PARTS = re.compile(r"((talk|mixing|thought)_?heads?|(start|end)_embedding)\b.*")
+THOUGHT_PARTS = re.compile(
+    r"((talk|mixing|thought)_?heads?|thought_gate(_log_slope)?|thought_end|(start|end)_embedding)\b.*"
+)
 
 
 def describe_folder(folder: Path) -> str:

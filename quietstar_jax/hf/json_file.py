@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,9 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object. Fetch it again.")
     return value
+
+
+def value_or(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Returns the value, or the default if it is missing or null."""
+    value = config.get(key)
+    return default if value is None else value

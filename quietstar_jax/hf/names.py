@@ -8,7 +8,7 @@ numpy functions, `to_ours` and `to_theirs`, implement this for all entries.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,10 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.families import FAMILIES
 
 Shape = tuple[int, ...]
+HEADS = {
+    "gate": "thought_gate.weight",
+    "end_head": "thought_end.weight",
+}  # a checkpoint has a head if it has this tensor
 # By placement of norms: their name -> ours. Their `post_attention_layernorm` is the norm after attention, except in
 # `before`: there it is the one before the feed-forward layers.
 NORMS = {
@@ -106,6 +110,15 @@ def decoder_entries(architecture: Architecture, root: str = "") -> list[Entry]:
     return entries
 
 
+def head_entries(hidden_size: int, heads: Collection[str]) -> list[Entry]:
+    """Returns the entries for those of the `HEADS` that a model has; published checkpoints lack them."""
+    entries: list[Entry] = []
+    for head in (head for head in HEADS if head in heads):
+        weight = Entry(HEADS[head], (1, hidden_size), (Target(f"{head}.weight", (hidden_size,)),))
+        entries += [weight, _single(HEADS[head].replace("weight", "bias"), (1,), f"{head}.bias")]
+    return entries + ([_single("thought_gate_log_slope", (1,), "gate.log_slope")] if "gate" in heads else [])
+
+
 def thought_entries(hidden_size: int) -> list[Entry]:
     """Returns the entries for the tensors that the published Quiet-STaR checkpoints add to their decoder.
 
@@ -127,9 +140,10 @@ def thought_entries(hidden_size: int) -> list[Entry]:
     ]
 
 
-def quietstar_entries(architecture: Architecture) -> list[Entry]:
-    """Returns all entries of a Quiet-STaR checkpoint: the decoder under `decoder.`, and `thought_entries`."""
-    return [*decoder_entries(architecture, "decoder."), *thought_entries(architecture.hidden_size)]
+def quietstar_entries(architecture: Architecture, heads: Collection[str] = ()) -> list[Entry]:
+    """Returns all entries of a Quiet-STaR checkpoint: decoder (`decoder.`), thoughts and those of the `HEADS`."""
+    thoughts = thought_entries(architecture.hidden_size) + head_entries(architecture.hidden_size, heads)
+    return [*decoder_entries(architecture, "decoder."), *thoughts]
 
 
 def parameter_shapes(entries: Sequence[Entry]) -> dict[str, Shape]:

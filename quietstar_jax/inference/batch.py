@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from quietstar_jax.data.tokenization import Tokenizer
-from quietstar_jax.inference.decode import DecodeConfig
+from quietstar_jax.inference.decode_state import DecodeConfig
 from quietstar_jax.inference.detokenize import TextStream
 from quietstar_jax.inference.engine import Engine, Request
 from quietstar_jax.inference.sampling import Sampling
+from quietstar_jax.thoughts.ending import thought_ids
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Token:
       id: of the token.
       text: the text that is certain once the token is known, whole characters only. Usually the token's own text; empty
         while a character is incomplete or a stop string may have begun. A token that ends the text adds none.
-      thought, thought_ids: the thought before the token; empty where none was made.
+      thought, thought_ids: the thought before the token; empty where none was made, or where its end was sampled first.
       mixing_weight: how much the thought contributed; 0 where none was made.
+      has_thought: whether a thought was made, which may be empty.
     """
 
     id: int
@@ -31,6 +33,7 @@ class Token:
     thought: str = ""
     thought_ids: tuple[int, ...] = ()
     mixing_weight: float = 0.0
+    has_thought: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class GenerationConfig:
 
 def thinking_rate(generations: Sequence[Generation]) -> float:
     """Returns the share of the tokens that have a thought."""
-    made = [bool(token.thought_ids) for one in generations for token in one.tokens]
+    made = [token.has_thought for one in generations for token in one.tokens]
     return sum(made) / max(1, len(made))
 
 
@@ -113,7 +116,7 @@ class Batch:
             for tokens, reason in zip(self._tokens, self._reasons, strict=True)
         ]
 
-    def _take(self, row: int, token_id: int, thought_ids: list[int], weight: float) -> Token:
+    def _take(self, row: int, token_id: int, thought: list[int], weight: float) -> Token:
         """Adds one token to a text that has not ended; ends the text if necessary."""
         text = self._texts[row]
         if token_id in self._job.plan.eos_ids:
@@ -124,8 +127,7 @@ class Batch:
                 piece, reason = piece + text.finish(), "length"
         reason = "stop" if text.stopped else reason
         self._reasons[row], self._alive[row] = reason, not reason
-        thought_ids = [] if -1 in thought_ids else thought_ids
-        thought = self._tokenizer.decode(thought_ids) if thought_ids else ""
-        token = Token(token_id, piece, thought, tuple(thought_ids), weight)
+        made, ids = bool(thought) and -1 not in thought, thought_ids(thought)
+        token = Token(token_id, piece, self._tokenizer.decode(ids) if ids else "", ids, weight, made)
         self._tokens[row].append(token)
         return token

@@ -82,7 +82,7 @@ def generate_file(
             for first in range(done, len(rows), size):
                 generations = generator.run(requests[first : first + size], job).finish()
                 for (_, row), one in zip(rows[first : first + size], generations, strict=True):
-                    fields = _fields(one, show_thoughts, job.plan.chooses)
+                    fields = _fields(one, show_thoughts, job.sampling.think.constant is None)
                     file.write(json.dumps({**row} | fields, ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -152,7 +152,7 @@ def _fields(one: Generation, show_thoughts: bool, chooses: bool) -> dict[str, An
     if show_thoughts:
         fields |= {"thoughts": one.thoughts, "mixing_weights": [round(w, 6) for w in one.mixing_weights]}
     if show_thoughts and chooses:
-        fields["thoughts"] = [token.thought if token.thought_ids else None for token in one.tokens]
+        fields["thoughts"] = [token.thought if token.has_thought else None for token in one.tokens]
         fields["thinking_rate"] = round(thinking_rate([one]), 6)
     return fields
 

@@ -12,116 +12,30 @@ its text or the next of its thought (T = 2; the policy thinks after x_5 and z_3 
 
 c is the number of the token in its chain `x_j, start, t_1 .. t_T, end`; it remains 0 while no thought begins.
 
+Where the model samples the end of thoughts, sequences also advance independently: the chain of a thought of n < T
+tokens has its `end` at c = n + 2.
+
 A token without a thought then needs one pass and a token with a thought T + 3, and no sequence waits for another.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.architecture import Architecture
+from quietstar_jax.inference.decode_state import DecodeConfig, DecodeOutput, OpenThought, SamplingParams, State, at
 from quietstar_jax.inference.kv_cache import append, cached_pass
 from quietstar_jax.inference.sampling import choose
 from quietstar_jax.methods.thinking import THINKING, Position, thinks
 from quietstar_jax.models.attention import MASKED
 from quietstar_jax.models.decoder import Decoder, KeyValues
 from quietstar_jax.thoughts.chains import empty_chains
+from quietstar_jax.thoughts.ending import ENDED, draw_end, end_logits
+from quietstar_jax.thoughts.gate import predicted_gain
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import mask_meta_tokens
 from quietstar_jax.thoughts.score import mix
-from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import entropy
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Static settings of the compiled functions.
-
-    Attributes:
-      thought: length (0 = none), meta tokens, mixing, compute dtype.
-      think: name of the policy of thinking, if there are thoughts.
-      sampled: whether tokens are sampled; nucleus: only from the nucleus; thoughts_sampled: in thoughts too.
-      forbidden: ids that are never generated; eos_ids: ids that end a text.
-      tokens_per_call: number of tokens of each sequence that one call generates; if the policy chooses, a call ends
-        when any sequence has that many.
-    """
-
-    thought: ThoughtSettings
-    think: str = "always"
-    sampled: bool = False
-    nucleus: bool = False
-    thoughts_sampled: bool = False
-    forbidden: tuple[int, ...] = ()
-    eos_ids: tuple[int, ...] = ()
-    tokens_per_call: int = 1
-
-    @property
-    def chooses(self) -> bool:
-        """Whether only some tokens have a thought."""
-        return self.thought.thought_length > 0 and THINKING[self.think].traits["constant"] is None
-
-
-class SamplingParams(NamedTuple):
-    """Settings that may change between calls without recompilation: scalars of `Sampling`, and keys [B].
-
-    `think` are the numbers of the policy, [N] float32.
-    """
-
-    temperature: jax.Array
-    top_p: jax.Array
-    thought_temperature: jax.Array
-    keys: jax.Array
-    think: jax.Array
-
-
-class OpenThought(NamedTuple):
-    """The unfinished chains `x_j, start, t_1 .. t_T, end` of B sequences, one of each.
-
-    Attributes:
-      computed: [B] int32, c, how many tokens of the chain have been computed; 0 = none, not even x_j.
-      chain_kv: keys and values of these tokens; base: [B, D] hidden state at x_j.
-      tokens: [B, T] int32, the thought, of which max(0, c - 1) tokens are known.
-    """
-
-    computed: jax.Array
-    chain_kv: KeyValues
-    base: jax.Array
-    tokens: jax.Array
-
-
-class State(NamedTuple):
-    """State of B sequences between two generated tokens.
-
-    Attributes:
-      cache: keys and values of all tokens but the newest.
-      token, position: [B] int32, the newest token and its position in the text; left: [B] int32, how many tokens may
-        still be generated, 0 = the text has ended.
-      thought: None unless the policy chooses.
-    """
-
-    cache: KeyValues
-    token: jax.Array
-    position: jax.Array
-    left: jax.Array
-    thought: OpenThought | None = None
-
-
-class DecodeOutput(NamedTuple):
-    """N tokens of B sequences.
-
-    Attributes:
-      tokens: [N, B] int32; -1 = none: the text has ended, or other sequences have more tokens in this call.
-      thoughts: [N, B, T] int32, the thought before each token, -1 where the policy made none; weight: [N, B] float32,
-        its mixing weight, 0 where there is none.
-    """
-
-    tokens: jax.Array
-    thoughts: jax.Array
-    weight: jax.Array
 
 
 def read_prompt(decoder: Decoder, cache: KeyValues, tokens: jax.Array, start: jax.Array, dtype: jnp.dtype) -> KeyValues:
@@ -130,7 +44,7 @@ def read_prompt(decoder: Decoder, cache: KeyValues, tokens: jax.Array, start: ja
     Entries past the end of a short sequence are overwritten before any token attends to them.
     """
     batch, count = tokens.shape
-    chain_kv = empty_chains(decoder, batch, 1, 1, count, dtype)
+    chain_kv = empty_chains(decoder.architecture, batch, 1, 1, count, dtype)
     positions = jnp.full(batch, start - 1, jnp.int32)
     _, chain_kv = cached_pass(decoder, decoder.embed(tokens, dtype), jnp.int32(0), positions, cache, chain_kv)
 
@@ -173,7 +87,9 @@ def generate_tokens(
 def next_token(model: QuietStar, state: State, knobs: SamplingParams, plan: DecodeConfig) -> tuple[State, DecodeOutput]:
     """Generates one token of every sequence; `DecodeOutput` has no axis N."""
     length = plan.thought.thought_length
-    chain_kv = empty_chains(model.decoder, state.token.size, 1, 1, length + 3 if length else 1, plan.thought.dtype)
+    chain_kv = empty_chains(
+        model.decoder.architecture, state.token.size, 1, 1, length + 3 if length else 1, plan.thought.dtype
+    )
     drawn = plan.sampled or plan.thoughts_sampled
     uniforms = _uniforms(knobs.keys if drawn else None, state.position, length + 1)
     if length:
@@ -182,7 +98,8 @@ def next_token(model: QuietStar, state: State, knobs: SamplingParams, plan: Deco
         hidden, chain_kv = _pass(model, _embed(model, state.token, plan), 0, state, chain_kv)
         scores = model.decoder.logits(hidden[:, 0])
         weight, thoughts = jnp.zeros(state.token.shape), jnp.zeros((state.token.size, 0), jnp.int32)
-    state, tokens = _talk(state, chain_kv, scores, uniforms[:, length], state.left > 0, knobs, plan)
+    token = _next(scores, uniforms[:, length], knobs, plan)
+    state, tokens = _talk(state, chain_kv, token, state.left > 0, plan)
     return state, DecodeOutput(tokens, thoughts, weight)
 
 
@@ -197,7 +114,7 @@ def next_pass(model: QuietStar, state: State, knobs: SamplingParams, plan: Decod
     thought = state.thought
     assert thought is not None  # made by `open_thought`
     length, count, alive = plan.thought.thought_length, thought.computed, state.left > 0
-    at_text, at_end = alive & (count == 0), alive & (count == length + 2)
+    at_text, at_end = alive & (count == 0), alive & thought.at_end
     drawn = plan.sampled or plan.thoughts_sampled or THINKING[plan.think].traits["draws"]
     uniforms = _uniforms(knobs.keys if drawn else None, state.position, length + 2)
 
@@ -213,10 +130,19 @@ def next_pass(model: QuietStar, state: State, knobs: SamplingParams, plan: Decod
         return _chain_token(model, state, thought, at_end, uniforms, knobs, plan)
 
     scores, weight, after = jax.lax.cond((count > 0).any(), chain, plain) if count.size == 1 else chain()
-    here = Position(scores, entropy(scores), state.position, uniforms[:, length + 1])
-    begins = at_text & thinks(plan.think, knobs.think, here)
+
+    def decide() -> tuple[jax.Array, jax.Array]:
+        gain = None if model.gate is None else predicted_gain(model.gate, after.base)
+        here = Position(scores, entropy(scores), state.position, uniforms[:, length + 1], gain)
+        return at_text & thinks(plan.think, knobs.think, here), _next(scores, uniforms[:, length], knobs, plan)
+
+    def neither() -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros(count.shape, bool), jnp.zeros(count.shape, jnp.int32)
+
+    # In the middle of thoughts nothing is decided, and the logits of texts are not read.
+    begins, token = jax.lax.cond((at_text | at_end).any(), decide, neither)
     talks = at_end | (at_text & ~begins)
-    state, new = _talk(state, after.chain_kv, scores, uniforms[:, length], talks, knobs, plan)
+    state, new = _talk(state, after.chain_kv, token, talks, plan)
     made = DecodeOutput(new, jnp.where(at_end[:, None], after.tokens, -1), weight)
     return state._replace(thought=after._replace(computed=jnp.where(talks | ~alive, 0, count + 1))), made
 
@@ -232,34 +158,37 @@ def _chain_token(
        c = 0; mixing weights [B], 0 except `at_end`; the thoughts with this token, `computed` unchanged).
     """
     settings, count = plan.thought, thought.computed
-    embedding = _embed(model, jnp.where(count == 0, state.token, _at(thought.tokens, count - 2)), plan)
-    for c, of_meta_token in zip((1, settings.thought_length + 2), model.start_and_end(settings), strict=True):
-        embedding = jnp.where((count == c)[:, None, None], of_meta_token, embedding)
+    embedding = _embed(model, jnp.where(count == 0, state.token, jnp.maximum(at(thought.tokens, count - 2), 0)), plan)
+    for here, of_meta_token in zip((count == 1, thought.at_end), model.start_and_end(settings), strict=True):
+        embedding = jnp.where(here[:, None, None], of_meta_token, embedding)
     hidden, chain_kv = _pass(model, embedding, count, state, thought.chain_kv)
     hidden = hidden[:, 0]
-    logits, base = model.decoder.logits(hidden), jnp.where((count == 0)[:, None], hidden, thought.base)
+    base = jnp.where((count == 0)[:, None], hidden, thought.base)
 
     def mixed() -> tuple[jax.Array, jax.Array]:
-        scores, weight = mix(model, base[:, None, None], hidden[:, None, None, None], settings.config.mixing)
-        return jnp.where(at_end[:, None], scores[:, 0, 0, 0], logits), jnp.where(at_end, weight[:, 0, 0, 0], 0.0)
+        # The rows that do not end a thought need the logits at `hidden`. One product has theirs, and the logits at x_j
+        # of the others, which most mixings need too: XLA computes equal products once.
+        first = jnp.where(at_end[:, None], base, hidden)[:, None, None]
+        scores, weight = mix(model, first, hidden[:, None, None, None], settings.config.mixing)
+        scores = jnp.where(at_end[:, None], scores[:, 0, 0, 0], model.decoder.logits(first)[:, 0, 0])
+        return scores, jnp.where(at_end, weight[:, 0, 0, 0], 0.0)
 
-    scores, weight = jax.lax.cond(at_end.any(), mixed, lambda: (logits, jnp.zeros(count.shape, jnp.float32)))
-    following = _think(logits, _at(uniforms, count - 1), knobs, plan)
-    is_next = jnp.arange(settings.thought_length) == count[:, None] - 1
+    def unmixed() -> tuple[jax.Array, jax.Array]:
+        return model.decoder.logits(hidden), jnp.zeros(count.shape, jnp.float32)
+
+    scores, weight = jax.lax.cond(at_end.any(), mixed, unmixed)
+    following = jax.lax.cond(
+        ((count > 0) & ~at_end).any(),
+        lambda: _think(model, hidden, scores, at(uniforms, count - 1), knobs, plan),
+        lambda: jnp.zeros(count.shape, jnp.int32),
+    )
+    steps = jnp.arange(settings.thought_length)
+    is_next = steps == count[:, None] - 1
+    if settings.samples_end:  # an end also fills the steps after it; nothing is written once a thought has ended
+        is_next |= (following == ENDED)[:, None] & (steps >= count[:, None] - 1)
+        is_next &= (count > 0)[:, None] & ~at_end[:, None]
     tokens = jnp.where(is_next, following[:, None], thought.tokens)
     return scores, weight, OpenThought(count, chain_kv, base, tokens)
-
-
-def open_thought(a: Architecture, batch: int, plan: DecodeConfig, place: jax.sharding.Sharding) -> OpenThought:
-    """Returns the state of B sequences before the first token."""
-    length, dtype = plan.thought.thought_length, plan.thought.dtype
-    chain = (a.num_layers, batch, a.num_kv_heads, 1, 1, length + 3, a.head_dim)  # as from `empty_chains`
-    return OpenThought(
-        jnp.zeros(batch, jnp.int32, device=place),
-        KeyValues(jnp.zeros(chain, dtype, device=place), jnp.zeros(chain, dtype, device=place)),
-        jnp.zeros((batch, a.hidden_size), dtype, device=place),
-        jnp.zeros((batch, length), jnp.int32, device=place),
-    )
 
 
 def think_and_talk(
@@ -277,7 +206,7 @@ def think_and_talk(
     start, end = (jnp.broadcast_to(x, (state.token.size, 1, x.size)) for x in model.start_and_end(settings))
 
     def think(hidden: jax.Array, uniforms: jax.Array) -> jax.Array:
-        return _think(model.decoder.logits(hidden), uniforms, knobs, plan)
+        return _think(model, hidden, model.decoder.logits(hidden), uniforms, knobs, plan)
 
     def step(carry: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
         token, chain_kv = carry
@@ -299,17 +228,31 @@ def think_and_talk(
     return scores[:, 0, 0, 0], weight[:, 0, 0, 0], jnp.concatenate([first[None], others]).T, chain_kv
 
 
-def _think(logits: jax.Array, uniforms: jax.Array, knobs: SamplingParams, plan: DecodeConfig) -> jax.Array:
-    """Chooses the next tokens of thoughts [B] from logits [B, V]."""
+def _think(
+    model: QuietStar, hidden: jax.Array, logits: jax.Array, uniforms: jax.Array, knobs: SamplingParams,
+    plan: DecodeConfig,
+) -> jax.Array:  # fmt: skip
+    """Chooses the next tokens of thoughts [B], or their end, from hidden states [B, D] and logits [B, V]."""
+    draws = uniforms if plan.thoughts_sampled else None
     logits = mask_meta_tokens(logits, plan.thought.meta_tokens)
-    return choose(logits, uniforms if plan.thoughts_sampled else None, knobs.thought_temperature)
+    if not plan.thought.samples_end:
+        return choose(logits, draws, knobs.thought_temperature)
+    end = end_logits(model.end_head, hidden)
+    ends, draws = draw_end(end if draws is None else end / knobs.thought_temperature, draws)
+    return jnp.where(ends, ENDED, choose(logits, draws, knobs.thought_temperature))
+
+
+def _next(scores: jax.Array, uniforms: jax.Array, knobs: SamplingParams, plan: DecodeConfig) -> jax.Array:
+    """Chooses the next tokens of texts [B] from scores [B, V]."""
+    if plan.forbidden:
+        scores = scores.at[:, jnp.array(plan.forbidden)].set(MASKED)
+    return choose(scores, uniforms if plan.sampled else None, knobs.temperature, knobs.top_p if plan.nucleus else None)
 
 
 def _talk(
-    state: State, chain_kv: KeyValues, scores: jax.Array, uniforms: jax.Array, talks: jax.Array,
-    knobs: SamplingParams, plan: DecodeConfig,
-) -> tuple[State, jax.Array]:  # fmt: skip
-    """Chooses the next tokens of texts from scores [B, V], and caches the keys and values of their newest tokens.
+    state: State, chain_kv: KeyValues, token: jax.Array, talks: jax.Array, plan: DecodeConfig
+) -> tuple[State, jax.Array]:
+    """Adds tokens [B] to texts, and caches the keys and values of the newest tokens before them.
 
     Where a sequence does not talk, its newest token is cached too: its chain does not attend to that entry, which the
     next pass writes again.
@@ -320,22 +263,17 @@ def _talk(
     Returns:
       (the state after these tokens, the tokens [B], -1 where a sequence gets none).
     """
-    if plan.forbidden:
-        scores = scores.at[:, jnp.array(plan.forbidden)].set(MASKED)
-    token = choose(scores, uniforms if plan.sampled else None, knobs.temperature, knobs.top_p if plan.nucleus else None)
     ended = jnp.isin(token, jnp.array(plan.eos_ids, jnp.int32))
+    # Always 0. It makes the write depend on the token, and hence on all attention that reads the cache. Otherwise the
+    # compiler may write before the last layer's attention, and keep a copy of the cache for it.
+    after_reading = jnp.minimum(token, 0)
     after = state._replace(
-        cache=append(state.cache, chain_kv, state.position - 1),
+        cache=append(state.cache, chain_kv, state.position - 1 + after_reading),
         token=jnp.where(talks, token, state.token),
         position=jnp.where(talks, state.position + 1, state.position),
         left=jnp.where(talks, jnp.where(ended, 0, state.left - 1), state.left),
     )
     return after, jnp.where(talks, token, -1)
-
-
-def _at(values: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns values [B, N] at an index [B] of each row; any value where the index is outside."""
-    return jnp.take_along_axis(values, index[:, None], axis=1, mode="clip")[:, 0]
 
 
 def _embed(model: QuietStar, tokens: jax.Array, plan: DecodeConfig) -> jax.Array:

@@ -11,21 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.inference.decode import (
-    DecodeConfig,
-    DecodeOutput,
-    SamplingParams,
-    State,
-    generate_tokens,
-    open_thought,
-    read_prompt,
-)
+from quietstar_jax.inference.decode import generate_tokens, read_prompt
+from quietstar_jax.inference.decode_state import DecodeConfig, DecodeOutput, SamplingParams, State, open_thought
 from quietstar_jax.inference.kv_cache import empty_cache
 from quietstar_jax.inference.sampling import Sampling
-from quietstar_jax.models.decoder import KeyValues
+from quietstar_jax.models.decoder import STACKED, KeyValues, separate_layers
 from quietstar_jax.models.parameters import GraphDef, merge
 
 PROMPT_CHUNK = 64  # tokens of each prompt in one pass; divides every block of keys
+UNROLLED_LAYERS, UNROLLED_BYTES = 8, 1 << 28  # decoders of at most this size run on the CPU without a loop over layers
 SHORTEST_CACHE = 512  # tokens; longer caches double this: few lengths, all multiples of a block
 
 # A compiled function: (params, state, wanted, knobs) -> (state, emitted).
@@ -58,7 +52,8 @@ class Engine:
         batch_size: int,
     ):  # fmt: skip
         self.batch_size = batch_size
-        self.params, self.graphdef, self._architecture = params, graphdef, architecture
+        self.params = separate_layers(params) if _is_small(params, architecture) else params
+        self.graphdef, self._architecture = graphdef, architecture
         self._dtype = jnp.dtype(dtype)
         self._place = _beside(params["decoder.embedding"].sharding)
         self._steps: dict[DecodeConfig, Step] = {}
@@ -160,6 +155,16 @@ class Engine:
     def _left_after(self, left: np.ndarray, tokens: np.ndarray, plan: DecodeConfig) -> np.ndarray:
         """How many tokens may still be generated for each row, after tokens [N, B]."""
         return np.where(np.isin(tokens, plan.eos_ids).any(axis=0), 0, left - (tokens >= 0).sum(axis=0))
+
+
+def _is_small(params: dict[str, jax.Array], architecture: Architecture) -> bool:
+    """Whether to run the layers one by one: the weights exist, on one CPU, and a second copy of the layers is cheap."""
+    stacked = [value for name, value in params.items() if name.startswith(STACKED)]
+    on_one_cpu = all(
+        isinstance(value, jax.Array) and [device.platform for device in value.devices()] == ["cpu"] for value in stacked
+    )
+    few = architecture.num_layers <= UNROLLED_LAYERS
+    return on_one_cpu and few and sum(value.nbytes for value in stacked) <= UNROLLED_BYTES
 
 
 def _beside(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

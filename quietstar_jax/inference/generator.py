@@ -7,13 +7,14 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from quietstar_jax.config import ComputeDtype
 from quietstar_jax.errors import ConfigError, DataError, UserError
 from quietstar_jax.inference.batch import Batch, Generation, GenerationConfig, Token
-from quietstar_jax.inference.decode import DecodeConfig
+from quietstar_jax.inference.decode_state import DecodeConfig
 from quietstar_jax.inference.engine import Engine, Request
 from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.inference.sampling import Sampling
@@ -49,7 +50,7 @@ class Generator:
     def open(
         cls, path: str | Path, *, step: int | None = None, revision: str = "", dtype: ComputeDtype = "float32",
         batch_size: int = 8, max_length: int | None = None,
-    ) -> Generator:  # fmt: skip
+    ) -> Self:  # fmt: skip
         """Opens a run, an exported or published Quiet-STaR, or a plain Hugging Face model; see `load_model`.
 
         Raises:
@@ -193,7 +194,7 @@ class Generator:
             )
         if thoughts is None and think is None and thought_length:
             thoughts = True
-        policy = choose_policy(thoughts, think, self.model.think)
+        policy = self.model.check_policy(choose_policy(thoughts, think, self.model.think))
         sampling = Sampling(temperature, top_p, thought_temperature, policy)
         return GenerationConfig(
             self._plan(sampling, thought_length, tokens_per_call), sampling, max_tokens, tuple(stop)

@@ -18,11 +18,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.decoder import Decoder, KeyValues, run_layers
 from quietstar_jax.thoughts.attention.chain_attention import attend_cache, to_chain_layout
 from quietstar_jax.thoughts.attention.mask import ChainMask
-
-
-def key_block() -> int:
-    """Cached keys per block of attention. On accelerators, more iterations cost more than some unneeded keys."""
-    return 64 if jax.default_backend() == "cpu" else 2048
+from quietstar_jax.thoughts.attention.prefix_xla import key_block
 
 
 def empty_cache(
@@ -68,7 +64,8 @@ def cached_pass(
         return attend_cache(q, *cache, layer, *written, seen, key_block(), decoder.architecture.score_cap), written
 
     rotary = positions[:, None, None, None] + 1 + (offsets[:, None] if offset.ndim else offsets)  # [B, 1, 1, C]
-    layers = jnp.arange(decoder.architecture.num_layers)
+    # The last term is always 0, but no constant for the compiler, which could otherwise copy a layer out of the cache.
+    layers = jnp.arange(decoder.architecture.num_layers) + jnp.minimum(positions.min() + 1, 0)
     hidden, chain_kv, _ = run_layers(decoder, embeddings[:, None, None], rotary, attend, (layers, chain_kv))
     return hidden[:, 0, 0], chain_kv
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,20 @@ from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.data.vocabulary import UNUSED, unused_ids
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf.canonical import EMBEDDING, LM_HEAD
+from quietstar_jax.hf.config_json import architecture_from_hf
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.generation import stops_and_suppressed, thinking
 from quietstar_jax.hf.load import Info, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries
 from quietstar_jax.io import is_url, place
-from quietstar_jax.models.families import architecture_from_hf
+from quietstar_jax.methods.thinking import ThinkPolicy
 from quietstar_jax.models.parameters import GraphDef, stored_dtype
 from quietstar_jax.parallel.mesh import check_kernels
 from quietstar_jax.settings import from_mapping, one_of, to_mapping
 from quietstar_jax.thought_config import ThoughtConfig
 from quietstar_jax.thoughts.model import abstract_params
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, thought_settings
-from quietstar_jax.training.base import PUBLISHED_MIXING, PUBLISHED_SCALE, can_think, run_weights
+from quietstar_jax.training.base import PUBLISHED_MIXING, PUBLISHED_SCALE, can_think, file_heads, run_weights
 
 PUBLISHED_LENGTH = 9  # T of checkpoints whose config.json has none: the paper's main setting
 Layout = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, jax.sharding.Sharding]]
@@ -49,7 +50,8 @@ class LoadedModel:
       dtype: of the computation, `float32` or `bfloat16`. Weights that are only read in this dtype are stored in it (see
         `stored_dtype`), so the results equal those with float32 weights.
       vocabulary: includes the ids that no thought may contain.
-      thought: settings of thoughts in training; mixing and embedding scale are always exact, the rest only for runs.
+      thought: settings of thoughts in training; mixing, embedding scale, gate and `end` are always exact,
+        the rest only for runs.
       thought_length, tokens_ahead: T and K as trained; T is 0 if the model has not learned to think, K is 1 if it was
         not recorded.
       bos: ids that begin a text, as in training; eos_ids: ids that end a text, each of them alone.
@@ -88,6 +90,19 @@ class LoadedModel:
     def can_think(self) -> bool:
         """Whether the model has a trained mixing head."""
         return self.thought_length > 0
+
+    def check_policy(self, policy: ThinkPolicy) -> ThinkPolicy:
+        """Returns the policy of thinking, if the model can follow it.
+
+        Raises:
+          CheckpointError: it needs a thinking gate, and the model has none.
+        """
+        if policy.needs_gate and not self.thought.gate:
+            raise CheckpointError(
+                f"think is '{policy}', but {self.path} has no thinking gate. Give another policy, or a model that was "
+                "trained with `thought.gate`."
+            )
+        return policy
 
     def settings(self, thought_length: int | None = None, tokens_ahead: int = 1) -> ThoughtSettings:
         """Returns the settings for the functions of `thoughts`, with one thought per position.
@@ -176,7 +191,7 @@ def _of_run(path: str, run: RunCheckpoint, dtype: ComputeDtype, layout: Layout |
     thinking_phases = [phase for phase in run.config.phases if phase.thought_length]
     tokenizer = run_tokenizer(run).within(run.architecture.vocab_size)
     eos, suppressed = stops_and_suppressed(run.generation, tokenizer.eos_id, run.workdir)
-    abstract, graphdef = _abstract(run.architecture, dtype, layout, run.config.model.adapters)
+    abstract, graphdef = _abstract(run.architecture, dtype, layout, run.config.model.adapters, run.config.thought.heads)
     return LoadedModel(
         params=run_weights(run, abstract),
         graphdef=graphdef,
@@ -207,10 +222,11 @@ def _of_files(
     source = _TextRows(files, meta)
     architecture = source.architecture
     tokenizer = tokenizer.within(architecture.vocab_size, known=meta)
-    abstract, graphdef = _abstract(architecture, dtype, layout)
+    heads = file_heads(files) if thinks else ()
+    abstract, graphdef = _abstract(architecture, dtype, layout, heads=heads)
     params = load_parameters(
         source,
-        quietstar_entries(architecture) if thinks else decoder_entries(architecture, "decoder."),
+        quietstar_entries(architecture, heads) if thinks else decoder_entries(architecture, "decoder."),
         shardings={name: value.sharding for name, value in abstract.items()},
         dtypes={name: value.dtype for name, value in abstract.items()},
     )
@@ -245,10 +261,14 @@ def _of_files(
 
 
 def _abstract(
-    architecture: Architecture, dtype: ComputeDtype, layout: Layout | None, adapters: Adapters = NO_ADAPTERS
+    architecture: Architecture,
+    dtype: ComputeDtype,
+    layout: Layout | None,
+    adapters: Adapters = NO_ADAPTERS,
+    heads: Sequence[str] = (),
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], GraphDef]:
     """Shapes, dtypes and shardings of the parameters, and the graphdef."""
-    shapes, graphdef = abstract_params(architecture, adapters)
+    shapes, graphdef = abstract_params(architecture, adapters, heads)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = layout(shapes) if layout else dict.fromkeys(shapes, here)
     return {
@@ -292,6 +312,8 @@ def _thought_config(files: CheckpointFiles, tokenizer: Tokenizer, meta: tuple[in
     settings = {
         "mixing": files.config.get("thought_mixing", PUBLISHED_MIXING),
         "embedding_scale": files.config.get("thought_embedding_scale", PUBLISHED_SCALE),
+        "gate": "gate" in file_heads(files),
+        "end": "sampled" if "end_head" in file_heads(files) else "fixed",
     }
     if len(meta) == 2:
         settings |= dict(zip(("start_token", "end_token"), (tokenizer.decode([i]) for i in meta), strict=True))

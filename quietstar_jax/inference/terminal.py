@@ -18,7 +18,7 @@ def print_tokens(tokens: Iterable[Token], out: TextIO, *, show_thoughts: bool, c
     """
     dim, reset = (DIM, RESET) if colour else ("", "")
     for token in tokens:
-        if show_thoughts and token.thought_ids:
+        if show_thoughts and token.has_thought:
             out.write(f"{dim}[{_one_line(token.thought)} | {token.mixing_weight:.3f}]{reset}")
         out.write(token.text)
         out.flush()

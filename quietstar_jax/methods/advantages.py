@@ -1,6 +1,6 @@
 """Advantages: how much better a thought is than the other thoughts of its position.
 
-To add one, write a function here and decorate it.
+To add one, write a function, here or in your own file, and decorate it.
 
 Every advantage is a function `(rewards [B, R, J], batch_std) -> [B, R, J]` for R >= 2; `batch_std` is the standard
 deviation (ddof 1) of all rewards of the batch, a scalar, or None where the entry is not registered with
@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
-import jax
-import jax.numpy as jnp
-
+from quietstar_jax.lazy import jax, jnp
 from quietstar_jax.methods.registry import Registry
 
-AdvantageFn = Callable[[jax.Array, jax.Array | None], jax.Array]
+AdvantageFn: TypeAlias = "Callable[[jax.Array, jax.Array | None], jax.Array]"
 ADVANTAGES: Registry[AdvantageFn] = Registry(one_thought_is_zero=False, needs_batch_std=False)
 EPSILON = 1e-6  # added to standard deviations
 

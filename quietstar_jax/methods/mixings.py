@@ -22,15 +22,13 @@ An export also needs the same function in torch: add it to `MIXINGS` in export_h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
-import jax
-import jax.numpy as jnp
-
+from quietstar_jax.lazy import jax, jnp
 from quietstar_jax.methods.registry import Registry
 
-Logits = Callable[[jax.Array], jax.Array]
-MixingFn = Callable[[Logits, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+Logits: TypeAlias = "Callable[[jax.Array], jax.Array]"
+MixingFn: TypeAlias = "Callable[[Logits, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]"
 MIXINGS: Registry[MixingFn] = Registry(log_probs=False, linear=False, head=True)
 
 

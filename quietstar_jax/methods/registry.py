@@ -42,17 +42,26 @@ class Registry(dict[str, Entry[F]]):
         super().__init__()
         self._traits = traits
 
-    def register(self, *, formula: str, assumes: str, source: str, **traits: Any) -> Callable[[F], F]:
-        """Returns a decorator that registers a function under its own name.
+    def register(self, *, formula: str = "", assumes: str = "", source: str = "", **traits: Any) -> Callable[[F], F]:
+        """Returns a decorator that registers a function under its own name, which a setting then accepts.
+
+        A function of a user's module is replaced by a new one of the same name and module: a notebook cell or a
+        configuration file may run again.
+
+        Args:
+          formula, assumes, source: see `Entry`; documentation only.
+          traits: see the module of the registry.
 
         Raises:
-          ValueError: the name is already registered, or the registry has no such trait.
+          ValueError: the name is registered already, by this function, by another module or in this package; or the
+            registry has no such trait.
         """
         if unknown := sorted(traits.keys() - self._traits.keys()):
             raise ValueError(f"Unknown traits {unknown}; known are {sorted(self._traits)}.")
 
         def add(fn: F) -> F:
-            if fn.__name__ in self:
+            known, own = self.get(fn.__name__), fn.__module__.startswith("quietstar_jax.")
+            if known and (own or known.fn is fn or known.fn.__module__ != fn.__module__):
                 raise ValueError(f"{fn.__name__} is registered twice. Rename one of the functions.")
             self[fn.__name__] = Entry(fn, formula, assumes, source, self._traits | traits)
             return fn

@@ -1,4 +1,4 @@
-"""Rewards of thoughts. To add one, write a function here and decorate it.
+"""Rewards of thoughts. To add one, write a function, here or in your own file, and decorate it.
 
 Every reward is a function `(base_nll, talk_nll, real, discount) -> [B, R, J]`:
 
@@ -14,13 +14,12 @@ A term that is the same for all R thoughts of a position cancels in every advant
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
-import jax
-import jax.numpy as jnp
-
+from quietstar_jax.lazy import jax, jnp
 from quietstar_jax.methods.registry import Registry
 
-RewardFn = Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]
+RewardFn: TypeAlias = "Callable[[jax.Array, jax.Array, jax.Array, float], jax.Array]"
 REWARDS: Registry[RewardFn] = Registry(discounted=False, nats=False)
 
 

@@ -2,15 +2,16 @@
 
 Every policy is a function `(at, *numbers) -> bool [...]` of a `Position` and of its numbers, float32 scalars, which
 are arguments of the compiled function: other numbers need no compilation. A policy is written as text, its name and
-numbers: `every:4`, `entropy:1.5,4`. A policy that needs another quantity, such as the output of a learned gate, adds a
-field to `Position`.
+numbers: `every:4`, `entropy:1.5,4`. A policy that needs another quantity adds a field to `Position`.
 
 Traits:
 
   numbers: the numbers of the policy, `Number`s; if there are several, their values must ascend.
   constant: True or False if the policy gives this answer at every position, None if it chooses. Constant policies are
     never called: callers then run the function with thoughts at all positions, or the one without thoughts.
-  draws: whether the policy uses `Position.uniform`.
+  draws: whether the policy uses `Position.uniform`; gate: whether it uses `Position.gain`.
+  ranking: a `Ranking`, if the first number is a threshold of one quantity; otherwise None. Sorting the positions by
+    this quantity gives the choices of the policy at every threshold.
 
 An export also needs the same function in torch: add it to `THINKING` in export_hf/torch_module.py.
 """
@@ -21,12 +22,12 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.lazy import jax, jnp
 from quietstar_jax.methods.registry import Registry
 
 LARGEST = 10**6  # bound of whole numbers; float32 represents all of these exactly
@@ -39,12 +40,14 @@ class Position(NamedTuple):
       logits: [..., V] float32, of the prediction without a thought; entropy: [...] of this prediction, nats.
       place: [...] int32, of the newest token x[j] in its text, from 0.
       uniform: [...] float32 in [0, 1), random numbers that depend on the text and its position only.
+      gain: [...] nats, the gain of a thought that the thinking gate predicts; None if the model has no gate.
     """
 
     logits: jax.Array
     entropy: jax.Array
     place: jax.Array
     uniform: jax.Array
+    gain: jax.Array | None = None
 
 
 class Number(NamedTuple):
@@ -57,8 +60,24 @@ class Number(NamedTuple):
     default: float | None = None
 
 
-PolicyFn = Callable[..., jax.Array]
-THINKING: Registry[PolicyFn] = Registry(numbers=(), constant=None, draws=False)
+class Ranking(NamedTuple):
+    """The quantity that a policy compares with its threshold.
+
+    Attributes:
+      value: function of a `Position` that returns float32 [...], or None if the model lacks the quantity.
+      largest_first: whether the policy thinks where the quantity is large; otherwise where it is small.
+    """
+
+    value: Callable[[Position], jax.Array | None]
+    largest_first: bool
+
+    def order(self, value: np.ndarray) -> np.ndarray:
+        """Returns positions [N] in the order in which they begin to think as the threshold moves; value: [N]."""
+        return np.argsort(-value if self.largest_first else value, kind="stable")
+
+
+PolicyFn: TypeAlias = "Callable[..., jax.Array]"
+THINKING: Registry[PolicyFn] = Registry(numbers=(), constant=None, draws=False, gate=False, ranking=None)
 
 
 @THINKING.register(
@@ -90,6 +109,7 @@ def every(at: Position, n: jax.Array) -> jax.Array:
 @THINKING.register(
     formula=r"u_j < p", assumes="Nothing about the text: the control for policies that choose by the prediction.",
     source="as `thought.positions` = random", numbers=(Number("p", 0, 1),), draws=True,
+    ranking=Ranking(lambda at: at.uniform, largest_first=False),
 )  # fmt: skip
 def random(at: Position, p: jax.Array) -> jax.Array:
     """Thinks at each position with probability p."""
@@ -101,24 +121,39 @@ def random(at: Position, p: jax.Array) -> jax.Array:
     assumes="Thoughts help where the next token is uncertain. The most uncertain positions may be noise: hence a band.",
     source="Quiet-STaR section 5: thoughts help at few, difficult tokens",
     numbers=(Number("min", 0, math.inf), Number("max", 0, math.inf, default=math.inf)),
+    ranking=Ranking(lambda at: at.entropy, largest_first=True),
 )
 def entropy(at: Position, least: jax.Array, most: jax.Array) -> jax.Array:
     """Thinks where the entropy of the prediction without a thought is within a band, in nats."""
     return (at.entropy >= least) & (at.entropy <= most)
 
 
+def gap(at: Position) -> jax.Array:
+    """Returns the difference of the two largest probabilities of the prediction without a thought, [...]."""
+    likeliest = jnp.exp(jax.lax.top_k(at.logits, 2)[0] - jax.nn.logsumexp(at.logits, axis=-1, keepdims=True))
+    return likeliest[..., 0] - likeliest[..., 1]
+
+
 @THINKING.register(
     formula=r"p_j^{(1)} - p_j^{(2)} < \text{bound}",
     assumes="A thought can change the likeliest token only where a second one is nearly as likely.",
     source="margin sampling in active learning",
-    numbers=(Number("bound", 0, 1),),
-)
+    numbers=(Number("bound", 0, 1),), ranking=Ranking(gap, largest_first=False),
+)  # fmt: skip
 def margin(at: Position, bound: jax.Array) -> jax.Array:
     """Thinks where the two largest probabilities of the prediction without a thought differ by less than a bound."""
-    probabilities = jax.nn.softmax(at.logits, axis=-1)
-    best = probabilities.argmax(axis=-1)
-    others = jnp.where(jnp.arange(probabilities.shape[-1]) == best[..., None], 0.0, probabilities)
-    return probabilities.max(axis=-1) - others.max(axis=-1) < bound
+    return gap(at) < bound
+
+
+@THINKING.register(
+    formula=r"m_j > \text{price}", assumes="The gate was trained on similar text, with similar thoughts.",
+    source="a learned gate, see docs/objectives.md", numbers=(Number("price", -math.inf, math.inf),), gate=True,
+    ranking=Ranking(lambda at: at.gain, largest_first=True),
+)  # fmt: skip
+def gate(at: Position, price: jax.Array) -> jax.Array:
+    """Thinks where the gate predicts that a thought gains more than its price, in nats."""
+    assert at.gain is not None  # checked by `LoadedModel.check_policy`
+    return at.gain > price
 
 
 @dataclass(frozen=True)
@@ -134,6 +169,11 @@ class ThinkPolicy:
         answer: bool | None = THINKING[self.name].traits["constant"]
         return answer
 
+    @property
+    def needs_gate(self) -> bool:
+        """Whether only a model with a thinking gate can follow the policy."""
+        return bool(THINKING[self.name].traits["gate"])
+
     def __str__(self) -> str:
         """The policy as `parse_policy` reads it."""
         numbers = ",".join(f"{number:.10g}" for number in self.numbers if math.isfinite(number))
@@ -141,6 +181,13 @@ class ThinkPolicy:
 
 
 ALWAYS, NEVER = ThinkPolicy("always"), ThinkPolicy("never")
+
+
+def rankings(at: Position) -> dict[str, jax.Array]:
+    """Returns the quantity of every policy that has a `Ranking`, by name of the policy, float32 [...] each."""
+    ranked = {name: entry.traits["ranking"] for name, entry in THINKING.items()}
+    values = {name: ranking.value(at) for name, ranking in ranked.items() if ranking}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def thinks(name: str, numbers: jax.Array, at: Position) -> jax.Array:
@@ -205,6 +252,8 @@ def _number(text: str, number: Number, word: str) -> float:
         value = math.nan
     if not (math.isfinite(value) and number.least <= value <= number.most and (not number.whole or value % 1 == 0)):
         kind = "a whole number" if number.whole else "a number"
-        bounds = f"{number.least:g} or more" if number.most == math.inf else f"{number.least:g} .. {number.most:g}"
-        raise ConfigError(f"think is {text!r}; its {number.name} must be {kind}, {bounds}.")
+        bounds = f", {number.least:g} .. {number.most:g}"
+        if number.most == math.inf:
+            bounds = f", {number.least:g} or more" if number.least > -math.inf else ""
+        raise ConfigError(f"think is {text!r}; its {number.name} must be {kind}{bounds}.")
     return value

@@ -7,7 +7,8 @@ other arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.A
 
 
 LayerWeights = dict[str, jax.Array]  # by name, e.g. `query`
+STACKED = "decoder.layers."  # dotted paths of the weights that are stacked
 KEY_VALUE_AXES = ("layers", "batch", "keys", "kv_heads", "head_dim")  # of the text, which all thoughts attend to
 
 
@@ -172,7 +174,7 @@ def run_layers(
     """
     a, adapters = decoder.architecture, decoder.adapters
     rotations = rope.rotations(a, positions)
-    weights = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(decoder.layers, nnx.Param)).items()}
+    weights = dict(nnx.to_pure_dict(nnx.state(decoder.layers, nnx.Param)))
     learned = {name: value for name, value in weights.items() if learns(f"decoder.layers.{name}", adapters)}
     frozen = {name: value for name, value in weights.items() if name not in learned}
 
@@ -189,13 +191,30 @@ def run_layers(
         return constrain(x, "batch", ..., "hidden"), ys
 
     fixed = (frozen, attention_windows(a), jnp.asarray(rope.bases(a)))
-    if rematerialize:
+    if isinstance(weights["query"], tuple):  # of `separate_layers`
+        outputs = []
+        for i in range(a.num_layers):
+            own = {name: value[i] for name, value in weights.items()}
+            window, base, layer_state = jax.tree.map(operator.itemgetter(i), (*fixed[1:], state))
+            x, ys = layer(x, (own, ({}, window, base), layer_state))
+            outputs.append(ys)
+        ys = jax.tree.map(lambda *layers: jnp.stack(layers), *outputs)
+    elif rematerialize:
         x, ys, learned = scan_layers(layer, x, learned, fixed, state)
     else:
         policy = ADAPTED_REMAT_POLICY if frozen else REMAT_POLICY
         body = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         x, ys = jax.lax.scan(body, x, (learned, fixed, state))
     return normalize(a, x, decoder.final_norm[...]), ys, learned
+
+
+def separate_layers(params: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """Returns parameters in which each stacked weight [layers, ...] is a tuple of one array for each layer.
+
+    A decoder with such weights runs without a loop over its layers. On the CPU, a loop copies the weights of each layer
+    out of the stack before their products, which costs more than the products where there are few tokens.
+    """
+    return {name: tuple(value) if name.startswith(STACKED) else value for name, value in params.items()}
 
 
 def attention_windows(a: Architecture) -> jax.Array:

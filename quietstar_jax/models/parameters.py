@@ -60,12 +60,23 @@ def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
     return {".".join(str(part) for part in path): value for path, value in flat}
 
 
+def is_gate(name: str) -> bool:
+    """Whether the parameter with this dotted path belongs to the thinking gate."""
+    return name.startswith("gate.")
+
+
+def is_end_head(name: str) -> bool:
+    """Whether the parameter with this dotted path belongs to the head that decides when a thought ends."""
+    return name.startswith("end_head.")
+
+
 def stored_dtype(name: str, dtype: str) -> str:
     """Returns the dtype in which a parameter that is only read is stored when the model computes in `dtype`.
 
-    Norms and the start and end embeddings are used in float32; all other parameters are cast before use.
+    Norms, the start and end embeddings, the thinking gate and the end head are used in float32; all other parameters
+    are cast before use.
     """
-    exact = name.endswith("norm") or name in ("start_embedding", "end_embedding")
+    exact = name.endswith("norm") or name in ("start_embedding", "end_embedding") or is_gate(name) or is_end_head(name)
     return "float32" if exact else dtype
 
 

@@ -12,6 +12,7 @@ from types import EllipsisType
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 Tree = TypeVar("Tree")
@@ -103,6 +104,19 @@ def num_shards(name: str) -> int:
     for axis in RULES[name]:
         count *= mesh.shape[axis] if not mesh.empty and axis in mesh.auto_axes else 1
     return count
+
+
+def on_all_devices(condition: jax.Array) -> jax.Array:
+    """Returns whether a scalar condition is True on all devices along the manual mesh axes here.
+
+    A loop with this condition runs the same number of iterations on all devices, so all issue the same collectives.
+    Without automatic axes of several devices its iterations have no collectives, and each device decides alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or all(mesh.shape[axis] == 1 for axis in mesh.auto_axes):
+        return condition
+    axes = tuple(axis for axis in mesh.manual_axes if mesh.shape[axis] > 1)
+    return jax.lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
 
 
 def manual_shard_map(fn: Callable[..., Any], over: Sequence[str], in_axes: Any, out_axes: Any) -> Callable[..., Any]:

@@ -2,7 +2,9 @@
 
 TPUs: the pages v4, v5e, v5p and v6e of https://docs.cloud.google.com/tpu/docs (peak bf16 FLOP/s, HBM capacity and
 bandwidth, inter-chip interconnect, which they give for all links of a chip together, one way). GPUs: NVIDIA's data
-sheets of the SXM modules (dense bf16 FLOP/s without sparsity, NVLink one way: half of the bidirectional figure).
+sheets of the SXM modules and of L4 (dense bf16 FLOP/s; NVLink, PCIe for L4, one way: half of the bidirectional figure).
+The sheets of H100, H200 and L4 state bf16 with 2:4 sparsity, 1,979, 1,979 and 242 TFLOP/s: dense is half of that. The
+sheet of A100 states 312 dense.
 """
 
 from __future__ import annotations
@@ -46,14 +48,15 @@ GPUS = {
     "a100": Chip("A100 80 GB", 312e12, 80e9, 2039e9, 300e9),
     "h100": Chip("H100 80 GB", 989e12, 80e9, 3350e9, 450e9),
     "h200": Chip("H200 141 GB", 989e12, 141e9, 4800e9, 450e9),
+    "l4": Chip("L4 24 GB", 121e12, 24e9, 300e9, 32e9),
 }
 CPU = Chip("CPU", 0.0, 0.0, 0.0, 0.0)
 
 _KINDS = {  # a part of `jax.Device.device_kind`, in lower case
     "v6": TPUS["v6e"], "v5 lite": TPUS["v5e"], "v5e": TPUS["v5e"], "v5": TPUS["v5p"], "v4": TPUS["v4"],
-    "a100": GPUS["a100"], "h100": GPUS["h100"], "h200": GPUS["h200"],
+    "a100": GPUS["a100"], "h100": GPUS["h100"], "h200": GPUS["h200"], "nvidia l4": GPUS["l4"],
 }  # fmt: skip
-_OTHERS = ("v4 lite", "h100 pcie", "h100 nvl", "h200 nvl")  # these have other rates
+_OTHERS = ("v4 lite", "h100 pcie", "h100 nvl", "h200 nvl", "l40")  # these have other rates
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -1,0 +1,1 @@
+PROGRAMS = ("train", "generate")  # that can be compiled, see `plan.py`

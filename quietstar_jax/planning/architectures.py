@@ -9,8 +9,8 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.run_checkpoint import is_run
 from quietstar_jax.config import ModelConfig
 from quietstar_jax.errors import CheckpointError, ConfigError
+from quietstar_jax.hf.config_json import architecture_from_hf
 from quietstar_jax.hf.json_file import read_json
-from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.settings import from_mapping
 from quietstar_jax.training.resume import saved_record
 

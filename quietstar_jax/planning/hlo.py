@@ -18,6 +18,9 @@ _CONSTANT = re.compile(r"= [su]32\[\]\S* constant\((\d+)\)")
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[subf]\d+|bf16|f8\w*|c64|c128)\[([\d,]*)\]")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_ORIGIN = re.compile(r"metadata=\{([^}]*)\}")
+JAX_CHANNEL = "1"  # of collectives that the program calls (`psum` in a `shard_map`), not of the partitioner's
+_IN_PROGRESS = ("fused_computation", "async_collective_fusion")  # names of the parts of an asynchronous collective
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
@@ -112,9 +115,11 @@ def _instances(
     """Yields (kind, bytes sent by a device, computation) of every collective.
 
     A TPU program lists an asynchronous collective several times, in the computations between which it is in progress;
-    their common channel identifies them as one.
+    they are one if their channel is the same. All collectives on `JAX_CHANNEL` have the same channel: two of them
+    are one if both are in such computations, have the same shape and origin, and are called from the same computation.
     """
-    seen: set[tuple[str, str]] = set()
+    callers = {callee: name for name, lines in bodies.items() for line in lines for callee in _CALLED.findall(line)}
+    seen: set[tuple[str, ...]] = set()
     for name, lines in bodies.items():
         if not turns.get(name):
             continue
@@ -122,12 +127,16 @@ def _instances(
             match = _COLLECTIVE.search(line)
             if match is None:
                 continue
-            channel = _CHANNEL.search(line)
-            if channel and (match.group(1), channel.group(1)) in seen:
+            kind, channel = match.group(1), _CHANNEL.search(line)
+            part: tuple[str, ...] = ()
+            if channel and channel.group(1) != JAX_CHANNEL:
+                part = (kind, channel.group(1))
+            elif channel and name.startswith(_IN_PROGRESS):
+                result, origin = _ARRAY.findall(line[: match.start()]), _ORIGIN.search(line)
+                part = (kind, str(result), callers.get(name, ""), origin.group(1) if origin else "")
+            if part and part in seen:
                 continue
-            if channel:
-                seen.add((match.group(1), channel.group(1)))
-            kind = match.group(1)
+            seen.add(part)
             # A TPU program expresses a reduce-scatter as the all-reduce inside a fusion with that name.
             if kind == "all-reduce" and "reduce-scatter" in name:
                 kind = "reduce-scatter"

@@ -12,11 +12,14 @@ import jax
 from quietstar_jax.config import Config
 from quietstar_jax.parallel.chips import Chip
 from quietstar_jax.parallel.mesh import resolve
+from quietstar_jax.planning import PROGRAMS
 from quietstar_jax.planning.hlo import collectives
 from quietstar_jax.planning.programs import Program, generate_program, train_program
 from quietstar_jax.planning.targets import Target
 
-PROGRAMS: dict[str, Callable[[Config, Target, str], Program]] = {"train": train_program, "generate": generate_program}
+MAKERS: dict[str, Callable[[Config, Target, str], Program]] = dict(
+    zip(PROGRAMS, (train_program, generate_program), strict=True)
+)
 # The two out-of-memory messages of the TPU compiler, before and after it has allocated the temporaries.
 _TEMPORARIES = re.compile(r"for HLO temporaries \(([\d.]+)([KMG]?)\) exceeds available HBM \(([\d.]+)([KMG]?)\)")
 _USED = re.compile(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
@@ -32,7 +35,7 @@ def plan(config: Config, target: Target, program: str = "train", phase: str = ""
     Raises:
       ConfigError: the configuration does not fit the devices.
     """
-    built = PROGRAMS[program](config, target, phase)
+    built = MAKERS[program](config, target, phase)
     chip = target.chip
     result: dict[str, Any] = {
         "topology": target.name,

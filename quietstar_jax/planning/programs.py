@@ -15,7 +15,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.inference.decode import DecodeConfig, SamplingParams, State
+from quietstar_jax.inference.decode_state import DecodeConfig, SamplingParams, State, open_thought
 from quietstar_jax.inference.engine import Engine
 from quietstar_jax.inference.kv_cache import empty_cache
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
@@ -67,29 +67,39 @@ def generate_program(config: Config, target: Target, phase_name: str = "") -> Pr
     batch, settings = config.evaluation.batch_size, evaluation_settings(config, VOCABULARY)
     with jax.set_mesh(mesh):
         params = abstract_state(config, architecture, mesh).weights
-        graphdef = abstract_structure(architecture, config.model.adapters)
+        graphdef = abstract_structure(architecture, config.model.adapters, config.thought.heads)
         engine = Engine(params, graphdef, architecture, config.model.compute_dtype, batch)
         length = engine.cache_length(config.data.sequence_length)
         everywhere = NamedSharding(mesh, PartitionSpec())
 
+        plan = DecodeConfig(thought=settings)
+
         def inputs() -> tuple[State, jax.Array, SamplingParams]:
             rows, scalar = jnp.zeros(batch, jnp.int32), jnp.float32(0)
-            cache = empty_cache(
-                architecture, batch, length, settings.dtype, jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            )
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            cache = empty_cache(architecture, batch, length, settings.dtype, here)
+            thought = open_thought(architecture, batch, plan, here) if plan.chooses else None
             keys = jax.random.wrap_key_data(jnp.zeros((batch, 2), jnp.uint32), impl="threefry2x32")
-            return State(cache, rows, rows, rows), rows > 0, SamplingParams(scalar, scalar, scalar, keys, jnp.zeros(0))
+            return (
+                State(cache, rows, rows, rows, thought),
+                rows > 0,
+                SamplingParams(scalar, scalar, scalar, keys, jnp.zeros(0)),
+            )
 
         state, alive, knobs = jax.tree.map(lambda x: _abstract(x, everywhere), jax.eval_shape(inputs))
-        lowered = engine.step(DecodeConfig(thought=settings)).lower(params, state, alive, knobs)
+        lowered = engine.step(plan).lower(params, state, alive, knobs)
     tokens = 1 + (settings.thought_length + 1 if settings.thought_length else 0)
+    passes = settings.thought_length + (3 if plan.chooses else 1)  # at most
+    state_bytes = {"cache": bytes_per_device(state.cache)}
+    if state.thought is not None:
+        state_bytes["thoughts"] = bytes_per_device(state.thought)
     head = 2.0 * architecture.hidden_size * architecture.vocab_size
     gathered = sum(math.prod(x.shape) for x in params.values()) * settings.dtype.itemsize
     return Program(
         what=f"one token for {batch} texts of up to {length}, T {settings.thought_length}",
         sizes={},
         lowered=lowered,
-        bytes_per_device={"parameters": bytes_per_device(params), "cache": bytes_per_device(state.cache)},
+        bytes_per_device={"parameters": bytes_per_device(params)} | state_bytes,
         flops=batch
         * (
             tokens * decoder_flops(architecture, length / 2, config.model.adapters)
@@ -97,7 +107,7 @@ def generate_program(config: Config, target: Target, phase_name: str = "") -> Pr
         ),
         recomputed=0.0,
         tokens=batch,
-        weight_reads=(settings.thought_length + 1) * gathered / (mesh.shape["tensor"] * mesh.shape["group"]),
+        weight_reads=passes * gathered / (mesh.shape["tensor"] * mesh.shape["group"]),
     )
 
 
@@ -141,10 +151,9 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
     """The step of a phase, as `training/loop.py` compiles it."""
     architecture, mesh = plan_mesh(config, target)
     phase = find_phase(config, architecture, phase_name)
-    graphdef = abstract_structure(architecture, config.model.adapters)
+    graphdef = abstract_structure(architecture, config.model.adapters, config.thought.heads)
     with jax.set_mesh(mesh):
-        start = next(span.start for span in config.phase_spans() if span.phase == phase)
-        state = abstract_state(config, architecture, mesh, step=start + 1)  # with the reference, if any
+        state = planned_state(config, architecture, mesh, phase)
         numbers = find_process_shard(mesh).numbers(phase.batch_size)
         step = compile_train_step(config, phase, graphdef, VOCABULARY, state, numbers)
         rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
@@ -174,6 +183,12 @@ def train_program(config: Config, target: Target, phase_name: str = "") -> Progr
         tokens=math.prod(shape),
         weight_reads=_weight_reads(state, settings, phase, mesh, chunks, shape[1]),
     )
+
+
+def planned_state(config: Config, architecture: Architecture, mesh: Mesh, phase: Phase) -> TrainState:
+    """Returns shapes, dtypes and shardings of the training state in a phase, with the reference if it has one."""
+    start = next(span.start for span in config.phase_spans() if span.phase == phase)
+    return abstract_state(config, architecture, mesh, step=start + 1)
 
 
 def chunk_sizes(config: Config, phase: Phase, architecture: Architecture) -> dict[str, int]:

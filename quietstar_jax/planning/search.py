@@ -5,30 +5,46 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.planning.plan import plan
-from quietstar_jax.planning.programs import VOCABULARY, chunk_sizes, find_phase, passes, plan_mesh, with_mesh
+from quietstar_jax.planning.programs import (
+    VOCABULARY,
+    bytes_per_device,
+    chunk_sizes,
+    find_phase,
+    passes,
+    plan_mesh,
+    planned_state,
+    with_mesh,
+)
 from quietstar_jax.planning.targets import Target
 from quietstar_jax.thought_config import Phase
 from quietstar_jax.thoughts.settings import phase_settings
 
 SIZES = ("data", "fsdp", "tensor", "position")
-STATE_BYTES = 24  # per parameter, all in float32: weight, two moments, gradient of a chunk, sum of gradients, update
-REFERENCE_BYTES = 4  # per parameter, where thoughts are compared with a reference
+GRADIENTS = 3  # arrays as large as the weights that learn, beside the training state: gradient of a chunk, sum, update
 CHUNKS = (2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)  # multiples of the configured `chunk_megabytes`
 CHUNK_COST = 2  # a chunk, with the gathered weights, may need this many times `chunk_megabytes`
 
 
 class Candidate(NamedTuple):
-    """A mesh to try: estimated seconds of communication per step, and its configurations, largest chunks first."""
+    """A mesh to try.
 
+    Attributes:
+      tight: whether even the smallest chunks may need too much memory.
+      guess: estimated seconds of communication per step.
+      configs: its configurations, largest chunks first.
+    """
+
+    tight: bool
     guess: float
     configs: tuple[Config, ...]
 
@@ -60,12 +76,14 @@ def search(
 
 
 def candidates(config: Config, target: Target, phase: str = "") -> list[Candidate]:
-    """Returns the meshes that training would accept and whose weights may fit, least communication first.
+    """Returns the meshes that training would accept and whose weights may fit.
+
+    They are sorted by communication, least first; tight ones are last.
 
     Raises:
       ConfigError: there is no such mesh.
     """
-    meshes = sorted(_meshes(config, target, phase), key=lambda candidate: candidate.guess)
+    meshes = sorted(_meshes(config, target, phase), key=lambda candidate: (candidate.tight, candidate.guess))
     if not meshes:
         raise ConfigError(
             f"No mesh of {len(target.devices)} devices suits the model and its batch, or each device would need too "
@@ -104,47 +122,51 @@ def _meshes(config: Config, target: Target, phase_name: str) -> Iterator[Candida
             architecture, mesh = plan_mesh(candidate, target)
         except ConfigError:
             continue
-        each = STATE_BYTES + (REFERENCE_BYTES if config.thought.needs_reference else 0)
-        state = each * _parameters(architecture) / (sizes[1] * sizes[2])
-        left = (target.chip.hbm or math.inf) - state
+        phase = find_phase(candidate, architecture, phase_name)
+        state = planned_state(candidate, architecture, mesh, phase)
+        needed = bytes_per_device(state) + GRADIENTS * bytes_per_device(state.params)
+        left = (target.chip.hbm or math.inf) - needed
         if left < 0:
             continue
         chunk = CHUNK_COST * config.thought.chunk_megabytes * 2**20
-        shares = [share for share in CHUNKS if chunk * share <= left] or CHUNKS[-1:]
-        configs = tuple(_with_chunk(candidate, share) for share in shares)
-        phase = find_phase(candidate, architecture, phase_name)
+        shares = [share for share in CHUNKS if chunk * share <= left] if phase.thought_length else [1.0]
+        configs = tuple(_with_chunk(candidate, share) for share in shares or CHUNKS[-1:])
         with jax.set_mesh(mesh):
             chunks = chunk_sizes(configs[0], phase, architecture)
-        yield Candidate(_guess(candidate, architecture, phase, target, chunks), configs)
-
-
-def _parameters(a: Architecture) -> float:
-    attention = a.hidden_size * a.head_dim * 2 * (a.num_heads + a.num_kv_heads)
-    heads = (1 if a.tie_embeddings else 2) * a.vocab_size * a.hidden_size
-    return a.num_layers * (attention + 3 * a.hidden_size * a.intermediate_size) + heads
+        yield Candidate(not shares, _guess(candidate, architecture, phase, target, chunks, state), configs)
 
 
 def _guess(
-    config: Config, a: Architecture, phase: Phase, target: Target, chunks: dict[str, int]
-) -> float:  # fmt: skip
+    config: Config, a: Architecture, phase: Phase, target: Target, chunks: dict[str, int], state: TrainState
+) -> float:
     """Estimated seconds of communication in a step; bytes if the rates are unknown.
 
-    Weights are gathered over fsdp in every pass, and their gradients scattered in every pass with a gradient. Each
-    layer sums over tensor twice forward and twice backward. Gradients are summed over data and position once.
+    Weights are gathered over fsdp in every pass, and the gradients of those that learn scattered in every pass with a
+    gradient. Each layer sums over tensor twice forward and twice backward, and gathers keys and values of the text over
+    position. Gradients are summed over data and position once.
     """
     mesh, settings = config.mesh, phase_settings(config, phase, VOCABULARY)
     length = config.data.sequence_length
     without, with_gradient = passes(settings, phase.microbatches, chunks, math.ceil(length / mesh.position))
-    weights = _parameters(a) / mesh.tensor
+    weights, learned = (_parameters(part) / mesh.tensor for part in (state.weights, state.params))
     width, recompute = settings.dtype.itemsize, int(settings.rematerialize)
-    gathered = weights * (1 - 1 / mesh.fsdp) * (width * (without + (2 + recompute) * with_gradient) + 4 * with_gradient)
+    read = weights * width * (without + (2 + recompute) * with_gradient)
+    gathered = (1 - 1 / mesh.fsdp) * (read + 4 * learned * with_gradient)
     per_row = (
         settings.num_thoughts * (settings.thought_length + settings.chain_length * (2 + recompute))
         if settings.thought_length
         else 0
     )
-    rows = phase.batch_size * length / (mesh.data * mesh.fsdp * mesh.position)
-    summed = rows * (per_row + 3) * a.hidden_size * a.num_layers * width * 4 * (1 - 1 / mesh.tensor)
+    texts = phase.batch_size * length / (mesh.data * mesh.fsdp)
+    split = 1 if length % mesh.position else mesh.position  # of the text in the base pass
+    rows = texts * (per_row / mesh.position + 3 / split)
+    summed = rows * a.hidden_size * a.num_layers * width * 4 * (1 - 1 / mesh.tensor)
+    keys = 2 * a.num_kv_heads * a.head_dim / math.gcd(mesh.tensor, a.num_kv_heads)  # and values
+    gathered += texts * keys * a.num_layers * width * (2 + recompute) * (1 - 1 / split)
     copies = mesh.data * mesh.position
-    gradients = 8 * weights / mesh.fsdp * (1 - 1 / copies)
+    gradients = 8 * learned / mesh.fsdp * (1 - 1 / copies)
     return (gathered + summed + gradients) / (target.chip.axis_rate or 1.0)
+
+
+def _parameters(weights: Mapping[str, Any]) -> int:
+    return sum(math.prod(x.shape) for x in weights.values())

@@ -9,7 +9,7 @@ ROWS = (
     ("parameters", "float32"),
     ("frozen", "of the base, in model.frozen_dtype"),
     ("optimizer", "Adam moments"),
-    ("reference", "a copy of the weights, for the KL divergence"),
+    ("reference", "a copy of the weights that learn, for the KL divergence"),
     ("cache", "keys and values of the text"),
     ("batch", ""),
     ("arguments", "all of the above, as the compiler pads them"),

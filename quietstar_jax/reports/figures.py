@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from quietstar_jax.reports.page import figure, table
 from quietstar_jax.reports.svg import Chart, Range, number
-from quietstar_jax.thoughts.token_scores import DECILES
+from quietstar_jax.thoughts.score_figures import DECILES
 
 STILL = 0.02  # nats: smaller changes count as none
 BINS = 25
@@ -103,6 +103,7 @@ CURVES: dict[str, tuple[tuple[str, str], ...]] = {  # title -> (metric, kind of 
     "positions with equal rewards, share": (("frac_reward_zero_std", "b"),),
     "mixing weight": (("mixing_weight", "b"),),
     "thought entropy, nats per token": (("entropy_p05", "a"), ("entropy_p95", "a"), ("entropy", "b")),
+    "thought length, tokens": (("thought_length_p05", "a"), ("thought_length_p95", "a"), ("thought_length", "b")),
     "distinct thoughts, share": (("unique_thought_rate", "b"),),
     "KL to the reference, nats per token": (("kl", "b"),),
     "importance ratio": (("importance_ratio", "b"),),
@@ -119,11 +120,7 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> str:
     Args:
       records: of `metrics.jsonl`; of the kinds train, speed and evaluation are drawn.
     """
-    drawn = [
-        {RENAMED.get(name, name): value for name, value in record.items()}
-        for record in records
-        if record["kind"] in ("train", "speed")
-    ]
+    drawn = measured_steps(records)
     parts = []
     for phase in dict.fromkeys(record["phase"] for record in drawn):
         own = [record for record in drawn if record["phase"] == phase]
@@ -139,27 +136,50 @@ def training_curves(records: Sequence[Mapping[str, Any]]) -> str:
     return "".join(parts) + _held_out([record for record in records if record["kind"] == "evaluation"])
 
 
+def measured_steps(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the records of kind train and speed, with the present names of metrics."""
+    return [
+        {RENAMED.get(name, name): value for name, value in record.items()}
+        for record in records
+        if record["kind"] in ("train", "speed")
+    ]
+
+
 def _curve(
     records: Sequence[Mapping[str, Any]], phase: str, title: str, series: Sequence[tuple[str, str]]
 ) -> str:  # fmt: skip
-    lines = []
-    for name, kind in series:
-        points = [(float(record["step"]), float(record[name])) for record in records if name in record]
-        if points:
-            lines.append((kind, _thinned(points)))
-    smooth = [(kind, _smoothed(points)) for kind, points in lines]
-    values = np.array([y for _, points in lines for _, y in points])
-    low, high = np.quantile(values, [0.01, 0.99])
-    steps = (lines[0][1][0][0], lines[0][1][-1][0])
-    label = f"{title}, {phase}"
-    chart = Chart(label, steps, padded(float(low), float(high)), width=300, height=190, left=52).y_axis()
-    for kind, points in lines:
-        chart.line(points, f"raw-{kind}")
-    for kind, points in smooth:
-        chart.line(points, f"line-{kind}", title)
-    ends = [(steps[0], f"{steps[0]:,.0f}"), (steps[1], f"{steps[1]:,.0f}")] if steps[0] != steps[1] else None
-    drawing = chart.x_axis("step", ends).svg()
+    lines = [Line(f"raw-{kind}", f"line-{kind}", title, points_of(records, name)) for name, kind in series]
+    drawing = curves(f"{title}, {phase}", [line for line in lines if line.points], width=300, height=190, left=52)
     return f'<div class="curve">{escape(title)}{drawing}</div>'
+
+
+class Line(NamedTuple):
+    """A curve of a metric: classes of its single values (empty = not drawn) and of their running mean, and its name."""
+
+    raw: str
+    smooth: str
+    name: str
+    points: Sequence[tuple[float, float]]  # (step, value), at least one
+
+
+def points_of(records: Iterable[Mapping[str, Any]], metric: str) -> list[tuple[float, float]]:
+    """Returns the values of a metric by step."""
+    return [(float(record["step"]), float(record[metric])) for record in records if metric in record]
+
+
+def curves(label: str, lines: Sequence[Line], **size: int) -> str:
+    """Returns lines over steps as SVG; extreme values are outside."""
+    thinned = [_thinned(line.points) for line in lines]
+    low, high = np.quantile([y for points in thinned for _, y in points], [0.01, 0.99])
+    steps = (min(points[0][0] for points in thinned), max(points[-1][0] for points in thinned))
+    chart = Chart(label, steps, padded(float(low), float(high)), **size).y_axis()
+    for line, points in zip(lines, thinned, strict=True):
+        if line.raw:
+            chart.line(points, line.raw)
+    for line, points in zip(lines, thinned, strict=True):
+        chart.line(_smoothed(points), line.smooth, line.name)
+    ends = [(steps[0], f"{steps[0]:,.0f}"), (steps[1], f"{steps[1]:,.0f}")] if steps[0] != steps[1] else None
+    return chart.x_axis("step", ends).svg()
 
 
 def _held_out(records: Sequence[Mapping[str, Any]]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from quietstar_jax.data.tokenization import without_begin
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.methods.thinking import ALWAYS, ThinkPolicy
-from quietstar_jax.models.parameters import merge
+from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.thoughts.controls import draw_uniforms
 from quietstar_jax.thoughts.perturbations import draw_perturbations
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -33,7 +34,23 @@ class Window:
     tokens: np.ndarray  # int32 [tokens], at least two
 
 
-def cut_windows(model: LoadedModel, source: Documents, *, documents: int, max_tokens: int, length: int) -> list[Window]:
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """The content of the page: windows in the order of the text, with the thoughts of one model."""
+
+    model: LoadedModel
+    settings: ThoughtSettings
+    windows: Sequence[Window]
+    observations: Sequence[TokenScores]  # of each window, as from `observe`
+    about: str = ""  # the kind of text, if the reader may not know it
+    notes: Sequence[str] = ()  # how the page was made, and what was left out
+    use: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as from `measure_use`; empty: not measured
+    selective: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as from `measure_selective`, or empty
+
+
+def cut_windows(
+    model: LoadedModel, source: Documents | Sequence[np.ndarray], *, documents: int, max_tokens: int, length: int
+) -> list[Window]:
     """Cuts the first documents into windows of at most `length` tokens, up to `max_tokens` in all.
 
     Every document begins and ends as in training.
@@ -78,29 +95,16 @@ def observe(
 
     Args:
       kinds: of perturbations; given, the scores have `use`.
-      think: policy; where it does not think, the predictions after thoughts are those without.
+      think: policy; where it does not think, the predictions after thoughts are those without. With `ALWAYS`, the
+        scores have `rankings`.
 
     Returns:
       For each window of n tokens the scores of its n - 1 predictions, [n-1] without and [R, n-1] with thoughts, with
       the `LIKELIEST` tokens; the first of the R thoughts is the greedy one. Position j is that before token j + 1.
     """
     length = -(-max(len(window.tokens) for window in windows) // 8) * 8
-
-    @jax.jit
-    def score(params: Any, tokens: jax.Array, mask: jax.Array, key: jax.Array) -> TokenScores:
-        shape = (ROWS, 1 + samples, length, settings.thought_length)
-        uniforms, use = draw_uniforms(key, shape), None
-        if kinds is not None:
-            use = UseWanted(tuple(kinds), draw_perturbations(jax.random.fold_in(key, 2), shape))
-        thinking = None
-        if think.constant is None:
-            index = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-            thinking = Thinking(think, index, jax.random.uniform(jax.random.fold_in(key, 3), tokens.shape))
-        return score_tokens(
-            merge(model.graphdef, params), tokens, mask, None, jnp.arange(length), uniforms, settings,
-            use=use, likeliest=LIKELIEST, thinking=thinking,
-        )  # fmt: skip
-
+    policy = think if think.constant is None else None
+    fixed = model.graphdef, settings, samples, None if kinds is None else tuple(kinds), policy
     found = []
     for start in range(0, len(windows), ROWS):
         part = windows[start : start + ROWS]
@@ -108,6 +112,28 @@ def observe(
         for row, window in enumerate(part):
             tokens[row, : len(window.tokens)], mask[row, : len(window.tokens)] = window.tokens, True
         key = jax.random.fold_in(jax.random.key(seed), start)
-        scores = jax.device_get(score(model.params, tokens, mask, key))
+        scores = jax.device_get(_score(*fixed, model.params, tokens, mask, key))
         found += [scores.of_text(row, slice(len(window.tokens) - 1)) for row, window in enumerate(part)]
     return found
+
+
+@functools.partial(jax.jit, static_argnums=range(5))
+def _score(
+    graphdef: GraphDef, settings: ThoughtSettings, samples: int, kinds: tuple[str, ...] | None,
+    policy: ThinkPolicy | None, params: Any, tokens: jax.Array, mask: jax.Array, key: jax.Array,
+) -> TokenScores:  # fmt: skip
+    """Scores a batch of windows, tokens [B, L]; arguments as in `observe`, policy None = all positions think.
+
+    Not a closure, so that a later call with equal settings and shapes uses the compiled program.
+    """
+    rows, length = tokens.shape
+    shape = (rows, 1 + samples, length, settings.thought_length)
+    uniforms, use = draw_uniforms(key, shape), None
+    if kinds is not None:
+        use = UseWanted(kinds, draw_perturbations(jax.random.fold_in(key, 2), shape))
+    index = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    thinking = Thinking(policy, index, jax.random.uniform(jax.random.fold_in(key, 3), tokens.shape))
+    return score_tokens(
+        merge(graphdef, params), tokens, mask, None, jnp.arange(length), uniforms, settings, use=use,
+        likeliest=LIKELIEST, thinking=thinking,
+    )  # fmt: skip

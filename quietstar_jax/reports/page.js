@@ -1,145 +1,182 @@
-"use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const panel = document.getElementById("panel");
-  const tokens = Array.from(document.querySelectorAll(".t[data-i]"));
+  const tokens = Array.from(document.querySelectorAll(".t[data-i]")); // tokens[i] has data-i = i
   if (!tokens.length) return;
-  let pinned = null;
+  const [texts, panel, thoughts, find, helped, least, back, next, count] = ["texts", "panel", "thoughts", "find", "helped", "least", "back", "next", "count"].map((id) => document.getElementById(id));
+  const contentOf = panelContent(data);
+  const placeOf = (token) => Number(token.dataset.i);
 
-  const make = (name, kind, ...children) => {
-    const node = document.createElement(name);
-    if (kind) node.className = kind;
-    node.append(...children);
-    return node;
+  // The token in the panel. It has a ring; a pinned one stays there while the mouse moves.
+  let shown = tokens[data.start];
+  let pinned = false;
+  let hits = []; // places of the tokens that the search and the filter leave
+  const show = (token) => {
+    shown.classList.remove("shown", "pinned");
+    shown.tabIndex = -1;
+    shown = token;
+    shown.classList.add("shown");
+    shown.classList.toggle("pinned", pinned);
+    shown.tabIndex = 0;
+    thoughts.replaceChildren(...contentOf(shown));
+    tellCount();
   };
-  const minus = (text) => text.replace("-", "−");
-  const signed = (x) => {
-    const text = x.toFixed(2).replace("-0.00", "0.00");
-    return (Number(text) > 0 ? "+" : "") + minus(text);
+  const select = (token, pin) => {
+    pinned = pin;
+    panel.classList.remove("closed");
+    show(token);
   };
-  const percent = (p) => {
-    const x = 100 * p;
-    return (x >= 10 ? x.toFixed(1) : x >= 0.01 ? x.toFixed(2) : "< 0.01") + " %";
+  const reveal = (token) => {
+    select(token, true);
+    token.scrollIntoView({ block: "center" });
   };
-  const chip = (index) => make("span", "chip", data.pieces[index]);
+  const close = () => {
+    pinned = false;
+    shown.classList.remove("pinned");
+    if (panel.contains(document.activeElement)) shown.focus({ preventScroll: true });
+    panel.classList.add("closed"); // visible only on narrow screens, where the panel covers the text
+  };
+
+  // The nearest token in the line below (way = 1) or above (way = -1).
+  const inNextLine = (place, way) => {
+    const middle = (token) => {
+      const box = token.getClientRects()[0];
+      return [box.left + box.width / 2, box.top + box.height / 2];
+    };
+    const sameLine = (a, b) => Math.abs(a - b) < 12; // pixels; a line has 34
+    const [x, y] = middle(tokens[place]);
+    let line, nearest, least = Infinity;
+    for (let i = place + way; tokens[i]; i += way) {
+      const [otherX, otherY] = middle(tokens[i]);
+      if (line === undefined && sameLine(otherY, y)) continue;
+      line ??= otherY;
+      if (!sameLine(otherY, line)) break;
+      if (Math.abs(otherX - x) < least) [nearest, least] = [i, Math.abs(otherX - x)];
+    }
+    return nearest;
+  };
+
+  // Search and filter.
+  const gap = data.words ? " " : "";
+  const plain = (pieces) => pieces.map((piece) => data.pieces[piece]).join(gap).toLowerCase().replaceAll("·", " ");
+  const starts = []; // of each token in `text`
+  let text = "";
+  for (const piece of data.tokens) {
+    starts.push(text.length);
+    text += plain([piece]) + gap;
+  }
+  let thoughtTexts = null; // of each token, all of its thoughts; made by the first search
+  const matching = (words) => {
+    thoughtTexts ??= tokens.map((_, i) => data.models.flatMap((model) => model.tokens[i].k.map((thought) => plain(thought[3]))).join("\n"));
+    const found = thoughtTexts.map((thought) => thought.includes(words));
+    for (let at = text.indexOf(words), i = 0; at >= 0; at = text.indexOf(words, at + 1)) {
+      while (starts[i + 1] <= at) i += 1;
+      found[i] = true; // an occurrence is found at the token in which it begins
+    }
+    return found;
+  };
+  const sift = () => {
+    const words = find.value.trim().toLowerCase().replaceAll("·", " ");
+    const found = words && matching(words);
+    hits = [];
+    texts.classList.toggle("filtered", helped.checked);
+    tokens.forEach((token, i) => {
+      const left = !helped.checked || change(i) > Number(least.value);
+      const hit = left && (!words || found[i]);
+      token.classList.toggle("dim", !left);
+      token.classList.toggle("hit", Boolean(words) && hit);
+      if (hit && (words || helped.checked)) hits.push(i);
+    });
+    back.disabled = next.disabled = !hits.length;
+    tellCount();
+  };
+  const tellCount = () => {
+    const at = hits.indexOf(placeOf(shown));
+    const active = find.value.trim() || helped.checked;
+    count.textContent = !active ? "" : at < 0 ? hits.length + " found" : at + 1 + " of " + hits.length;
+  };
+  const step = (way) => {
+    const others = way > 0 ? hits : hits.toReversed();
+    const place = others.find((i) => way * (i - placeOf(shown)) > 0) ?? others[0];
+    if (place !== undefined) reveal(tokens[place]);
+  };
+
+  // Colours.
+  const choice = (name) => document.querySelector(`input[name="${name}"]:checked`)?.value;
   const mean = (list) => list.reduce((a, b) => a + b, 0) / list.length;
-  const gain = (entry, mode) => {
-    const several = entry.k.slice(1).map((thought) => thought[0]);
-    return entry.b - (mode === "sampled" && several.length ? mean(several) : entry.k[0][0]);
+  let mode, which;
+  const gain = (entry) => {
+    const losses = entry.k.map((thought) => thought[0]);
+    return entry.b - (mode === "sampled" ? mean(losses.slice(1)) : losses[0]);
+  };
+  const change = (i) => {
+    const gains = data.models.map((model) => gain(model.tokens[i]));
+    return which === "difference" ? gains[0] - gains[1] : gains[which ?? 0];
   };
   const shade = (x) => {
     const level = data.levels.filter((edge) => Math.abs(x) >= edge).length;
     return level ? (x > 0 ? "g" : "l") + level : "";
   };
-
-  const odds = (title, list) => {
-    const column = make("div", "", make("h4", "", title));
-    for (const [index, probability, isTrue] of list) {
-      const bar = make("i");
-      bar.style.width = 100 * probability + "%";
-      column.append(make("div", isTrue ? "odds true" : "odds", chip(index), make("span", "", percent(probability)), bar));
-    }
-    return column;
-  };
-
-  const thoughtTable = (entry) => {
-    const head = make("tr", "", make("th", "", "thought"), make("th", "", "reward"), make("th", "", "mixing weight"), make("th", "", "this token"));
-    const table = make("table", "", head);
-    entry.k.forEach(([nats, reward, weight, pieces], n) => {
-      const name = n ? "sampled " + n : "likeliest words (greedy)";
-      const words = make("td", "", make("small", "", name), ...pieces.map(chip));
-      table.append(make("tr", "thought", words, make("td", "", signed(reward)), make("td", "", minus(weight.toFixed(2))), make("td", "", percent(Math.exp(-nats)))));
+  const colour = () => {
+    [mode, which] = [choice("mode"), choice("model")];
+    tokens.forEach((token, i) => {
+      token.classList.remove("g1", "g2", "g3", "g4", "l1", "l2", "l3", "l4");
+      const kind = shade(change(i));
+      if (kind) token.classList.add(kind);
     });
-    return table;
+    sift();
   };
 
-  const context = (token) => {
-    const before = [];
-    for (let node = token.previousSibling; node && before.join("").length < 70; node = node.previousSibling) before.unshift(node.textContent);
-    return make("div", "context", "… " + before.join("").replace(/\n/g, " "), make("b", "", data.pieces[data.tokens[token.dataset.i].i]));
-  };
-
-  const show = (token) => {
-    const entry = data.tokens[token.dataset.i];
-    const change = entry.b - entry.k[0][0];
-    const times = Math.exp(Math.abs(change));
-    const made = times >= 2
-      ? times.toFixed(times >= 10 ? 0 : 1) + (change > 0 ? " times as likely." : " times less likely.")
-      : (100 * Math.abs(Math.expm1(change))).toFixed(0) + (change > 0 ? " % likelier." : " % less likely.");
-    const verdict = Math.abs(change) < data.levels[0] ? "The thought changed almost nothing here." : "The thought made this token " + made;
-    panel.replaceChildren(
-      make("h3", "", "Just before this token"),
-      context(token),
-      make("div", "verdict", verdict),
-      make("div", "soft", "Loss " + entry.b.toFixed(3) + " nats without a thought, " + entry.k[0][0].toFixed(3) + " with the greedy one: " + signed(change) + "."),
-      make("h3", "", "What the model thought"),
-      thoughtTable(entry),
-      make("div", "note", "Reward: nats gained over the next " + (data.ahead > 1 ? data.ahead + " tokens" : "token") + ". Mixing weight: how much the prediction after the thought counts. Last column: probability of this token."),
-      make("h3", "", "Likeliest next tokens"),
-      make("div", "pair", odds("without a thought", entry.p), odds("with the greedy thought", entry.q)),
-    );
-  };
-
-  const pin = (token) => {
-    if (pinned) pinned.classList.remove("pinned");
-    pinned = pinned === token ? null : token;
-    if (pinned) pinned.classList.add("pinned");
-  };
   const tokenOf = (event) => event.target.closest(".t[data-i]");
-  const texts = document.getElementById("texts");
   texts.addEventListener("pointerover", (event) => {
     const token = tokenOf(event);
     if (token && !pinned) show(token);
   });
-  texts.addEventListener("focusin", (event) => {
-    const token = tokenOf(event);
-    if (!token) return;
-    document.querySelectorAll('.t[tabindex="0"]').forEach((other) => { other.tabIndex = -1; });
-    token.tabIndex = 0;
-    if (!pinned) show(token);
-  });
   texts.addEventListener("click", (event) => {
     const token = tokenOf(event);
-    if (!token) return;
-    pin(token);
-    show(token);
+    if (token) select(token, token !== shown || !pinned);
   });
   texts.addEventListener("keydown", (event) => {
     const token = tokenOf(event);
-    if (!token) return;
-    const place = tokens.indexOf(token);
-    const target = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: tokens.length - 1 }[event.key];
-    if (target !== undefined && tokens[target]) {
+    if (!token || event.altKey || event.ctrlKey || event.metaKey) return;
+    const place = placeOf(token);
+    const targets = { ArrowRight: place + 1, ArrowLeft: place - 1, ArrowDown: () => inNextLine(place, 1), ArrowUp: () => inNextLine(place, -1), Home: 0, End: tokens.length - 1 };
+    const target = targets[event.key];
+    const other = tokens[typeof target === "function" ? target() : target];
+    if (other) {
       event.preventDefault();
-      if (pinned) pin(pinned);
-      tokens[target].focus();
+      select(other, false);
+      other.focus({ preventScroll: true });
+      other.scrollIntoView({ block: "nearest" });
     } else if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
-      pin(token);
-      show(token);
+      select(token, token !== shown || !pinned);
     }
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && pinned) pin(pinned);
+    if (event.key === "Escape" && !(event.target === find && find.value)) close(); // Escape empties a search field
+  });
+  document.getElementById("close").addEventListener("click", close);
+  document.getElementById("tools").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.target.tagName !== "INPUT") return;
+    event.preventDefault();
+    step(event.shiftKey ? -1 : 1);
+  });
+  back.addEventListener("click", () => step(-1));
+  next.addEventListener("click", () => step(1));
+  find.addEventListener("input", sift);
+  helped.addEventListener("change", sift);
+  least.addEventListener("input", () => {
+    helped.checked = true;
+    sift();
   });
   document.querySelectorAll("button[data-jump]").forEach((button) => {
     button.addEventListener("click", () => {
       const token = tokens[button.dataset.jump];
-      if (pinned !== token) pin(token);
-      show(token);
       token.focus({ preventScroll: true });
-      token.scrollIntoView({ block: "center" });
+      reveal(token);
     });
   });
-  document.querySelectorAll('input[name="mode"]').forEach((input) => {
-    input.addEventListener("change", () => {
-      for (const token of tokens) {
-        token.classList.remove("g1", "g2", "g3", "g4", "l1", "l2", "l3", "l4");
-        const kind = shade(gain(data.tokens[token.dataset.i], input.value));
-        if (kind) token.classList.add(kind);
-      }
-    });
-  });
-  tokens[0].tabIndex = 0;
-  show(tokens[data.start]);
+  document.querySelectorAll('input[type="radio"]').forEach((input) => input.addEventListener("change", colour));
+  show(shown);
+  colour(); // a browser may have restored a choice
 })();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from html import escape
 from importlib import resources
@@ -16,23 +17,42 @@ from quietstar_jax.io import write_text
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def render(title: str, body: str, data: Mapping[str, Any] | None = None) -> str:
+def render(title: str, body: str, data: Mapping[str, Any] | None = None, *, reload_seconds: int = 0) -> str:
     """Returns the page.
 
     Args:
       body: HTML with escaped texts; data: for the page's script, which is included only with data.
+      reload_seconds: time after which the browser loads the page again, and keeps its place; 0 = never.
     """
+    reload = f'<meta http-equiv="refresh" content="{reload_seconds}">' if reload_seconds else ""
     script = ""
     if data is not None:
-        script = (
-            f'<script type="application/json" id="data">{for_script(data)}</script><script>{asset("page.js")}</script>'
-        )
+        code = asset("panel.js") + asset("page.js")
+        script = f'<script type="application/json" id="data">{for_script(data)}</script><script>{code}</script>'
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'{reload}<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{asset('chart.css')}{asset('page.css')}</style></head>\n<body><main>{body}</main>{script}</body></html>\n"
     )
+
+
+def visible(text: str) -> str:
+    """Replaces invisible characters with signs: line breaks `↵`, tabs `→`, control and direction characters."""
+    out = []
+    for character in text:
+        code = ord(character)
+        if character == "\n":
+            out.append("↵")
+        elif character == "\t":
+            out.append("→")
+        elif code < 0x20:
+            out.append(chr(0x2400 + code))
+        elif unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+            out.append(f"⟨U+{code:04X}⟩")
+        else:
+            out.append(character)
+    return "".join(out)
 
 
 def for_script(value: Any) -> str:

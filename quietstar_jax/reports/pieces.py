@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import unicodedata
 from collections.abc import Sequence
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -69,21 +68,3 @@ class Pieces:
         raw = bytes(_BYTES[character] for character in spelled)
         begun = max((place for place, byte in enumerate(raw) if byte >= 0xC0), default=0)
         return "⟨" + raw[begun:].hex(" ").upper() + "⟩"
-
-
-def visible(text: str) -> str:
-    """Replaces invisible characters with signs: line breaks `↵`, tabs `→`, control and direction characters."""
-    out = []
-    for character in text:
-        code = ord(character)
-        if character == "\n":
-            out.append("↵")
-        elif character == "\t":
-            out.append("→")
-        elif code < 0x20:
-            out.append(chr(0x2400 + code))
-        elif unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-            out.append(f"⟨U+{code:04X}⟩")
-        else:
-            out.append(character)
-    return "".join(out)

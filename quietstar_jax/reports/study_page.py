@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+import numpy as np
+
+from quietstar_jax.reports.figures import padded
 from quietstar_jax.reports.page import figure, render, table
 from quietstar_jax.reports.svg import Chart, number
 
@@ -29,6 +32,7 @@ def study_page(results: Mapping[str, Any], where: str) -> str:
             body.append(f"<h2>{escape(metric.replace('_', ' '))}</h2>")
             body.append(f'<div class="charts">{_values(metric, variants, runs, own, baseline)}')
             body.append(f"{_differences(metric, variants, runs, own, baseline)}</div>")
+    body += [_front(x, y, variants, rows) for x, y in study.get("fronts", ())]
     body += ["<h2>All figures</h2>", _table(variants, rows, study["metrics"]), _settings(study, runs)]
     return render("A study, side by side", "\n".join(body))
 
@@ -105,6 +109,40 @@ def _differences(
             said += ", ⟷"
         chart.beside(y, said)
     return figure(f"Differences from {baseline}", chart.x_axis(f"difference in {metric.replace('_', ' ')}").svg(), "")
+
+
+def _front(x_metric: str, y_metric: str, variants: Sequence[str], rows: Sequence[Any]) -> str:
+    """Draws the means of two metrics against each other; names are beside the plot, in the order of the marks."""
+    cells = {(row["variant"], row["metric"]): row for row in rows}
+    points = {
+        v: (cells[v, x_metric], cells[v, y_metric]) for v in variants if {(v, x_metric), (v, y_metric)} <= {*cells}
+    }
+    means = np.array([[row["mean"] for row in pair] for pair in points.values()]).reshape(-1, 2)
+    near = _near(means[:, 0]) & _near(means[:, 1])
+    if not near.any():
+        return ""
+    drawn = sorted(np.array([*points])[near], key=lambda variant: -points[variant][1]["mean"])
+    x_name, y_name = (metric.replace("_", " ") for metric in (x_metric, y_metric))
+    x_span, y_span = (padded(low, high) for low, high in zip(means[near].min(0), means[near].max(0), strict=True))
+    size = dict(width=760, height=max(320, 22 * len(drawn) + 58), right=90 + 8 * max(map(len, drawn)))
+    chart = Chart(f"{y_name} against {x_name}", x_span, y_span, **size).x_grid().y_axis(y_name)
+    for place, variant in enumerate(drawn):
+        (x, dx), (y, dy) = ((row["mean"], row["standard_error"] or 0.0) for row in points[variant])
+        level = y_span[1] - (place + 0.5) / len(drawn) * (y_span[1] - y_span[0])
+        chart.line([(x, y), (x_span[1], level)], "leader").beside(level, variant)
+        chart.line([(x - dx, y), (x + dx, y)], "whisker").line([(x, y - dy), (x, y + dy)], "whisker")
+        chart.dot(x, y, "mean", f"{variant}: {x_name} {x:.4g}, {y_name} {y:.4g}", radius=5)
+    caption = "Each ring is the mean of a variant over its seeds; the lines through it are ± one standard error."
+    if far := [f"{v} ({x:.4g}, {y:.4g})" for v, (x, y), shown in zip(points, means, near, strict=True) if not shown]:
+        caption += f" Too far from the others to be drawn: {', '.join(far)}."
+    return figure(f"{y_name.capitalize()} against {x_name}", chart.x_axis(x_name).svg(), caption)
+
+
+def _near(values: np.ndarray) -> np.ndarray:
+    """Whether each value is not far from most others; all are near if most are equal, which gives no scale."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]) if values.size else (0.0, 0.0, 0.0)
+    room = max(3 * (high - low), 0.25 * abs(middle)) if high > low else np.inf
+    return np.asarray((values >= low - room) & (values <= high + room))
 
 
 def _rows_chart(label: str, names: Sequence[str], values: Sequence[float], right: int = 16) -> Chart:

@@ -34,9 +34,9 @@ class Chart:
         """Adds ticks (value, text) along the bottom; by default at round values."""
         for value, text in nice_ticks(self.x, self._about) if ticks is None else ticks:
             x, _ = self.at(value, self._y[0])
-            self._marks.append(_text(x, self._bottom + 16, text, "tick", "middle"))
+            self._marks.append(text_mark(x, self._bottom + 16, text, "tick", "middle"))
         middle = (self._left + self._right) / 2
-        self._marks.append(_text(middle, self._height - 8, title, "axis", "middle"))
+        self._marks.append(text_mark(middle, self._height - 8, title, "axis", "middle"))
         return self
 
     def y_axis(self, title: str = "") -> Chart:
@@ -45,11 +45,11 @@ class Chart:
             _, y = self.at(0, value)
             kind = "zero" if value == 0 else "grid"
             self._marks.append(_line(self._left, y, self._right, y, kind))
-            self._marks.append(_text(self._left - 6, y + 4, text, "tick", "end"))
+            self._marks.append(text_mark(self._left - 6, y + 4, text, "tick", "end"))
         if title:
             x, y = 13, (self._top + self._bottom) / 2
             turned = f'transform="rotate(-90 {x} {y:.1f})"'
-            self._marks.append(_text(x, y, title, "axis", "middle", turned))
+            self._marks.append(text_mark(x, y, title, "axis", "middle", turned))
         return self
 
     def x_grid(self) -> Chart:
@@ -63,12 +63,12 @@ class Chart:
         """Adds names (value, text) along the left side."""
         for value, name in names:
             _, y = self.at(0, value)
-            self._marks.append(_text(self._left - 10, y + 4, name, "name", "end"))
+            self._marks.append(text_mark(self._left - 10, y + 4, name, "name", "end"))
         return self
 
     def beside(self, y: float, text: str) -> Chart:
         """Adds text to the right of the plot."""
-        self._marks.append(_text(self._right + 10, self.at(0, y)[1] + 4, text, "strong", "start"))
+        self._marks.append(text_mark(self._right + 10, self.at(0, y)[1] + 4, text, "strong", "start"))
         return self
 
     def bar(self, x0: float, x1: float, y: float, kind: str, tip: str) -> Chart:
@@ -95,7 +95,7 @@ class Chart:
     def text(self, x: float, y: float, text: str, kind: str = "tick", anchor: str = "middle", dy: float = 0) -> Chart:
         """Adds text `dy` pixels below a point."""
         px, py = self.at(x, y)
-        self._marks.append(_text(px, py + dy, text, kind, anchor))
+        self._marks.append(text_mark(px, py + dy, text, kind, anchor))
         return self
 
     def svg(self) -> str:
@@ -135,5 +135,6 @@ def _line(x0: float, y0: float, x1: float, y1: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"/>'
 
 
-def _text(x: float, y: float, text: str, kind: str, anchor: str, more: str = "") -> str:
+def text_mark(x: float, y: float, text: str, kind: str, anchor: str, more: str = "") -> str:
+    """Returns a text whose baseline starts, is centred or ends at a point; `more`: further attributes."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{escape(text)}</text>'

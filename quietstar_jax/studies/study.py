@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quietstar_jax.config import Config
-from quietstar_jax.config_file import call_function, is_file, read_config
+from quietstar_jax.config_file import call_function, find_file, read_config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.settings import LARGEST_INTEGER, shown
 from quietstar_jax.thoughts.flops import phase_flops
@@ -29,6 +29,7 @@ class Study:
       baseline: the variant that the others are compared with.
       seeds: a paired test needs at least two, and preferably more.
       metrics: names in `summary.json`.
+      fronts: pairs of metrics that the page of the study draws against each other, the first on the horizontal axis.
     """
 
     base: str
@@ -36,6 +37,7 @@ class Study:
     baseline: str
     seeds: tuple[int, ...] = (0, 1, 2)
     metrics: tuple[str, ...] = ("loss_without_thoughts", "loss_with_thoughts")
+    fronts: tuple[tuple[str, str], ...] = ()
 
 
 def load_study(path: str) -> Study:
@@ -62,16 +64,23 @@ def _problems(study: Study) -> Iterator[str]:
             yield f"a variant is named {shown(name)}; it must be letters, digits, points, dashes (it names a folder)"
     if study.baseline not in tuple(variants):
         yield f"the baseline {shown(study.baseline)} is not one of the variants {', '.join(map(str, variants))}"
-    if not isinstance(study.base, str) or not is_file(study.base):
+    if not isinstance(study.base, str) or not find_file(study.base, "get_config"):
         yield f"base is {shown(study.base)}; it must be a configuration file"
     if not _are(study.seeds, int) or not all(0 <= seed <= LARGEST_INTEGER for seed in study.seeds):
         yield f"seeds is {shown(study.seeds)}; it must be a list of at least one whole number, 0 or more"
     if not _are(study.metrics, str):
         yield f"metrics is {shown(study.metrics)}; it must be a list of at least one name in summary.json"
+    elif not _are_pairs(study.fronts, study.metrics):
+        yield f"fronts is {shown(study.fronts)}; it must be a list of pairs of names in metrics"
 
 
 def _are(values: Any, kind: type) -> bool:
     return isinstance(values, tuple | list) and bool(values) and all(type(value) is kind for value in values)
+
+
+def _are_pairs(values: Any, names: Any) -> bool:
+    pairs = values if isinstance(values, tuple | list) else (None,)
+    return all(isinstance(pair, tuple | list) and len(pair) == 2 and set(pair) <= set(names) for pair in pairs)
 
 
 def settings(study: Study, variant: str, seed: int, workdir: Path) -> dict[str, Any]:
@@ -115,3 +124,22 @@ def steps_of_equal_flops(base: str, variant: Mapping[str, Any], phase: int) -> i
 
     once = costs({**variant, f"phases[{phase}].steps": 1})
     return math.ceil((sum(costs({})) - sum(once)) / once[phase]) + 1
+
+
+def controls(base: str, plain: Mapping[str, Any], phase: int) -> dict[str, dict[str, Any]]:
+    """Returns the variants that every study of thoughts compares with: no thoughts, or others in their place.
+
+    Args:
+      base: configuration file; plain: settings that make its phases with thoughts plain language modelling; phase:
+        index of the phase that plain training lengthens until it costs as many FLOPs.
+
+    Raises:
+      ConfigError: as from `steps_of_equal_flops`.
+    """
+    return {
+        "plain_equal_tokens": dict(plain),
+        "plain_equal_flops": {**plain, f"phases[{phase}].steps": steps_of_equal_flops(base, plain, phase)},
+        "pause_tokens": {"thought.control": "pause"},
+        "random_thoughts": {"thought.control": "random"},
+        "shuffled_thoughts": {"thought.control": "shuffled"},
+    }

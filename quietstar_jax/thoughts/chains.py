@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.decoder import Decoder, KeyValues, LayerWeights, run_layers
-from quietstar_jax.thoughts.attention.chain_attention import attend_chains, to_chain_layout
+from quietstar_jax.thoughts.attention.chain_attention import attend_chains, attend_step, to_chain_layout
 from quietstar_jax.thoughts.attention.mask import ChainMask
 from quietstar_jax.thoughts.text import here_and_ahead
 
@@ -47,11 +48,13 @@ def _first(starts: jax.Array | None, positions: jax.Array) -> jax.Array | None:
     return None if starts is None else here_and_ahead(starts, positions, 1)[..., 0]
 
 
-def empty_chains(decoder: Decoder, batch: int, count: int, positions: int, length: int, dtype: jnp.dtype) -> KeyValues:
+def empty_chains(
+    a: Architecture, batch: int, count: int, positions: int, length: int, dtype: jnp.dtype,
+    place: jax.sharding.Sharding | None = None,
+) -> KeyValues:  # fmt: skip
     """Returns zero keys and values [layers, B, G, R, J, length, H], for chains without tokens."""
-    a = decoder.architecture
     shape = (a.num_layers, batch, a.num_kv_heads, count, positions, length, a.head_dim)
-    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return KeyValues(jnp.zeros(shape, dtype, device=place), jnp.zeros(shape, dtype, device=place))
 
 
 def chain_step(
@@ -70,15 +73,15 @@ def chain_step(
 
     first, cap = _first(starts, positions), decoder.architecture.score_cap
 
-    def attend_step(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, state: Any) -> Any:
-        base, written = state
-        written = KeyValues(
-            jax.lax.dynamic_update_slice_in_dim(written.keys, to_chain_layout(k), offset, axis=4),
-            jax.lax.dynamic_update_slice_in_dim(written.values, to_chain_layout(v), offset, axis=4),
-        )
+    def attend_token(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array, state: Any) -> Any:
+        (base, layer), new = state, KeyValues(to_chain_layout(k), to_chain_layout(v))
         seen = ChainMask(mask, positions, offset[None], window, first)
-        return attend_chains(q, base.keys, base.values, *written, seen, prefix_attention, cap), written
+        return attend_step(q, base.keys, base.values, *chain_kv, layer, *new, seen, prefix_attention, cap), new
 
-    rotary = positions[..., None, :, None] + 1 + offset
-    hidden, chain_kv, _ = run_layers(decoder, embeddings[..., None, :], rotary, attend_step, (prefix, chain_kv))
-    return hidden[..., 0, :], chain_kv
+    rotary, layers = positions[..., None, :, None] + 1 + offset, jnp.arange(decoder.architecture.num_layers)
+    hidden, new, _ = run_layers(decoder, embeddings[..., None, :], rotary, attend_token, (prefix, layers))
+    # One write for all layers, after they have run: in a loop over tokens, XLA updates the array in place.
+    written = (
+        jax.lax.dynamic_update_slice_in_dim(x, token, offset, axis=5) for x, token in zip(chain_kv, new, strict=True)
+    )
+    return hidden[..., 0, :], KeyValues(*written)

@@ -27,6 +27,7 @@ PAST_THE_TEXT = 2**30  # position that fills incomplete chunks; no text is this 
 # and one for intermediate results. Compiled for a CPU, scoring has 2.0 per thought token, and 3.3 to 4.8 per token
 # ahead, which has two distributions: without and with the thought. Sampling has 4.0 there, and is counted with 3 too.
 LOGITS_ALIVE = 3
+TOKEN_BLOCK = 64  # thought tokens of a chain whose logits exist at a time, see `score.score_actions`
 
 
 def chunk_starts(count: int, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -170,6 +171,12 @@ def _on_local_positions(fn: Callable[..., Any], out_axes: Any) -> Callable[..., 
     return manual_shard_map(fn, ("position",), ((), (), (), ("positions",)), out_axes)
 
 
+def even_chunk(count: int, most: int) -> int:
+    """Returns the smallest chunk that divides `count` positions into as few chunks as chunks of `most` do."""
+    count = -(-count // num_shards("positions"))
+    return -(-count // -(-count // most))
+
+
 def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSettings, batch: int, length: int) -> int:
     """Returns how many positions fit the memory budget `ThoughtConfig.chunk_megabytes` on each device of the mesh.
 
@@ -182,7 +189,7 @@ def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSetting
     Returns:
       A divisor of the number of thinking positions per device if one is close to the limit, so that chunks are full.
     """
-    config, keys = settings.config, min(KEY_BLOCK, length)
+    config, keys = settings.config, min(KEY_BLOCK, max(length, settings.chain_length))
     batch, thinking = (
         -(-batch // num_shards("batch")),
         -(-settings.thinking_positions(length) // num_shards("positions")),
@@ -203,7 +210,7 @@ def max_positions_per_chunk(architecture: Architecture, settings: ThoughtSetting
     # Every layer saves its input [D]; with `rematerialize`, only one layer at a time has the rest.
     layers = 1 if settings.rematerialize else a.num_layers
     per_token = a.num_layers * a.hidden_size * width + layers * results + again
-    logits = LOGITS_ALIVE * 4 * vocab * (settings.thought_length + 2 * settings.tokens_ahead)
+    logits = LOGITS_ALIVE * 4 * vocab * (min(settings.thought_length, TOKEN_BLOCK) + 2 * settings.tokens_ahead)
     return _fitting(settings, batch * settings.num_thoughts * (settings.chain_length * per_token + logits), thinking)
 
 

@@ -7,6 +7,9 @@
 | `random` | tokens drawn uniformly from the vocabulary: content without meaning |
 | `shuffled` | the sampled thought of an earlier position of the same document: meaning in the wrong place |
 
+Where the model samples the end of thoughts, `random` has the length of the thought that it replaces, `shuffled` that of
+the earlier thought, and `pause` is refused: nothing would train its ends.
+
 Controls apply both in training and in evaluation; everything else is unchanged. No control depends on a later token: a
 thought of a later position would have seen the tokens that are predicted.
 """
@@ -52,15 +55,19 @@ def sample_or_control(
       positions: [J] or [B, J], see `positions.choose`.
       greedy: use the most likely tokens instead of drawn ones.
     """
-    control = settings.config.control
+    control, replacement = settings.config.control, None
     if control == "pause":
-        return _uniform_thoughts(jnp.full(uniforms.tokens.shape, settings.pause_id, jnp.int32), 1)
+        replacement = _uniform_thoughts(jnp.full(uniforms.tokens.shape, settings.pause_id, jnp.int32), 1)
     if control == "random":
         vocab_size = model.decoder.architecture.vocab_size
         drawn = random_tokens(uniforms.tokens, vocab_size, settings.meta_tokens)
-        return _uniform_thoughts(drawn, vocab_size - len(set(settings.meta_tokens)))
+        replacement = _uniform_thoughts(drawn, vocab_size - len(set(settings.meta_tokens)))
+    if replacement is not None and not settings.samples_end:
+        return replacement
     tokens = None if greedy else uniforms.tokens
     thoughts = sample_thoughts(model, text, positions, tokens, settings, positions_per_chunk)
+    if replacement is not None:  # with the lengths, and the figures of the ends, of the sampled thoughts
+        return jax.tree.map(lambda new, x: jnp.where(thoughts.tokens >= 0, new, x), replacement, thoughts)
     if control == "shuffled":
         mask, starts = jax.tree.map(lambda x: here_and_ahead(x, positions, 1)[..., 0], (text.mask, text.starts))
         source = earlier_places(uniforms.places, mask, starts)

@@ -1,7 +1,8 @@
 """FLOPs of a training step, from formulas; a multiplication with its addition counts as two FLOPs.
 
 The count covers the matrix products that the algorithm needs at all positions that think, each once: only the causal
-half of attention, no padding of chunks, no recomputation. Sliding windows are not subtracted.
+half of attention, no padding of chunks, no recomputation. Sliding windows are not subtracted. Where the model samples
+the end of thoughts, the count is an upper bound: that of thoughts that all have T tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from quietstar_jax.config import Config
 from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.models.adapters import MAPS
 from quietstar_jax.thought_config import Phase, RateScales
+from quietstar_jax.thoughts.chunks import TOKEN_BLOCK
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, phase_settings
 
 EVERYTHING_LEARNS = RateScales()
@@ -23,10 +25,11 @@ class Flops(NamedTuple):
 
     Attributes:
       base: forward pass over the text with its LM head; sampling: T steps of every chain with their LM head.
-      scoring: chains of the forward scoring pass; scoring_heads: LM and mixing heads on them, and the LM head on the
-        text that distillation teaches.
+      scoring: chains of the forward scoring pass; scoring_heads: LM and mixing heads on them, the LM head on the text
+        for distillation, and the thinking gate.
       backward: gradients of base and scoring; twice their forward pass if all weights learn.
-      recomputation: matrix products that `model.rematerialize` computes twice; not needed by the algorithm.
+      recomputation: matrix products that `model.rematerialize` computes twice, and the LM head on thoughts that are
+        scored in blocks; not needed by the algorithm.
       rewarding: text, chains and heads once more, where advantages depend on all rewards of the batch.
       reference: text, chains and LM head under the reference, for the KL divergence.
     """
@@ -61,9 +64,9 @@ def decoder_flops(a: Architecture, keys: float, adapters: Adapters = NO_ADAPTERS
     return a.num_layers * (projections + feed_forward + 4 * width * keys) + adapter_flops(a, adapters)
 
 
-def phase_flops(config: Config, phase: Phase) -> float:
-    """Necessary FLOPs of all steps of a phase, in a run that starts from `model.architecture`."""
-    a, length = config.model.architecture, config.data.sequence_length
+def phase_flops(config: Config, phase: Phase, architecture: Architecture | None = None) -> float:
+    """Necessary FLOPs of all steps of a phase; `architecture`: None = `model.architecture`."""
+    a, length = architecture or config.model.architecture, config.data.sequence_length
     settings = phase_settings(config, phase, Vocabulary(0, (), (), ()))  # FLOPs depend on no id
     step = step_flops(a, settings, phase.batch_size, length, phase.rates, config.model.adapters)
     return phase.steps * step.necessary
@@ -101,24 +104,27 @@ def step_flops(
         to_weights = texts * to_second_operands(prefix) + (texts * head if adapters.maps == "none" else 0.0)
         return Flops(base, 0.0, 0.0, 0.0, base + to_weights, recomputation)
     c = settings.chain_length
+    choice = head + (2.0 * a.hidden_size if settings.samples_end else 0.0)  # of a token, or of the end
     sampling = 0.0
-    if settings.config.control in ("none", "shuffled"):
-        sampling = chains * settings.thought_length * (decoder(prefix + (settings.thought_length + 1) / 2) + head)
+    if settings.samples_end or settings.config.control in ("none", "shuffled"):
+        sampling = chains * settings.thought_length * (decoder(prefix + (settings.thought_length + 1) / 2) + choice)
     scoring = chains * c * decoder(prefix + (c + 1) / 2)
     mixing = 2.0 * a.hidden_size * (2 * a.hidden_size + 1)  # without the half on the text, which all thoughts share
     mixing = chains * settings.tokens_ahead * mixing + thinking * 2.0 * a.hidden_size**2
     mixing = mixing if MIXINGS[settings.config.mixing].traits["head"] else 0.0
-    thought_heads = chains * settings.thought_length * head
+    thought_heads = chains * settings.thought_length * choice
     talk_heads = chains * settings.tokens_ahead * head + mixing
     heads = talk_heads + (thought_heads if settings.reinforced else 0.0)
+    again = thought_heads if settings.reinforced and settings.thought_length > TOKEN_BLOCK else 0.0
     distillation = thinking * head if settings.distill_weight else 0.0
+    gate = thinking * 2.0 * a.hidden_size if settings.config.gate else 0.0
     rewarding = reference = 0.0
     if settings.needs_batch_rewards:
         rewarding = base + scoring + talk_heads + (thought_heads if settings.config.kl_in_reward else 0.0)
     if settings.needs_reference:
-        chain_tokens = chains * c * decoder_flops(a, prefix + (c + 1) / 2)
-        reference = texts * decoder_flops(a, prefix) + chain_tokens + thought_heads  # without adapters
-    to_weights = mixing if rates.mixing_head else 0.0
+        reference = texts * decoder(prefix) + scoring + thought_heads
+    way = mixing if rates.mixing_head else 0.0
+    to_weights = way + (gate if rates.gate else 0.0)  # the gate's input has no gradient
     recomputation = 0.0
     if rates.move_decoder(adapters):
         way = base + scoring + heads + distillation
@@ -128,9 +134,7 @@ def step_flops(
         recomputation = texts * decoder(prefix) + scoring
     elif rates.thought_embeddings:
         way, recomputation = scoring + heads, scoring
-    else:
-        way = to_weights
     return Flops(
-        base, sampling, scoring, heads + distillation, way + to_weights,
-        recomputation if settings.rematerialize else 0.0, rewarding, reference,
+        base, sampling, scoring, heads + distillation + gate, way + to_weights,
+        (recomputation if settings.rematerialize else 0.0) + again, rewarding, reference,
     )  # fmt: skip

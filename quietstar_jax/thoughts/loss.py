@@ -25,6 +25,8 @@ from quietstar_jax.models.decoder import KEY_VALUE_AXES, KeyValues, LayerWeights
 from quietstar_jax.models.parameters import merge, split
 from quietstar_jax.thoughts.chunks import map_chunks, sum_chunks, take_chunk, take_positions
 from quietstar_jax.thoughts.diagnostics import distinct_thoughts, entropy_histogram
+from quietstar_jax.thoughts.ending import actions, length_metrics, mean_over_actions, thought_lengths
+from quietstar_jax.thoughts.gate import gate_logits, gate_loss, gate_targets, mean_gain
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.objective import (
     Counts,
@@ -129,8 +131,11 @@ def quiet_star_loss(
     loss = settings.config.base_loss_weight * base_loss + thought_loss
     counted = real_ahead(mask, positions, 1, starts)[..., 0]
     distinct = distinct_thoughts(thoughts.tokens, counted).sum() / (settings.num_thoughts * counts.targets[0])
-    histogram = entropy_histogram(thoughts.entropy.mean(axis=(1, 3)), counted, model.decoder.architecture.vocab_size)
+    acts = actions(thoughts.tokens, settings)
+    spread = thoughts.entropy.mean(axis=(1, 3)) if acts is None else mean_over_actions(thoughts.entropy, acts).mean(1)
+    histogram = entropy_histogram(spread, counted, model.decoder.architecture.vocab_size)
     metrics |= {"unique_thought_rate": distinct, "entropy_histogram": histogram}
+    metrics |= length_metrics(thoughts.tokens, counted) if settings.samples_end else {}
     return loss, {"loss": loss, "base_loss": base_loss, **metrics}
 
 
@@ -203,6 +208,9 @@ def _rewards(
     if config.kl_in_reward and thoughts.reference_log_probs is not None:  # absent where thoughts are not trained
         ratio = (scores.log_probs - thoughts.reference_log_probs).sum(axis=-1)
         reward = jnp.where(real[:, None, :, 0], reward - config.kl_in_reward * jax.lax.stop_gradient(ratio), 0.0)
+    if settings.samples_end:
+        cost = config.length_penalty * thought_lengths(thoughts.tokens).astype(jnp.float32)
+        reward = jnp.where(real[:, None, :, 0], reward - cost, 0.0)
     rewarded = _rewarded(text, positions, settings)[..., None, :]  # [1, J] or [B, 1, J], against [B, R, J]
     return jnp.where(rewarded, reward, 0.0), real
 
@@ -224,6 +232,8 @@ def _chunk_loss(
     def mean_where(where: jax.Array, x: jax.Array, total: jax.Array) -> jax.Array:
         return jnp.where(where, x, 0.0).sum() / (x.shape[1] * total)
 
+    acts = actions(thoughts.tokens, settings)
+
     talk = talk_loss(scores.nll, counts, reduction=config.talk_reduction)
     loss, metrics = config.talk_weight * talk, {"talk_loss": talk}
     if settings.reinforced:
@@ -234,21 +244,21 @@ def _chunk_loss(
         limits = {"clip_epsilon": config.clip_epsilon, "importance_cap": config.importance_cap}
         terms = policy_terms(advantage, scores.log_probs, thoughts.log_probs, **limits)
         longest = settings.longest_thought or settings.thought_length
-        policy = policy_loss(terms, counts, reduction=config.policy_reduction, longest=longest)
+        policy = policy_loss(terms, counts, reduction=config.policy_reduction, longest=longest, acts=acts)
         loss, metrics = loss + settings.policy_weight * policy, metrics | {"policy_loss": policy}
         if thoughts.log_probs is not None:
             metrics |= {
-                name: mean_where(scored, x.mean(axis=-1), counts.scored)
+                name: mean_where(scored, mean_over_actions(x, acts), counts.scored)
                 for name, x in ratio_metrics(advantage, scores.log_probs, thoughts.log_probs, **limits).items()
             }
         if scores.entropy is not None:
-            bonus = mean_where(scored, scores.entropy.mean(axis=-1), counts.scored)
+            bonus = mean_where(scored, mean_over_actions(scores.entropy, acts), counts.scored)
             loss, metrics = loss - entropy_bonus * bonus, metrics | {"policy_entropy": bonus}
         if thoughts.reference_log_probs is not None:
             # Masked before the exponential: 0 times the gradient of an overflow would be NaN.
             own = scores.log_probs if config.kl_weight else jax.lax.stop_gradient(scores.log_probs)
             reference = jnp.where(scored[..., None], thoughts.reference_log_probs, jax.lax.stop_gradient(own))
-            kl = mean_where(scored, kl_terms(own, reference).mean(axis=-1), counts.scored)
+            kl = mean_where(scored, mean_over_actions(kl_terms(own, reference), acts), counts.scored)
             loss, metrics = loss + config.kl_weight * kl, metrics | {"kl": kl}
     if settings.distill_weight:
         # The text's own logits, computed once more for the chunk, so that the gradient reaches the base pass.
@@ -257,12 +267,25 @@ def _chunk_loss(
         distill = mean_where(first, divergence, counts.targets[0])
         loss, metrics = loss + settings.distill_weight * distill, metrics | {"distillation_loss": distill}
 
+    if model.gate is not None:
+        base_nll = jnp.where(real, here_and_ahead(text.nll, positions, ahead), 0.0)
+        hidden = here_and_ahead(text.hidden, positions, 1)[..., 0, :]
+        logits = gate_logits(model.gate, hidden, config.gate_prices)
+        pays = gate_targets(mean_gain(base_nll, scores.nll, config.gate_tokens_ahead), config.gate_prices)
+        gate = {
+            "gate_loss": gate_loss(logits, pays),
+            "gate_rate": (logits > 0).mean(axis=-1),
+            "gate_target_rate": pays.mean(axis=-1),
+        }
+        metrics |= {name: mean_where(first, x[:, None], counts.targets[0]) for name, x in gate.items()}
+        loss = loss + metrics["gate_loss"]
+
     spread = reward.std(axis=1, ddof=1, keepdims=True) if count > 1 else jnp.zeros_like(reward)
     metrics |= {
         "reward": reward.sum() / (count * counts.rewarded),
         "reward_std": mean_where(scored, spread, counts.scored),
         "mixing_weight": mean_where(first, scores.weight[..., 0], counts.targets[0]),
-        "entropy": mean_where(first, thoughts.entropy.mean(axis=-1), counts.targets[0]),
+        "entropy": mean_where(first, mean_over_actions(thoughts.entropy, acts), counts.targets[0]),
     }
     if count > 1:
         unit = 1.0 if REWARDS[config.reward].traits["nats"] else jnp.abs(reward).max(axis=1, keepdims=True)

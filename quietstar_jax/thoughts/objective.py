@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from quietstar_jax.methods.advantages import ADVANTAGES, EPSILON
 from quietstar_jax.methods.rewards import REWARDS
+from quietstar_jax.thoughts.ending import mean_over_actions
 from quietstar_jax.thoughts.text import real_ahead
 
 
@@ -202,25 +203,30 @@ def ratio_metrics(
     return metrics
 
 
-def reduce_tokens(values: jax.Array, reduction: str, longest: int) -> jax.Array:
+def reduce_tokens(values: jax.Array, reduction: str, longest: int, acts: jax.Array | None = None) -> jax.Array:
     """Reduces values [..., T] over the tokens of a thought.
 
     Args:
       reduction: `mean` (published code), `sum` (paper), or `sum_over_max` (Dr. GRPO), the sum divided by `longest`, so
         that a token has the same weight in phases with different thought lengths.
       longest: largest thought length of this phase and those before it.
+      acts: see `ending.actions`; the mean is over the actions of each thought, and others do not count.
     """
-    total = values.sum(axis=-1)
-    return total if reduction == "sum" else total / (values.shape[-1] if reduction == "mean" else longest)
+    if reduction == "mean":
+        return mean_over_actions(values, acts)
+    total = (values if acts is None else jnp.where(acts, values, 0.0)).sum(axis=-1)
+    return total if reduction == "sum" else total / longest
 
 
-def policy_loss(terms: jax.Array, counts: Counts, *, reduction: str, longest: int = 1) -> jax.Array:
+def policy_loss(
+    terms: jax.Array, counts: Counts, *, reduction: str, longest: int = 1, acts: jax.Array | None = None
+) -> jax.Array:
     """Returns the REINFORCE loss: minus the mean over thoughts and positions of the reduced terms [B, R, J, T].
 
     The terms must be 0 at positions without a reward; see `policy_terms` and `reduce_tokens`.
     """
     chex.assert_rank(terms, 4)
-    return -reduce_tokens(terms, reduction, longest).sum() / (terms.shape[1] * counts.rewarded)
+    return -reduce_tokens(terms, reduction, longest, acts).sum() / (terms.shape[1] * counts.rewarded)
 
 
 def kl_terms(log_probs: jax.Array, reference: jax.Array) -> jax.Array:

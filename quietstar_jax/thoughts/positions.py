@@ -1,4 +1,4 @@
-"""Chooses the positions that think: all, or a fraction of each text at a fraction of the cost.
+"""Chooses the positions that think: all, or some of each text at a fraction of the cost.
 
 Except for `all`, the choice is among positions whose K true tokens are real.
 
@@ -8,6 +8,8 @@ Except for `all`, the choice is among positions whose K true tokens are real.
 | `stride` | every n-th, n = 1 / `position_fraction`, from a random offset per sequence and step |
 | `random` | a random choice per sequence and step |
 | `entropy` | where the prediction without a thought is least certain: thoughts help at few tokens (paper section 5) |
+
+`random` and `entropy` choose the fraction `position_fraction` of each sequence, or `positions_per_sequence` positions.
 
 Training chooses a fixed number of positions, so that its shapes do not depend on the text. Evaluation and generation
 decide at each position by itself; the similar policies of `methods/thinking.py` are `always`, `every`, `random` and
@@ -66,6 +68,8 @@ def count_chosen(
     count = candidates(mask, draws, settings, starts).sum(axis=1)
     if settings.config.positions == "stride":
         return count
+    if settings.config.positions_per_sequence:
+        return jnp.minimum(count, settings.thinking_positions(mask.shape[1]))
     chosen = jnp.ceil(settings.config.position_fraction * count.astype(jnp.float32) - 1e-4).astype(jnp.int32)
     return jnp.minimum(chosen, settings.thinking_positions(mask.shape[1]))
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import jax
 
-from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.thoughts.chunks import map_chunks
 from quietstar_jax.thoughts.model import QuietStar
-from quietstar_jax.thoughts.sample import mask_meta_tokens
-from quietstar_jax.thoughts.score import chain_hidden_states
+from quietstar_jax.thoughts.score import chain_hidden_states, score_actions
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, read_text
 
@@ -33,7 +31,6 @@ def reference_log_probs(
     def chunk(read: tuple[QuietStar, Text], positions: jax.Array, thoughts: jax.Array) -> jax.Array:
         model, text = read
         hidden = chain_hidden_states(model, text, positions, thoughts, settings)[0]
-        logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
-        return -cross_entropy(logits / settings.config.score_temperature, thoughts)
+        return score_actions(model, hidden, thoughts, settings)[0]
 
     return map_chunks(chunk, (model, text), positions, positions_per_chunk, thoughts, axis=2)

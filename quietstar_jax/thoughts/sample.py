@@ -1,16 +1,20 @@
-"""Think: samples thoughts at all positions in parallel, without gradients (paper section 4.2)."""
+"""Think: samples thoughts at all positions in parallel, without gradients (paper section 4.2).
+
+Where the model samples the end of a thought (see `ending`), sampling stops when all thoughts of a chunk have ended.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from quietstar_jax.models.linear import cross_entropy
-from quietstar_jax.parallel.axes import constrain
+from quietstar_jax.parallel.axes import constrain, on_all_devices
 from quietstar_jax.thoughts.chains import chain_step, empty_chains
-from quietstar_jax.thoughts.chunks import map_chunks
+from quietstar_jax.thoughts.chunks import PAST_THE_TEXT, map_chunks
+from quietstar_jax.thoughts.ending import ENDED, action_entropy, draw_end, end_logits
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, entropy
@@ -20,7 +24,8 @@ class Thoughts(NamedTuple):
     """Sampled thoughts of J positions.
 
     Attributes:
-      tokens: [B, R, J, T] int32.
+      tokens: [B, R, J, T] int32; `ending.ENDED` after the end of a thought of fewer tokens. The other fields then have
+        an entry for the end too, and are 0 after it.
       entropy: [B, R, J, T] float32 nats, of the distribution that each token was drawn from.
       log_probs: [B, R, J, T] float32, log-probability of each token under that distribution; None if not known.
       reference_log_probs: [B, R, J, T] float32, log-probability of each token under the reference model at the
@@ -61,7 +66,7 @@ def _sample_chunk(
     batch, count, length = text.tokens.shape[0], settings.num_thoughts, settings.thought_length
     start, _ = model.start_and_end(settings)
     shape = (batch, count, positions.shape[-1], start.size)
-    chain_kv = empty_chains(model.decoder, *shape[:3], length, settings.dtype)
+    chain_kv = empty_chains(model.decoder.architecture, *shape[:3], length, settings.dtype)
 
     def step(carry, inputs):
         embeddings, chain_kv = carry
@@ -72,13 +77,47 @@ def _sample_chunk(
         )  # fmt: skip
         logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
         logits = constrain(logits / settings.config.sampling_temperature, "batch", ..., None)  # whole where drawn from
+        if settings.samples_end:
+            end = end_logits(model.end_head, hidden) / settings.config.sampling_temperature
+            ends, draws = draw_end(end, draws)
         tokens = jnp.argmax(logits, axis=-1) if draws is None else draw_tokens(logits, draws)
-        thought = Thoughts(tokens, entropy(logits), -cross_entropy(logits, tokens))
-        return (model.decoder.embed(tokens, settings.dtype), chain_kv), thought
+        following = model.decoder.embed(tokens, settings.dtype)
+        spread, log_probs = entropy(logits), -cross_entropy(logits, tokens)
+        if settings.samples_end:
+            tokens, spread = jnp.where(ends, ENDED, tokens).astype(jnp.int32), action_entropy(spread, end)
+            log_probs = jnp.where(ends, jax.nn.log_sigmoid(end), log_probs + jax.nn.log_sigmoid(-end))
+        return (following, chain_kv), Thoughts(tokens, spread, log_probs)
 
+    first = jnp.broadcast_to(start, shape), chain_kv
     draws = None if uniforms is None else jnp.moveaxis(uniforms, -1, 0)
-    _, thoughts = jax.lax.scan(step, (jnp.broadcast_to(start, shape), chain_kv), (jnp.arange(length), draws))
+    if settings.samples_end:
+        ended = jnp.broadcast_to(positions[..., None, :] == PAST_THE_TEXT, shape[:3])
+        thoughts = _until_all_end(step, first, draws, ended, length)
+    else:
+        _, thoughts = jax.lax.scan(step, first, (jnp.arange(length), draws))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), thoughts)
+
+
+def _until_all_end(step: Any, first: Any, draws: jax.Array | None, ended: jax.Array, length: int) -> Thoughts:
+    """Runs up to T steps, as `jax.lax.scan` would, and stops when all thoughts have ended; returns arrays [T, ...].
+
+    Args:
+      draws: [T, B, R, J]; ended: [B, R, J] bool, thoughts without any token, whose results are not used.
+    """
+    zeros = jnp.zeros((length, *ended.shape), jnp.float32)
+    nothing = Thoughts(jnp.full(zeros.shape, ENDED, jnp.int32), zeros, zeros)
+
+    def body(carry: tuple) -> tuple:
+        i, _, ended, state, thoughts = carry
+        state, new = step(state, (i, None if draws is None else draws[i]))
+        here = jax.tree.map(lambda blank, x: jnp.where(ended, blank[i], x), nothing, new)
+        ended = ended | (new.tokens == ENDED)
+        thoughts = jax.tree.map(lambda x, now: x.at[i].set(now), thoughts, here)
+        return i + 1, on_all_devices(ended.all()), ended, state, thoughts
+
+    carry = jnp.int32(0), jnp.bool_(False), ended, first, nothing
+    thoughts: Thoughts = jax.lax.while_loop(lambda carry: (carry[0] < length) & ~carry[1], body, carry)[-1]
+    return thoughts
 
 
 def mask_meta_tokens(logits: jax.Array, meta_tokens: tuple[int, ...]) -> jax.Array:

@@ -9,13 +9,17 @@ The chain of position j with T = 3 thought tokens and K = 2 tokens ahead has C =
     talk_hidden                                       ■       ■       c > T
     base_hidden, at                                   x[j]    x[j+1]  text.hidden[j+k], k = 0 .. K - 1
 
-The output at t_T is not used: a thought always has T tokens, and `end` follows.
+The output at t_T is not used: a thought has T tokens at most, and `end` follows. Where the model samples the end (see
+`ending`), the outputs at start, t_1 .. t_n also give its log-probability, and a chain of n < T tokens has its `end` and
+true tokens in the slots n + 1 .. n + K; the slots after them are not used.
+
 Axis letters: B batch, R thoughts per position, J positions, K tokens ahead, T thought tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +28,8 @@ from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.models.decoder import LayerWeights
 from quietstar_jax.models.linear import cross_entropy, pick
 from quietstar_jax.thoughts.chains import chain_pass
+from quietstar_jax.thoughts.chunks import TOKEN_BLOCK
+from quietstar_jax.thoughts.ending import action_entropy, action_log_probs, chain_ids, end_logits, thought_lengths
 from quietstar_jax.thoughts.mixing import mixing_weight
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import mask_meta_tokens
@@ -37,7 +43,8 @@ class Scores(NamedTuple):
     Attributes:
       nll: [B, R, J, K] cross-entropy of x[j+1+k] with the thought; 0 where `real_ahead` is False; exactly the
         cross-entropy without the thought where the mixing weight is exactly 0.
-      log_probs: [B, R, J, T] log-probability of each thought token at the score temperature.
+      log_probs: [B, R, J, T] log-probability of each thought token at the score temperature; with sampled ends, of each
+        action, see `ending.action_log_probs`.
       weight: [B, R, J, K] mixing weight.
       log_scores: [B, R, J, K, V] scores of every token at x[j+1+k], as from `mix`.
       layers: the weights of the decoder's layers, as from `run_layers`.
@@ -66,9 +73,7 @@ def score_thoughts(
     """
     chains = chain_hidden_states(model, text, positions, thoughts, settings, hide_text=hide_text)
     thought_hidden, talk_hidden, layers = chains
-    # log_probs: the logits [B, R, J, T, V] have the same mask as in sampling, but the temperature of scoring.
-    logits = mask_meta_tokens(model.decoder.logits(thought_hidden), settings.meta_tokens)
-    log_probs = -cross_entropy(logits / settings.config.score_temperature, thoughts)
+    log_probs, spread = score_actions(model, thought_hidden, thoughts, settings, with_entropy=with_entropy)
 
     # nll: log_scores [B, R, J, K, V] at the targets x[j+1+k], [B, J, K] in the text, the same for all R thoughts.
     ahead = settings.tokens_ahead
@@ -86,8 +91,53 @@ def score_thoughts(
         base_nll = here_and_ahead(text.nll, positions, ahead)
     nll += jax.lax.stop_gradient(jnp.where(weight == 0, base_nll[:, None] - nll, 0.0))
     real = real_ahead(text.mask, positions, ahead, text.starts)[:, None]
-    spread = entropy(logits) if with_entropy else None
     return Scores(jnp.where(real, nll, 0.0), log_probs, weight, log_scores, layers, spread)
+
+
+def score_actions(
+    model: QuietStar, hidden: jax.Array, thoughts: jax.Array, settings: ThoughtSettings, *, with_entropy: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns log-probabilities of thought tokens at the score temperature, and entropies at temperature 1 or None.
+
+    Thoughts of more than `TOKEN_BLOCK` tokens are scored block by block, so that the logits of only one block exist;
+    the backward pass computes them again.
+
+    Args:
+      hidden: [B, R, J, T, D] at the tokens before; thoughts: [B, R, J, T].
+
+    Returns:
+      [B, R, J, T] float32 each.
+    """
+    temperature = settings.config.score_temperature
+
+    def score(hidden: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        # The logits [B, R, J, T, V] have the same mask as in sampling, but the temperature of scoring.
+        logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
+        log_probs = -cross_entropy(logits / temperature, tokens)
+        end = end_logits(model.end_head, hidden) if settings.samples_end else None
+        return log_probs, entropy(logits) if with_entropy else None, end
+
+    tokens, length = jnp.maximum(thoughts, 0), thoughts.shape[3]
+    scored = score(hidden, tokens) if length <= TOKEN_BLOCK else _in_blocks(score, hidden, tokens)
+    log_probs, spread, end = scored
+    if end is not None:
+        log_probs = action_log_probs(log_probs, end / temperature, thoughts)
+        spread = None if spread is None else action_entropy(spread, end)
+    return log_probs, spread
+
+
+def _in_blocks(score: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """Returns `score(*arrays)`, [B, R, J, T], from arrays [B, R, J, T, ...], one block of tokens at a time."""
+    length = arrays[0].shape[3]
+    count = -(-length // TOKEN_BLOCK)
+    width = -(-length // count)
+
+    def blocks(x: jax.Array) -> jax.Array:  # [B, R, J, T, ...] -> [count, B, R, J, width, ...], filled up with zeros
+        x = jnp.pad(x, [(0, count * width - length if axis == 3 else 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:3], count, width, *x.shape[4:]), 3, 0)
+
+    scored = jax.lax.map(lambda block: jax.checkpoint(score)(*block), tuple(map(blocks, arrays)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3).reshape(*x.shape[1:4], -1)[..., :length], scored)
 
 
 def mix(model: QuietStar, base_hidden: jax.Array, talk_hidden: jax.Array, mixing: str) -> tuple[jax.Array, jax.Array]:
@@ -133,12 +183,21 @@ def chain_hidden_states(
     # Teacher forcing: the K - 1 true tokens x[j+1] .. x[j+K-1], [B, J, K - 1] -> [B, R, J, K - 1].
     forced = gather_next_tokens(text.tokens, positions, settings.tokens_ahead - 1, fill=settings.pad_id)
     forced = jnp.broadcast_to(forced[:, None], (batch, count, *forced.shape[1:]))
-    embeddings = jnp.concatenate(  # [B, R, J, C, D], C = 1 + T + 1 + (K - 1)
-        [start, model.decoder.embed(thoughts, dtype), end, model.decoder.embed(forced, dtype)], axis=3
-    )
+    if settings.samples_end:
+        slots, ends = jnp.arange(settings.chain_length), thought_lengths(thoughts)[..., None] + 1
+        embeddings = model.decoder.embed(chain_ids(thoughts, forced), dtype)
+        embeddings = jnp.where((slots == 0)[:, None], start, jnp.where((slots == ends)[..., None], end, embeddings))
+    else:
+        embeddings = jnp.concatenate(  # [B, R, J, C, D], C = 1 + T + 1 + (K - 1)
+            [start, model.decoder.embed(thoughts, dtype), end, model.decoder.embed(forced, dtype)], axis=3
+        )
     mask = jnp.zeros_like(text.mask) if hide_text else text.mask
     hidden, layers = chain_pass(
         model.decoder, embeddings, positions, text.prefix, mask, text.starts, rematerialize=settings.rematerialize,
         prefix_attention=settings.prefix_attention,
     )  # fmt: skip
-    return hidden[..., :length, :], hidden[..., length + 1 :, :], layers
+    if settings.samples_end:
+        talk = jnp.take_along_axis(hidden, (ends + jnp.arange(settings.tokens_ahead))[..., None], axis=3)
+    else:
+        talk = hidden[..., length + 1 :, :]
+    return hidden[..., :length, :], talk, layers

@@ -18,7 +18,7 @@ class ThoughtSettings:
     """Shape of the thoughts of one phase, and the constants of REINFORCE.
 
     Attributes:
-      thought_length: T, sampled tokens per thought, without start and end.
+      thought_length: T, sampled tokens per thought, without start and end; the maximum if `samples_end`.
       num_thoughts: R, thoughts per position.
       tokens_ahead: K, true tokens scored after a thought.
       policy_weight: weight of the REINFORCE term in the loss; 0 where it trains nothing.
@@ -66,15 +66,30 @@ class ThoughtSettings:
         return self.reinforced and self.config.needs_reference
 
     @property
+    def samples_end(self) -> bool:
+        """Whether thoughts end when the model samples their end, so that lengths differ; see `thoughts.ending`."""
+        return self.thought_length > 0 and self.config.end == "sampled"
+
+    @property
     def chain_length(self) -> int:
-        """C: start, T sampled tokens, end, K - 1 true tokens."""
+        """C: start, T sampled tokens, end, K - 1 true tokens; slots at the end are unused after a shorter thought."""
         return self.thought_length + 2 + self.tokens_ahead - 1
 
     def thinking_positions(self, length: int) -> int:
         """Returns how many of a text's L positions think; a choice is among those whose K tokens ahead all exist."""
         if self.config.positions == "all":
             return length
-        return max(1, math.ceil(self.config.position_fraction * (length - 1 - self.tokens_ahead)))
+        candidates = length - 1 - self.tokens_ahead
+        count = self.config.positions_per_sequence or math.ceil(self.config.position_fraction * candidates)
+        return max(1, min(count, candidates))
+
+    def drawn_positions(self, length: int) -> int:
+        """Returns for how many positions of a text random numbers are drawn: all L, or only those that think.
+
+        With `positions_per_sequence`, thoughts can be so long that numbers for all L positions would need more memory
+        than the thoughts themselves.
+        """
+        return self.thinking_positions(length) if self.config.positions_per_sequence else length
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -17,19 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from quietstar_jax.methods.mixings import MIXINGS
-from quietstar_jax.methods.thinking import Position, ThinkPolicy, thinks
+from quietstar_jax.methods.thinking import Position, ThinkPolicy, rankings, thinks
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.parallel.axes import constrain
-from quietstar_jax.thoughts.chunks import map_chunks, max_positions_per_chunk, max_sampled_positions_per_chunk
+from quietstar_jax.thoughts.chunks import (
+    even_chunk,
+    map_chunks,
+    max_positions_per_chunk,
+    max_sampled_positions_per_chunk,
+)
 from quietstar_jax.thoughts.controls import Uniforms, sample_or_control
+from quietstar_jax.thoughts.ending import actions, mean_over_actions
+from quietstar_jax.thoughts.gate import predicted_gain
 from quietstar_jax.thoughts.model import QuietStar
-from quietstar_jax.thoughts.perturbations import PERCENTS, PerturbationDraws, changed_tokens, perturb
+from quietstar_jax.thoughts.perturbations import PERCENTS, PerturbationDraws, changed_tokens, perturb, perturb_each
 from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, entropy, gather_next_tokens, here_and_ahead, read_text, real_ahead
-
-DECILES = 10
 
 
 class Prediction(NamedTuple):
@@ -79,10 +84,11 @@ class TokenScores(NamedTuple):
       reward: [B, R, J] increase of the log-likelihood of the next K tokens due to the thought.
       weight: [B, R, J] mixing weight of x[j+1].
       thought_entropy: [B, R, J] mean entropy of the distributions that the thought's tokens were drawn from.
-      thoughts: [B, R, J, T] int32.
+      thoughts: [B, R, J, T] int32, as in `sample.Thoughts`.
       made: [B, R, J] bool, whether the policy of thinking makes the thought; where not, `talk` is `base`, and weight
         and reward are 0. None without a policy.
       use: `ThoughtUse`; None unless requested.
+      rankings: dictionary of [B, 1, J], as from `methods.thinking.rankings`; None unless requested.
     """
 
     real: Any
@@ -95,16 +101,26 @@ class TokenScores(NamedTuple):
     thoughts: Any = None
     made: Any = None
     use: ThoughtUse | None = None
+    rankings: Any = None
 
     @property
     def thinks(self) -> bool:
         """Whether there are thoughts."""
         return self.thoughts is not None and self.thoughts.shape[-1] > 0
 
+    @property
+    def made_thoughts(self) -> np.ndarray:
+        """Which thoughts the policy of thinking makes, in the shape of `weight`, bool."""
+        return np.ones(self.weight.shape, bool) if self.made is None else self.made
+
     def of_text(self, row: int, positions: slice) -> TokenScores:
         """Returns the scores of one text at some of its positions: [J] without thoughts, [R, J] after thoughts."""
         without = jax.tree.map(lambda x: x[row, positions], self[:3])
         return TokenScores(*without, *jax.tree.map(lambda x: x[row, :, positions], self[3:]))
+
+    def of_thoughts(self, which: int | slice) -> TokenScores:
+        """Returns the scores of one text, as from `of_text`, with some of its thoughts; one alone has no axis R."""
+        return TokenScores(*self[:3], *jax.tree.map(lambda x: x[which], self[3:]))
 
     def first_thought(self) -> TokenScores:
         """Returns the scores with the first thought, [B, J] in all fields.
@@ -152,9 +168,12 @@ def ensemble_nll(nll: np.ndarray, axis: int) -> np.ndarray:
 
 
 class Thinking(NamedTuple):
-    """A policy of thinking that chooses, and what it needs of texts [B, L], as in `methods.thinking.Position`."""
+    """A policy of thinking that chooses, and what it needs of texts [B, L], as in `methods.thinking.Position`.
 
-    policy: ThinkPolicy
+    Without a policy, all positions think, and `TokenScores.rankings` are computed.
+    """
+
+    policy: ThinkPolicy | None
     place: jax.Array
     uniform: jax.Array
 
@@ -163,7 +182,7 @@ class UseWanted(NamedTuple):
     """What `score_use` computes in addition to the losses of thoughts alone.
 
     Attributes:
-      kinds: perturbations, of `perturbations.KINDS`.
+      kinds: perturbations, of `thought_config.PERTURBATIONS`.
       draws: random numbers for thoughts at all L positions, [B, R, L, T] each; None if there are no kinds.
     """
 
@@ -225,10 +244,11 @@ def score_use(
     def curve(kind: str) -> tuple[jax.Array, ...]:
         draws = jax.tree.map(lambda x: jnp.take(x, positions, axis=2), wanted.draws)
         size, meta_tokens, found = model.decoder.architecture.vocab_size, settings.meta_tokens, {0: nll}
-        counts = [changed_tokens(length, percent) for percent in PERCENTS]
+        change = perturb_each if settings.samples_end else perturb
+        counts = [percent if settings.samples_end else changed_tokens(length, percent) for percent in PERCENTS]
         for count in counts:
             if count not in found:
-                changed = perturb(thoughts, draws, kind, count, vocab_size=size, meta_tokens=meta_tokens)
+                changed = change(thoughts, draws, kind, count, vocab_size=size, meta_tokens=meta_tokens)
                 found[count] = score(changed, settings)
         return tuple(found[count] for count in counts)
 
@@ -252,7 +272,7 @@ def think(
     def some(first: int, last: int, greedy: bool) -> Thoughts:
         own = jax.tree.map(lambda x: x[:, first:last], uniforms)
         several = dataclasses.replace(settings, num_thoughts=last - first)
-        return sample_or_control(model, text, chosen, own, several, min(largest, chosen.size), greedy=greedy)
+        return sample_or_control(model, text, chosen, own, several, even_chunk(chosen.size, largest), greedy=greedy)
 
     parts = ((0, greedy, True), (greedy, settings.num_thoughts, False))
     thoughts = [some(*part) for part in parts if part[0] < part[1]]
@@ -309,66 +329,29 @@ def score_given_thoughts(
         talk = predict(scores.log_scores[..., 0, :], scores.nll[..., 0], normalized=mixing.traits["log_probs"])
         weight = scores.weight[..., 0]
         reward = (base_nll[:, None] - scores.nll).sum(axis=-1)
-        made = None
+        made = ranked = None
         if thinking is not None:
             place, uniform = (here_and_ahead(x, positions, 1)[:, None, :, 0] for x in of_policy)
-            here = Position(first, without[2], place, uniform)  # [B, 1, J]
-            chosen = thinks(thinking.policy.name, jnp.array(thinking.policy.numbers, jnp.float32), here)
-            made = jnp.broadcast_to(chosen, weight.shape)
-            weight, reward = (jnp.where(made, x, 0.0) for x in (weight, reward))
+            hidden = here_and_ahead(text.hidden, positions, 1)[:, None, :, 0]
+            gain = None if model.gate is None else predicted_gain(model.gate, hidden)
+            here = Position(first, without[2], place, uniform, gain)  # [B, 1, J]
+            if (policy := thinking.policy) is None:
+                ranked = rankings(here)
+            else:
+                chosen = thinks(policy.name, jnp.array(policy.numbers, jnp.float32), here)
+                made = jnp.broadcast_to(chosen, weight.shape)
+                weight, reward = (jnp.where(made, x, 0.0) for x in (weight, reward))
 
         def unless_unmoved(before: jax.Array, after: jax.Array) -> jax.Array:
             # A weight of 0 leaves the prediction unchanged: any difference is rounding.
             return jnp.where(jnp.expand_dims(weight == 0, tuple(range(3, after.ndim))), before, after)
 
         talk = jax.tree.map(unless_unmoved, base, talk)
-        spread = thoughts.entropy.sum(axis=-1) / max(1, thoughts.entropy.shape[-1])  # 0 for an empty thought
-        return TokenScores(*without, talk, reward, weight, spread, thoughts.tokens, made)
+        spread = mean_over_actions(thoughts.entropy, actions(thoughts.tokens, settings))
+        return TokenScores(*without, talk, reward, weight, spread, thoughts.tokens, made, rankings=ranked)
 
     largest = max_positions_per_chunk(model.decoder.architecture, settings, *text.tokens.shape)
-    chunk, operands = min(largest, positions.size), (model, text, candidates, thinking and thinking[1:])
+    chunk, operands = even_chunk(positions.size, largest), (model, text, candidates, thinking and thinking[1:])
     scores = map_chunks(of_chunk, operands, positions, chunk, thoughts, axis=2)
     scores = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), scores)
     return TokenScores(*jax.tree.map(lambda x: x[:, 0], scores[:3]), *scores[3:])
-
-
-def summarize(scores: TokenScores) -> dict[str, Any]:
-    """Returns means over all real tokens: losses in nats per token, rewards in nats, and rates.
-
-    `deciles` has one row per tenth of the tokens, from the lowest to the highest entropy of the prediction without
-    thoughts. Sorting by the loss without thoughts instead would select tokens by the quantity that is compared: any
-    change that only makes predictions less certain, such as a higher temperature, would seem to help the hard tokens.
-
-    Args:
-      scores: numpy arrays, as from `first_thought`.
-    """
-    real = scores.real
-    scores = jax.tree.map(lambda x: x[real], scores)
-    if not len(scores.real):
-        return {"tokens": 0}
-    base, talk, thoughts = scores.base, scores.talk, scores.thoughts
-    rate = {} if scores.made is None else {"thinking_rate": float(scores.made.mean())}
-    order = np.argsort(scores.base_entropy, kind="stable")
-    rows = [
-        {
-            "entropy_without_thoughts": float(scores.base_entropy[part].mean()),
-            "loss_without_thoughts": float(base.nll[part].mean()),
-            "loss_with_thoughts": float(talk.nll[part].mean()),
-            "mixing_weight": float(scores.weight[part].mean()),
-        }
-        for part in np.array_split(order, DECILES)
-        if part.size
-    ]
-    return {
-        "tokens": len(scores.real),
-        "loss_without_thoughts": float(base.nll.mean(dtype=np.float64)),
-        "loss_with_thoughts": float(talk.nll.mean(dtype=np.float64)),
-        "accuracy_without_thoughts": float(base.correct.mean()),
-        "accuracy_with_thoughts": float(talk.correct.mean()),
-        "mixing_weight": float(scores.weight.mean()),
-        "reward": float(scores.reward.mean()),
-        "thought_entropy": float(scores.thought_entropy.mean()),
-        "unique_thought_rate": len(np.unique(thoughts, axis=0)) / len(thoughts) if scores.thinks else 0.0,
-        **rate,
-        "deciles": rows,
-    }

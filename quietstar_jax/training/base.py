@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.checkpoint import manifest
 from quietstar_jax.checkpoint.run_checkpoint import RunCheckpoint, named_run, open_run, run_tokenizer
 from quietstar_jax.config import Config, ModelConfig
-from quietstar_jax.data.fingerprint import fingerprint
-from quietstar_jax.data.sources.files import one_file
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.data.vocabulary import UNUSED
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
+from quietstar_jax.hf.config_json import architecture_from_hf
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.load import build, load_parameters
-from quietstar_jax.hf.names import decoder_entries, quietstar_entries, thought_entries
+from quietstar_jax.hf.names import HEADS, decoder_entries, quietstar_entries, thought_entries
 from quietstar_jax.models.adapters import A, B, is_adapter, learns, merge_adapters
 from quietstar_jax.models.decoder import Decoder
-from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import split, stored_dtype
-from quietstar_jax.thoughts.model import abstract_params, initialize
+from quietstar_jax.thoughts.model import abstract_params, init_quiet_star, initialize
 from quietstar_jax.thoughts.settings import Vocabulary
+from quietstar_jax.training.base_record import Base, RecordedBase, base_record
 from quietstar_jax.training.step import initial_thought_embeddings
 
 PUBLISHED_SCALE, PUBLISHED_MIXING = 100.0, "hidden_states"  # for checkpoints whose config.json has no such fields
 
-Base = CheckpointFiles | RunCheckpoint
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
 
 
@@ -65,24 +59,31 @@ def base_architecture(base: Base) -> Architecture:
     return base.architecture if isinstance(base, RunCheckpoint) else architecture_from_hf(base.config, base.folder)
 
 
-def open_base_again(model: ModelConfig, saved: Mapping[str, Any], owner: object) -> Base:
+def open_base_again(recorded: RecordedBase, owner: object) -> Base:
     """Opens the base of a run with adapters, whose checkpoints lack the frozen weights.
 
     Args:
-      saved: the part `base` of the run's record; owner: the run, for messages.
+      owner: the run, for messages.
 
     Raises:
       CheckpointError: the base is missing, or its files are not those that the adapters were trained on.
     """
+    model, saved = recorded.model, recorded.content
     try:
-        base = open_base(model, saved.get("step"))
+        base = open_base(recorded.source, saved.get("step"))
         assert base is not None
         found = base_record(base, frozen=True)["base"]
     except (CheckpointError, DataError, OSError) as error:
+        advice = "Put this folder, or a link to it, where it was."
+        if "step" in saved:
+            advice = (
+                f"This base is a run, and the adapters need its checkpoint of step {saved['step']}, unchanged: restore "
+                "it. A run that continues deletes its older checkpoints, unless its config.checkpoint.keep_every_steps "
+                "or keep_phase_ends keeps them."
+            )
         raise CheckpointError(
             f"The checkpoints of {owner} contain only the weights that learn; the others are read from its base, "
-            f"config.model.checkpoint {model.checkpoint}, which cannot be opened: {error}\n"
-            "Put this folder, or a link to it, where it was."
+            f"config.model.checkpoint {model.checkpoint}, which cannot be opened: {error}\n{advice}"
         ) from error
     if found != saved:
         raise CheckpointError(
@@ -91,39 +92,6 @@ def open_base_again(model: ModelConfig, saved: Mapping[str, Any], owner: object)
             f"the hash {saved['content'][:16]}. Restore these files, or set config.model.checkpoint to a copy of them."
         )
     return base
-
-
-def base_record(base: Base | None, *, frozen: bool = False) -> dict[str, Any]:
-    """Returns what a run records about its base, so that it can resume without the base.
-
-    Args:
-      frozen: the run needs the base to resume, because it freezes weights that its checkpoints lack. Then the record
-        has a hash of all bytes; without, the bytes are sampled.
-    """
-    if base is None:
-        return {"model_commit": "", "generation": {}, "base": {}}
-    if isinstance(base, RunCheckpoint):
-        folder = base.parameters.folder
-        files = sorted(folder / name for name in manifest.files(folder))
-        commit = base.model_commit
-    else:
-        files, commit = sorted({info.file for info in base.tensors.values()}), base.commit
-    content = fingerprint("", [one_file(str(file)) for file in files])
-    if frozen:
-        parts = [*manifest.checksums([epath.Path(file) for file in files]), base_content(base)]
-        content["content"] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    if frozen and isinstance(base, RunCheckpoint):
-        content["step"] = base.step
-    return {
-        "model_commit": commit,
-        "generation": dict(base.generation),
-        "base": {name: content[name] for name in ("bytes", "marks", "content", "step") if name in content},
-    }
-
-
-def base_content(base: Base) -> str:
-    """Returns the content hash that a base records of its own base, if it is a run with adapters; else empty."""
-    return str(base.base.get("content", "")) if isinstance(base, RunCheckpoint) else ""
 
 
 def base_vocabulary(base: Base | None) -> Mapping[str, Any]:
@@ -147,6 +115,16 @@ def has_thought(base: Base | None) -> bool:
 def can_think(files: CheckpointFiles) -> bool:
     """Whether a checkpoint has the mixing head and thought embeddings of the published Quiet-STaR checkpoints."""
     return any(entry.name in files.tensors for entry in thought_entries(1))
+
+
+def base_heads(base: Base) -> tuple[str, ...]:
+    """Returns those of the `HEADS` that a base has."""
+    return file_heads(base) if isinstance(base, CheckpointFiles) else base.config.thought.heads
+
+
+def file_heads(files: CheckpointFiles) -> tuple[str, ...]:
+    """Returns those of the `HEADS` that a checkpoint has."""
+    return tuple(head for head, tensor in HEADS.items() if tensor in files.tensors)
 
 
 def check_base(base: Base | None, config: Config, tokenizer: Tokenizer, meta: tuple[int | None, int | None]) -> None:
@@ -180,6 +158,17 @@ def load_base(base: Base, architecture: Architecture, config: Config, vocabulary
       CheckpointError: a weight is missing or cannot be read.
     """
     scale = config.thought.embedding_scale
+    lacking = tuple(f"{head}." for head in HEADS if head not in base_heads(base))
+    new = {name: value for name, value in abstract.items() if name.startswith(lacking)}
+    if new:
+        others = {name: value for name, value in abstract.items() if name not in new}
+        params = load_base(base, architecture, config, vocabulary, key, others)
+
+        def make_heads(key: jax.Array) -> dict[str, jax.Array]:
+            made, _ = split(init_quiet_star(architecture, [0], [0], scale, key, heads=tuple(HEADS)))
+            return {name: made[name] for name in new}
+
+        return params | jax.jit(make_heads, out_shardings={name: x.sharding for name, x in new.items()})(key)
     if isinstance(base, RunCheckpoint):
         params = base_weights(base, architecture, abstract)
         if vocabulary.start_tokens:  # the thought embeddings are not trained yet
@@ -227,7 +216,9 @@ def base_weights(base: Base, architecture: Architecture, abstract: Abstract) -> 
             return {name: merged[name].astype(value.dtype) for name, value in abstract.items()}
 
         return jax.jit(merge, out_shardings=shardings)(run_weights(base, needed))
-    entries = quietstar_entries(architecture) if can_think(base) else decoder_entries(architecture, "decoder.")
+    entries = decoder_entries(architecture, "decoder.")
+    if can_think(base):
+        entries = quietstar_entries(architecture, base_heads(base))
     dtypes: Any = {name: value.dtype for name, value in abstract.items()}
     return load_parameters(base, entries, shardings=shardings, dtypes=dtypes, only=abstract)
 
@@ -246,7 +237,7 @@ def run_weights(run: RunCheckpoint, abstract: Abstract) -> dict[str, jax.Array]:
     params = run.parameters.restore(learned)
     if len(learned) == len(abstract):
         return params
-    base = open_base_again(model, run.base, run.workdir)
+    base = open_base_again(RecordedBase.of(run), run.workdir)
     # Rounded to the dtype in which they were frozen, if this is narrower than the requested one.
     rounded = {
         name: jax.ShapeDtypeStruct(

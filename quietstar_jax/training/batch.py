@@ -33,7 +33,7 @@ class Draws(NamedTuple):
     """The random numbers of one step, uniform in [0, 1). A microbatch or a device uses the rows of its sequences.
 
     Attributes:
-      thoughts: random numbers for thoughts at all L positions.
+      thoughts: random numbers for thoughts at `ThoughtSettings.drawn_positions`.
       positions: [B, L], for choosing the positions that think.
     """
 
@@ -50,7 +50,8 @@ def draw(
       row_numbers: [B], for each row the number of its sequence in the batch, which selects its draws; None = in order.
     """
     batch, length = shape
-    thoughts = draw_uniforms(key, (batch, settings.num_thoughts, length, settings.thought_length))
+    places = settings.drawn_positions(length)
+    thoughts = draw_uniforms(key, (batch, settings.num_thoughts, places, settings.thought_length))
     draws = Draws(thoughts, jax.random.uniform(jax.random.fold_in(key, 0), (batch, length)))
     if row_numbers is not None:
         draws = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim)[row_numbers], draws)

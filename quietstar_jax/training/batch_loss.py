@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from quietstar_jax.models.parameters import GraphDef, merge
+from quietstar_jax.models.parameters import GraphDef, merge, split
 from quietstar_jax.thought_config import RateScales
 from quietstar_jax.thoughts.chunks import max_positions_per_chunk, max_sampled_positions_per_chunk
 from quietstar_jax.thoughts.controls import sample_or_control
@@ -22,7 +22,7 @@ from quietstar_jax.thoughts.loss import (
     quiet_star_loss,
     reward_thoughts,
 )
-from quietstar_jax.thoughts.model import QuietStar, with_adapters_off
+from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.objective import Counts
 from quietstar_jax.thoughts.positions import at_positions, choose
 from quietstar_jax.thoughts.reference import reference_log_probs
@@ -97,11 +97,13 @@ class BatchLoss:
     def _think(self, model: QuietStar, text: Text, positions: jax.Array, draws: Draws, reference: Any) -> Thoughts:
         settings = self.settings
         sampled = max_sampled_positions_per_chunk(model.decoder.architecture, settings, *text.tokens.shape)
-        uniforms = jax.tree.map(lambda x: at_positions(x, positions), draws.thoughts)
+        uniforms = draws.thoughts
+        if not settings.config.positions_per_sequence:
+            uniforms = jax.tree.map(lambda x: at_positions(x, positions), uniforms)
         thoughts = sample_or_control(model, text, positions, uniforms, settings, sampled)
         if reference is None or not settings.reinforced:
             return thoughts
-        model = with_adapters_off(model, reference)
+        model = merge(self.graphdef, split(model)[0] | reference)
         chunk = self._chunk(model, text.tokens)
         log_probs = reference_log_probs(model, text, positions, thoughts.tokens, settings, chunk)
         return thoughts._replace(reference_log_probs=log_probs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from quietstar_jax.config import Config
+from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.sharding import row_ways
 from quietstar_jax.thoughts.controls import draw_uniforms
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, thought_settings
-from quietstar_jax.thoughts.token_scores import TokenScores, score_tokens
+from quietstar_jax.thoughts.token_scores import Thinking, TokenScores, score_tokens
 from quietstar_jax.training.batch import Batch, to_device
 
-Scorer = Callable[..., TokenScores]  # (params, batch, key = None); see `make_token_scorer`
+Scorer = Callable[..., TokenScores]  # (params, batch, key = None, rank_key = None); see `make_token_scorer`
 
 
 def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettings:
@@ -26,39 +28,59 @@ def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettin
     return thought_settings(config, vocabulary, thought_length=length, tokens_ahead=ahead)
 
 
-def make_token_scorer(graphdef: GraphDef, settings: ThoughtSettings) -> Scorer:
-    """Returns a compiled `(params, batch, key = None) -> TokenScores` of all positions, with one thought at each.
+def without_thoughts(settings: ThoughtSettings) -> ThoughtSettings | None:
+    """Returns settings that give the same predictions without thoughts while the mixing head has its initial weights.
 
-    Thoughts are greedy, or sampled with a key.
+    None if predictions would differ, because a head whose last layer is zero has a mixing weight other than 0.
+    """
+    entry, zeros = MIXINGS[settings.config.mixing], jnp.zeros((1, 1, 1, 1, 1))
+    if not entry.traits["head"] or entry.fn(lambda hidden: hidden, zeros[0], zeros, zeros[..., 0])[1].any():
+        return None
+    return dataclasses.replace(settings, thought_length=0)
+
+
+def make_token_scorer(graphdef: GraphDef, settings: ThoughtSettings) -> Scorer:
+    """Returns a compiled `(params, batch, key = None, rank_key = None) -> TokenScores` of all positions.
+
+    There is one thought at each position: greedy, or sampled with `key`. With `rank_key`, which draws the random
+    ranking, the scores have `rankings`.
     """
 
-    def score(params: Mapping[str, jax.Array], batch: Batch, key: jax.Array | None = None) -> TokenScores:
+    def score(
+        params: Mapping[str, jax.Array], batch: Batch, key: jax.Array | None = None, rank_key: jax.Array | None = None
+    ) -> TokenScores:
         rows, length = batch.tokens.shape
         draws = jax.random.key(0) if key is None else key
         uniforms = draw_uniforms(draws, (rows, 1, length, settings.thought_length))
+        thinking = None
+        if rank_key is not None:
+            places = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
+            thinking = Thinking(None, places, jax.random.uniform(rank_key, batch.tokens.shape))
         return score_tokens(
-            merge(graphdef, params), *batch, jnp.arange(length), uniforms, settings, greedy=int(key is None)
-        )
+            merge(graphdef, params), *batch, jnp.arange(length), uniforms, settings, greedy=int(key is None),
+            thinking=thinking,
+        )  # fmt: skip
 
     return jax.jit(score)
 
 
 def score_batches(
     scorer: Scorer, params: Any, batches: Iterable[Mapping[str, np.ndarray]], key: jax.Array | None = None,
-    between: Callable[[], None] = lambda: None,
+    between: Callable[[], None] = lambda: None, *, rank_key: jax.Array | None = None,
 ) -> TokenScores:  # fmt: skip
     """Returns the scores of all batches with the first thought, as numpy arrays [B, L] on every process.
 
     Args:
+      key, rank_key: as of `make_token_scorer`; every batch folds its number into them.
       between: called before each batch.
     """
     ways, parts = row_ways(jax.sharding.get_mesh()), []
     for i, batch in enumerate(batches):
         between()
-        batch_key = None if key is None else jax.random.fold_in(key, i)
+        keys = [None if one is None else jax.random.fold_in(one, i) for one in (key, rank_key)]
         rows = len(batch["tokens"])
         missing = -rows % ways  # pad with empty rows, so that the batch divides evenly over the devices
         full = {name: np.pad(value, ((0, missing), (0, 0))) for name, value in batch.items()}
-        scores = jax.device_get(scorer(params, to_device(full), batch_key)).first_thought()
+        scores = jax.device_get(scorer(params, to_device(full), *keys)).first_thought()
         parts.append(jax.tree.map(lambda x, rows=rows: x[:rows], scores))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)

@@ -19,7 +19,7 @@ from quietstar_jax.checkpoint.checkpoints import Checkpoints
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
 from quietstar_jax.data.pipeline import SequenceIterator, training_sequences, validation_batches
-from quietstar_jax.data.unknown import SETTING, check_known
+from quietstar_jax.data.unknown import SETTING, WARNED, check_known
 from quietstar_jax.errors import EXIT_RETRY, STOPPED, CollapsedError, DataError, DivergedError, PreemptedError
 from quietstar_jax.idle_settings import idle_settings
 from quietstar_jax.io import folder_to_write, place, write_json
@@ -28,12 +28,21 @@ from quietstar_jax.parallel.preemption import PreemptionNotice
 from quietstar_jax.parallel.sharding import ProcessBatchShard, find_process_shard
 from quietstar_jax.signals import NAMES
 from quietstar_jax.thought_config import Phase
+from quietstar_jax.thoughts.score_figures import summarize
 from quietstar_jax.thoughts.settings import phase_settings
-from quietstar_jax.thoughts.token_scores import summarize
 from quietstar_jax.training.answers import measure_answers
+from quietstar_jax.training.base_record import base_notes
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.collapse import CollapseCheck, Seen, seen_before
-from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches
+from quietstar_jax.training.compilation_cache import compilation_cache
+from quietstar_jax.training.evaluation import (
+    Scorer,
+    evaluation_settings,
+    make_token_scorer,
+    score_batches,
+    without_thoughts,
+)
+from quietstar_jax.training.messages import start_lines
 from quietstar_jax.training.metrics import MetricsWriter, read_metrics
 from quietstar_jax.training.profile import StepProfile
 from quietstar_jax.training.resume import check_position, check_same_run, check_same_sources, saved_record
@@ -63,7 +72,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     processes.start(config.distributed)
     run = prepare(config, saved_record(place(config.workdir, "config.workdir")))
-    with open_workdir(config) as workdir, jax.set_mesh(run.mesh):
+    with open_workdir(config) as workdir, compilation_cache(workdir.path), jax.set_mesh(run.mesh):
         return _train(run, workdir)
 
 
@@ -73,7 +82,9 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
     sequences = training_sequences(
         config.data, run.tokenizer, seed=config.seed, process_index=reader.index, process_count=reader.count
     )
-    check_known(sequences.unknown(), config.data.max_unknown_fraction, run.tokenizer, SETTING, log=first)
+    sources = sequences.unknown()
+    log_above = WARNED if first else math.inf
+    check_known(sources, config.data.max_unknown_fraction, run.tokenizer, SETTING, log_above=log_above)
     held_out = held_out_batches(run)
     ends = [span.end for span in config.phase_spans()] if config.checkpoint.keep_phase_ends else []
     # From the first step until the last checkpoint is written, signals are handled only between steps.
@@ -95,8 +106,9 @@ def _train(run: Run, workdir: Workdir) -> dict[str, Any]:
             StepProfile(folder, config.logging, silent=not first) as profile,
             SpeedMeter(config, run.architecture) as speed,
         ):  # fmt: skip
-            for line in idle_settings(config):
-                metrics.log(f"Note: {line}.")
+            notes = (f"Note: {line}." for line in (*base_notes(run.base, config), *idle_settings(config)))
+            for line in (*start_lines(run, state, sources, sequences.counted_tokens), *notes):
+                metrics.log(line)
             collapse = CollapseCheck(config, _seen_before(config, folder, int(state.step)))
             notice = listening.enter_context(PreemptionNotice())
             trainer = Trainer(
@@ -164,15 +176,16 @@ class Trainer:
         self._run, self._reader, self._sequences, self._held_out = run, reader, sequences, held_out
         self._checkpoints, self._metrics, self._workdir, self._notice = checkpoints, metrics, workdir, notice
         self._profile, self._speed, self._collapse = profile, speed, collapse
-        self._scorer = make_token_scorer(run.graphdef, evaluation_settings(run.config, run.vocabulary))
-        self._measured: Any = None  # (step, held-out metrics, token scores)
+        settings = evaluation_settings(run.config, run.vocabulary)
+        self._scorer = make_token_scorer(run.graphdef, settings)
+        plain = without_thoughts(settings)
+        self._plain_scorer = None if plain is None else make_token_scorer(run.graphdef, plain)
+        self._measured: Any = None  # (step, held-out metrics, whether there were thoughts)
         self._unread: Callable[[], None] = lambda: None  # reads the metrics of the latest step
 
     def run_phases(self, state: TrainState) -> TrainState:
         """Runs all remaining steps and returns the final state."""
         run = self._run
-        if 0 < int(state.step) < run.config.total_steps:
-            self._metrics.log(f"resuming from step {int(state.step)} of {run.config.total_steps}")
         self._catch_up(state)
         self._stop_if_collapsed(state)
         for phase, start, end in run.config.phase_spans():
@@ -274,7 +287,7 @@ class Trainer:
         if warning := self._collapse.follow(step, phase, numbers):
             self._metrics.log(f"warning: {warning['warning']}")
             self._metrics.write("warning", step, phase.name, warning)
-        self._metrics.advance(step, phase.name, numbers)
+        self._metrics.advance(step, phase.name, numbers, self._speed.pace(step))
 
     def _check_finite(self, values: Mapping[str, Any], step: int, phase: Phase) -> None:
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
@@ -294,36 +307,45 @@ class Trainer:
         self._check_finite(values, step, phase)
         self._metrics.write("evaluation", step, phase.name, values)
         line = f"step {step} ({phase.name}): held-out loss {values['loss_without_thoughts']:.4f} nats per token"
-        if self._run.config.evaluation_thought_length:
+        thinks = self._measured[2]
+        if thinks:
             line += f", {values['loss_with_thoughts']:.4f} with thoughts"
-        if "answer_accuracy_with_thoughts" in values:
-            line += (
-                f"; answers right {values['answer_accuracy_without_thoughts']:.1%}, "
-                f"{values['answer_accuracy_with_thoughts']:.1%} with thoughts, "
-                f"useful thoughts {values['useful_thought_rate']:.1%} "
-                f"({values['useful_sampled_thought_rate']:.1%} of sampled ones)"
-            )
+        if "answer_accuracy_without_thoughts" in values:
+            line += f"; answers right {values['answer_accuracy_without_thoughts']:.1%}"
+            if thinks:
+                line += (
+                    f", {values['answer_accuracy_with_thoughts']:.1%} with thoughts, "
+                    f"useful thoughts {values['useful_thought_rate']:.1%} "
+                    f"({values['useful_sampled_thought_rate']:.1%} of sampled ones)"
+                )
         self._metrics.log(f"{line} ({values['tokens']:,} held-out tokens)")
 
     def _measure(self, state: TrainState) -> dict[str, Any]:
         """Returns the held-out metrics of a state; those of the latest state are cached."""
         step = int(state.step)
         if self._measured is None or self._measured[0] != step:
-            between = functools.partial(self._leave_if_told, state)
-            scores = score_batches(self._scorer, state.weights, self._held_out, between=between)
-            values = summarize(scores)
+            between, scorer = functools.partial(self._leave_if_told, state), self._scorer_of(state)
+            scores = score_batches(scorer, state.weights, self._held_out, between=between)
+            values: dict[str, Any] = summarize(scores)
+            values["sample_thoughts"] = most_helpful_thoughts(scores, self._held_out, self._run.tokenizer)
             if self._run.tokenizer.name == "synthetic":
-                values |= measure_answers(self._run, self._scorer, state.weights, between)
-            self._measured = (step, values, scores)
+                values |= measure_answers(self._run, scorer, state.weights, between)
+            self._measured = (step, values, scores.thinks)
         return self._measured[1]
+
+    def _scorer_of(self, state: TrainState) -> Scorer:
+        """Returns the scorer of held-out text: without thoughts while no phase has trained them and they do nothing."""
+        spans = self._run.config.phase_spans()
+        begun = any(phase.thought_length and start < int(state.step) for phase, start, _ in spans)
+        if self._plain_scorer is None or begun or jnp.any(state.weights["mixing_head.out"]):
+            return self._scorer
+        return self._plain_scorer
 
     def final_summary(self, state: TrainState, folder: Path) -> dict[str, Any]:
         """Returns the held-out metrics after the last step, sample thoughts, and the paths of the outputs."""
         summary: dict[str, Any] = {"step": int(state.step), "seed": self._run.config.seed}
         if self._held_out:
             summary |= self._measure(state)
-            scores = self._measured[2]
-            summary["sample_thoughts"] = most_helpful_thoughts(scores, self._held_out, self._run.tokenizer)
         summary["thoughts_collapsed_at_step"] = self._collapse.warned_at or None
         names = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "summary": "summary.json"}
         summary["config_hash"] = config_hash(self._run.config)

@@ -1,4 +1,4 @@
-"""Writes metrics to `metrics.jsonl`, a progress bar, and optionally TensorBoard or Weights & Biases."""
+"""Writes metrics to `metrics.jsonl`, a status line, and optionally TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from tqdm import tqdm
 from quietstar_jax.config import LoggingConfig
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.io import JsonLinesWriter, is_url, read_json_lines, write_text
+from quietstar_jax.training.speed import Pace
+
+COLUMNS, SHORTEST_NAME = 79, 5  # of the status line, and of the name of a phase in it
 
 
 class MetricsWriter:
@@ -35,8 +38,8 @@ class MetricsWriter:
         self._kept = set() if silent else _keep_until(path, first_step)
         self._file = None if silent else JsonLinesWriter(path)
         self._bar = tqdm(
-            total=total_steps, initial=first_step, disable=silent or not config.progress_bar, unit="step",
-            dynamic_ncols=True, smoothing=0.05,
+            total=total_steps, initial=first_step, disable=silent or not config.progress_bar, bar_format="{desc}",
+            dynamic_ncols=True,
         )  # fmt: skip
 
     def __enter__(self) -> MetricsWriter:
@@ -66,19 +69,33 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.write({f"{kind}/{name}": value for name, value in scalars.items()}, step)
 
-    def advance(self, step: int, phase: str, values: Mapping[str, float]) -> None:
-        """Moves the progress bar to a step and shows its losses in nats per token."""
-        shown = {"loss": values["base_loss"]}
-        if "talk_loss_1" in values:
-            shown |= {"with thoughts": values["talk_loss_1"], "reward": values["reward"]}
-        self._bar.set_description(phase, refresh=False)
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+    def advance(self, step: int, phase: str, values: Mapping[str, float], pace: Pace) -> None:
+        """Shows `status_line` for a step."""
+        self._bar.set_description_str(status_line(step, self._bar.total, phase, values, pace), refresh=False)
         self._bar.update(step - self._bar.n)
 
     def log(self, line: str) -> None:
-        """Prints a line above the progress bar."""
+        """Prints a line above the status line."""
         if not self._silent:
             tqdm.write(line)
+
+
+def status_line(step: int, total: int, phase: str, values: Mapping[str, float], pace: Pace) -> str:
+    """Returns phase, step, losses without / with thoughts in nats, reward, entropy, speed and time left.
+
+    The line fits `COLUMNS`: entropy and reward are left out where there is no room, and a long name of a phase is cut.
+    """
+    loss = f"loss {values['base_loss']:.3f}"
+    parts = [f"{step}/{total}", f"{loss}/{values['talk_loss_1']:.3f}" if "talk_loss_1" in values else loss]
+    optional = [f"{name} {values[name]:.2g}" for name in ("reward", "entropy") if name in values]
+    minutes, seconds = divmod(round(pace.seconds_left), 60)
+    left = f"{minutes // 60}h{minutes % 60:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+    ends = [f"{tqdm.format_sizeof(pace.tokens_per_second)} tok/s", f"{left} left"]
+    while optional and len(" ".join([*parts, *optional, *ends])) > COLUMNS - SHORTEST_NAME - 1:
+        optional.pop()
+    line = " ".join([*parts, *optional, *ends])
+    room = max(COLUMNS - len(line) - 1, SHORTEST_NAME)
+    return f"{phase if len(phase) <= room else phase[: room - 1] + '…'} {line}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from quietstar_jax.config import OptimizerConfig
 from quietstar_jax.models.adapters import is_adapter
+from quietstar_jax.models.parameters import is_end_head, is_gate
 from quietstar_jax.thought_config import Phase, RateScales
 
 Params = dict[str, jax.Array]
@@ -19,15 +22,31 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     The learning rate is applied separately because each phase has its own, while the moments persist across phases.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        clip_gradients(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config)),
     )
 
 
+def clip_gradients(max_norm: float) -> optax.GradientTransformation:
+    """Returns clipping by the norm of the whole gradient, without the thinking gate, which is clipped by its own norm.
+
+    So the gate does not change the updates of other weights.
+    """
+    clip = optax.clip_by_global_norm(max_norm)
+
+    def clipped(updates: Params, params: Params | None) -> Params:
+        parts = [{name: x for name, x in updates.items() if is_gate(name) == own} for own in (False, True)]
+        each: Any = [clip.update(part, optax.EmptyState())[0] for part in parts if part]
+        return {name: x for part in each for name, x in part.items()}
+
+    return optax.stateless(clipped)
+
+
 def decay_mask(params: Params, config: OptimizerConfig) -> dict[str, bool]:
     """Returns which parameters have weight decay, by dotted path."""
-    return {name: config.decay_mask == "all" or not ("norm" in name or name.endswith("bias")) for name in params}
+    exempt = ("bias", "log_slope")
+    return {name: config.decay_mask == "all" or not ("norm" in name or name.endswith(exempt)) for name in params}
 
 
 def learning_rate(phase: Phase, step: jax.Array) -> jax.Array:
@@ -52,6 +71,10 @@ def rate_scale(name: str, rates: RateScales) -> float:
     """Returns the learning-rate factor of the parameter with this dotted path."""
     if name.startswith("mixing_head."):
         return rates.mixing_head
+    if is_gate(name):
+        return rates.gate
+    if is_end_head(name):
+        return rates.end_head
     if name in ("start_embedding", "end_embedding"):
         return rates.thought_embeddings
     if name in ("start_spare", "end_spare"):

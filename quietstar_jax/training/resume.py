@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from quietstar_jax.architecture import Architecture
+from quietstar_jax.architecture import Adapters, Architecture
 from quietstar_jax.checkpoint import manifest
 from quietstar_jax.checkpoint.run_checkpoint import named_run
 from quietstar_jax.checkpoint.steps import saved_steps
@@ -19,10 +19,11 @@ from quietstar_jax.config import Config
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.io import AnyPath, folder_to_read, place
-from quietstar_jax.settings import OnResume, differences, marked, to_mapping
-from quietstar_jax.thought_config import Phase
+from quietstar_jax.settings import OnResume, differences, from_mapping, marked, to_mapping
+from quietstar_jax.thought_config import Phase, RateScales
 
 MARKED = {mark: marked(Config, mark, "config.") for mark in OnResume}
+ADAPTER = "config.model.adapter"
 MOST_LINES, MOST_CHARACTERS = 10, 240  # limits of a list of differences
 
 
@@ -138,10 +139,14 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], step: i
     changed += differences(before, after, architecture)
     for part in ("model_commit", "vocabulary"):
         changed += differences(saved[part], current[part], part)
+    if saved.get("adapter"):
+        changed += differences(saved["adapter"], current["adapter"], ADAPTER)
     free = MARKED[OnResume.SAME_TEXT]
     if saved.get("base") and saved["base"] == current.get("base"):
-        free += (*MARKED[OnResume.SAME_WEIGHTS], "model_commit")
-    changed = [line for line in changed if not line.startswith(free)]
+        free += (*(name for name in MARKED[OnResume.SAME_WEIGHTS] if name != ADAPTER), "model_commit")
+    if saved.get("adapter") and saved["adapter"] == current["adapter"]:
+        free += (ADAPTER,)
+    changed = _without(changed, free)
     if changed:
         workdir = current["config"].get("workdir", "the work directory")
         raise CheckpointError(
@@ -218,9 +223,23 @@ def incompatible_changes(saved: Mapping[str, Any], current: Mapping[str, Any], s
     thinking = [phase for phase in (*before, *after) if phase["thought_length"]]
     free = MARKED[OnResume.UNRELATED] + MARKED[OnResume.MEASURED]
     free += () if thinking else MARKED[OnResume.THINKING]
-    free += () if any(phase["policy_weight"] for phase in thinking) else MARKED[OnResume.REINFORCE]
+    trains = any(_reinforces(config, phase) for config, begun in ((saved, before), (current, after)) for phase in begun)
+    free += () if trains else MARKED[OnResume.REINFORCE]
     changed = differences({**saved, "phases": before}, {**current, "phases": after})
-    return [line for line in changed if not line.startswith(free)]
+    return _without(changed, free)
+
+
+def _without(changed: Sequence[str], free: Sequence[str]) -> list[str]:
+    """Returns the lines `path: old -> new` whose setting is neither in `free` nor in a group in `free`."""
+    groups = tuple(name + end for name in free for end in ".[:")
+    return [line for line in changed if not line.startswith(groups)]
+
+
+def _reinforces(config: Mapping[str, Any], phase: Mapping[str, Any]) -> bool:
+    """`Config.reinforces`, for a configuration and a phase as plain mappings; other settings may be masked."""
+    rates, adapters = from_mapping(RateScales, phase["rates"]), from_mapping(Adapters, config["model"]["adapters"])
+    bare = Phase(thought_length=phase["thought_length"], policy_weight=phase["policy_weight"], rates=rates)
+    return bare.reinforces(adapters, config["thought"]["control"])
 
 
 def _completed(saved: Mapping[str, Any]) -> dict[str, Any]:

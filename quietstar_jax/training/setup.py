@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,7 @@ from quietstar_jax.settings import from_mapping, to_mapping
 from quietstar_jax.thoughts.model import abstract_params, init_quiet_star
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.base import (
-    Base,
     base_architecture,
-    base_record,
     base_vocabulary,
     base_weights,
     check_base,
@@ -39,6 +37,7 @@ from quietstar_jax.training.base import (
     open_base,
     open_base_again,
 )
+from quietstar_jax.training.base_record import Base, RecordedBase, adapter_record, base_record
 from quietstar_jax.training.resume import resumed_tokenizer, same_adapters, same_base, tokenizer_source
 from quietstar_jax.training.step import initial_state, objective_state, state_specs
 
@@ -81,10 +80,12 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
     """
     frozen = config.model.adapters.maps != "none"  # whether weights of the base must be read again on resume
     if saved and frozen and same_adapters(saved, config):
-        base: Base | None = open_base_again(config.model, saved["base"], config.workdir)
+        known = (saved["model_commit"], saved.get("base_folder", "")) if same_base(saved, config) else ()
+        base: Base | None = open_base_again(RecordedBase(config.model, saved["base"], *known), config.workdir)
+        record = base_record(base) | {"base": saved["base"]}  # just compared: all bytes of the base have been read
     else:
         base = None if saved and same_base(saved, config) else open_base(config.model)
-    record = base_record(base, frozen=frozen)
+        record = base_record(base, frozen=frozen)
     if saved and base is None:
         record = {name: saved[name] for name in record if name in saved}
     if saved and config.model.checkpoint:
@@ -101,6 +102,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
     if not saved:
         named_adapter(config, architecture)
         check_base(base, config, tokenizer, meta)
+    record["adapter"] = adapter_record(config.model, saved)
     start_tokens = _embedding_tokens(tokenizer, config.thought.initial_start_token, "initial_start_token")
     end_tokens = _embedding_tokens(tokenizer, config.thought.initial_end_token, "initial_end_token")
     mesh = make_mesh(config.mesh, architecture)
@@ -110,7 +112,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
         config=config,
         tokenizer=tokenizer,
         architecture=architecture,
-        graphdef=abstract_structure(architecture, config.model.adapters),
+        graphdef=abstract_structure(architecture, config.model.adapters, config.thought.heads),
         vocabulary=Vocabulary(
             pad_id=tokenizer.pad_id,
             meta_tokens=tuple(token for token in meta if token is not None),
@@ -130,9 +132,11 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
     )
 
 
-def abstract_structure(architecture: Architecture, adapters: Adapters = NO_ADAPTERS) -> GraphDef:
+def abstract_structure(
+    architecture: Architecture, adapters: Adapters = NO_ADAPTERS, heads: Sequence[str] = ()
+) -> GraphDef:
     """Returns the graph definition of the model with this architecture."""
-    return abstract_params(architecture, adapters)[1]
+    return abstract_params(architecture, adapters, heads)[1]
 
 
 def abstract_state(config: Config, architecture: Architecture, mesh: Mesh, step: int = 0) -> TrainState:
@@ -140,7 +144,7 @@ def abstract_state(config: Config, architecture: Architecture, mesh: Mesh, step:
 
     A checkpoint of this step and of any mesh can be restored into it.
     """
-    params, graphdef = abstract_params(architecture, config.model.adapters)
+    params, graphdef = abstract_params(architecture, config.model.adapters, config.thought.heads)
     begun = config.policy_start is not None and step > config.policy_start
     state = jax.eval_shape(lambda params: initial_state(params, config, objective=begun), params)
     return jax.tree.map(
@@ -162,7 +166,8 @@ def first_state(run: Run) -> TrainState:
         weights = load_base(base, run.architecture, run.config, vocabulary, key, others)
         return start_optimizer(run, weights | first_adapters(run, layout))
     meta = (vocabulary.start_tokens, vocabulary.end_tokens, scale)
-    make = jax.jit(lambda key: split(init_quiet_star(run.architecture, *meta, key))[0], out_shardings=layout)
+    init = functools.partial(init_quiet_star, run.architecture, *meta, heads=run.config.thought.heads)
+    make = jax.jit(lambda key: split(init(key))[0], out_shardings=layout)
     return start_optimizer(run, make(key))
 
 

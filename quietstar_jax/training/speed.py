@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 
@@ -13,7 +14,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.config import Config
 from quietstar_jax.parallel.chips import chip_of
 from quietstar_jax.thought_config import Phase
-from quietstar_jax.thoughts.flops import step_flops
+from quietstar_jax.thoughts.flops import phase_flops, step_flops
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 _BACKEND_COMPILATION = "/jax/core/compile/backend_compile_duration"
@@ -22,6 +23,9 @@ _COMPILATION = (  # tracing, lowering, and compilation by XLA or from the compil
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     _BACKEND_COMPILATION,
 )
+
+
+SMOOTHING = 0.9  # weight of earlier steps in the recent time of a step
 
 
 class Spans:
@@ -39,6 +43,13 @@ class Spans:
         return sum(end - start for start, end in self._spans)
 
 
+class Pace(NamedTuple):
+    """Tokens of text per second, padding included, and seconds until the last step, evaluations not included."""
+
+    tokens_per_second: float
+    seconds_left: float
+
+
 class SpeedMeter:
     """Measures the mean time of the steps between two records. Use as a context manager, in one thread.
 
@@ -51,6 +62,8 @@ class SpeedMeter:
         self._config, self._architecture = config, architecture
         self._compilations, self._compiling = 0, Spans()
         self._thread = threading.get_ident()
+        self._flops = [phase_flops(config, phase, architecture) / max(phase.steps, 1) for phase in config.phases]
+        self._recent = 0.0  # seconds of a step, over the latest ones; 0 = unknown
         self._restart(time.perf_counter())
 
     def __enter__(self) -> SpeedMeter:
@@ -69,10 +82,11 @@ class SpeedMeter:
 
     def _restart(self, now: float) -> None:
         self._start, self._left_out, self._waited, self._steps = now, Spans(), 0.0, 0
+        self._spent = 0.0  # of the time since `_start`, until the latest step
 
     def begin(self, phase: Phase, settings: ThoughtSettings) -> None:
         """Starts to measure a phase, or the rest of it; no step may be running."""
-        self._phase, self._settings = phase, settings
+        self._phase, self._settings, self._recent = phase, settings, 0.0
         self._restart(time.perf_counter())
 
     @contextlib.contextmanager
@@ -96,6 +110,22 @@ class SpeedMeter:
     def step_done(self) -> None:
         """Counts a step, whose metrics have just been read."""
         self._steps += 1
+        spent = time.perf_counter() - self._start - self._left_out.total()
+        seconds, self._spent = max(spent - self._spent, 1e-9), spent
+        self._recent = SMOOTHING * self._recent + (1 - SMOOTHING) * seconds if self._recent else seconds
+
+    def pace(self, step: int) -> Pace:
+        """Returns the speed of the latest steps of the phase; call after `step_done`.
+
+        Args:
+          step: number of steps done. The time of a step of a later phase is that of this phase, multiplied by the ratio
+            of their necessary FLOPs.
+        """
+        spans = list(zip(self._flops, self._config.phase_spans(), strict=True))
+        now = next(flops for flops, span in spans if span.start < step <= span.end)
+        left = sum(flops * max(0, span.end - max(step, span.start)) for flops, span in spans)
+        tokens = self._phase.batch_size * self._config.data.sequence_length
+        return Pace(tokens / self._recent, left / now * self._recent)
 
     def figures(self) -> dict[str, float]:
         """Returns means over the steps since the last call or the beginning of the phase; call after `step_done`.

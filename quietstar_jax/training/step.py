@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec
 
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
-from quietstar_jax.models.adapters import is_adapter, learns
-from quietstar_jax.models.parameters import GraphDef, stored_dtype
+from quietstar_jax.models.adapters import learns
+from quietstar_jax.models.parameters import GraphDef, is_gate, stored_dtype
 from quietstar_jax.parallel.axes import (
     constrain_tree,
     manual_shard_map,
@@ -24,6 +24,7 @@ from quietstar_jax.parallel.axes import (
 from quietstar_jax.parallel.sharding import specs_like_parameters
 from quietstar_jax.thought_config import Phase
 from quietstar_jax.thoughts.diagnostics import histogram_quantiles
+from quietstar_jax.thoughts.ending import length_figures
 from quietstar_jax.thoughts.loss import (
     Metrics,
     Rewarded,
@@ -58,12 +59,8 @@ def initial_state(weights: dict[str, jax.Array], config: Config, *, objective: b
 
 def objective_state(params: dict[str, jax.Array], config: Config) -> dict[str, Any]:
     """Returns the fields `entropy_bonus` and `reference` when the first phase that trains thoughts begins."""
-    thought, adapted = config.thought, config.model.adapters.maps != "none"
-    compared = {
-        name: value
-        for name, value in params.items()
-        if not (adapted and (is_adapter(name) or name.startswith("mixing_head.")))
-    }
+    thought = config.thought
+    compared = {name: x for name, x in params.items() if not (name.startswith("mixing_head.") or is_gate(name))}
     return {
         "entropy_bonus": jnp.float32(thought.entropy_bonus) if thought.entropy_target else None,
         "reference": jax.tree.map(jnp.copy, compared) if thought.needs_reference else None,
@@ -123,6 +120,8 @@ def make_train_step(
             params |= initial_thought_embeddings(params, vocabulary, config.thought.embedding_scale)
         if "entropy_histogram" in metrics:
             metrics |= histogram_quantiles(metrics.pop("entropy_histogram"), len(state.weights["decoder.embedding"]))
+        if "length_histogram" in metrics:
+            metrics |= length_figures(metrics.pop("length_histogram"))
         if bonus is not None and "policy_entropy" in metrics:
             metrics["entropy_bonus"] = bonus
             bonus = adapted_entropy_bonus(
@@ -130,7 +129,8 @@ def make_train_step(
                 step=config.thought.entropy_bonus_step, largest=config.thought.entropy_bonus_max,
             )  # fmt: skip
         metrics |= {
-            "gradient_norm": optax.tree.norm(gradients),
+            # Without the gate, which is clipped apart: as in a run without it.
+            "gradient_norm": optax.tree.norm({name: x for name, x in gradients.items() if not is_gate(name)}),
             "parameter_norm": optax.tree.norm(params),  # of the new weights: not finite if they have diverged
             "learning_rate": rate,
         }

@@ -14,6 +14,7 @@ import numpy as np
 from quietstar_jax.config import Config
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.settings import OnResume, to_mapping
+from quietstar_jax.thoughts.ending import thought_ids
 from quietstar_jax.thoughts.token_scores import TokenScores
 from quietstar_jax.training.resume import MARKED
 
@@ -43,7 +44,7 @@ def most_helpful_thoughts(
         thoughts.append(
             {
                 "context": tokenizer.decode(tokens[row, max(0, j + 1 - CONTEXT_TOKENS) : j + 1].tolist()),
-                "thought": tokenizer.decode(scores.thoughts[row, j].tolist()),
+                "thought": tokenizer.decode(thought_ids(scores.thoughts[row, j])),
                 "next_token": tokenizer.decode([int(tokens[row, j + 1])]),
                 "probability_without_thought": float(np.exp(-scores.base.nll[row, j])),
                 "probability_with_thought": float(np.exp(-scores.talk.nll[row, j])),
@@ -83,6 +84,13 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         lines.append(f"{'thoughts with the right steps, %':<34}{'':>18}{100 * summary['useful_thought_rate']:>16.1f}")
         sampled = 100 * summary["useful_sampled_thought_rate"]
         lines.append(f"{'    of sampled thoughts, %':<34}{'':>18}{sampled:>16.1f}")
+    kept = {name.removeprefix("answers_kept_"): x for name, x in summary.items() if name.startswith("answers_kept_")}
+    if kept:
+        lines += ["", f"{'thoughts at some positions only,':<34}{'answers kept if':>18}{'thinking rate':>16}"]
+        lines.append(f"{'chosen by':<34}{'15 % think, %':>18}{'keeping 97 %, %':>16}")
+        for policy, share in kept.items():
+            rate = 100 * summary[f"thinking_rate_{policy}"]
+            lines.append(f"{'    ' + policy:<34}{100 * share:>18.1f}{rate:>16.1f}")
     if step := summary.get("thoughts_collapsed_at_step"):
         lines += ["", f"Thoughts collapsed at step {step}; the record of kind `warning` in metrics.jsonl says more."]
     if summary.get("deciles"):

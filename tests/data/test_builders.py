@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from quietstar_jax.data.build import main
+from quietstar_jax.data.builders.gsm8k_text import rewrite
+from quietstar_jax.data.sources import read_all
 from quietstar_jax.errors import DataError
 from tests.data.reading import opened, put, read
 from tests.material import material
@@ -38,6 +41,59 @@ def test_gsm8k(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert texts("gsm8k", tmp_path, "test", "short_answer") == ["1"]
     assert "12 examples: data.data_dir" in capsys.readouterr().out
     assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("published", "plain", "results"),
+    [
+        ("Natalia sold 48/2 = <<48/2=24>>24 clips in May.", "Natalia sold 24 clips in May.", ["24"]),
+        ("earns 12/60 = $<<12/60=0.2>>0.2 per minute.\n48+24=<<48+24=72>>72 in all",
+         "earns $0.2 per minute.\n72 in all", ["0.2", "72"]),
+        ("He has 10. 80,000*1.5 = $<<80000*1.5=120000>>120,000, of which (2/5)*1000 x 20% = <<0.4*200=80>>80 go",
+         "He has 10. $120,000, of which 80 go", ["120,000", "80"]),
+        ("20 apples + 30 apples = <<20+30=50>>50 apples", "20 apples + 30 apples = 50 apples", []),  # has words
+        ("8 hours / 4 = <<8/4=2>>2 hours and 5-7 = <<5-7=-2>>-2", "8 hours / 4 = 2 hours and -2", ["-2"]),
+        ("12 marigolds x $3 = $<<12*3=36>>36", "12 marigolds x $3 = $36", []),
+        ("24 questions X 75/100 = <<24*75/100=18>>18", "24 questions X 75/100 = 18", []),
+        ("5 apples times 2 = <<5*2=10>>10, times 3+1 = <<5*4=20>>20", "5 apples times 2 = 10, times 3+1 = 20", []),
+        ("8-2=<<8-2=6>>6 times\n9-2=<<9-2=7>>7 times", "6 times\n7 times", ["6", "7"]),
+        ("half of 20 = <<20/2=10>>10, a total of 3 x 4 = <<3*4=12>>12", "half of 20 = 10, a total of 12", ["12"]),
+        ("3(34)=<<3*34=102>>102 and 63 − 48 = <<63-48=15>>15", "3(34)=102 and 15", ["15"]),
+        ("half of 5 is <<5/2=2.5>>.", "half of 5 is .", []),
+        ("no calculation", "no calculation", []),
+    ],
+)  # fmt: skip
+def test_formulas_and_calculations_are_left_out(published: str, plain: str, results: list[str]) -> None:
+    text, spans = rewrite(published, written_out=False)
+    assert text == plain
+    assert [text[start:end] for start, end in spans] == results
+    written_out, none = rewrite(published, written_out=True)
+    assert re.sub("<<[^>]*>>", "", written_out) == plain
+    assert written_out.count("<<") == published.count("<<")
+    assert none == []
+
+
+def test_gsm8k_text(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"{i} + 1?", "answer": f"It is {i} + 1 = <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"}
+        for i in range(400)
+    ]
+    file = json_lines(tmp_path / "a.jsonl", rows)
+    for folder in ("one", "two"):
+        build("gsm8k_text", tmp_path / folder, train=file, test=file)
+    train = texts("gsm8k_text", tmp_path / "one")
+    assert train == texts("gsm8k_text", tmp_path / "two")
+    written_out = [text for text in train if "<<" in text]
+    assert 160 < len(written_out) < 240
+    assert "Q: 7 + 1?\nA: It is 8.\n#### 8" in texts("gsm8k_text", tmp_path / "one", "test")
+    for split in ("train", "test"):
+        for number, record in enumerate(
+            read_all(f"tfds:{tmp_path}/one/gsm8k_text/2.0.0:{split}", "texts")
+        ):  # as evaluation reads them
+            text, spans, start = (record.fields[name] for name in ("text", "spans", "scored_from"))
+            assert text[start:].startswith("It is ")
+            assert [text[a:b] for a, b in spans] == ([] if "<<" in text else [str(number + 1)])
+            assert split == "train" or "<<" not in text
 
 
 def test_commonsense_qa_in_both_forms(tmp_path: Path) -> None:
@@ -77,7 +133,11 @@ def test_errors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "file", "count"),
-    [("gsm8k", "gsm8k/test.jsonl", 1319), ("commonsense_qa", "commonsenseqa/dev_rand_split.jsonl", 1221)],
+    [
+        ("gsm8k", "gsm8k/test.jsonl", 1319),
+        ("gsm8k_text", "gsm8k/test.jsonl", 1319),
+        ("commonsense_qa", "commonsenseqa/dev_rand_split.jsonl", 1221),
+    ],
 )
 def test_real_sets(tmp_path: Path, name: str, file: str, count: int) -> None:
     build(name, tmp_path, train=material(f"data/{file}"))

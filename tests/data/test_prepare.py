@@ -135,6 +135,8 @@ def test_text_beside_prepared_documents(corpus: str, tmp_path: Path) -> None:
     for packing in PACKINGS:
         both = take("", 40, train=(folder, corpus), packing=packing)
         same(both, take("", 40, train=(corpus, corpus), packing=packing))
+    counted = [training_sequences(config(*texts), TOKENIZER, seed=0).counted_tokens for texts in ((folder,), (corpus,))]
+    assert counted == [sum(LENGTHS), None]
 
 
 def test_documents_without_tokens_are_left_out(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,17 @@ from transformers import PreTrainedTokenizerFast
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.hf.names import decoder_entries
+from quietstar_jax.models.families import FAMILIES
 from tests.hf.checkpoints import TINY, write
 from tests.hf.runs import start_run
 
 SPECIAL = ("<s>", "</s>")
 ARCHITECTURE = Architecture(**{**vars(TINY), "vocab_size": 258, "hidden_size": 16, "max_positions": 256})
+GEMMA3 = dataclasses.replace(
+    ARCHITECTURE, family="gemma3_text", tie_embeddings=True, sliding_window=5, full_attention_layers=(1,),
+    rope_theta=1e6, rope_local_theta=1e4, embedding_multiplier=4.0, activation="gelu_tanh",
+    **FAMILIES["gemma3_text"].fixed,
+)  # fmt: skip
 
 
 def bytes_tokenizer(*merged: str, begin: bool = False) -> Tokenizer:

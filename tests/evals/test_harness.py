@@ -22,7 +22,7 @@ from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.evals.harness import QuietStarLM
 from quietstar_jax.evals.harness_arguments import read_arguments
 from quietstar_jax.evals.tails import Continuation
-from tests.evals.models import write_plain, write_run
+from tests.evals.models import GEMMA3, write_plain, write_run
 from tests.material import material
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +33,7 @@ TASKS = ["quietstar_letters", "quietstar_endings", "quietstar_texts", "quietstar
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("harness")
     write_run(folder / "run", write_plain(folder / "plain", scale=3.0))
+    write_plain(folder / "gemma3", GEMMA3)
     return folder
 
 
@@ -66,9 +67,9 @@ def assert_equal_answers(ours, theirs):
                     assert greedy == as_greedy
 
 
-@pytest.mark.parametrize("checkpoint", ["plain", "models/stories260k"])
+@pytest.mark.parametrize("checkpoint", ["plain", "gemma3", "models/stories260k"])
 def test_scores_equal_those_of_the_harness_on_transformers(folder, checkpoint):
-    place = str(folder / "plain" if checkpoint == "plain" else material(checkpoint))
+    place = str(material(checkpoint) if "/" in checkpoint else folder / checkpoint)
     theirs, expected = evaluate("hf", pretrained=place, dtype="float32")
     ours, answers = evaluate("quietstar", checkpoint=place)
     assert_equal_answers(answers, expected)
@@ -113,6 +114,32 @@ def test_generated_texts_are_those_of_the_generator(folder):
         model.generate_until([wrong])
     with pytest.raises(ConfigError, match="max_gen_toks is 9999"):
         model.generate_until([Instance("generate_until", {}, ("one", {"max_gen_toks": 9999}), 0)])
+
+
+def test_policies_of_thinking(folder):
+    """Texts and scores do not depend on the other requests; `never` and `always` are exactly thoughts off and on."""
+    settings, contexts = {"until": ["\n"], "max_gen_toks": 6}, ["one two", "three", "four five six seven", "e"]
+
+    def answers(contexts, **arguments):
+        model = QuietStarLM(str(folder / "run"), batch_size=3, **arguments)
+        texts = [Instance("generate_until", {}, (context, settings), 0) for context in contexts]
+        scored = [Instance("loglikelihood", {}, (context, " is near"), 0) for context in contexts]
+        return model.generate_until(texts), model.loglikelihood(scored)
+
+    never, always = answers(contexts, think="never"), answers(contexts, think="always", thought_length=2)
+    assert never == answers(contexts, thoughts="off")
+    assert always == answers(contexts, thoughts="on", thought_length=2)
+    for think in ("every:3", "random:0.5"):
+        texts, scores = answers(contexts, think=think, thought_length=2)
+        assert (texts, scores) not in (never, always), "a policy that changes nothing proves nothing"
+        if think == "every:3":
+            alone = [answers([context], think=think, thought_length=2) for context in contexts]
+            assert texts == [text for (text,), _ in alone]
+            np.testing.assert_allclose([one[0] for one in scores], [one[0][0] for _, one in alone], atol=1e-4)
+        else:  # the draws depend on the number of the request
+            few, few_scores = answers(contexts[:2], think=think, thought_length=2)
+            assert few == texts[:2]
+            np.testing.assert_allclose([one[0] for one in few_scores], [one[0] for one in scores[:2]], atol=1e-4)
 
 
 def test_refusals(folder):

@@ -10,6 +10,7 @@ from quietstar_jax.evals.statistics import (
     compare_paired,
     confidence_interval,
     interval_of_difference,
+    interval_of_ratio,
     majority_accuracy,
 )
 
@@ -76,6 +77,24 @@ def test_all_right_and_all_wrong_are_not_certain():
         low, high = compare_paired(*pairs, seed=0)["interval"]
         assert low < -0.05
         assert high > 0.05
+
+
+def test_intervals_of_ratios():
+    counts = [3, 0, 1, 2, 5]  # four units that are not empty
+    for wrong, right in ((np.zeros(5), np.array(counts)), (np.zeros(5, int), np.array(counts, float))):
+        assert interval_of_ratio(wrong, counts, seed=0, rate=True) == (0.0, pytest.approx(1 - 0.025**0.25))
+        assert interval_of_ratio(right, counts, seed=0, rate=True) == (pytest.approx(0.025**0.25), 1.0)
+    assert interval_of_ratio([1], [1], seed=0, rate=True) is None
+    assert interval_of_ratio([2.0], [1], seed=0) is None
+    # Without `rate`: a loss that is the same in all units has no spread, whatever its value.
+    for loss in (0.0, 0.5, 1.0, 2.0):
+        assert interval_of_ratio(loss * np.array(counts), counts, seed=0) == (loss, loss)
+    # One unit has most answers: linearised, the interval exceeds [0, 1] on one side.
+    for totals in ([1, 1, 1, 0], [0, 0, 0, 97]):
+        low, high = interval_of_ratio(totals, [1, 1, 1, 97], seed=0)
+        bounded = interval_of_ratio(totals, [1, 1, 1, 97], seed=0, rate=True)
+        assert low < 0.0 or high > 1.0
+        assert bounded == (max(0.0, low), min(1.0, high))
 
 
 def test_the_interval_of_a_paired_difference_covers_it_as_often_as_it_says():

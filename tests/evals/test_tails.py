@@ -80,9 +80,11 @@ def test_a_question_set_compiles_few_programs(folder):
 
 def test_the_grid():
     assert [grid_length(n) for n in (1, 16, 17, 25, 33, 49, 65, 200, 1000)] == [16, 16, 24, 32, 48, 64, 96, 256, 1024]
-    assert [grid_count(n) for n in (1, 2, 3, 5, 8, 9)] == [1, 2, 4, 8, 8, 16]
+    assert [grid_count(n) for n in (1, 2, 3, 5, 8, 9, 33, 70, 128, 129)] == [1, 2, 4, 8, 8, 16, 64, 72, 128, 144]
     for n in range(1, 3000):
         assert n <= grid_length(n) <= max(16, 1.5 * n)
+        assert n <= grid_count(n) <= (1.125 * n if n > 64 else 2 * n - 1)
+    assert len({grid_count(n) for n in range(1, 1025)}) == 39  # programs of texts of up to 1,024 scored tokens
 
 
 def test_no_batch_is_refused(folder):

@@ -9,7 +9,7 @@ import pytest
 
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer, UseOptions
 from quietstar_jax.evals.thought_use import ensembles, summarize_use
-from quietstar_jax.thoughts.perturbations import KINDS
+from quietstar_jax.thought_config import PERTURBATIONS
 from quietstar_jax.thoughts.token_scores import Prediction, ThoughtUse, TokenScores
 from tests.reports.cases import random_model
 
@@ -73,7 +73,7 @@ def model():
     return random_model()
 
 
-@pytest.mark.parametrize(("samples", "kinds"), [(0, KINDS), (1, ()), (3, ("delete", "truncate"))])
+@pytest.mark.parametrize(("samples", "kinds"), [(0, PERTURBATIONS), (1, ()), (3, ("delete", "truncate"))])
 def test_results_depend_on_the_text_and_its_number_only(model, samples, kinds):
     use = UseOptions(kinds, samples, seed=4)
     together = ContinuationScorer(model, model.settings(3), 4, use)(TAILS)

@@ -9,9 +9,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from quietstar_jax.export_hf.export_run import export
+from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.hf.names import parameter_shapes, quietstar_entries
-from tests.hf.runs import write_tokenizer
+from tests.hf.runs import start_run, write_tokenizer
 from tests.models.test_parity import VOCAB, random_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +35,13 @@ def write_checkpoint(folder: Path, variant: str = "llama", dtype: Any = np.float
         {"format": "pt"},
     )
     write_tokenizer(folder, words, *known)
+    return folder
+
+
+def exported_run(folder: Path, options: ExportOptions | None = None, **thought: Any) -> Path:
+    """Returns the folder, with a run in `run` with these settings of thoughts, and its export in `out`."""
+    start_run(folder / "run", write_checkpoint(folder / "hf"), **thought)
+    export(folder / "run", folder / "out", options or ExportOptions())
     return folder
 
 

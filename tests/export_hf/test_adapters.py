@@ -97,6 +97,20 @@ def test_peft_loads_our_adapter(saved):
         np.testing.assert_array_equal(again.params[name], state.params[name], err_msg=name)
 
 
+@pytest.mark.parametrize("variant", ["gemma2", "gemma3_text", "olmo2"])
+def test_every_kind_of_norm(tmp_path, variant):
+    """Norms around or after the blocks, norms that add one, norms of queries and keys; scores and logits with caps."""
+    write_checkpoint(tmp_path / "hf", variant)
+    run, state = save_run(config_of(tmp_path))
+    ours = our_logits(run, state.weights)
+    for kind in ("base", "adapter"):
+        export(tmp_path / "run", tmp_path / kind, ExportOptions(kind))
+    base = torch_base(tmp_path / "hf")
+    assert differ(ours, their_logits(base, *batch())) > 0.1
+    assert differ(ours, their_logits(torch_base(tmp_path / "base"), *batch())) < 1e-4
+    assert differ(ours, their_logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), *batch())) < 1e-4
+
+
 @pytest.mark.parametrize("frozen_dtype", ["float32", "bfloat16"])
 def test_merged_exports(saved, tmp_path, frozen_dtype):
     """The sum is in float32, of the base as it was frozen."""
@@ -160,6 +174,9 @@ def test_adapters_that_do_not_fit(saved, tmp_path):
         refuse(CheckpointError, match)
     file.write_text(json.dumps(right))
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    more = {"base_model.model.lm_head.lora_A.weight": np.zeros((3, 4), np.float32)}
+    save_file(weights | more, tmp_path / "adapter" / "adapter_model.safetensors")
+    refuse(ConfigError, r"(?s)maps=all:.*lm_head\.lora_A\.weight\nAdapters of embeddings")  # maps is all already
     del weights["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"]
     save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors")
     refuse_at_load = open_adapter(tmp_path / "adapter", run.architecture, run.config.model.adapters)
@@ -177,6 +194,17 @@ def test_formats_that_a_run_cannot_have(tmp_path):
         run, state = save_run(config_of(tmp_path, name, **model))
         with pytest.raises(ConfigError, match=match):
             export(Path(run.config.workdir), tmp_path / "out", ExportOptions("adapter"))
+    save_run(config_of(tmp_path, "of run", checkpoint=str(tmp_path / "plain")))
+    with pytest.raises(ConfigError, match=r"the base plain is a run of this program.*base and quietstar"):
+        export(tmp_path / "of run", tmp_path / "out", ExportOptions("adapter"))
+    write_checkpoint(tmp_path / "images", "gemma3_text")
+    save_run(config_of(tmp_path, "text", checkpoint=str(tmp_path / "images")))
+    file = tmp_path / "images" / "config.json"
+    file.write_text(json.dumps({"model_type": "gemma3", "text_config": json.loads(file.read_text())}))
+    save_run(config_of(tmp_path, "of images", checkpoint=str(tmp_path / "images")))
+    for name in ("of images", "text"):  # the second reads the same folder
+        with pytest.raises(ConfigError, match="the base images is a model of text and images"):
+            export(tmp_path / name, tmp_path / "out", ExportOptions("adapter"))
     export(tmp_path / "fused", tmp_path / "out", ExportOptions("base"))
     merged = their_logits(torch_base(tmp_path / "out"), *batch())
     assert differ(our_logits(run, state.weights), merged) < 1e-4

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax import settings, thought_config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import MODULE, ExportOptions, torch_names
@@ -26,8 +24,8 @@ from tests.training.tiny import tiny_config
 
 
 @pytest.fixture
-def average(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Registers the mixing `average`, as a function in methods/mixings.py is when the package is imported."""
+def average() -> Iterator[str]:
+    """Registers the mixing `average`."""
 
     @MIXINGS.register(formula=r"\tfrac12 (x + x')", assumes="nothing", source="this test", head=False)
     def average(logits: Logits, base: jax.Array, talk: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
@@ -35,12 +33,8 @@ def average(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         weight = jnp.full(talk.shape[:-1], 0.5, jnp.float32)
         return (logits(base)[:, None] + logits(talk)) / 2, weight
 
-    with monkeypatch.context() as patch:
-        patch.setattr(thought_config, "Mixing", Literal[tuple(MIXINGS)])
-        settings.type_hints.cache_clear()
-        yield "average"
+    yield "average"
     del MIXINGS["average"]
-    settings.type_hints.cache_clear()
 
 
 def test_every_mixing_and_policy_of_this_package_can_be_exported() -> None:

@@ -95,7 +95,7 @@ from tests.hf.checkpoints import TINY
 output = Path(sys.argv[1])
 for i in range(10_000):
     tokenizer, options = load_tokenizer("synthetic"), ExportOptions(max_shard_size="1MB")
-    save(output / f"out{i}", Constant(LARGE), LARGE, tokenizer, Thoughts(2, 100.0), options, "")
+    save(output / f"out{i}", Constant(LARGE), LARGE, tokenizer, Thoughts(2, 100.0), options, {})
 """.replace("LARGE", "TINY.__class__(**{**vars(TINY), 'vocab_size': 200, 'hidden_size': 512})")
 
 
@@ -134,7 +134,7 @@ def tiny_save(output: Path, parameters: Any = None, tokens: tuple[str, str] = (S
     architecture = TINY.__class__(**{**vars(TINY), "vocab_size": 120})
     thoughts = Thoughts(2, 100.0, start_token=tokens[0], end_token=tokens[1])
     parameters = parameters or Constant(architecture)
-    save(output, parameters, architecture, load_tokenizer("synthetic"), thoughts, ExportOptions(**options), "")
+    save(output, parameters, architecture, load_tokenizer("synthetic"), thoughts, ExportOptions(**options), {})
 
 
 def test_values_that_do_not_fit_the_dtype_are_named(tmp_path):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import math
 import warnings
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from quietstar_jax.checkpoint.run_checkpoint import open_run
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import CheckpointError
 from quietstar_jax.export_hf import save as hf_save
@@ -150,13 +152,23 @@ def test_thoughts_are_read_back_as_they_were(run, tmp_path):
 
 
 def test_the_model_card_says_how_it_was_trained(run, tmp_path):
-    records = [{"kind": "evaluation", "step": 0, "phase": "thoughts", "loss_with_thoughts": 1.25, "tokens": 281}]
+    figures = {"loss_without_thoughts": 1.5, "loss_with_thoughts": 1.25, "tokens": 2810, "reward": 0.25}
+    figures |= {"answer_accuracy_without_thoughts": 0.105, "answer_accuracy_with_thoughts": 1.0}
+    records = [{"kind": "evaluation", "step": step, "phase": "thoughts"} | figures for step in (0, 7)]
+    records[1]["loss_with_thoughts"] = 9.0  # of another step
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"kind": "eva')
     export(run, tmp_path / "out", ExportOptions())
     card = (tmp_path / "out/README.md").read_text()
-    for part in ("library_name: transformers", "trust_remote_code=True", "0 of 0 steps", "From `hf`",
-                 "| loss with thoughts (nats per token) | 1.25 |", '"embedding_scale": 100.0'):  # fmt: skip
+    count = sum(map(math.prod, open_run(run).parameters.shapes.values()))
+    for part in ("library_name: transformers", "trust_remote_code=True", "0 of 0 steps", "From `hf`", "2,810 tokens",
+                 "| loss, nats per token | 1.5000 | 1.2500 |", '"embedding_scale": 100.0', "@article{zelikman2024",
+                 "% of 400 questions | 10.5 (7.7 .. 13.9) | 100.0 (99.1 .. 100.0) |",
+                 "| mean reward, nats | - | 0.2500",
+                 f"family llama with 3 layers, 32 wide, 4 attention heads and {VOCAB} tokens: {count:,} parameters",
+                 "derive from `hf`, whose licence (see its model card) applies"):  # fmt: skip
         assert part in card
+    assert "next token right" not in card  # not measured
+    assert "base_model" not in card
     assert "workdir" not in card
     stated = json.loads(card.split("```json")[1].split("```")[0])["model"]["architecture"]
     exported = json.loads((tmp_path / "out/config.json").read_text())
@@ -164,16 +176,44 @@ def test_the_model_card_says_how_it_was_trained(run, tmp_path):
     assert exported["dtype"] == exported["torch_dtype"] == "float32"
 
 
+def test_the_model_card_states_base_licence_and_picture(tmp_path):
+    base = write_checkpoint(tmp_path / "hf")
+    fields = "license: other\nlicense_name: 'llama3.2'\nlicense_link: LICENSE\nbase_model: x/y"
+    (base / "README.md").write_text(f"---\n{fields}\n---\nlicense: mit\n")
+    start_run(tmp_path / "run", base)
+    record = tmp_path / "run/checkpoints/0/config/metadata"
+    saved = json.loads(record.read_text())
+    assert saved["license"] == {"license": "other", "license_name": "llama3.2"}  # the link leads into another folder
+    saved["config"]["model"]["checkpoint"] = "owner/base"  # as if it came from the hub
+    edit(record.parents[1], "config", json.dumps(saved | {"model_commit": "1234", "base_folder": ""}))
+    (tmp_path / "drawn.svg").write_text("<svg/>")
+    options = ExportOptions("base", picture=tmp_path / "drawn.svg")
+    for _ in range(2):  # the second call finds it
+        export(tmp_path / "run", tmp_path / "out", options)
+    card = (tmp_path / "out/README.md").read_text()
+    front = card.split("---")[1].split("\n")
+    assert {"base_model: owner/base", "license: other", "license_name: llama3.2"} < set(front)
+    assert "derive from `owner/base`, whose licence (llama3.2) applies" in card
+    assert "](thought.svg)" in card
+    assert (tmp_path / "out/thought.svg").read_text() == "<svg/>"
+    (tmp_path / "drawn.svg").write_text("<svg></svg>")
+    with pytest.raises(CheckpointError, match="exists already"):
+        export(tmp_path / "run", tmp_path / "out", options)
+
+
 def test_the_model_card_names_no_folder_of_this_machine(run, tmp_path):
     record = run / "checkpoints/0/config/metadata"
     saved = json.loads(record.read_text())
-    saved["config"]["data"] |= {"train": ["/home/me/text/*.jsonl", "tfds:c4/en:train"], "validation": ["../held_out"],
+    text = ["/home/me/text/*.jsonl", "tfds:c4/en:train", "tfds:/home/me/a:test", "hf:~/b:train", "file:///home/me/c",
+            "me/acme/*.txt"]  # fmt: skip
+    saved["config"]["data"] |= {"train": text, "validation": ["../held_out"],
                                 "data_dir": "~/tensorflow", "tokenizer": "someone/model"}  # fmt: skip
     edit(run / "checkpoints/0", "config", json.dumps(saved))
     export(run, tmp_path / "out", ExportOptions())
     card = (tmp_path / "out/README.md").read_text()
-    assert not [part for part in (str(tmp_path), "/home", "../", "~") if part in card]
-    for part in ("Text: `*.jsonl`, `tfds:c4/en:train`", '"held_out"', '"tensorflow"', '"tokenizer": "someone/model"'):
+    assert not [part for part in (str(tmp_path), "/home", "../", "~", "acme") if part in card]
+    shown = "Text: `*.jsonl`, `tfds:c4/en:train`, `tfds:a:test`, `hf:b:train`, `c`, `*.txt`"
+    for part in (shown, '"held_out"', '"tensorflow"', '"tokenizer": "someone/model"'):
         assert part in card
 
 

@@ -18,10 +18,10 @@ import pytest
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
-from quietstar_jax.models.families import architecture_from_hf
+from quietstar_jax.hf.config_json import architecture_from_hf
 from tests.hf.real_layouts import write_layout
 from tests.hf.runs import our_predictions, start_run
-from tests.models.test_families import FIELDS, left_out
+from tests.hf.test_config_json import FIELDS, left_out
 from tests.models.test_parity import SIZES, VARIANTS
 
 torch = pytest.importorskip("torch")

@@ -13,11 +13,11 @@ from safetensors.numpy import save_file
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.errors import CheckpointError
+from quietstar_jax.hf.config_json import architecture_from_hf, architecture_to_hf
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
 from quietstar_jax.hf.load import TensorSource, build, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries
 from quietstar_jax.models.decoder import Decoder
-from quietstar_jax.models.families import architecture_from_hf, architecture_to_hf
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thoughts.model import QuietStar, abstract_params
 

@@ -69,11 +69,16 @@ def start_run(
 
 
 def with_random_thoughts(params: dict[str, jax.Array], scale: float) -> dict[str, jax.Array]:
-    """Mixing head and thought embeddings with which a thought changes every prediction."""
+    """Mixing head and thought embeddings with which a thought changes every prediction; heads that often act.
+
+    Some thoughts end at once, and some never.
+    """
     draw = np.random.default_rng(5)
 
     def value(name: str, old: jax.Array) -> jax.Array:
-        if name.startswith("mixing_head."):
+        if name == "end_head.bias":
+            return jnp.full(old.shape, -0.7)
+        if name.startswith(("mixing_head.", "gate.", "end_head.")):
             return jnp.asarray(draw.normal(size=old.shape) * old.shape[0] ** -0.5, jnp.float32)
         if name in ("start_embedding", "end_embedding"):
             return jnp.asarray(draw.normal(size=old.shape) / scale, jnp.float32)

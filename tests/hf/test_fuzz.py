@@ -1,7 +1,7 @@
 """Invented headers, indices and settings: read as what they say, or refused with a reason; never anything else.
 
-Together with the damaged files of `test_files.py` and the configs of `tests/models/test_families.py` the suite tries
-2,850 inputs.
+Together with the damaged files of `test_files.py` and the configs of `test_config_json.py` the suite tries 2,850
+inputs.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ from safetensors.numpy import save_file
 
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import UserError
+from quietstar_jax.hf.config_json import architecture_from_hf
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.hf.json_file import MAX_JSON_BYTES
 from quietstar_jax.hf.safetensors_file import read_header
-from quietstar_jax.models.families import architecture_from_hf
 from tests.hf.checkpoints import TINY, load, random_tensors, write, write_index, write_sharded
 from tests.hf.runs import write_tokenizer
 

@@ -17,11 +17,11 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.hf.config_json import architecture_from_hf
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.hf.load import build, load_parameters
 from quietstar_jax.hf.names import Entry, decoder_entries, parameter_shapes, quietstar_entries, to_ours, to_theirs
 from quietstar_jax.models.decoder import Decoder
-from quietstar_jax.models.families import architecture_from_hf
 from quietstar_jax.models.parameters import named_parameters
 from quietstar_jax.thoughts.model import QuietStar
 from tests.hf.checkpoints import ARCHITECTURES, TINY, load, load_decoder, random_tensors, refusal, write, write_sharded
@@ -162,7 +162,7 @@ import sys, jax, numpy as np
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.hf.load import load_parameters
 from quietstar_jax.hf.names import decoder_entries, parameter_shapes
-from quietstar_jax.models.families import architecture_from_hf
+from quietstar_jax.hf.config_json import architecture_from_hf
 
 def megabytes(key):
     line = next(line for line in open("/proc/self/status") if line.startswith(key))

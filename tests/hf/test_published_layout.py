@@ -17,8 +17,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from quietstar_jax.export_hf.export_run import ExportOptions, export
+from quietstar_jax.hf.config_json import architecture_to_hf
 from quietstar_jax.hf.files import open_checkpoint
-from quietstar_jax.models.families import architecture_to_hf
 from quietstar_jax.models.parameters import split
 from quietstar_jax.thoughts.loss import quiet_star_loss
 from quietstar_jax.thoughts.model import QuietStar

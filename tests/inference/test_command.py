@@ -24,6 +24,7 @@ from quietstar_jax.training.loop import train
 from tests.training.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = (None, None, 1.0, 0.9, 0.5, ())  # of `Generator.job`: sampled texts and thoughts
 PROMPT = "sum 1 +7 +3 +4 +2 +5 ask"
 
 
@@ -71,7 +72,7 @@ def test_thoughts_are_shown_before_their_tokens(run, generator, capsys, checkpoi
 
 def test_thoughts_are_dimmed_and_cannot_steer_the_terminal():
     out = io.StringIO()
-    token = Token(5, "yes\n", "a\n\x1b[31mb ", (1, 2), 0.25)
+    token = Token(5, "yes\n", "a\n\x1b[31mb ", (1, 2), 0.25, True)
     print_tokens([token], out, show_thoughts=True, colour=True)
     assert out.getvalue() == "\x1b[2m[a\\n\\x1b[31mb | 0.250]\x1b[0myes\n"
 
@@ -117,6 +118,27 @@ def test_from_file_to_file(run, generator, tmp_path, capsys):
         assert (row["thoughts"], len(row["mixing_weights"])) == ([*one.thoughts], len(one.tokens))
     assert made[0].token_ids != made[2].token_ids, "the same prompt twice is drawn twice"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize("think", ["every:3", "random:0.5", "never", "always"])
+def test_rows_of_a_file_do_not_depend_on_their_neighbours(generator, tmp_path, think):
+    """Prompts of different lengths, in batches of two: each row is the text of its prompt alone."""
+    prompts = ["sum", PROMPT, "convert 2 rod ask", "sum 1 +7 +3 +4", "ask"]
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": prompt} for prompt in prompts])
+    generate_file(generator, source, tmp_path / "out.jsonl", generator.job(8, 9, *SETTINGS, think), show_thoughts=True)
+    rows, made = read_lines(tmp_path / "out.jsonl"), []
+    options = dict(max_tokens=9, temperature=1.0, top_p=0.9, thought_temperature=0.5)
+    for prompt, row in zip(prompts, rows, strict=True):
+        (alone,) = generator.generate([prompt], think=think, **options)
+        assert row["completion"] == alone.text
+        assert [thought or "" for thought in row["thoughts"]] == [*alone.thoughts]
+        made += [bool(token.thought_ids) for token in alone.tokens]
+    if think in ("never", "always"):
+        texts = generator.generate(prompts, thoughts=think == "always", **options)
+        assert [row["completion"] for row in rows] == [one.text for one in texts]
+        assert set(made) == {think == "always"}
+    else:
+        assert 0 < sum(made) < len(made)
 
 
 KILLED = """

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.generate import Sizes, make_engine, measure
-from quietstar_jax.inference.decode import DecodeConfig
+from quietstar_jax.inference import engine as engine_module
+from quietstar_jax.inference.decode_state import DecodeConfig
 from quietstar_jax.inference.engine import Request
 from quietstar_jax.inference.kv_cache import key_block
 from quietstar_jax.inference.sampling import Sampling
@@ -62,6 +63,26 @@ def test_the_cache_is_changed_in_place(thought_length, think):
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < cache_bytes / 8
     assert memory.alias_size_in_bytes >= cache_bytes
+
+
+@pytest.mark.parametrize("think", ["never", "always", "every:2"])
+def test_small_decoders_run_without_a_loop_over_layers(monkeypatch, think):
+    """The weights of a layer are then no slices of a stack, which the CPU would copy; the texts are the same."""
+    policy, outputs, copies = parse_policy(think), [], []
+    plan = DecodeConfig(ThoughtSettings(0 if think == "never" else 3), policy.name, tokens_per_call=4)
+    for layers in (engine_module.UNROLLED_LAYERS, 1):
+        monkeypatch.setattr(engine_module, "UNROLLED_LAYERS", layers)
+        engine, asked = make_engine(dataclasses.replace(SIZES, batch=1)), requests(70)
+        knobs, alive = engine.knobs(asked, Sampling(think=policy)), np.ones(1, bool)
+        state = engine.with_thought(engine.start(asked, 512), plan)
+        lowered = engine.step(plan).lower(engine.params, state, alive, knobs).as_text()
+        copies.append("tensor<2x16x24xf32>" in lowered)  # `gate` and `up` of both layers
+        outputs.append(list(engine.decode(engine.start(asked, 512), knobs, plan, alive)))
+    assert copies == [False, True]
+    for ours, theirs in zip(*outputs, strict=True):
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        np.testing.assert_array_equal(ours.thoughts, theirs.thoughts)
+        np.testing.assert_allclose(ours.weight, theirs.weight, atol=1e-6)
 
 
 def test_a_text_that_has_ended_gets_no_more_tokens():

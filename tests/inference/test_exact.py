@@ -74,7 +74,7 @@ def mixed_scores(made: Thinker) -> np.ndarray:
     @jax.jit
     def look(params, state):
         decoded = merge(model.graphdef, params)
-        own = empty_chains(decoded.decoder, len(requests), 1, 1, T + 3, job.plan.thought.dtype)
+        own = empty_chains(decoded.decoder.architecture, len(requests), 1, 1, T + 3, job.plan.thought.dtype)
         scores, *_ = think_and_talk(decoded, state, own, jnp.zeros((len(requests), T)), knobs, job.plan)
         wanted = jnp.ones(len(requests), bool)
         return scores, generate_tokens(decoded, state, wanted, knobs, job.plan)[0]
@@ -128,7 +128,11 @@ def test_an_export_writes_here_what_it_writes_in_torch(mixing, tmp_path):
     assert [one.token_ids for one in run] == [one.token_ids for one in found]
 
 
-@pytest.mark.parametrize("policy", ["every:2", "entropy", "margin", "never", "always"])
+@pytest.mark.parametrize(
+    ("thoughtful", "policy"),
+    [*((VARIANTS[2], policy) for policy in ("every:2", "entropy", "margin", "never", "always")), ("gemma2", "entropy")],
+    indirect=["thoughtful"],
+)
 def test_a_policy_thinks_in_an_export_where_it_thinks_here(policy, tmp_path, thoughtful):
     """Ragged batches, the policy once as an argument and once as the default that the export recommends."""
     model, folder = thoughtful
@@ -153,9 +157,10 @@ def test_a_policy_thinks_in_an_export_where_it_thinks_here(policy, tmp_path, tho
 
 
 @pytest.fixture(scope="module")
-def thoughtful(tmp_path_factory):
+def thoughtful(tmp_path_factory, request):
+    """Of a variant; that with caps decides by entropies of capped logits."""
     folder = tmp_path_factory.mktemp("export")
-    made = thinker(folder, "qwen2 mixed windows", embedding_scale=7.0)
+    made = thinker(folder, getattr(request, "param", VARIANTS[2]), embedding_scale=7.0)
     export(folder / "run", folder / "out", ExportOptions(think="every:3"))
     assert load_model(folder / "out").think == "every:3"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "out", trust_remote_code=True)

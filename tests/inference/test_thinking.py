@@ -24,7 +24,7 @@ SAMPLED = dict(temperature=1.5, top_p=0.9, thought_temperature=0.7)
 def chosen(policy: str, logits: np.ndarray) -> list[bool]:
     parsed, logits = parse_policy(policy), jnp.array(logits, jnp.float32)
     count = len(logits)
-    at = Position(logits, entropy(logits), jnp.arange(count), jnp.arange(count) / count)
+    at = Position(logits, entropy(logits), jnp.arange(count), jnp.arange(count) / count, jnp.arange(count) / 10)
     return thinks(parsed.name, jnp.array(parsed.numbers, jnp.float32), at).tolist()
 
 
@@ -46,17 +46,19 @@ def test_what_policies_choose():
     assert chosen("margin:0.15", logits) == [True, False, True, False]  # 0, 0.96, 0.1, 0.4
     assert chosen("margin:0.41", logits) == [True, False, True, True]
     assert chosen("margin:0", logits) == [False] * 4
+    assert chosen("gate:0.1", logits) == [False, False, True, True]  # 0, 0.1, 0.2, 0.3
+    assert chosen("gate:-0.05", logits) == [True] * 4
 
 
 def test_a_policy_is_written_as_it_is_read():
-    for text in ("always", "never", "every:3", "random:0.1", "entropy:1.5", "entropy:0.5,4", "margin:1"):
+    for text in ("always", "never", "every:3", "random:0.1", "entropy:1.5", "entropy:0.5,4", "margin:1", "gate:-0.1"):
         assert str(parse_policy(text)) == text
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "one of always, never, every:N, random:P, entropy:MIN\\[,MAX\\], margin:BOUND"),
+        ("", "one of always, never, every:N, random:P, entropy:MIN\\[,MAX\\], margin:BOUND, gate:PRICE"),
         ("entropi:1", "Did you mean entropy"),
         ("Always", "Did you mean always"),
         ("always:1", "with 1 numbers; it is written always"),
@@ -74,7 +76,9 @@ def test_a_policy_is_written_as_it_is_read():
         ("entropy:2,1", "must ascend: entropy:MIN"),
         ("entropy:1,2,3", "with 3 numbers"),
         ("margin:x", "its bound"),
-        ("gate:0.5", "it must be one of"),
+        ("gates:0.5", "it must be one of"),
+        ("gate", "with 0 numbers; it is written gate:PRICE"),
+        ("gate:inf", r"its price must be a number\."),
     ],
 )
 def test_policies_that_cannot_be(text, message):

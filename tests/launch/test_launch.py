@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -76,6 +77,16 @@ def test_what_is_missing_is_named(script):
 
 def test_help_is_the_head_of_the_script():
     assert "launch/slurm.sh [--dry-run] --config" in launch("slurm", "--help").stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_every_variable(script):
+    text = launch(script, "--help").stdout.partition("\nVariables")[2]
+    declared = re.findall(r"^([A-Z_]+)=\$", (LAUNCH / f"{script}.sh").read_text(), re.M)
+    of_all = ["MAX_RESTARTS", "RESTART_SECONDS", "MAX_RESTART_SECONDS"]
+    assert re.findall(r"^  ([A-Z_]+)=", text, re.M) == [*declared, *of_all]
+    required = {line.split("=")[0].strip() for line in text.splitlines() if "=(required)" in line}
+    assert required == {*declared} & {*VARIABLES}
 
 
 def test_local_processes_know_each_other():

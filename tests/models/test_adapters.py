@@ -18,13 +18,15 @@ from quietstar_jax.thoughts.objective import count_targets
 from tests.thoughts.cases import Case, random_model, worst_errors
 
 CASE = Case("adapters", mask=("1111111", "1111100"))
+NORMS = {"norm_placement": "around", "norm_adds_one": True, "qk_norm": True, "score_cap": 2.0, "logit_cap": 3.0}
+WITH_NORMS = dataclasses.replace(CASE, architecture=NORMS)
 ADAPTERS = Adapters("all", rank=3, alpha=5.0)
 
 
-def adapted(adapters: Adapters, seed: int = 0):
+def adapted(adapters: Adapters, seed: int = 0, case: Case = CASE):
     """(parameters of a random model with random adapters, its graph definition)."""
-    base = split(random_model(CASE.decoder, CASE.thought.config.embedding_scale))[0]
-    model = init_quiet_star(CASE.decoder, [0], [0], 1.0, jax.random.key(seed), adapters)
+    base = split(random_model(case.decoder, case.thought.config.embedding_scale))[0]
+    model = init_quiet_star(case.decoder, [0], [0], 1.0, jax.random.key(seed), adapters)
     params, graphdef = split(model)
     rng = np.random.default_rng(seed)
     draws = {name: jnp.float32(0.4 * rng.normal(size=x.shape)) for name, x in params.items() if is_adapter(name)}
@@ -47,17 +49,21 @@ def objective(graphdef, rematerialize: bool, adapters: Adapters):
 
 
 @pytest.mark.parametrize(
-    ("adapters", "rematerialize"),
-    [(ADAPTERS, True), (ADAPTERS, False), (Adapters("attention", rank=2, rank_stabilized=True, norms=True), True)],
-)
-def test_gradients_follow_from_those_of_the_merged_model(adapters, rematerialize):
+    ("adapters", "rematerialize", "case"),
+    [
+        (ADAPTERS, True, CASE), (ADAPTERS, False, CASE),
+        (Adapters("attention", rank=2, rank_stabilized=True, norms=True), True, CASE),
+        (dataclasses.replace(ADAPTERS, norms=True), True, WITH_NORMS),
+    ],
+)  # fmt: skip
+def test_gradients_follow_from_those_of_the_merged_model(adapters, rematerialize, case):
     """W = W0 + s A B:  dA = s dW B^T,  dB = s A^T dW; loss and the gradients of all else are equal."""
-    params, graphdef = adapted(adapters)
+    params, graphdef = adapted(adapters, case=case)
     learned = {name: value for name, value in params.items() if learns(name, adapters)}
     others = {name: value for name, value in params.items() if name not in learned}
     loss, found = jax.jit(jax.value_and_grad(objective(graphdef, rematerialize, adapters)))(learned, others)
     merged = merge_adapters(params, adapters)
-    plain = objective(abstract_params(CASE.decoder)[1], rematerialize, adapters)
+    plain = objective(abstract_params(case.decoder)[1], rematerialize, adapters)
     wanted_loss, gradients = jax.jit(jax.value_and_grad(plain))(merged, {})
     assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
     wanted = {name: gradients[name] for name in learned if not is_adapter(name)}

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from quietstar_jax.hf.config_json import architecture_from_hf, architecture_to_hf
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.models.decoder import base_pass
-from quietstar_jax.models.families import architecture_from_hf, architecture_to_hf
 from tests.hf.checkpoints import load_decoder
 
 torch = pytest.importorskip("torch")

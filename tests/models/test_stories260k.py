@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from quietstar_jax.hf.config_json import architecture_from_hf
 from quietstar_jax.hf.files import open_checkpoint
 from quietstar_jax.models.decoder import base_pass
-from quietstar_jax.models.families import architecture_from_hf
 from tests.hf.checkpoints import load_decoder
 from tests.material import material
 

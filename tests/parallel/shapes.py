@@ -2,7 +2,7 @@
 
 `JAX_NUM_CPU_DEVICES=8 python -m tests.parallel.shapes step 8,1,1,1 2,2,2,1 ...`: data, fsdp, tensor and position;
 `step`, `objective` (a step whose terms need figures of the whole batch, and a reference), `adapters` (the same with
-adapters, whose reference is their base) or `scores`.
+adapters), `gate` (a step with a thinking gate), `ends` (`objective` with thoughts whose end is sampled) or `scores`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from quietstar_jax.models.parameters import GraphDef, split
 from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.parallel.sharding import on_mesh
 from quietstar_jax.thought_config import Phase, ThoughtConfig
-from quietstar_jax.thoughts import text
+from quietstar_jax.thoughts import score, text
+from quietstar_jax.thoughts.attention import prefix_xla
 from quietstar_jax.thoughts.model import abstract_params
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.thoughts.token_scores import TokenScores
@@ -45,8 +46,9 @@ PARAMS = jax.device_get(ARRAYS)  # a step gives up what it is given
 ADAPTERS = Adapters("all", rank=3, alpha=5.0)
 
 
-def with_random_adapters() -> tuple[dict[str, np.ndarray], GraphDef]:
-    names, structure = abstract_params(ARCHITECTURE, ADAPTERS)
+def with_random(config: Config) -> tuple[dict[str, np.ndarray], GraphDef]:
+    """The parameters, with random adapters and random optional heads if the configuration has them."""
+    names, structure = abstract_params(ARCHITECTURE, config.model.adapters, config.thought.heads)
     rng = np.random.default_rng(0)
     drawn = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in names.items() if name not in PARAMS}
     return PARAMS | {name: 0.4 * value for name, value in drawn.items()}, structure
@@ -55,7 +57,7 @@ def with_random_adapters() -> tuple[dict[str, np.ndarray], GraphDef]:
 OBJECTIVE = {
     "advantage": "batch_std", "advantage_scale": "batch", "advantage_clip": 1.5, "positive_only": False,
     "kl_weight": 0.3, "kl_in_reward": 0.1, "importance_cap": 1.2, "entropy_target": 3.0, "entropy_bonus": 0.2,
-    "talk_reduction": "log_mean_exp", "positions": "random", "position_fraction": 0.7,
+    "talk_reduction": "log_mean_exp", "positions": "random", "positions_per_sequence": 6,
 }  # fmt: skip
 
 
@@ -80,11 +82,13 @@ def rows() -> dict[str, np.ndarray]:
 
 def step_on(config: Config, devices: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metrics, first Adam moments, which are the gradients) after one step."""
-    params, structure = (PARAMS, STRUCTURE) if config.model.adapters.maps == "none" else with_random_adapters()
+    params, structure = with_random(config)
     with jax.set_mesh(mesh := make_mesh(config.mesh, ARCHITECTURE, devices)):
         state = initial_state(params, config, objective=True)
-        if state.reference is not None and not state.frozen:  # a divergence from equal weights would be 0
-            state = state._replace(reference=jax.device_get(split(random_model(ARCHITECTURE, 7.0, seed=5))[0]))
+        if state.reference is not None:  # a divergence from equal weights would be 0, or rounding
+            other = jax.device_get(split(random_model(ARCHITECTURE, 7.0, seed=5, heads=config.thought.heads))[0])
+            adapters = {name: 0.5 * value for name, value in state.reference.items()}
+            state = state._replace(reference=adapters if state.frozen else other)
         state = jax.device_put(state, on_mesh(mesh, state_specs(state, structure)))
         step = compile_train_step(config, PHASE, structure, VOCABULARY, state)
         state, metrics = step(state, to_device(rows()), jax.random.key(1), np.int32(0))
@@ -107,7 +111,9 @@ def function(kind: str) -> Any:
 
 
 def thought(kind: str) -> dict[str, Any]:
-    return OBJECTIVE if kind in ("objective", "adapters") else {}
+    kinds = {"objective": OBJECTIVE, "adapters": OBJECTIVE, "gate": {"gate": True, "gate_prices": (-0.1, 0.2)}}
+    kinds["ends"] = OBJECTIVE | {"end": "sampled", "length_penalty": 0.1}
+    return kinds.get(kind, {})
 
 
 def model(kind: str) -> dict[str, Any]:
@@ -127,11 +133,13 @@ def alone(kind: str, **settings: Any) -> Any:
 def compare(kind: str, shape: str, **settings: Any) -> None:
     sizes = dict(zip(("data", "fsdp", "tensor", "position"), map(int, shape.split(",")), strict=True))
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-    tolerance = 2e-2 if settings else 1e-5 if kind in ("step", "scores") else 1e-4
+    tolerance = 2e-2 if settings else 1e-5 if kind in ("step", "gate", "scores") else 1e-4
     settings |= model(kind)
     spread = config(MeshConfig(**sizes), thought(kind), **settings)
     if kind != "scores":
         (metrics, gradients), (wanted, wanted_gradients) = step_on(spread, devices), alone(kind, **settings)
+        assert ("end_head.weight" in wanted_gradients) == ("empty_thought_rate" in wanted) == (kind == "ends")
+        assert ("gate.weight" in wanted_gradients) == ("gate_loss" in wanted) == (kind == "gate")
         wrong = worst_errors(metrics, wanted, tolerance) | worst_errors(gradients, wanted_gradients, 10 * tolerance)
     else:
         found, wanted = scores_on(spread, devices), alone(kind, **settings)
@@ -144,5 +152,6 @@ def compare(kind: str, shape: str, **settings: Any) -> None:
 
 if __name__ == "__main__":
     text.LOGITS_BYTES = 1  # one row at a time
+    prefix_xla.KEY_BLOCK, score.TOKEN_BLOCK = 3, 1  # chains of 5 tokens have two blocks, and logits are of one token
     for shape in sys.argv[2:]:
         compare(sys.argv[1], shape)

@@ -32,6 +32,14 @@ def test_adapters_on_8_devices():
     equal("adapters", "8,1,1,1", "2,2,2,1")
 
 
+def test_a_thinking_gate_on_8_devices():
+    equal("gate", "8,1,1,1", "2,2,2,1", "1,1,2,4")
+
+
+def test_sampled_ends_on_8_devices():
+    equal("ends", "8,1,1,1", "2,2,2,1", "2,1,1,4", "1,2,1,4")
+
+
 def test_a_step_on_2_devices():
     equal("step", "2,1,1,1", "1,2,1,1", "1,1,2,1", "1,1,1,2")
 

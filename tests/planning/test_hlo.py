@@ -54,11 +54,38 @@ PROGRAM = """HloModule jit_step
   ROOT %part = f32[32]{0} dynamic-slice(%whole, %at), dynamic_slice_sizes={32}
 }
 
+%async_collective_fusion.7 (h: f32[16]) -> f32[16] {
+  %begun = f32[16]{0:S(1)} all-reduce(%h), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+%fused_computation.8 (h.1: f32[16]) -> f32[16] {
+  %ended = f32[16]{0} all-reduce(%h.1), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+%async_collective_fusion.9 (h.2: f32[16]) -> f32[16] {
+  %other = f32[16]{0} all-reduce(%h.2), channel_id=1, replica_groups=[2,2]<=[4], metadata={op_name="other"}
+}
+
+%all-reduce-scatter.2 (s.1: f32[128]) -> f32[32] {
+  %whole.1 = f32[128]{0} all-reduce(%s.1), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+%all-reduce-scatter.3 (s.2: f32[128]) -> f32[32] {
+  %whole.2 = f32[128]{0} all-reduce(%s.2), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
 ENTRY %main (p0: f32[8]) -> f32[8] {
   %l = (s32[], f32[8]) while(%t.3), condition=%condition.3, body=%outer, backend_config={"known_trip_count":{"n":"3"}}
   %f1 = f32[64]{0} fusion(%l), kind=kCustom, calls=%fused_start
   %f2 = f32[64]{0} fusion(%f1), kind=kCustom, calls=%fused_done
   %f3 = f32[32]{0} fusion(%f2), kind=kCustom, calls=%all-reduce-scatter.1
+  %f4 = f32[32]{0} fusion(%f3), kind=kCustom, calls=%all-reduce-scatter.2
+  %f5 = f32[32]{0} fusion(%f4), kind=kCustom, calls=%all-reduce-scatter.3
+  %f6 = f32[16]{0} fusion(%f5), kind=kCustom, calls=%async_collective_fusion.7
+  %f7 = f32[16]{0} fusion(%f6), kind=kCustom, calls=%fused_computation.8
+  %f8 = f32[16]{0} fusion(%f7), kind=kCustom, calls=%async_collective_fusion.9
+  %sum.1 = (f32[8]{0}, /*index=1*/f32[8]{0}) all-reduce(%f7, %f7), channel_id=1, replica_groups=[2,2]<=[4]
+  %sum.2 = (f32[8]{0}, /*index=1*/f32[8]{0}) all-reduce(%f7, %f7), channel_id=1, replica_groups=[2,2]<=[4]
 }
 """
 
@@ -67,8 +94,9 @@ def test_loops_are_multiplied_out_and_what_is_written_twice_counts_once():
     found = collectives(PROGRAM, 4)
     assert list(found) == ["all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"]
     assert found["all-gather"] == (15, 15 * 16 * 32 * 2 * 3 / 4, 0)
-    assert found["all-reduce"] == (15, 15 * 2 * 8 * 4 * 1 / 2, 0)
-    assert found["reduce-scatter"] == (1, 128 * 4 * 3 / 4, 0)
+    # In the loop, on a channel of its own; on JAX's channel, of 16 numbers each, two asynchronous ones and two others.
+    assert found["all-reduce"] == (15 + 4, (15 * 8 + 4 * 16) * 4 * 2 * 1 / 2, 0)
+    assert found["reduce-scatter"] == (3, 3 * 128 * 4 * 3 / 4, 0)
     assert found["all-to-all"] == (1, 64 * 4 * 3 / 4, 0)
     assert found["collective-permute"] == (3, 3 * 4 * 4, 3)  # in a loop whose length is data: as if it ran once
 

@@ -68,7 +68,7 @@ def test_known_models_have_the_number_of_parameters_in_their_names():
 
 
 def test_a_shipped_config_names_the_shape_that_the_table_has():
-    from configs.mistral_7b_openwebmath import get_config
+    from quietstar_jax.configs.mistral_7b_openwebmath import get_config
 
     written = get_config().model.architecture
     known = planned_architecture(ModelConfig(checkpoint="mistralai/Mistral-7B-v0.1"))

@@ -100,9 +100,15 @@ class Browser:
 
     def press(self, key: str) -> None:
         """A key by its name, such as `ArrowRight`."""
-        codes = {"Tab": 9, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
+        codes = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38,
+                 "ArrowRight": 39, "ArrowDown": 40}  # fmt: skip
+        text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key])
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key], **text)
+
+    def write(self, text: str) -> None:
+        """Writes into the field that has the focus."""
+        self.send("Input.insertText", text=text)
 
     def screenshot(self, path: Path) -> None:
         """What is in view."""

@@ -14,8 +14,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.models.parameters import split
-from quietstar_jax.reports.checkpoint_page import Observed
-from quietstar_jax.reports.observe import LIKELIEST, Window
+from quietstar_jax.reports.observe import LIKELIEST, Observed, Window
 from quietstar_jax.thought_config import ThoughtConfig
 from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
-from quietstar_jax.reports.pieces import BROKEN, Pieces, visible
+from quietstar_jax.reports.page import visible
+from quietstar_jax.reports.pieces import BROKEN, Pieces
 from tests.reports.cases import byte_fallback, byte_level
 
 BYTES, FALLBACK = byte_level(), byte_fallback()

@@ -15,6 +15,7 @@ from quietstar_jax.report import main
 from quietstar_jax.reports.drawings import drawings
 from quietstar_jax.reports.make import report_study
 from quietstar_jax.reports.page import write_page
+from quietstar_jax.reports.study_page import _near, study_page
 from quietstar_jax.studies.results import RESULTS
 from quietstar_jax.studies.table import compare
 from tests.reports.browser import CHROMIUM, Browser
@@ -59,6 +60,35 @@ def test_every_run_and_every_difference_is_drawn(page: str) -> None:
     assert "<odd>" not in page
     assert "thoughts (step 560)" in page
     assert page.count("<svg") == 2  # what no run has measured is left out
+
+
+def test_two_metrics_are_drawn_against_each_other() -> None:
+    losses = {"a": 1.0, "b": 1.1, "c": 1.2, "d": 1.3, "e": 1.4, "far": 50.0, "unmeasured": None}
+    figures = {v: {0: {"loss": x, "answers": 0.5} if x else {"loss": 1.0}} for v, x in losses.items()}
+    study = {"base": "x.py", "baseline": "a", "metrics": ["loss", "answers"], "variants": {v: {} for v in losses}}
+    study["fronts"] = [["loss", "answers"]]
+    runs = [{"variant": v, "seed": 0, "begun_from": None, "figures": run[0]} for v, run in figures.items()]
+    page = study_page({"study": study, "runs": runs, "rows": compare(figures, "a", ["loss", "answers"])}, "")
+    front = drawings(page)["answers_against_loss.svg"]
+    found = re.findall(r"<title>(\w+): loss ([\d.]+), answers 0\.5<", front)
+    assert found == [("a", "1"), ("b", "1.1"), ("c", "1.2"), ("d", "1.3"), ("e", "1.4")]
+    assert "Too far from the others to be drawn: far (50, 0.5)." in page
+    assert "answers_against_loss.svg" not in drawings(study_page({"study": study, "runs": [], "rows": []}, ""))
+
+
+@pytest.mark.parametrize(
+    ("values", "far"),
+    [
+        ([0.5, 0.5, 0.5, 0.5, 0.6], []),  # most are equal
+        ([0.0, 0.0, 0.0, 0.0, 0.6], []),
+        ([0.5, 0.5, 0.5001, 0.5, 0.6], []),  # almost equal
+        ([1.0, 1.1, 1.2, 1.3, 50.0], [50.0]),
+        ([2.0, 2.01, 2.02, 2.03, 3.5], [3.5]),
+        ([], []),
+    ],
+)
+def test_values_too_far_from_the_others(values: list[float], far: list[float]) -> None:
+    assert np.array(values)[~_near(np.array(values))].tolist() == far
 
 
 def test_charts_are_files_of_their_own(page: str, tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def test_training_curves_of_phases() -> None:
 def test_training_curves_of_the_objective_and_of_speed() -> None:
     values = {"base_loss": 2.0, "talk_loss_1": 1.0, "reward": 0.5, "mixing_weight": 0.1, "reward_std": 0.2,
               "frac_reward_zero_std": 0.3, "unique_thought_rate": 0.9, "kl": 0.01, "importance_ratio": 1.0,
-              "clip_ratio": 0.1, "entropy": 1.0, "entropy_p05": 0.5, "entropy_p95": 1.5}  # fmt: skip
+              "clip_ratio": 0.1, "entropy": 1.0, "entropy_p05": 0.5, "entropy_p95": 1.5, "thought_length": 3.0,
+                  "thought_length_p05": 1.0, "thought_length_p95": 6.0}  # fmt: skip
     speed = {"tokens_per_second": 1e5, "data_wait_share": 0.01, "step_time": 0.1}
     records = [
         {"kind": kind, "step": step, "phase": "thoughts", **found}

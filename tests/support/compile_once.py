@@ -13,11 +13,12 @@ from typing import Any
 from jax._src import compiler
 
 MOST = 64  # programs that are kept
+compile_each = getattr(compiler, "backend_compile_and_load", None)  # JAX's own function
 
 
 def install() -> None:
     """Changes the compiler of this process, if this JAX has the function that is meant."""
-    compile_one = getattr(compiler, "backend_compile_and_load", None)
+    compile_one = compile_each
     if compile_one is None:
         return
     kept: collections.OrderedDict[bytes, Any] = collections.OrderedDict()

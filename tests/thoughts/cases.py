@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.models.parameters import named_parameters
 from quietstar_jax.thought_config import ThoughtConfig
+from quietstar_jax.thoughts.ending import ENDED
 from quietstar_jax.thoughts.model import QuietStar, init_quiet_star
 from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -64,17 +66,24 @@ class Case:
         return jnp.asarray(np.where(mask, tokens, PAD), jnp.int32), jnp.asarray(mask)
 
     def thoughts(self, seed: int = 0) -> Thoughts:
-        """Given thoughts with a given entropy, and log-probabilities in sampling."""
+        """Given thoughts, of every length if ends are sampled, with an entropy and log-probabilities in sampling."""
         s, rng = self.thought, np.random.default_rng(seed + 1)
         shape = (self.batch, s.num_thoughts, self.length, s.thought_length)
         tokens = rng.integers(1, 11, shape)
         entropy, log_probs = rng.uniform(0, 2, shape), rng.uniform(-3, -2, shape)
+        if s.samples_end:
+            steps, lengths = np.arange(s.thought_length), rng.permutation(np.arange(shape[0] * shape[1] * shape[2]))
+            lengths = (lengths % (s.thought_length + 1)).reshape(*shape[:3], 1)
+            tokens = np.where(steps < lengths, tokens, ENDED)
+            entropy, log_probs = (np.where(steps <= lengths, x, 0.0) for x in (entropy, log_probs))
         return Thoughts(jnp.asarray(tokens, jnp.int32), jnp.float32(entropy), jnp.float32(log_probs))
 
 
-def random_model(architecture: Architecture, embedding_scale: float, seed: int = 0) -> QuietStar:
+def random_model(
+    architecture: Architecture, embedding_scale: float, seed: int = 0, heads: Sequence[str] = ()
+) -> QuietStar:
     """A model whose every weight is random: norms, biases and the last mixing layer too."""
-    model = init_quiet_star(architecture, [0], [0], embedding_scale, jax.random.key(seed))
+    model = init_quiet_star(architecture, [0], [0], embedding_scale, jax.random.key(seed), heads=heads)
     rng = np.random.default_rng(seed)
     for name, value in named_parameters(model).items():
         draw = rng.normal(size=value.shape)

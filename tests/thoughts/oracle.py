@@ -6,6 +6,7 @@ by a plain causal decoder. Shares no arithmetic with the package: it takes bare 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -39,7 +40,7 @@ def layer_norm(a: Architecture, x: jax.Array, w: Params, name: str) -> jax.Array
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-    return x if cap == 0 else cap * (jnp.exp(2 * x / cap) - 1) / (jnp.exp(2 * x / cap) + 1)
+    return x if cap == 0 else cap * jnp.tanh(x / cap)
 
 
 def rotate(x: jax.Array, theta: float) -> jax.Array:
@@ -136,20 +137,33 @@ def mixing_weight(p: Params, base: jax.Array, thought: jax.Array) -> jax.Array:
     return (jnp.maximum(x @ p["mixing_head.hidden"] + p["mixing_head.hidden_bias"], 0.0) @ p["mixing_head.out"])[0]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 8))
 def position(
     a: Architecture, s: ThoughtSettings, p: Params, row: jax.Array, mask: jax.Array, base: jax.Array, j: jax.Array,
-    thought: jax.Array,
+    thought: jax.Array, most: int,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """What the thought does: base [L+K, D] are the hidden states of the text.
+    """What the thought [`s.thought_length`] does: base [L+K, D] are the hidden states of the text.
+
+    If ends are sampled, a thought of fewer than `most` tokens has one more action, its end.
 
     Returns (nll [K] of the tokens ahead, log-probability [T] of each thought token, mixing weight [K], entropy [T] of
     the distributions of thought tokens, KL divergence from the prediction of x[j+1] with the thought to that without).
     """
     hidden = chain(a, s, p, row, mask, j, thought)
-    thought_logits = [masked_logits(a, s, p, hidden[i]) for i in range(s.thought_length)]
+    samples_end = s.config.end == "sampled"
+    acts = min(s.thought_length + 1, most) if samples_end else s.thought_length
+    thought_logits = [masked_logits(a, s, p, hidden[i]) for i in range(acts)]
     log_probs = [-nll(thought_logits[i] / s.config.score_temperature, thought[i]) for i in range(s.thought_length)]
     spread = [-(jax.nn.softmax(x) * jax.nn.log_softmax(x)).sum() for x in thought_logits]
+    if samples_end:
+        odds = [jnp.dot(hidden[i], p["end_head.weight"]) + p["end_head.bias"][0] for i in range(acts)]
+        goes_on = [1 / (1 + jnp.exp(x / s.config.score_temperature)) for x in odds]
+        log_probs = [log_probs[i] + jnp.log(goes_on[i]) for i in range(s.thought_length)]
+        log_probs += [jnp.log(1 - x) for x in goes_on[s.thought_length : acts]]
+        spread = [
+            -q * jnp.log(q) - (1 - q) * jnp.log(1 - q) + q * tokens
+            for q, tokens in zip([1 / (1 + jnp.exp(x)) for x in odds], spread, strict=True)
+        ]
     talk, weights = [], []
     targets = jnp.concatenate([row, jnp.zeros(s.tokens_ahead, row.dtype)])
     for k in range(s.tokens_ahead):
@@ -236,12 +250,14 @@ def loss(
         for j in range(length):
             for r in range(count):
                 given = (tokens[b], mask[b])
+                thought = [token for token in thoughts.tokens[b, r, j].tolist() if token >= 0]
+                own, thought = dataclasses.replace(s, thought_length=len(thought)), jnp.array(thought, jnp.int32)
                 talk, log_probs, weight, entropy, kl = position(
-                    a, s, p, *given, hidden, jnp.int32(j), thoughts.tokens[b, r, j]
+                    a, own, p, *given, hidden, jnp.int32(j), thought, s.thought_length
                 )
                 ref = None
                 if reference is not None:
-                    ref = position(a, s, reference, *given, old, jnp.int32(j), thoughts.tokens[b, r, j])[1]
+                    ref = position(a, own, reference, *given, old, jnp.int32(j), thought, s.thought_length)[1]
                 seen[b, r, j] = base[j : j + ahead], talk, log_probs, weight, entropy, kl, ref
 
     def real(b: int, j: int) -> list[int]:
@@ -252,6 +268,8 @@ def loss(
         reward = reward_of(c, base, talk, real(b, j))
         if c.kl_in_reward and ok[b, j, 0]:
             reward -= c.kl_in_reward * (log_probs - ref).sum()
+        if ok[b, j, 0]:
+            reward -= c.length_penalty * int((thoughts.tokens[b, r, j] >= 0).sum())
         rewards[b, r, j] = jax.lax.stop_gradient(reward) if j <= last else jnp.zeros(())
     counted = [key for key in rewards if key[2] <= last and ok[key[0], key[2], 0]]
 
@@ -275,10 +293,11 @@ def loss(
         jnp.zeros(()),
         dict.fromkeys(("kl", "policy_entropy", "ratio", "clip"), 0.0),
     )
-    divide = {"mean": s.thought_length, "sum": 1, "sum_over_max": s.longest_thought or s.thought_length}
     for (b, r, j), (_, _, log_probs, _, entropy, kl, ref) in seen.items():
         distill += kl if ok[b, j, 0] else 0.0
-        for i in range(s.thought_length):
+        acts = len(log_probs)
+        divide = {"mean": acts, "sum": 1, "sum_over_max": s.longest_thought or s.thought_length}
+        for i in range(acts):
             term, value = log_probs[i], advantage[b, r, j]
             if thoughts.log_probs is not None:
                 ratio = jnp.exp(log_probs[i] - thoughts.log_probs[b, r, j, i])
@@ -290,15 +309,15 @@ def loss(
                     term *= jax.lax.stop_gradient(jnp.minimum(ratio, c.importance_cap))
                     clipped = ratio > c.importance_cap
                 if (b, r, j) in counted:
-                    totals["ratio"] += ratio
-                    totals["clip"] += jnp.where(clipped, 1.0, 0.0) if c.clip_epsilon or c.importance_cap else 0.0
+                    totals["ratio"] += ratio / acts
+                    totals["clip"] += jnp.where(clipped, 1.0, 0.0) / acts if c.clip_epsilon or c.importance_cap else 0.0
             policy -= value * term / divide[c.policy_reduction]
             if (b, r, j) in counted:
-                totals["policy_entropy"] += entropy[i]
+                totals["policy_entropy"] += entropy[i] / acts
                 d = ref[i] - log_probs[i] if ref is not None else 0.0
-                totals["kl"] += jnp.exp(d) - d - 1
+                totals["kl"] += (jnp.exp(d) - d - 1) / acts
     policy /= batch * count * rewarded
-    totals = {name: x / (scored * count * s.thought_length) for name, x in totals.items()}
+    totals = {name: x / (scored * count) for name, x in totals.items()}
 
     base_loss = base_sum / targets[0]
     talk_losses = [

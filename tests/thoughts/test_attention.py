@@ -10,13 +10,18 @@ import pytest
 from quietstar_jax.models.attention import MASKED, split_heads
 from quietstar_jax.thoughts.attention import prefix_xla
 from quietstar_jax.thoughts.attention.chain_attention import attend_chains, to_chain_layout
-from quietstar_jax.thoughts.attention.mask import ChainMask, chain_visible, prefix_visible
+from quietstar_jax.thoughts.attention.mask import ChainMask, chain_mask, prefix_visible
 
 UNLIMITED = jnp.int32(2**31 - 1)
 
 
 def drawing(visible: jax.Array) -> list[str]:
     return ["".join(".#"[int(x)] for x in row) for row in np.asarray(visible)]
+
+
+def chain_visible(seen: ChainMask, length: int) -> jax.Array:
+    """Which tokens of its own chain each chain token sees: [C, length]."""
+    return prefix_visible(chain_mask(seen, length), jnp.arange(length))[0, :, 0]
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -57,10 +62,11 @@ def all_at_once(
 
 
 def equal_one_softmax(
-    scale: float, window: int, positions: tuple[int, ...], first: jax.Array | None = None, cap: float = 0.0
-) -> None:
+    scale: float, window: int, positions: tuple[int, ...], first: jax.Array | None = None, cap: float = 0.0,
+    tokens: int = 3,
+) -> None:  # fmt: skip
     """Values and gradients of blocks, for two sequences and two groups."""
-    batch, count, tokens, prefix, heads, groups, width = 2, 2, 3, 7, 4, 2, 6
+    batch, count, prefix, heads, groups, width = 2, 2, 7, 4, 2, 6
     queries = scale * normal(0, batch, count, 3, tokens, heads, width)
     base = [normal(seed, batch, prefix, groups, width) for seed in (1, 2)]
     chain = [normal(seed, batch, count, 3, tokens, groups, width) for seed in (3, 4)]
@@ -102,6 +108,25 @@ def test_capped_scores_equal_one_softmax_with_gradients(monkeypatch, scale, wind
 def test_documents_equal_one_softmax_with_gradients(monkeypatch, window, block) -> None:
     monkeypatch.setattr(prefix_xla, "KEY_BLOCK", block)
     equal_one_softmax(1.0, window, (3, 4, 5), jnp.array([[3, 3, 5], [0, 4, 4]]))
+
+
+@pytest.mark.parametrize(
+    ("block", "window", "cap"), [(4, 2**31 - 1, 0.0), (4, 3, 1.5), (5, 7, 0.0), (11, 2**31 - 1, 0.0)]
+)
+def test_long_chains_equal_one_softmax_with_gradients(monkeypatch, block: int, window: int, cap: float) -> None:
+    """Chains of 11 tokens, whose last block of 4 begins earlier, with windows that end inside a chain."""
+    monkeypatch.setattr(prefix_xla, "KEY_BLOCK", block)
+    equal_one_softmax(1.0, window, (3, 4, 5), jnp.array([[3, 3, 5], [0, 4, 4]]), cap, tokens=11)
+
+
+def test_later_blocks_of_a_chain_are_not_computed(monkeypatch) -> None:
+    """Rubbish in the keys and values of tokens 8 .. 10 reaches no token of the blocks 0 .. 3 and 4 .. 7."""
+    monkeypatch.setattr(prefix_xla, "KEY_BLOCK", 4)
+    prefix, chain, queries = normal(0, 1, 6, 1, 4), normal(1, 1, 1, 1, 1, 11, 4), normal(2, 1, 1, 1, 11, 2, 4)
+    seen = ChainMask(jnp.ones((1, 6), bool), jnp.array([4]), jnp.arange(11), UNLIMITED)
+    dirty = jnp.where(jnp.arange(11)[:, None] >= 8, jnp.nan, chain)
+    found, wanted = (attend_chains(queries, prefix, prefix, x, x, seen)[:, :, :, :8] for x in (dirty, chain))
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("window", [40, 2**31 - 1])

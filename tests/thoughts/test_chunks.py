@@ -14,6 +14,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.parallel.axes import MESH_AXES
 from quietstar_jax.thought_config import ThoughtConfig
 from quietstar_jax.thoughts.chunks import (
+    even_chunk,
     map_chunks,
     max_positions_per_chunk,
     max_sampled_positions_per_chunk,
@@ -75,6 +76,15 @@ def test_a_larger_budget_never_takes_fewer_positions() -> None:
     assert found == sorted(found)
     assert found[0] >= 1
     assert found[-1] == 60
+
+
+def test_chunks_are_even() -> None:
+    assert [even_chunk(count, 64) for count in (1, 64, 72, 128, 130)] == [1, 64, 36, 64, 44]
+    for count in range(1, 300):
+        chunk = even_chunk(count, 64)
+        assert chunk <= 64
+        assert -(-count // chunk) == -(-count // 64), "no more chunks than of 64"
+        assert chunk * -(-count // 64) < count + -(-count // 64), "less than one position per chunk is not needed"
 
 
 def test_a_given_chunk_is_taken_up_to_the_text() -> None:

@@ -77,6 +77,9 @@ def test_adapters_cost_the_way_through_everything_and_their_own_gradients() -> N
     mixing = 7 * 3 * 2 * 2 * (4 * 4 + 4 * 4 + 4) + 7 * 2 * 4 * 4
     all_twice = 2 * (found.base + found.scoring + found.scoring_heads)
     assert found.backward == all_twice - frozen - (found.scoring_heads - mixing)
+    compared = dataclasses.replace(settings, config=ThoughtConfig(kl_weight=0.1))
+    reference = step_flops(SMALL, compared, 1, 7, adapters=adapters).reference
+    assert reference == 7 * decoder_flops(SMALL, 4, adapters) + found.scoring + 7 * 3 * 2 * HEAD  # adapters stay on
     resting = step_flops(SMALL, settings, 1, 7, RateScales(adapters=0.0), adapters)
     assert resting.backward == mixing + found.scoring + found.scoring_heads
     plain = step_flops(SMALL, ThoughtSettings(thought_length=0), 1, 7, adapters=adapters)

@@ -75,19 +75,32 @@ CASES = (
          "kl_weight": 1.0, "advantage_scale": "batch", "importance_cap": 2.0, "entropy_bonus": 0.2,
          "talk_reduction": "log_mean_exp"},
          settings={"num_thoughts": 1, "distill_weight": 0.5}),
+    # The model samples the end of each thought; the given thoughts have every length 0 .. T.
+    Case("ends", mask=("1111111", "1111100"), config={"end": "sampled", "length_penalty": 0.1, "positive_only": False}),
+    Case("ends_capped_tied_in_a_window", batch=1, mask=("1111110",), config={"end": "sampled", "entropy_bonus": 0.3,
+         "policy_reduction": "sum"}, settings={"thought_length": 3, "tokens_ahead": 1},
+         architecture={"norm_adds_one": True, "norm_placement": "around", "sliding_window": 3, "query_scale": 0.9,
+                       "full_attention_layers": (1,), "score_cap": 1.5, "logit_cap": 2.0, "tie_embeddings": True,
+                       "embedding_multiplier": 8**0.5, "activation": "gelu_tanh"}),
+    Case("ends_and_reference", mask=("1111111", "0111110"), positions_per_chunk=4,
+         config={"end": "sampled", "length_penalty": 0.2, "advantage": "leave_one_out", "positive_only": False,
+                 "kl_in_reward": 0.3, "kl_weight": 0.1, "importance_cap": 1.1, "policy_reduction": "sum_over_max"},
+         settings={"num_thoughts": 3, "meta_tokens": (0, 12), "longest_thought": 5}),
+    Case("ends_clipped_with_one_thought", batch=1, config={"end": "sampled", "clip_epsilon": 0.2,
+         "mixing": "log_probabilities"}, settings={"num_thoughts": 1, "rematerialize": True}),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_loss_metrics_and_gradients_equal_the_oracle(case: Case) -> None:
     a, s = case.decoder, case.thought
-    model = random_model(a, s.config.embedding_scale)
+    model = random_model(a, s.config.embedding_scale, heads=s.config.heads)
     (tokens, mask), thoughts = case.text(), case.thoughts()
     params, graphdef = split(model)
 
     reference, given = None, thoughts
     if s.config.needs_reference:
-        reference = split(random_model(a, s.config.embedding_scale, seed=5))[0]
+        reference = split(random_model(a, s.config.embedding_scale, seed=5, heads=s.config.heads))[0]
 
     def think(model: QuietStar, text: Text, positions: jax.Array) -> Thoughts:
         if reference is None:
@@ -111,9 +124,13 @@ def test_loss_metrics_and_gradients_equal_the_oracle(case: Case) -> None:
     (expected, expected_metrics), expected_gradient = jax.value_and_grad(slow, has_aux=True)(params)
 
     assert relative_error(value, expected) < 1e-5
-    entropy = np.asarray(thoughts.entropy).mean(-1)[:, :, :-1]
+    acts = (np.asarray(thoughts.entropy) > 0).sum(-1)  # positive for every action
+    entropy = (np.asarray(thoughts.entropy).sum(-1) / acts)[:, :, :-1]
     real = np.asarray(mask)[:, None, 1:]
     expected_metrics["entropy"] = (entropy * real).sum() / (s.num_thoughts * max(real.sum(), 1))
+    if s.samples_end:
+        lengths = (np.asarray(thoughts.tokens) >= 0).sum(-1)[:, :, :-1][np.broadcast_to(real, entropy.shape)]
+        assert metrics.pop("length_histogram").tolist() == np.bincount(lengths, minlength=s.thought_length + 1).tolist()
     histogram = metrics.pop("entropy_histogram")
     assert float(histogram.sum()) == np.asarray(mask)[:, 1:].sum()
     assert not worst_errors(metrics, expected_metrics, 2e-5)

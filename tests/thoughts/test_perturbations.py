@@ -11,12 +11,11 @@ import pytest
 
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.models.parameters import split
+from quietstar_jax.thought_config import PERTURBATIONS
 from quietstar_jax.thoughts.perturbations import (
-    KINDS,
     PERCENTS,
     PerturbationDraws,
     changed_tokens,
-    check_kind,
     draw_perturbations,
     perturb,
 )
@@ -62,7 +61,7 @@ def random_thoughts(length=7):
     return tokens, draw_perturbations(jax.random.key(2), shape)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PERTURBATIONS)
 def test_shares_are_nested_and_differ_between_thoughts(kind):
     """What is changed at a share is changed at larger ones too; `shuffle` keeps the tokens, and moves all it chose."""
     _, draws = random_thoughts()
@@ -107,8 +106,8 @@ def test_numbers_of_changed_tokens():
 
 def test_impossible_perturbations():
     tokens, draws = random_thoughts()
-    with pytest.raises(ConfigError, match=r"'truncat'; it must be one of .* Did you mean truncate"):
-        check_kind("truncat")
+    with pytest.raises(ConfigError, match=r"'truncat'; it must be one of .*did you mean truncate"):
+        perturb(tokens, draws, "truncat", 1, **OWN)
     for count in (-1, 8):
         with pytest.raises(ValueError, match=rf"count is {count}; it must be 0 \.\. 7"):
             perturb(tokens, draws, "delete", count, **OWN)
@@ -159,11 +158,11 @@ def test_losses_against_written_out_chains(case):
     params, thoughts = dict(split(model)[0]), case.thoughts()
     draws = draw_perturbations(jax.random.key(3), thoughts.tokens.shape)
     plain = score_given_thoughts(model, text, positions, thoughts, case.thought).talk.nll
-    wanted = UseWanted(KINDS, draws)
+    wanted = UseWanted(PERTURBATIONS, draws)
     use = score_use(model, text, positions, thoughts.tokens, plain, wanted, case.thought)
     near = dict(rtol=2e-4, atol=2e-4)
     slow = {}
-    for kind in KINDS:
+    for kind in PERTURBATIONS:
         np.testing.assert_array_equal(use.perturbed[kind][0], plain)
         for percent, nll in list(zip(PERCENTS, use.perturbed[kind], strict=True))[2:]:
             changed = perturb(thoughts.tokens, draws, kind, changed_tokens(5, percent), **OWN)

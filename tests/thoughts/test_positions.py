@@ -20,6 +20,7 @@ from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, here_and_ahead, read_text
+from quietstar_jax.training.batch import draw
 from tests.thoughts.cases import Case, random_model, worst_errors
 
 
@@ -66,6 +67,21 @@ def test_shorter_texts_think_less_and_holes_never() -> None:
     entropy = [[1.0] * 9] * 3
     text = text_of(["110000000", "111111111", "101111011"], entropy)
     assert chosen("entropy", 1.0, [[0.0] * 9] * 3, text) == [[], [0, 1, 2, 3, 4, 5], [1, 2, 3]]
+
+
+def test_a_number_of_positions_for_each_sequence() -> None:
+    """The least certain, or all that a shorter text has; the budget and the random numbers are for as many."""
+    config = dataclasses.replace(Case("").thought.config, positions="entropy", positions_per_sequence=2)
+    settings = ThoughtSettings(thought_length=2, tokens_ahead=2, config=config)
+    text = text_of(["111111111", "111110000", "111100000"], [[1.0, 5.0, 2.0, 4.0, 3.0, 0.0, 9.0, 9.0, 9.0]] * 3)
+    draws = jnp.zeros((3, 9))
+    assert choose(text, draws, settings).tolist() == [[1, 3], [1, 2], [0, 1]]
+    assert count_chosen(text_of(["111111111", "111000000"]).mask, draws[:2], settings).tolist() == [2, 1]
+    assert settings.thinking_positions(9) == settings.drawn_positions(9) == 2
+    assert settings.thinking_positions(4) == 1  # no more than exist
+    assert draw(jax.random.key(0), (3, 9), settings).thoughts.tokens.shape == (3, 1, 2, 2)
+    everywhere = dataclasses.replace(settings, config=dataclasses.replace(config, positions_per_sequence=0))
+    assert draw(jax.random.key(0), (3, 9), everywhere).thoughts.tokens.shape == (3, 1, 9, 2)
 
 
 @pytest.mark.parametrize(("how", "fraction"), [("entropy", 0.6), ("random", 0.3), ("stride", 0.5)])

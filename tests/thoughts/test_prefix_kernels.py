@@ -12,7 +12,7 @@ import pytest
 
 from quietstar_jax.thoughts.attention import kernel_common, prefix_mosaic, prefix_triton, prefix_xla
 from quietstar_jax.thoughts.attention.kernel_common import Range
-from quietstar_jax.thoughts.attention.mask import ChainMask
+from quietstar_jax.thoughts.attention.mask import ChainMask, chain_mask
 from quietstar_jax.thoughts.attention.prefix_triton import Blocks
 from quietstar_jax.thoughts.attention.prefix_xla import SoftmaxState
 
@@ -70,6 +70,23 @@ def test_kernels_equal_the_blocks(kernel: Any, name: str, scale: float, cap: flo
     gradients = prefix_xla.prefix_bwd(q, *text, seen, *saved, cap=cap)
     check(kernel_common.prefix_bwd(kernel.backward, q, *text, seen, *saved, cap=cap, interpret=True), gradients)
     assert all(np.any(x) for x in gradients)
+
+
+@pytest.mark.parametrize(("window", "cap"), [(2**31 - 1, 0.0), (7, 1.5)])
+def test_kernels_equal_the_blocks_within_chains(monkeypatch: Any, kernel: Any, window: int, cap: float) -> None:
+    """The part of a chain over itself, of 21 tokens with two query heads for each key/value head."""
+    monkeypatch.setattr(prefix_xla, "KEY_BLOCK", 8)
+    shape, keys = (2, 3, 2, 21, 1, 8), (normal(1, 2, 3, 21, 8), normal(2, 2, 3, 21, 8))
+    seen = chain_mask(ChainMask(MASK, jnp.arange(1), jnp.arange(21), jnp.int32(window)), 21)
+    q, gradient = normal(0, *shape), normal(3, *shape)
+    empty = prefix_xla.empty_state(q)
+    sums = prefix_xla.chain_fwd(q, *keys, seen, empty, cap=cap)
+    found = kernel_common.prefix_fwd(kernel.forward, q, *keys, seen, empty, cap=cap, interpret=True)
+    saved = sums.m + jnp.log(sums.l), (gradient * sums.acc / sums.l).sum(axis=-1, keepdims=True), gradient
+    wanted = *sums, *prefix_xla.chain_bwd(q, *keys, seen, *saved, cap=cap)
+    backward = kernel_common.prefix_bwd(kernel.backward, q, *keys, seen, *saved, cap=cap, interpret=True)
+    for x, y in zip((*found, *backward), wanted, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5 * max(1.0, float(jnp.abs(y).max())))
 
 
 def test_a_row_without_keys_adds_nothing(kernel: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from quietstar_jax.models.parameters import split
+from quietstar_jax.thoughts.attention import prefix_xla
 from quietstar_jax.thoughts.chains import chain_pass, chain_step, empty_chains
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import Thoughts, draw_tokens, mask_meta_tokens, sample_thoughts
@@ -115,15 +116,20 @@ def test_score_gives_the_log_probabilities_the_sampler_drew_from(model: QuietSta
     np.testing.assert_array_equal(draw_tokens(jnp.asarray(logits, jnp.float32), draws), thoughts.tokens)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_chain_steps_equal_the_chain_pass(model: QuietStar, dtype: jnp.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "block"), [(jnp.float32, 64), (jnp.bfloat16, 64), (jnp.float32, 2)], ids=["float32", "bfloat16", "blocks"]
+)
+def test_chain_steps_equal_the_chain_pass(
+    model: QuietStar, dtype: jnp.dtype, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix_xla, "KEY_BLOCK", block)
     tokens, mask = CASE.text()
     positions, length = jnp.array([0, 2, 5, 7]), 5
     text = read_text(model.decoder, tokens, mask, dtype=dtype)
     shape = (CASE.batch, 2, positions.size, length, CASE.decoder.hidden_size)
     embeddings = jax.random.normal(jax.random.key(0), shape).astype(dtype)
     at_once, _ = chain_pass(model.decoder, embeddings, positions, text.prefix, mask)
-    chain_kv = empty_chains(model.decoder, *shape[:4], dtype)
+    chain_kv = empty_chains(model.decoder.architecture, *shape[:4], dtype)
     step = jax.jit(chain_step)
     for c in range(length):
         hidden, chain_kv = step(

@@ -13,8 +13,9 @@ from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.reports.observe import Window, observe
 from quietstar_jax.thought_config import CONTROLS
 from quietstar_jax.thoughts.score import score_thoughts
+from quietstar_jax.thoughts.score_figures import summarize
 from quietstar_jax.thoughts.text import read_text
-from quietstar_jax.thoughts.token_scores import Prediction, TokenScores, score_given_thoughts, summarize
+from quietstar_jax.thoughts.token_scores import Prediction, TokenScores, score_given_thoughts
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.evaluation import make_token_scorer
 from tests.reports import cases
@@ -133,6 +134,23 @@ def test_summary_by_hand():
     assert len(found["deciles"]) == 10
     assert found["deciles"][0]["loss_without_thoughts"] == pytest.approx(0.5)
     assert found["deciles"][-1]["loss_without_thoughts"] == pytest.approx(18.0)
+
+
+def test_figures_of_thoughts_are_means_over_those_that_are_made():
+    base = np.arange(20, dtype=np.float32).reshape(1, 20)
+    made = np.zeros((1, 20), bool)
+    made[0, [12, 13, 15]] = True  # the 7th decile, and half of the 8th
+    thoughts = np.arange(20)[None, :, None] // 2
+    scores = scores_of(base, np.where(made, base - 3, base), made | True, thoughts)
+    weight = np.where(made, 0.25, 0.0)
+    scores = scores._replace(base_entropy=base, weight=weight, thought_entropy=np.where(made, 2.0, 7.0), made=made)
+    found = summarize(scores)
+    assert found["loss_with_thoughts"] == pytest.approx(found["loss_without_thoughts"] - 9 / 20)
+    names = ("mixing_weight", "reward", "thought_entropy", "unique_thought_rate", "thinking_rate")
+    assert [found[name] for name in names] == pytest.approx([0.25, 3.0, 2.0, 2 / 3, 3 / 20])
+    assert [row["mixing_weight"] for row in found["deciles"]] == [0.0] * 6 + [0.25, 0.25] + [0.0] * 2
+    silent = summarize(scores._replace(made=made & False))
+    assert [silent[name] for name in names] == [0.0] * 5
 
 
 def test_flatter_predictions_do_not_seem_to_help_the_hard_tokens():

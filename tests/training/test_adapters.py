@@ -9,8 +9,10 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from quietstar_jax.checkpoint.checkpoints import Checkpoints
 from quietstar_jax.checkpoint.run_checkpoint import open_run
 from quietstar_jax.config import from_config_dict, to_config_dict
 from quietstar_jax.errors import CheckpointError, ConfigError
@@ -19,7 +21,7 @@ from quietstar_jax.models.adapters import is_adapter, learns
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer
 from quietstar_jax.training.loop import train
-from quietstar_jax.training.setup import begin_objective, first_state, prepare
+from quietstar_jax.training.setup import abstract_state, begin_objective, first_state, prepare
 from quietstar_jax.training.step import make_train_step
 from tests.training.adapted import adapted_config, write_base
 from tests.training.test_resume import records
@@ -57,18 +59,16 @@ def test_training_begins_exactly_at_the_base(base, tmp_path):
 
 @pytest.fixture(scope="module")
 def steps(base, tmp_path_factory):
-    """(run, its states and metrics before the first step, after it, and after the second)."""
+    """(run, the step of its thoughts, states and metrics before the first such step and after it)."""
     workdir = tmp_path_factory.mktemp("steps")
     run = prepare(adapted_config(workdir, base, model__adapters__norms=True, thought__kl_weight=0.5))
-    states = [(begin_objective(run, first_state(run)), {})]
     step = jax.jit(make_train_step(run.config, run.config.phases[1], run.graphdef, run.vocabulary))
-    for _ in range(2):
-        states.append(step(states[-1][0], batch_of(run.config), run.key, jnp.int32(0)))
-    return run, states
+    before = begin_objective(run, first_state(run))
+    return run, step, before, step(before, batch_of(run.config), run.key, jnp.int32(0))[0]
 
 
 def test_what_a_step_changes(steps):
-    run, [(before, _), (state, _), _] = steps
+    run, _, before, state = steps
     assert set(state.frozen) == {name for name in run.graphdef.names if not learns(name, run.config.model.adapters)}
     assert {x.dtype for x in state.frozen.values()} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in state.params.values()} == {jnp.dtype("float32")}
@@ -83,19 +83,74 @@ def test_what_a_step_changes(steps):
             assert not np.any(moments[name]), name  # B is 0
 
 
-def test_the_reference_of_the_divergence_is_the_model_with_its_adapters_off(steps):
-    """It stores no copy of the base, and the divergence is 0 while adapters have no effect."""
-    _, [(before, _), (_, first), (_, second)] = steps
-    norms = {"decoder.final_norm", "decoder.layers.attention_norm", "decoder.layers.mlp_norm"}
-    assert set(before.reference) == {"start_embedding", "end_embedding", "start_spare", "end_spare"} | norms
-    assert float(first["kl"]) == 0.0
-    assert float(second["kl"]) > 1e-6
+def test_the_reference_of_the_divergence_is_the_policy_at_its_start(steps):
+    """Also if adapters and norms have learned before: the divergence is exactly 0 before the first update."""
+    run, step, first, _ = steps
+    plain = jax.jit(make_train_step(run.config, run.config.phases[0], run.graphdef, run.vocabulary))
+    state = first_state(run)
+    for _ in range(2):
+        state, _ = plain(state, batch_of(run.config), run.key, jnp.int32(0))
+    for name in ("decoder.layers.up_lora_b", "decoder.final_norm"):
+        assert not np.array_equal(state.params[name], first.params[name]), name
+    state, divergence = begin_objective(run, state), []
+    assert set(state.reference) == {name for name in state.params if not name.startswith("mixing_head.")}
+    for name, value in state.reference.items():
+        np.testing.assert_array_equal(value, state.params[name], err_msg=name)
+    for _ in range(2):
+        state, metrics = step(state, batch_of(run.config), run.key, jnp.int32(0))
+        divergence.append(float(metrics["kl"]))
+    assert divergence[0] == 0.0
+    assert divergence[1] > 1e-6
+
+
+def save_as_earlier_versions(folder, state, record):
+    """Writes a step as versions did whose orbax handler of the objective, as of all arrays, was the standard one."""
+    arrays = {"params": state.params, "opt_state": state.opt_state, "objective": state.objective}
+    records = {"data": {"position": 7}, "config": record, "progress": {"step": int(state.step)}}
+    handlers = dict.fromkeys(arrays, ocp.StandardCheckpointHandler) | dict.fromkeys(records, ocp.JsonCheckpointHandler)
+    items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+    items |= {name: ocp.args.JsonSave(dict(mapping)) for name, mapping in records.items()}
+    made = {name: handler() for name, handler in handlers.items()}
+    with ocp.CheckpointManager(folder, item_handlers=made) as manager:
+        manager.save(int(state.step), args=ocp.args.Composite(**items))
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_references_of_earlier_versions(base, tmp_path, adapted):
+    """They were all weights, mixing head included; of adapted runs neither adapters nor head: another reference."""
+    maps = "all" if adapted else "none"
+    thought = dict(thought__kl_weight=0.5, thought__entropy_target=0.5, thought__entropy_bonus=0.25)
+    config = adapted_config(tmp_path, base, model__adapters__maps=maps, model__adapters__norms=adapted, **thought)
+    run = prepare(config)
+    state = begin_objective(run, first_state(run))._replace(step=jnp.int32(4))
+    earlier = {
+        name: x
+        for name, x in state.params.items()
+        if not (adapted and (is_adapter(name) or name.startswith("mixing_head.")))
+    }
+    assert set(earlier) - set(state.reference) == {name for name in earlier if name.startswith("mixing_head.")}
+    save_as_earlier_versions(tmp_path / "checkpoints", state._replace(reference=earlier), run.record)
+    with Checkpoints(tmp_path / "checkpoints", config.checkpoint) as checkpoints:
+        abstract = abstract_state(config, run.architecture, run.mesh, 4)
+        if adapted:
+            with pytest.raises(CheckpointError, match=r"no decoder\.layers\.\w+_lora_a in the reference"):
+                checkpoints.restore(4, abstract)
+        else:
+            restored = checkpoints.restore(4, abstract)
+            assert restored.data == {"position": 7}
+            jax.tree.map(np.testing.assert_array_equal, restored.state, state)
 
 
 def test_a_phase_in_which_adapters_rest(base, tmp_path):
-    """Their rate 0 leaves them unchanged bit for bit, and nothing of the decoder gets a gradient."""
+    """Their rate 0 leaves A and B unchanged bit for bit, also after steps in which they learned.
+
+    Nothing of the decoder gets a gradient: the moments of A and B only decay.
+    """
     run = prepare(adapted_config(tmp_path, base))
-    before, phase = first_state(run), run.config.phases[1]
+    before, (plain, phase) = first_state(run), run.config.phases
+    learn = jax.jit(make_train_step(run.config, plain, run.graphdef, run.vocabulary))
+    for _ in range(2):
+        before, _ = learn(before, batch_of(run.config), run.key, jnp.int32(0))
     phase = dataclasses.replace(phase, rates=dataclasses.replace(phase.rates, adapters=0.0))
     step = jax.jit(make_train_step(run.config, phase, run.graphdef, run.vocabulary))
     state, _ = step(before, batch_of(run.config), run.key, jnp.int32(0))
@@ -103,7 +158,9 @@ def test_a_phase_in_which_adapters_rest(base, tmp_path):
     assert len(adapters) == 14
     for name in adapters:
         np.testing.assert_array_equal(state.params[name], before.params[name])
-        assert not np.any(state.opt_state[1].mu[name])
+        moments = [one.opt_state[1].mu[name] for one in (before, state)]
+        assert np.any(moments[0])
+        np.testing.assert_allclose(moments[1], run.config.optimizer.b1 * moments[0], rtol=1e-6)
     assert np.any(state.params["mixing_head.out"])
 
 
@@ -115,6 +172,9 @@ def test_checkpoints_contain_only_what_learns(whole, base):
     assert sum(is_adapter(name) for name in names) == 14
     assert run.base["bytes"] == (base / "model.safetensors").stat().st_size
     assert len(run.base["content"]) == 64
+    unknown = {"decoder.other": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    with pytest.raises(CheckpointError, match=r"has no parameter decoder\.other"):
+        run.parameters.restore(unknown)
     assert summary["parameters"] > sum(np.prod(shape) for shape in run.parameters.shapes.values())
 
 

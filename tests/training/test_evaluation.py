@@ -1,15 +1,16 @@
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
 
 from quietstar_jax.models.parameters import merge
-from quietstar_jax.thought_config import Phase
+from quietstar_jax.thought_config import Phase, ThoughtConfig
+from quietstar_jax.thoughts.score_figures import summarize
 from quietstar_jax.thoughts.text import read_text
-from quietstar_jax.thoughts.token_scores import summarize
 from quietstar_jax.training.batch import Batch, to_device
-from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer
+from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, without_thoughts
 from quietstar_jax.training.setup import first_state, prepare
 from quietstar_jax.training.summary import most_helpful_thoughts
 from tests.thoughts.test_token_scores import scores_of
@@ -56,6 +57,36 @@ def test_a_run_that_never_thinks_reports_the_base(run):
     np.testing.assert_array_equal(scores.talk.nll, scores.base.nll)
     assert scores.thoughts.shape == (2, 24, 0)
     assert summarize(scores)["unique_thought_rate"] == 0.0
+
+
+def test_thoughts_that_change_nothing_can_be_left_out(run):
+    settings, params = evaluation_settings(run.config, run.vocabulary), first_state(run).params
+    plain = without_thoughts(settings)
+    with_thoughts, without = (
+        summarize(jax.device_get(make_token_scorer(run.graphdef, each)(params, batch(run))).first_thought())
+        for each in (settings, plain)
+    )
+    of_thoughts = {"thought_entropy", "unique_thought_rate", "thought_length"}
+    assert {name for name in without if not without[name]} >= of_thoughts
+    assert all(with_thoughts[name] > 0 for name in of_thoughts)
+    assert with_thoughts["loss_with_thoughts"] == with_thoughts["loss_without_thoughts"]
+    chex.assert_trees_all_close(*({**one, **dict.fromkeys(of_thoughts)} for one in (without, with_thoughts)), rtol=1e-5)
+    for mixing in ("log_probabilities", "none"):  # with an untrained head too, these predict something else
+        assert without_thoughts(dataclasses.replace(settings, config=ThoughtConfig(mixing=mixing))) is None
+
+
+def test_random_rankings_differ_by_batch_and_run_and_change_nothing_else(run):
+    scorer, params = make_token_scorer(run.graphdef, evaluation_settings(run.config, run.vocabulary)), first_state(run)
+    one = batch(run)._asdict()
+    batches = [{name: one[name] for name in ("tokens", "mask")}] * 2
+    plain = score_batches(scorer, params.weights, batches)
+    assert plain.rankings is None
+    ranked = [score_batches(scorer, params.weights, batches, rank_key=jax.random.key(seed)) for seed in (0, 0, 1)]
+    first, again, other = (scores.rankings["random"] for scores in ranked)
+    np.testing.assert_array_equal(first, again)
+    values = np.concatenate([first.ravel(), other.ravel()])
+    assert len(np.unique(values)) > 0.99 * len(values), "no draw repeats, in another batch or with another seed"
+    chex.assert_trees_all_close(ranked[0]._replace(rankings=None), plain, rtol=1e-5, atol=1e-6)
 
 
 def test_most_helpful_thoughts_come_first_and_once_per_sequence(run):

@@ -29,7 +29,7 @@ def every_option(workdir: Path) -> Config:
     config = tiny_config_dict(workdir)
     config.thought.update(
         clip_epsilon=0.2, entropy_target=0.1, entropy_bonus=0.01, kl_weight=0.1, kl_in_reward=0.1,
-        advantage_scale="batch", sampling_temperature=1e-4,
+        advantage_scale="batch", sampling_temperature=1e-4, gate=True, end="sampled",
     )  # fmt: skip
     shape = dict(thought_length=2, num_thoughts=2, tokens_ahead=2, batch_size=4, warmup_steps=0)
     config.phases = [phase(name="all", steps=4, policy_weight=1.0, distill_weight=0.1, **shape)]
@@ -48,7 +48,7 @@ def test_every_metric_of_a_run_is_on_the_page(tmp_path, monkeypatch):
     for kind in ("train", "speed", "evaluation", "warning"):
         unknown = written[kind] - named() - {"kind", "step", "phase", "warning"}
         assert not unknown, f"docs/metrics.md lacks these metrics of kind {kind}"
-    assert {"kl", "clip_ratio", "policy_entropy", "entropy_bonus", "distillation_loss"} <= written["train"]
+    assert {"kl", "clip_ratio", "policy_entropy", "entropy_bonus", "distillation_loss", "gate_loss"} <= written["train"]
     assert {"mfu", "memory_gib", "memory_peak_gib", "thought_tokens_per_second"} <= written["speed"]
     assert summary["thoughts_collapsed_at_step"] == 3
     drawn = {name for series in CURVES.values() for name, _ in series}

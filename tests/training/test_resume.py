@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from quietstar_jax.architecture import Architecture
+from quietstar_jax.architecture import Adapters, Architecture
 from quietstar_jax.checkpoint.run_checkpoint import open_run
 from quietstar_jax.config import Config
 from quietstar_jax.errors import CheckpointError, DivergedError
@@ -47,8 +47,15 @@ def test_summary_and_records(uninterrupted):
     assert len(summary["sample_thoughts"]) == 3
     steps = [record["step"] for record in records(workdir) if record["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6, 7]
-    evaluated = [record["step"] for record in records(workdir) if record["kind"] == "evaluation"]
-    assert evaluated == [3, 7]
+    evaluated = {record["step"]: record for record in records(workdir) if record["kind"] == "evaluation"}
+    assert list(evaluated) == [3, 7]
+    plain, thoughts = evaluated.values()
+    assert plain["thought_entropy"] == 0, "no thoughts are computed before the first phase that trains them"
+    assert plain["loss_with_thoughts"] == plain["loss_without_thoughts"]
+    assert plain["answer_accuracy_with_thoughts"] == plain["answer_accuracy_without_thoughts"]
+    assert thoughts["thought_entropy"] > 1
+    assert plain["sample_thoughts"] == []
+    assert thoughts["sample_thoughts"] == summary["sample_thoughts"]
 
 
 def test_a_finished_run_starts_again_without_a_step(uninterrupted):
@@ -161,6 +168,11 @@ def test_what_may_change_between_runs():
     check_same_run(record(trained), record(trained, **all_rewards), step=4)
     with pytest.raises(CheckpointError, match=r"config\.thought\.positive_only: True -> False"):
         check_same_run(record(trained), record(trained, **all_rewards), step=5)
+    frozen = [phase(thought_length=6, rates={"decoder": 0.0, "thought_embeddings": 0.0})]  # trains no thought
+    check_same_run(record(frozen), record(frozen, **all_rewards), step=2)
+    adapted = {"model": {"checkpoint": "base", "adapters": to_mapping(Adapters("mlp"))}}
+    with pytest.raises(CheckpointError, match=r"config\.thought\.positive_only: True -> False"):
+        check_same_run(record(frozen, **adapted), record(frozen, **adapted, **all_rewards), step=2)
     with pytest.raises(CheckpointError, match=r"config\.thought\.embedding_scale: 1 -> 2"):
         check_same_run(record([phase()], thought={"embedding_scale": 1}),
                        record([phase()], thought={"embedding_scale": 2}), step=2)  # fmt: skip

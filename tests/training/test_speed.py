@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from quietstar_jax.parallel.chips import GPUS, TPUS, chip_of
-from quietstar_jax.thoughts.flops import step_flops
+from quietstar_jax.thoughts.flops import phase_flops, step_flops
 from quietstar_jax.thoughts.settings import Vocabulary, phase_settings
 from quietstar_jax.training import metrics, speed
 from quietstar_jax.training.loop import train
@@ -94,6 +94,28 @@ def test_figures_are_means_over_the_steps_since_the_last_ones(tmp_path, clock):
     assert "thought_tokens_per_second" not in found
 
 
+def test_the_time_left_counts_later_phases_by_their_flops(tmp_path, clock):
+    meter, plain, settings = meter_of(tmp_path, phase=0)
+    meter.begin(plain, settings)
+    for seconds in (2.0, 2.0):
+        clock.now += seconds
+        with meter.leave_out():
+            clock.now += 50
+        meter.step_done()
+    meter.figures()  # does not change the pace
+    pace = meter.pace(2)
+    of_plain, of_thoughts = (phase_flops(meter._config, phase) / phase.steps for phase in meter._config.phases)
+    assert pace.tokens_per_second == pytest.approx(4 * 24 / 2)
+    assert pace.seconds_left == pytest.approx(2.0 * (1 + 4 * of_thoughts / of_plain))  # one step, then four
+    clock.now += 4
+    meter.step_done()
+    assert meter.pace(3).tokens_per_second == pytest.approx(4 * 24 / 2.2)  # a tenth of the way to the latest
+    meter.begin(*meter_of(tmp_path)[1:])
+    clock.now += 30
+    meter.step_done()
+    assert meter.pace(7) == (4 * 24 / 30, 0)
+
+
 def test_utilisation_and_memory_where_they_are_known(tmp_path, clock, monkeypatch):
     meter, phase, settings = meter_of(tmp_path)
     meter.begin(phase, settings)
@@ -118,7 +140,7 @@ def test_utilisation_and_memory_where_they_are_known(tmp_path, clock, monkeypatc
     [("cpu", None), ("TPU v4", TPUS["v4"]), ("TPU v5 lite", TPUS["v5e"]), ("TPU v5", TPUS["v5p"]),
      ("TPU v5p", TPUS["v5p"]), ("TPU v6 lite", TPUS["v6e"]), ("TPU v4 lite", None), ("TPU v3", None),
      ("NVIDIA A100-SXM4-80GB", GPUS["a100"]), ("NVIDIA H100 80GB HBM3", GPUS["h100"]), ("NVIDIA H200", GPUS["h200"]),
-     ("NVIDIA H100 PCIe", None), ("NVIDIA L4", None)],
+     ("NVIDIA H100 PCIe", None), ("NVIDIA L4", GPUS["l4"]), ("NVIDIA L40S", None)],
 )  # fmt: skip
 def test_chips_by_the_name_of_a_device(kind, chip):
     assert chip_of(kind) is chip

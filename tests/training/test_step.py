@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from quietstar_jax.config import from_config_dict
+from quietstar_jax.configs import long_thoughts
 from quietstar_jax.thought_config import RateScales
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.optimizer import learning_rate
 from quietstar_jax.training.setup import first_state, prepare
 from quietstar_jax.training.step import initial_state, make_train_step
-from tests.training.tiny import tiny_config
+from tests.training.tiny import tiny_config, tiny_config_dict
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +29,9 @@ def batch_of(run, rows=4):
     return Batch(tokens.astype(jnp.int32), jnp.arange(length) < real[:, None])
 
 
-def step_of(run, phase):
+def step_of(run, phase, state=None):
     step = make_train_step(run.config, phase, run.graphdef, run.vocabulary)
-    return jax.jit(step)(first_state(run), batch_of(run), run.key, jnp.int32(0))
+    return jax.jit(step)(first_state(run) if state is None else state, batch_of(run), run.key, jnp.int32(0))
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["plain", "thoughts"])
@@ -43,6 +45,28 @@ def test_accumulation_equals_the_large_batch(run, index):
         for name in wanted:
             scale = float(jnp.abs(wanted[name]).max()) + 1e-12
             np.testing.assert_allclose(moments[name] / scale, wanted[name] / scale, atol=2e-5, err_msg=name)
+
+
+def test_long_thoughts_at_one_position_train(tmp_path):
+    """The shipped configuration with a tiny decoder; a thought of 70 tokens has two blocks."""
+    config = long_thoughts.get_config()
+    tiny = tiny_config_dict(tmp_path)
+    for group in ("model", "data", "logging"):
+        config[group] = tiny[group]
+    config.model.architecture.max_positions = 128
+    config.thought.update(initial_start_token="(", initial_end_token=")")
+    config.phases[0].update(thought_length=70, batch_size=4, warmup_steps=0, learning_rate=1e-2)
+    run = prepare(from_config_dict(config))
+    (phase,) = run.config.phases
+    state, first = step_of(run, phase)
+    state, second = step_of(run, phase, state)
+    for metrics in (first, second):
+        assert not {name: value for name, value in metrics.items() if not np.isfinite(value).all()}
+        assert float(metrics["reward_std"]) > 0
+    moving = {name for name, value in state.opt_state[1].mu.items() if np.any(value)}
+    assert {"start_embedding", "decoder.embedding", "decoder.layers.query"} <= moving
+    # Only REINFORCE trains: the log-probability of a thought depends neither on its end nor on the mixing.
+    assert not {name for name in moving if name == "end_embedding" or name.startswith("mixing_head")}
 
 
 def test_plain_phase_leaves_the_thought_weights_without_gradient(run):

@@ -35,18 +35,18 @@ class RowsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {split: self._generate_examples(spec) for split, spec in self._sources.items()}
+        return {split: self._generate_examples(split, spec) for split, spec in self._sources.items()}
 
-    def _generate_examples(self, spec: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, split: str, spec: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, (where, row) in enumerate(read_records(spec, DataConfig())):
             try:
-                yield number, self.example(row)
+                yield number, self.example(row, split)
             except (KeyError, TypeError) as error:
                 reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
                 raise DataError(
                     f"{where}: this is not a row of {self.name}: {reason}; it has {', '.join(row)}. Check the file."
                 ) from error
 
-    def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the example of a row. Raises KeyError or TypeError if the row is malformed."""
+    def example(self, row: Mapping[str, Any], split: str) -> dict[str, Any]:
+        """Returns the example of a row of a split. Raises KeyError or TypeError if the row is malformed."""
         raise NotImplementedError

@@ -21,7 +21,7 @@ class CommonsenseQa(RowsBuilder, skip_registration=True):  # type: ignore[call-a
     }
     HOMEPAGE = "https://www.tau-nlp.org/commonsenseqa"
 
-    def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def example(self, row: Mapping[str, Any], split: str) -> dict[str, Any]:
         """Accepts rows in the authors' format (all under `question`) and in the hub's (`choices` as two lists)."""
         asked = row["question"]
         if isinstance(asked, str):

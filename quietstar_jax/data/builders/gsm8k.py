@@ -17,7 +17,7 @@ class Gsm8k(RowsBuilder, skip_registration=True):  # type: ignore[call-arg]
     EXAMPLE: ClassVar = {name: tfds.features.Text() for name in ("text", "question", "answer", "short_answer")}
     HOMEPAGE = "https://github.com/openai/grade-school-math"
 
-    def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def example(self, row: Mapping[str, Any], split: str) -> dict[str, Any]:
         question, answer = row["question"], row["answer"]
         short = answer.rpartition("#### ")[2].strip()
         return {"text": f"{question}\n{answer}", "question": question, "answer": answer, "short_answer": short}

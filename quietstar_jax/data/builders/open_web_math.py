@@ -17,5 +17,5 @@ class OpenWebMath(RowsBuilder, skip_registration=True):  # type: ignore[call-arg
     EXAMPLE: ClassVar = {name: tfds.features.Text() for name in ("text", "url", "date")}
     HOMEPAGE = "https://github.com/keirp/OpenWebMath"
 
-    def example(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def example(self, row: Mapping[str, Any], split: str) -> dict[str, Any]:
         return {"text": row["text"], "url": str(row.get("url") or ""), "date": str(row.get("date") or "")}

@@ -44,7 +44,7 @@ class PreparedDocuments:
         check_tokenizer(folder, manifest["tokenizer"], tokenizer)
         self._folder, self._tokenizer = folder, tokenizer
         self._dtype = np.dtype(manifest["dtype"])
-        self._tokens = manifest["tokens"]
+        self.tokens: int = manifest["tokens"]  # of all documents
         self._known_begin, self._cache_dir = manifest.get("begin"), cache_dir
         stretches = []
         for shard in manifest["shards"]:
@@ -84,7 +84,7 @@ class PreparedDocuments:
 
     def counts(self, begin: tuple[int, ...] = ()) -> np.ndarray:
         counts = self._array(COUNTS)
-        if int(counts.sum(dtype=np.int64)) != self._tokens:
+        if int(counts.sum(dtype=np.int64)) != self.tokens:
             raise DataError(f"{self._folder / COUNTS} does not fit {MANIFEST}. {_AGAIN}")
         begun = self._begun(begin) if begin else np.zeros(0, np.bool_)
         return counts - len(begin) * begun.astype(np.int32) if begun.any() else counts

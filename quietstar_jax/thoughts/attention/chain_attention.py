@@ -8,15 +8,16 @@ The X = M * C query rows of chain (r, j) and key/value head g, with M = 2, C = 3
       0  1          ■  ■  ■  ·  ·  ·                      ■  ■  ·
       0  2          ■  ■  ■  ·  ·  ·                      ■  ■  ■
       1  0          ■  ■  ■  ·  ·  ·                      ■  ·  ·
-      ..            `prefix_fwd`, block by block          `_chain_softmax`
+      ..            `prefix_fwd`, block by block          `chain_fwd`, block by block
 
-The chains of all positions are query rows against the same prefix keys, which are never copied. The rows visit these
-keys block by block with a running maximum and sum (as in FlashAttention), which start as those of the chain.
-Scores over the whole prefix never exist in memory, and blocks that no chain of the chunk sees are not computed. The
-backward pass recomputes the weights as exp(score - log-sum-exp), from the saved log-sum-exp over both parts.
+The chains of all positions are query rows against the same prefix keys, which are never copied. The rows visit first
+the keys of their chain, then those of the prefix, block by block with a running maximum and sum (as in FlashAttention).
+Scores over all keys never exist in memory, and blocks that no row sees are not computed. The backward pass recomputes
+the weights as exp(score - log-sum-exp), from the saved log-sum-exp over both parts.
 
-The prefix part has three implementations with the same result: `prefix_xla` for any device, and the kernels
-`prefix_mosaic` and `prefix_triton`; `ModelConfig.prefix_attention` selects one.
+The same code visits both: a chain attends to itself as the positions of a text with their own keys (`chain_mask`). It
+has three implementations with the same result: `prefix_xla` for any device, and the kernels `prefix_mosaic` and
+`prefix_triton`; `ModelConfig.prefix_attention` selects one. Chains of at most one block need no kernel.
 
 Axis letters: B batch, G key/value heads, M query heads of each, R thoughts, J positions, C chain tokens, X = M * C
 query rows of a chain and head, P prefix keys, E chain keys, H head width. Scores and sums are float32.
@@ -32,17 +33,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from quietstar_jax.models.attention import ATTENTION, MASKED, soft_cap, split_heads
+from quietstar_jax.models.attention import ATTENTION, split_heads
 from quietstar_jax.parallel.axes import manual_shard_map
 from quietstar_jax.thoughts.attention import kernel_common, prefix_mosaic, prefix_triton, prefix_xla
-from quietstar_jax.thoughts.attention.mask import ChainMask, chain_visible
-from quietstar_jax.thoughts.attention.prefix_xla import SoftmaxState, add_blocks, dot, through_softmax
+from quietstar_jax.thoughts.attention.mask import ChainMask, chain_mask
+from quietstar_jax.thoughts.attention.prefix_xla import SoftmaxState, add_blocks, empty_state
 
 # Each device computes attention for its own sequences and heads, without communication. Only the gradients of keys and
 # values are summed, over the devices along `group`.
 _OVER = ("data", "fsdp", "tensor", "group")
 _QUERIES = ("batch", "kv_heads", None, None, "query_rows", None)
 _KEYS, _CHAIN_KEYS = ("batch", "kv_heads", None, None), ("batch", "kv_heads", None, None, None, None)
+_CACHE = (None, *_CHAIN_KEYS)
 
 
 def attend_chains(
@@ -59,9 +61,63 @@ def attend_chains(
     Returns:
       [B, R, J, C, G * M, H] in the dtype of the values.
     """
-    rows, seen = _query_rows(queries, prefix_keys.shape[-2], seen)
+    rows = _query_rows(queries, prefix_keys.shape[-2])
     prefix = (prefix_keys.swapaxes(1, 2), prefix_values.swapaxes(1, 2))
     return _from_query_rows(_attention(prefix_attention, cap, rows, *prefix, chain_keys, chain_values, seen), queries)
+
+
+def attend_step(
+    queries: jax.Array, prefix_keys: jax.Array, prefix_values: jax.Array, written_keys: jax.Array,
+    written_values: jax.Array, layer: jax.Array, chain_keys: jax.Array, chain_values: jax.Array, seen: ChainMask,
+    prefix_attention: str = "auto", cap: float = 0.0,
+) -> jax.Array:  # fmt: skip
+    """As `attend_chains`, for one token of each chain (C = E = 1) after those that are written.
+
+    The written tokens are read in place, in blocks up to the newest token.
+
+    Args:
+      written_keys, written_values: [layers, B, G, R, J, T, H], of which 0 .. c - 1 are used; layer: scalar index;
+        chain_keys, chain_values: of token c, `seen.offsets` [1].
+
+    Returns:
+      As `attend_chains`; not differentiable.
+    """
+
+    def local(_: Any, q: jax.Array, keys: jax.Array, values: jax.Array, *arguments: Any) -> jax.Array:
+        *_, new_values, seen = arguments
+        # The devices that the program is compiled for are not always those of this process.
+        chain = jax.lax.platform_dependent(
+            _rows_as_prefix(seen, q), *arguments,
+            cpu=functools.partial(over_written, prefix_xla.KEY_BLOCK),
+            default=functools.partial(over_written, prefix_xla.ACCELERATOR_KEY_BLOCK),
+        )  # fmt: skip
+        return _finish(_add_prefix(prefix_attention, cap, q, keys, values, seen, chain), new_values.dtype)
+
+    def over_written(width: int, rows: jax.Array, *arguments: Any) -> prefix_xla.SoftmaxState:
+        *written, layer, new_keys, new_values, seen = arguments
+        length = written[0].shape[5]
+        width = min(width, length)
+
+        def cut(start: jax.Array) -> tuple[jax.Array, jax.Array]:
+            is_new = (start + jnp.arange(width) == seen.offsets)[:, None]
+
+            def read(cache: jax.Array, new: jax.Array) -> jax.Array:
+                corner, size = (layer, 0, 0, 0, 0, start, 0), (1, *new.shape[:4], width, new.shape[5])
+                block = jnp.where(is_new, new, jax.lax.dynamic_slice(cache, corner, size)[0])
+                return _keys_as_prefix(block)
+
+            return read(written[0], new_keys), read(written[1], new_values)
+
+        return add_blocks(rows, chain_mask(seen, length), empty_state(rows), width, cut, cap)
+
+    rows = _query_rows(queries, prefix_keys.shape[-2])
+    of_rows, of_prefix, _, _, _, of_seen = _arguments(seen)
+    axes = (of_rows, of_prefix, of_prefix, _CACHE, _CACHE, (), _CHAIN_KEYS, _CHAIN_KEYS, of_seen)
+    context = manual_shard_map(local, _OVER, axes, _QUERIES)(
+        rows, prefix_keys.swapaxes(1, 2), prefix_values.swapaxes(1, 2), written_keys, written_values, layer,
+        chain_keys, chain_values, seen,
+    )  # fmt: skip
+    return _from_query_rows(context, queries)
 
 
 def attend_cache(
@@ -72,33 +128,51 @@ def attend_cache(
 
     Args:
       cache_keys, cache_values: [layers, B, G, P, H]; layer: scalar index of the layer.
-      key_block: prefix keys per block, a divisor of P or at least P.
+      key_block: keys per block.
 
     Returns:
       As `attend_chains`; not differentiable.
     """
-    rows, seen = _query_rows(queries, cache_keys.shape[2], seen)
+    rows = _query_rows(queries, cache_keys.shape[2])
     _, batch, groups, length, width = cache_keys.shape
-    key_block = min(key_block, length)
+    block = min(key_block, length)
 
     def cut(start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        corner, size = (layer, 0, 0, start, 0), (1, batch, groups, key_block, width)
+        corner, size = (layer, 0, 0, start, 0), (1, batch, groups, block, width)
         return (
             jax.lax.dynamic_slice(cache_keys, corner, size)[0],
             jax.lax.dynamic_slice(cache_values, corner, size)[0],
         )
 
-    chain = _chain_softmax(rows, chain_keys, chain_values, seen, cap)
-    state = add_blocks(rows, seen, chain, key_block, cut, cap)
+    own, chain = _rows_as_prefix(seen, rows), (_keys_as_prefix(chain_keys), _keys_as_prefix(chain_values))
+    seen_chain = chain_mask(seen, chain_keys.shape[4])
+    state = prefix_xla.prefix_fwd(own, *chain, seen_chain, empty_state(own), cap=cap, width=key_block)
+    state = add_blocks(rows, _of_rows(seen, rows), _as_rows(state, rows), block, cut, cap)
     return _from_query_rows(_finish(state, chain_values.dtype), queries)
 
 
-def _query_rows(queries: jax.Array, groups: int, seen: ChainMask) -> tuple[jax.Array, ChainMask]:
-    """Queries [B, R, J, C, G * M, H] -> rows [B, G, R, J, X, H], and `seen` with an offset for each row."""
-    heads, width = queries.shape[-2:]
-    # Row x = m * C + c: the C offsets repeat M times.
+def _query_rows(queries: jax.Array, groups: int) -> jax.Array:
+    """Queries [B, R, J, C, G * M, H] -> rows [B, G, R, J, X, H], row x = m * C + c."""
     rows = split_heads(queries, groups).transpose(0, 4, 1, 2, 5, 3, 6)  # [B, G, R, J, M, C, H]
-    return rows.reshape(*rows.shape[:4], -1, width), seen._replace(offsets=jnp.tile(seen.offsets, heads // groups))
+    return rows.reshape(*rows.shape[:4], -1, rows.shape[-1])
+
+
+def _of_rows(seen: ChainMask, q: jax.Array) -> ChainMask:
+    """Returns the mask with an offset for each row of q [.., X, H]: the C offsets repeat M times."""
+    return seen._replace(offsets=jnp.tile(seen.offsets, q.shape[4] // seen.offsets.shape[-1]))
+
+
+# A chain attends to itself as a text whose C tokens are positions with one query token each, of M query heads that take
+# the axis of thoughts (`chain_mask`); each chain is a further key/value head. These shapes copy nothing.
+def _rows_as_prefix(seen: ChainMask, x: jax.Array) -> jax.Array:
+    """Rows of chains [B, G, R, J, M * C, H] -> [B, G * R * J, M, C, 1, H]."""
+    tokens = seen.offsets.shape[-1]
+    return x.reshape(len(x), -1, x.shape[4] // tokens, tokens, 1, x.shape[-1])
+
+
+def _keys_as_prefix(x: jax.Array) -> jax.Array:
+    """Keys or values of chains [B, G, R, J, E, H] -> [B, G * R * J, E, H]."""
+    return x.reshape(len(x), -1, *x.shape[4:])
 
 
 def _from_query_rows(context: jax.Array, queries: jax.Array) -> jax.Array:
@@ -144,7 +218,7 @@ _attention.defvjp(_forward, _backward)
 def _arguments(seen: ChainMask) -> tuple[Any, ...]:
     """Logical axes of the array arguments of `_attention`."""
     positions: Any = ("batch", None) if seen.positions.ndim == 2 else ()
-    axes: Any = {"mask": ("batch", None), "positions": positions, "offsets": ("query_rows",), "window": ()}
+    axes: Any = {"mask": ("batch", None), "positions": positions, "offsets": (), "window": ()}
     axes["first"] = None if seen.first is None else ("batch", None)
     return _QUERIES, _KEYS, _KEYS, _CHAIN_KEYS, _CHAIN_KEYS, ChainMask(**axes)
 
@@ -171,10 +245,31 @@ def _attend(
     chain_values: jax.Array, seen: ChainMask,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Returns (context like q, log-sum-exp [B, G, R, J, X, 1])."""
-    forwards = prefix_xla.prefix_fwd, kernel_common.prefix_fwd, prefix_mosaic.forward, prefix_triton.forward
-    add = _choose(prefix_attention, cap, *forwards)
-    state = add(q, keys, values, seen, _chain_softmax(q, chain_keys, chain_values, seen, cap))
+    chain = _chain_softmax(prefix_attention, cap, q, chain_keys, chain_values, seen)
+    state = _add_prefix(prefix_attention, cap, q, keys, values, seen, chain)
     return _finish(state, chain_values.dtype), state.m + jnp.log(state.l)
+
+
+def _chain_softmax(
+    prefix_attention: str, cap: float, q: jax.Array, chain_keys: jax.Array, chain_values: jax.Array, seen: ChainMask
+) -> SoftmaxState:
+    """Returns the softmax over the chain. Its m is a real score, never MASKED: every token sees itself."""
+    forwards = prefix_xla.chain_fwd, kernel_common.prefix_fwd, prefix_mosaic.forward, prefix_triton.forward
+    attend = _choose(_for_chain(prefix_attention, chain_keys), cap, *forwards)
+    rows, keys, values = _rows_as_prefix(seen, q), _keys_as_prefix(chain_keys), _keys_as_prefix(chain_values)
+    return _as_rows(attend(rows, keys, values, chain_mask(seen, keys.shape[2]), empty_state(rows)), q)
+
+
+def _add_prefix(
+    prefix_attention: str, cap: float, q: jax.Array, keys: jax.Array, values: jax.Array, seen: ChainMask,
+    chain: SoftmaxState,
+) -> SoftmaxState:  # fmt: skip
+    """Adds the prefix to the softmax over the chain, in the shapes of `_as_rows`."""
+    forwards = prefix_xla.prefix_fwd, kernel_common.prefix_fwd, prefix_mosaic.forward, prefix_triton.forward
+    state: SoftmaxState = _choose(prefix_attention, cap, *forwards)(
+        q, keys, values, _of_rows(seen, q), _as_rows(chain, q)
+    )
+    return state
 
 
 def _gradients(
@@ -198,36 +293,25 @@ def _gradients(
     separately and their dq are added.
     """
     delta = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    scores = _chain_scores(q, chain_keys, seen, cap)
-    to_weights = dot("bgrjxh,bgrjeh->bgrjxe", gradient, chain_values)
-    weights, to_scores = through_softmax(scores, to_weights, lse, delta, q.dtype, cap)
-    to_chain = dot("bgrjxe,bgrjxh->bgrjeh", to_scores, q), dot("bgrjxe,bgrjxh->bgrjeh", weights, gradient)
-    to_q = dot("bgrjxe,bgrjeh->bgrjxh", to_scores, chain_keys)
-    backwards = prefix_xla.prefix_bwd, kernel_common.prefix_bwd, prefix_mosaic.backward, prefix_triton.backward
-    through_prefix = _choose(prefix_attention, cap, *backwards)
-    from_prefix, *to_prefix = through_prefix(q, keys, values, seen, lse, delta, gradient)
+    of_rows = (q, lse, delta, gradient)
+    kernels = kernel_common.prefix_bwd, prefix_mosaic.backward, prefix_triton.backward
+    through_chain = _choose(_for_chain(prefix_attention, chain_keys), cap, prefix_xla.chain_bwd, *kernels)
+    rows, *others = (_rows_as_prefix(seen, x) for x in of_rows)
+    own = rows, _keys_as_prefix(chain_keys), _keys_as_prefix(chain_values), chain_mask(seen, chain_keys.shape[4])
+    to_q, *to_chain = through_chain(*own, *others)
+    through_prefix = _choose(prefix_attention, cap, prefix_xla.prefix_bwd, *kernels)
+    from_prefix, *to_prefix = through_prefix(q, keys, values, _of_rows(seen, q), *of_rows[1:])
     # Devices along `group` have different query heads of the same key/value heads.
-    to_keys = psum((*to_prefix, *to_chain), "group")
-    return tuple(x.astype(q.dtype) for x in (to_q + from_prefix, *to_keys))
+    to_keys = psum((*to_prefix, *(x.reshape(chain_keys.shape) for x in to_chain)), "group")
+    return tuple(x.astype(q.dtype) for x in (to_q.reshape(q.shape) + from_prefix, *to_keys))
 
 
-def _chain_scores(q: jax.Array, chain_keys: jax.Array, seen: ChainMask, cap: float) -> jax.Array:
-    scores = soft_cap(dot("bgrjxh,bgrjeh->bgrjxe", q, chain_keys), cap)
-    visible = chain_visible(seen, chain_keys.shape[4])
-    if visible.ndim > 2:  # [B, J, X, E]
-        visible = visible[:, None, None]
-    return jnp.where(visible, scores, MASKED)
+def _for_chain(prefix_attention: str, chain_keys: jax.Array) -> str:
+    return "blocks" if chain_keys.shape[4] <= prefix_xla.KEY_BLOCK else prefix_attention
 
 
-def _chain_softmax(
-    q: jax.Array, chain_keys: jax.Array, chain_values: jax.Array, seen: ChainMask, cap: float
-) -> SoftmaxState:
-    """Returns the softmax over the chain. Its m is a real score, never MASKED: every token sees itself."""
-    scores = _chain_scores(q, chain_keys, seen, cap)
-    m = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - m)
-    acc = dot("bgrjxe,bgrjeh->bgrjxh", weights.astype(chain_values.dtype), chain_values)
-    return SoftmaxState(m, weights.sum(axis=-1, keepdims=True), acc)
+def _as_rows(state: SoftmaxState, q: jax.Array) -> SoftmaxState:
+    return SoftmaxState(*(x.reshape(*q.shape[:-1], x.shape[-1]) for x in state))
 
 
 def _finish(state: SoftmaxState, dtype: jnp.dtype) -> jax.Array:

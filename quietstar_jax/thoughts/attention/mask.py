@@ -36,8 +36,15 @@ def prefix_visible(seen: ChainMask, keys: jax.Array) -> jax.Array:
     return seen.mask[:, keys][:, None, None, :] & visible
 
 
-def chain_visible(seen: ChainMask, length: int) -> jax.Array:
-    """Returns which tokens of its own chain (of `length` tokens) each chain token sees: [.., C, length] bool, with the
-    axes of `offsets`."""
-    distance = seen.offsets[..., None] - jnp.arange(length)
-    return (distance >= 0) & (distance < seen.window)
+def chain_mask(seen: ChainMask, length: int) -> ChainMask:
+    """Returns the mask of a chain's attention to itself, of `length` tokens, in the form of a prefix mask.
+
+    A chain attends to itself as a text does: each of its C tokens is the position of one query, which sees the keys up
+    to its own.
+
+    Returns:
+      A mask with J = C positions and one query token each: mask [B, length], positions [C] or [B, C], offsets [1].
+    """
+    positions = seen.offsets if seen.offsets.ndim == 1 else seen.offsets[:, 0]
+    # The query of position c is token c itself, not a token after it, hence the offset -1.
+    return ChainMask(jnp.ones((seen.mask.shape[0], length), bool), positions, jnp.array([-1]), seen.window)

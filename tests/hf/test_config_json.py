@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from quietstar_jax.architecture import Architecture, RopeScaling
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.models.families import FAMILIES, THEIR_FIELDS, architecture_from_hf, architecture_to_hf, canonical
+from quietstar_jax.hf.config_json import THEIR_FIELDS, architecture_from_hf, architecture_to_hf, canonical
+from quietstar_jax.models.families import FAMILIES
 from quietstar_jax.settings import from_mapping, to_mapping
 
 OUR_NAMES = {ours for ours, theirs in THEIR_FIELDS.items() if ours != theirs} - {"activation", "kind"}

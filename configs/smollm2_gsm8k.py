@@ -1,0 +1,50 @@
+"""A pretrained model learns to think on real text: SmolLM2-135M-Instruct, GSM8K, with calculations as thoughts.
+
+Half of the training solutions write their calculations between marks (`sold <<48/2=24>>24 clips`), the others give only
+the results (`sold 24 clips`). Plain training adapts the model to both; then it learns to think the calculations.
+`make real` runs a short version of all steps. Build the data once, from the hub, or from GSM8K's published files with
+`--split train=train.jsonl --split test=test.jsonl`:
+
+`python -m quietstar_jax.data.build gsm8k_text --data-dir data/real`
+"""
+
+import ml_collections
+
+from quietstar_jax.config import default_config, phase
+from quietstar_jax.configs.smollm2_135m_lora import smollm2_135m
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """102,400 tokens of plain training, 30 steps in which the mixing head learns, then REINFORCE; for CPUs."""
+    config = default_config()
+    config.workdir = "runs/smollm2_gsm8k"
+    config.model.checkpoint = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config.model.frozen_dtype = "float32"
+    smollm2_135m(config)
+
+    config.data.data_dir = "data/real"
+    config.data.train = ("tfds:gsm8k_text:train",)
+    config.data.validation = ("tfds:gsm8k_text:test",)
+    config.data.sequence_length = 256  # nearly all problems are shorter
+    config.data.packing = "packed"
+
+    config.thought.initial_start_token = " <<"
+    config.thought.initial_end_token = ">>"
+    config.thought.positions = "random"
+    config.thought.position_fraction = 0.25
+    config.thought.chunk_megabytes = 1_024
+
+    thinking = dict(batch_size=2, thought_length=9, num_thoughts=2, tokens_ahead=3, warmup_steps=0)
+    config.phases = [
+        phase(name="adapt", steps=50, batch_size=8, thought_length=0, learning_rate=1e-3, warmup_steps=5,
+              decay="cosine", final_rate_fraction=0.1),
+        phase(name="open_the_mixing_head", steps=30, policy_weight=0.0, learning_rate=1e-3, fresh_optimizer=True,
+              rates={"adapters": 0.0, "mixing_head": 1.0, "thought_embeddings": 0.0}, **thinking),
+        phase(name="thoughts", steps=200, policy_weight=10.0, learning_rate=2e-4, fresh_optimizer=True,
+              rates={"adapters": 1.0, "mixing_head": 1.0, "thought_embeddings": 0.01}, **thinking),
+    ]  # fmt: skip
+    config.evaluation.every_steps = 0
+    config.evaluation.batches = 4
+    config.evaluation.batch_size = 2
+    config.checkpoint.every_steps = 20
+    return config
