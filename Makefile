@@ -17,7 +17,7 @@ REAL_RUN ?= runs/real
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart real test torture lint types docs install clean
+.PHONY: quickstart real test test-all torture lint types docs install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m quietstar_jax.train --config configs/quickstart.py --config.workdir=$(RUN) --config.seed=$(SEED)
@@ -39,7 +39,11 @@ real: $(VENV)/.installed
 	$(BIN)/python -m quietstar_jax.evaluate --checkpoint $(REAL_RUN)/run $(REAL_TEST) \
 	    --records $(REAL_RUN)/trained.jsonl --against $(REAL_RUN)/untouched.jsonl --output $(REAL_RUN)/result.json
 
+# All but the tests marked slow, which take as long as the others together.
 test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # Random faults over every command that writes: minutes. docs/reliability.md has the figures of the last long run.

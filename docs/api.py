@@ -55,7 +55,8 @@ print(qs.train_model(config)["loss_with_thoughts"])
 
 In a file with `get_config()`, the same function serves `quietstar train --config FILE`. A run stores the name of the
 function, not its code: register it before the run resumes. Evaluation, generation and export do not need it. A reward
-is registered with `qs.REWARDS`; [objectives.md](objectives.md) describes what both are given."""
+is registered with `qs.REWARDS`; [`qs.ADVANTAGES`](#qsadvantages) and [`qs.REWARDS`](#qsrewards)
+list their arguments and shapes."""
 
 
 METHODS = {"Model": ("open", "generate", "stream", "think", "score")}

@@ -2,7 +2,7 @@
 # TPU slices in a GKE cluster, as a JobSet: one Job per slice, one pod per host.
 #   launch/gke_jobset.sh [--dry-run] --config configs/mistral_7b_openwebmath.py [--config.NAME=VALUE ...]
 # IMAGE holds the package (launch/Dockerfile). CLAIM is a ReadWriteMany volume (Filestore, Lustre, Cloud Storage FUSE),
-# mounted at /runs. With SLICES above 1 say --config.mesh.dcn_data=SLICES too.
+# mounted at /runs. If SLICES is above 1, also set --config.mesh.dcn_data=SLICES.
 
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

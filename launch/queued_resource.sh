@@ -2,7 +2,7 @@
 # TPU slices through the queue of the Cloud TPU API, Spot too: waits for them, trains, and asks again when they are taken.
 #   launch/queued_resource.sh [--dry-run] --config configs/mistral_7b_openwebmath.py [--config.NAME=VALUE ...]
 # Each host trains from its startup script, so nothing depends on this script once the slices are there; it only asks
-# for new ones. Interrupted, it can be started again. With SLICES above 1 say --config.mesh.dcn_data=SLICES too.
+# for new ones. Interrupted, it can be started again. If SLICES is above 1, also set --config.mesh.dcn_data=SLICES.
 
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -2,7 +2,7 @@
 # TPU slices in a GKE cluster that xpk made: xpk writes the JobSet and queues it with Kueue.
 #   launch/xpk.sh [--dry-run] --config configs/mistral_7b_openwebmath.py [--config.NAME=VALUE ...]
 # IMAGE holds the package (launch/Dockerfile). config.workdir must be on a storage that `xpk storage attach` mounts.
-# With SLICES above 1 say --config.mesh.dcn_data=SLICES too.
+# If SLICES is above 1, also set --config.mesh.dcn_data=SLICES.
 
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

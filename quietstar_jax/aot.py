@@ -51,7 +51,7 @@ def make_parser() -> CommandParser:
     """Returns the parser of this command."""
     parser = CommandParser(
         "aot",
-        "--config configs/mistral_7b_openwebmath.py --topology v5e:8x8 --config.mesh.fsdp=8",
+        "--config configs/mistral_7b_openwebmath.py --topology v5e:8x8 --search --tries 1",
     )  # fmt: skip
     add = parser.add_argument
     add("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:2x2x4*2 (two slices), gpu:h100x8, cpu:8 ...")

@@ -94,7 +94,7 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
         hint = f"Did you mean {near[0]}?" if near else f"These come with the package: {', '.join(names)}."
         raise ConfigError(f"There is no file {path!r}. Give a Python file with a function {name}(). {hint}")
     path = found
-    module = types.ModuleType(f"quietstar_jax.file.{Path(path).stem}")
+    module = types.ModuleType(f"config_file.{Path(path).stem}")
     module.__file__ = path
     with _blame(path, "this file"):
         if Path(path).stat().st_size > LARGEST_FILE:

@@ -42,8 +42,9 @@ TalkWeight = Annotated[float, Check(lambda value: value >= 0 or value == -1, "at
 class ThoughtConfig:
     """How thoughts are sampled, mixed and rewarded (paper section 4; lengths and counts are set per phase)."""
 
-    start_token: str = "<|startthought|>"  # masked out of every thought if the tokenizer has it
-    end_token: str = "<|endthought|>"  # the same for the end of a thought
+    start_token: str = "<|startthought|>"  # begins a thought in an export; if the tokenizer
+    # has this token, no thought contains it
+    end_token: str = "<|endthought|>"  # the same for the token that ends a thought
     initial_start_token: str = "---"  # text whose mean embedding initializes the start embedding
     initial_end_token: str = "---"  # text whose mean embedding initializes the end embedding
     embedding_scale: Positive[float] = 100.0  # both embeddings are stored divided by this number: Adam changes them
@@ -206,10 +207,8 @@ class Phase:
     batch_size: Positive[int] = 8  # sequences per optimizer step, over all devices
     microbatches: Unrelated[Positive[int]] = 1  # the batch is split into this many parts, whose
     # gradients are accumulated
-    thought_length: NonNegative[int] = (
-        9  # T, sampled tokens of a thought, the maximum if `thought.end` is `sampled`; 0 =
-    )
-    # plain language modelling
+    thought_length: NonNegative[int] = 9  # T, sampled tokens of a thought, the maximum if `thought.end` is `sampled`;
+    # 0 = plain language modelling
     num_thoughts: Positive[int] = 2  # R, thoughts per position
     tokens_ahead: Positive[int] = 4  # K, true tokens scored after a thought
     policy_weight: NonNegative[float] = 1e6  # weight of the REINFORCE term; 0 = thoughts are not trained; nor

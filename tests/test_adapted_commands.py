@@ -105,6 +105,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_study(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A variant begins with the adapters after the shared phase, and leaves them unchanged where they rest."""
     file = tmp_path / "tiny.py"

@@ -122,6 +122,7 @@ def test_language_modeling(folder, capsys):
     assert len(found["deciles"]) == 10
 
 
+@pytest.mark.slow
 def test_whether_thoughts_are_used(folder, capsys):
     text = {"task": "language_modeling", "data": "text.jsonl"}
     greedy = evaluate(capsys, folder, "--window", "32", "--perturb", "delete", **text)
@@ -194,6 +195,7 @@ def test_refusals(folder, capsys):
             evaluate(capsys, folder, *arguments, **more)
 
 
+@pytest.mark.slow
 def test_two_devices_share_a_batch(folder, capsys):
     one = evaluate(capsys, folder)
     arguments = one["config"]
@@ -223,7 +225,10 @@ def test_real_questions_and_a_real_model(capsys, task, data):
     assert 0 < found["official_probability"] < 0.5
 
 
-@pytest.mark.parametrize(("task", "data"), [("gsm8k", "numbers.jsonl"), ("language_modeling", "text.jsonl")])
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [("gsm8k", "numbers.jsonl"), pytest.param("language_modeling", "text.jsonl", marks=pytest.mark.slow)],
+)
 def test_the_front_has_the_figures_of_single_policies(folder, capsys, tmp_path, task, data):
     given = dict(task=task, data=data)
     plain = evaluate(capsys, folder, **given)

@@ -22,6 +22,7 @@ def alone(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_one_run_over_three_meshes(alone, tmp_path):
     for steps, devices in ((1, 8), (2, 1), (3, 2), (4, 1)):
         (tmp_path / "summary.json").unlink(missing_ok=True)

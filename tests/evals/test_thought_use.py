@@ -73,7 +73,11 @@ def model():
     return random_model()
 
 
-@pytest.mark.parametrize(("samples", "kinds"), [(0, PERTURBATIONS), (1, ()), (3, ("delete", "truncate"))])
+@pytest.mark.parametrize(
+    ("samples", "kinds"),
+    [pytest.param(0, PERTURBATIONS, marks=pytest.mark.slow), (1, ()),
+     pytest.param(3, ("delete", "truncate"), marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_results_depend_on_the_text_and_its_number_only(model, samples, kinds):
     use = UseOptions(kinds, samples, seed=4)
     together = ContinuationScorer(model, model.settings(3), 4, use)(TAILS)

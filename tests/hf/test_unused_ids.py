@@ -48,7 +48,11 @@ def places(tmp_path_factory) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir() if path.name != "hf"}
 
 
-@pytest.mark.parametrize("name", ["run", "export", "again", "export of that"])
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [slow("run"), slow("export"), slow("again"), "export of that"])
 def test_no_thought_and_no_text_has_them(places, name) -> None:
     model = load_model(places[name])
     assert set(SPARE) <= set(model.settings().meta_tokens)

@@ -39,6 +39,7 @@ def test_a_penalty_makes_ends_likelier_and_a_rate_of_zero_keeps_them(tmp_path) -
     jax.tree.map(np.testing.assert_array_equal, heads(still.params), heads(state.params))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_and_is_a_base_with_or_without_its_head(tmp_path) -> None:
     config = tiny_config(tmp_path / "whole", **SAMPLED)
     summary = train(config)

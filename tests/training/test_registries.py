@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from quietstar_jax.config_file import read_config
 from quietstar_jax.methods.advantages import ADVANTAGES
 from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.methods.registry import Registry
@@ -16,6 +17,20 @@ from quietstar_jax.methods.rewards import REWARDS
 from quietstar_jax.training.setup import prepare
 from tests.training.test_step import step_of
 from tests.training.tiny import tiny_config
+
+CONFIGURATION = """
+from quietstar_jax.configs import quickstart
+from quietstar_jax.methods.advantages import ADVANTAGES
+
+@ADVANTAGES.register()
+def only_here(rewards, batch_std):
+    return rewards
+
+def get_config():
+    config = quickstart.get_config()
+    config.thought.advantage = "only_here"
+    return config
+"""
 
 
 def every_entry() -> list[tuple[str, ...]]:
@@ -52,3 +67,13 @@ def test_a_registry_refuses_a_name_twice_and_an_unknown_trait() -> None:
         registry.register(formula="x", assumes="nothing", source="this test")(mine)
     with pytest.raises(ValueError, match=r"\['haed'\]; known are \['head'\]"):
         registry.register(formula="x", assumes="nothing", source="this test", haed=False)
+
+
+def test_a_configuration_file_that_registers_a_function_may_be_read_again(tmp_path: Path) -> None:
+    """A study reads its configuration file once per variant."""
+    file = tmp_path / "mine.py"
+    file.write_text(CONFIGURATION)
+    for _ in range(2):
+        config = read_config(str(file))
+        assert config.thought.advantage == "only_here"
+    ADVANTAGES.pop("only_here")
