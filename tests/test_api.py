@@ -91,6 +91,7 @@ def test_a_position_without_a_next_token_is_refused(model: qs.Model, positions: 
         model.think(TEXT, positions)
 
 
+@pytest.mark.slow
 def test_a_run_with_an_advantage_of_the_user_is_opened_without_it(double: str, tmp_path: Path) -> None:
     config = tiny_config_dict(tmp_path / "run")
     config.thought.advantage = double
@@ -121,6 +122,7 @@ def test_a_function_is_replaced_only_by_its_own_module(double: str) -> None:
             again(name, module)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """In the other order, and with a smaller model: the second trains one for the first."""
 

@@ -70,6 +70,7 @@ def test_one_mode_gives_the_same_figures(folder, capsys):
     assert "comparison" not in {**on, **off}
 
 
+@pytest.mark.slow
 def test_a_policy_of_thinking(folder, capsys, tmp_path):
     """Where it thinks, the figures are those with thoughts; where not, those without."""
     plain = evaluate(capsys, folder)

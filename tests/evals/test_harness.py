@@ -116,6 +116,7 @@ def test_generated_texts_are_those_of_the_generator(folder):
         model.generate_until([Instance("generate_until", {}, ("one", {"max_gen_toks": 9999}), 0)])
 
 
+@pytest.mark.slow
 def test_policies_of_thinking(folder):
     """Texts and scores do not depend on the other requests; `never` and `always` are exactly thoughts off and on."""
     settings, contexts = {"until": ["\n"], "max_gen_toks": 6}, ["one two", "three", "four five six seven", "e"]

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from quietstar_jax.errors import EXIT_USER_ERROR
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +68,7 @@ def process_number(number: int, launcher: subprocess.Popen) -> int:
     return pid
 
 
+@pytest.mark.slow
 def test_a_killed_process_makes_all_start_again_and_the_run_is_finished(tmp_path):
     steps = 100
     launcher = start(tmp_path, steps)

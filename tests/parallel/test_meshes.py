@@ -18,31 +18,29 @@ def equal(*arguments: str) -> None:
     assert ended.stdout.split() == [word for shape in arguments[1:] for word in (shape, "equal")]
 
 
+def test_a_step_on_8_devices():
+    equal("step", "2,2,2,1", "1,2,2,2")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_a_step_on_every_mesh_of_8_devices(part):
     assert len(OF_8) == 20
     equal("step", *OF_8[part::4])
 
 
-def test_figures_of_the_whole_batch_on_8_devices():
-    equal("objective", "8,1,1,1", "2,2,2,1", "2,1,1,4")
+@pytest.mark.parametrize("kind", ["objective", "adapters", "gate", "ends", "scores"])
+def test_what_else_is_computed_on_8_devices(kind):
+    """The figures of the whole batch, adapters, a thinking gate, sampled ends, and scores of sampled thoughts."""
+    equal(kind, "2,2,2,1")
 
 
-def test_adapters_on_8_devices():
-    equal("adapters", "8,1,1,1", "2,2,2,1")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["objective", "adapters", "gate", "ends", "scores"])
+def test_what_else_is_computed_on_other_meshes_of_8_devices(kind):
+    equal(kind, "8,1,1,1", "2,1,1,4", "1,2,1,4", "1,1,2,4", "1,1,4,2")
 
 
-def test_a_thinking_gate_on_8_devices():
-    equal("gate", "8,1,1,1", "2,2,2,1", "1,1,2,4")
-
-
-def test_sampled_ends_on_8_devices():
-    equal("ends", "8,1,1,1", "2,2,2,1", "2,1,1,4", "1,2,1,4")
-
-
+@pytest.mark.slow
 def test_a_step_on_2_devices():
     equal("step", "2,1,1,1", "1,2,1,1", "1,1,2,1", "1,1,1,2")
-
-
-def test_sampled_thoughts_and_scores():
-    equal("scores", "2,2,2,1", "1,1,4,2", "1,2,1,4", "8,1,1,1")

@@ -67,6 +67,7 @@ def test_resumed_bit_for_bit_wherever_the_notice_comes(uninterrupted, tmp_path, 
     assert json.loads((tmp_path / "summary.json").read_text())["step"] == 7
 
 
+@pytest.mark.slow
 def test_signals_at_random_moments_cost_nothing(uninterrupted, tmp_path):
     """During reading, compiling, steps, saving, the summary: one line each time, and the same figures."""
     draw = random.Random(13)

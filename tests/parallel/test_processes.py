@@ -89,6 +89,7 @@ def assert_same_run(workdir: Path, alone: Path) -> None:
         assert summaries[0][name] == summaries[1][name], name
 
 
+@pytest.mark.slow
 def test_4_processes_are_one_run_that_one_process_goes_on_with(alone, tmp_path):
     printed = finish(tmp_path, 4, "--config.phases[1].steps=2")
     assert "held-out text" in printed[0]
@@ -98,6 +99,7 @@ def test_4_processes_are_one_run_that_one_process_goes_on_with(alone, tmp_path):
     assert_same_run(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_2_processes_with_2_devices_where_both_hold_the_same_rows(alone, tmp_path):
     """The positions are split between the processes and the sequences within each: one reader for both."""
     finish(tmp_path, 2, "--config.mesh.position=2", "--config.mesh.fsdp=2", devices=2)
@@ -107,7 +109,7 @@ def test_2_processes_with_2_devices_where_both_hold_the_same_rows(alone, tmp_pat
 LONG = ("--config.phases[1].steps=3000", "--config.checkpoint.every_steps=20")
 
 
-@pytest.mark.parametrize(("victim", "resumed_by"), [(0, 1), (1, 2)])
+@pytest.mark.parametrize(("victim", "resumed_by"), [(0, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_one_process_killed_stops_the_other_and_the_run_resumes(tmp_path, victim, resumed_by):
     with started(tmp_path, 2, *LONG) as processes:
         wait_for_step(tmp_path, 25, processes)

@@ -72,6 +72,7 @@ def weights(workdir: Path) -> dict[str, bytes]:
     return {name: np.asarray(array.read().result()).tobytes() for name, array in arrays.items()}
 
 
+@pytest.mark.slow
 def test_shared_phases_are_done_once_to_the_same_bits(study: Study, in_this_process: None, tmp_path: Path) -> None:
     runs, said = plan(study, tmp_path / "study"), []
     assert [(run.seed, run.variant) for run in runs[:6]] == [

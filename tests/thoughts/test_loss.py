@@ -132,16 +132,19 @@ def test_frozen_weights_get_no_gradient_and_the_others_the_same(prefixes: tuple[
 
 
 @pytest.mark.parametrize(
-    "environment",
+    ("environment", "which"),
     [
         # The suite compiles without optimizations; what users run must give the same numbers.
-        {"XLA_FLAGS": ""},
-        {"NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false"},
+        pytest.param({"XLA_FLAGS": ""}, "golden_loss and r2_t2_k2-whole_text", id="optimized"),
+        pytest.param({"XLA_FLAGS": ""}, "golden_loss", marks=pytest.mark.slow, id="all_optimized"),
+        pytest.param(
+            {"NNX_GRAPH_MODE": "false", "NNX_GRAPH_UPDATES": "false"}, "golden_loss", marks=pytest.mark.slow,
+            id="nnx_without_graphs",
+        ),
     ],
-    ids=["optimized", "nnx_without_graphs"],
-)
-def test_golden_files_hold_in_another_environment(environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", "golden_loss"]
+)  # fmt: skip
+def test_golden_files_hold_in_another_environment(environment: dict[str, str], which: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", which]
     found = subprocess.run(
         [*command, "tests/thoughts/test_golden.py"], cwd=ROOT, env={**os.environ, **environment}, capture_output=True,
         text=True, timeout=1200,

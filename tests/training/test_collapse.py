@@ -71,6 +71,7 @@ def test_what_a_resumed_run_knows(tmp_path):
     assert seen_before(config, [record("train", 1, **COLLAPSED) | {"phase": "gone"}], 1) == Seen()
 
 
+@pytest.mark.slow
 def test_a_run_warns_once_and_goes_on(tmp_path, capsys):
     idle = {"thought__entropy_bonus_max": 2.0}  # a setting without effect, which the run names
     summary = train(collapsing(tmp_path / "whole", **idle))
@@ -90,7 +91,7 @@ def test_a_run_warns_once_and_goes_on(tmp_path, capsys):
     assert repeatable(read_metrics(tmp_path / "stopped/metrics.jsonl")) == repeatable(records)
 
 
-@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("every", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_run_stops_and_stops_again(tmp_path, every):
     config = collapsing(tmp_path, logging__stop_on_collapse=True, logging__every_steps=every)
     for _ in range(2):
@@ -103,5 +104,6 @@ def test_a_run_stops_and_stops_again(tmp_path, every):
         assert not (tmp_path / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_varied_thoughts_are_no_collapse(tmp_path):
     assert train(tiny_config(tmp_path, logging__stop_on_collapse=True))["thoughts_collapsed_at_step"] is None

@@ -65,6 +65,7 @@ def test_a_run_resumes_bit_for_bit_and_is_a_base_with_or_without_its_head(tmp_pa
     assert not heads(first_state(prepare(from_config_dict(begun))).params)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_run_of_fixed_length_gets_a_new_head(tmp_path) -> None:
     config = tiny_config(tmp_path / "first")
     train(config)

@@ -14,13 +14,15 @@ from quietstar_jax.training.step import make_train_step
 from tests.training.tiny import tiny_config
 
 
-@pytest.mark.parametrize(("tied", "compute_dtype"), [(False, "float32"), (True, "bfloat16")])
+@pytest.mark.parametrize(
+    ("tied", "compute_dtype"), [(False, "float32"), pytest.param(True, "bfloat16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_step(tmp_path, family, tied, compute_dtype):
     take_step(tmp_path, 0, family, tied, compute_dtype)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 def test_one_step_with_thoughts_in_bfloat16(tmp_path, tied):
     take_step(tmp_path, 1, "llama", tied, "bfloat16")
 

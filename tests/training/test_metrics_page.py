@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import pytest
 
 from quietstar_jax.config import Config, from_config_dict, phase
 from quietstar_jax.reports.figures import CURVES
@@ -37,6 +38,7 @@ def every_option(workdir: Path) -> Config:
     return from_config_dict(config)
 
 
+@pytest.mark.slow
 def test_every_metric_of_a_run_is_on_the_page(tmp_path, monkeypatch):
     known = SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", memory_stats=lambda: MEMORY)
     devices = SimpleNamespace(monitoring=jax.monitoring, local_devices=lambda: [known], device_count=lambda: 1)
