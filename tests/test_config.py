@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import io
 import runpy
+import tokenize
 from pathlib import Path
 
 import pytest
 
+from quietstar_jax import config as settings_module
+from quietstar_jax import thought_config
 from quietstar_jax.config import Config, default_config, from_config_dict, phase, to_config_dict
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.setting_help import meanings
 from quietstar_jax.settings import differences, from_mapping
 from quietstar_jax.thought_config import Phase
 
@@ -107,3 +114,17 @@ def test_differences_name_their_path():
         "config.d: 1 entries -> 2 entries",
         "config.e: '(absent)' -> 5",
     ]
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [cls for module in (settings_module, thought_config) for cls in vars(module).values()
+     if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__],
+    ids=lambda cls: cls.__name__,
+)  # fmt: skip
+def test_no_part_of_the_meaning_of_a_setting_is_lost(cls) -> None:
+    """Every comment in a class of settings is shown by `--help-settings`, wherever a formatter put it."""
+    tokens = tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline)
+    comments = [token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT]
+    shown = " ".join(meanings(cls).values())
+    assert not [text for text in comments if text not in shown and not text.startswith("fmt:")]
