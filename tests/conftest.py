@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.metadata
 import importlib.util
 import os
@@ -40,8 +41,18 @@ def strict_promotion() -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests that are marked as needing what this machine lacks."""
+    """Skips tests that are marked as needing what this machine lacks; marks all but n cases of `some(n)` as slow."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("some"):
+            cases[item.nodeid.partition("[")[0], mark.args[0]].append(item)
+    for (_, wanted), same in cases.items():
+        kept = {i * len(same) // wanted for i in range(wanted)}
+        for i, item in enumerate(same):
+            if i not in kept:
+                item.add_marker(pytest.mark.slow)
     absent = {}
     if importlib.util.find_spec("libtpu") is None:
         absent["tpu"] = "libtpu (the extra tpu) is not installed"

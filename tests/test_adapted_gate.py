@@ -45,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_gate_and_the_adapters_learn_and_resume(folder: Path) -> None:
     run, whole = (open_run(folder / name).parameters for name in ("run", "whole"))
     first = first_state(prepare(config(folder, "other", 4))).weights

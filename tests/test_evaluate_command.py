@@ -148,6 +148,7 @@ def test_whether_thoughts_are_used(folder, capsys):
     assert not {"thought_only", "thought_only_loss", "perturbed"} & set(off)
 
 
+@pytest.mark.slow
 def test_the_table_of_the_use_of_thoughts(folder, capsys):
     main(["--checkpoint", str(folder / "run"), "--task", "language_modeling", "--data", str(folder / "text.jsonl"),
           "--thought-length", "2", "--window", "32", "--perturb", "shuffle", "--samples", "2", "--quiet"])  # fmt: skip

@@ -64,6 +64,7 @@ def test_a_span_from_within_a_document_begins_without_the_token(corpus: str, pac
     assert np.sum(held_out["tokens"] == 999) == len(LENGTHS)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("packing", ["random_span", "consecutive_spans", "packed"])
 def test_documents_that_begin_with_the_token_themselves(tmp_path: Path, packing: str, kept: bool) -> None:

@@ -67,6 +67,7 @@ def assert_equal_answers(ours, theirs):
                     assert greedy == as_greedy
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("checkpoint", ["plain", "gemma3", "models/stories260k"])
 def test_scores_equal_those_of_the_harness_on_transformers(folder, checkpoint):
     place = str(material(checkpoint) if "/" in checkpoint else folder / checkpoint)
@@ -212,6 +213,7 @@ def test_an_answer_follows_the_end_of_the_reasoning(folder, end):
     assert model._answer(ids, []) == "c"
 
 
+@pytest.mark.slow
 def test_the_command_line(folder, tmp_path):
     command = [
         sys.executable, "-m", "quietstar_jax.lm_eval", "--model", "quietstar", "--model_args",

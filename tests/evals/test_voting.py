@@ -142,6 +142,7 @@ def test_records_of_something_else_are_refused(tmp_path):
         Records(tmp_path / "none" / "records.jsonl", {})
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path, capsys):
     write_run(tmp_path / "run", write_plain(tmp_path / "plain"))
     write_lines(tmp_path / "set.jsonl", [{"question": f"{a} + 1?", "answer": a + 1} for a in range(9)])

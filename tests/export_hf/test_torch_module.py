@@ -87,6 +87,7 @@ def case(request, tmp_path_factory):
     return {"model": model, "original": original, "generated": generated, "ours": ours}
 
 
+@pytest.mark.some(4)
 def test_thoughts_and_mixed_logits_equal_ours_at_every_position(case):
     with torch.no_grad():
         theirs = case["model"](torch.tensor(text()))

@@ -70,6 +70,7 @@ def test_out_comes_what_went_in(through):
         assert exported[name].tobytes() == value.tobytes(), name
 
 
+@pytest.mark.some(2)
 def test_golden_loss_and_gradients_through_an_export(through):
     golden, s = through["golden"], through["golden"].settings
     opened = open_checkpoint(str(through["folder"] / "out"))

@@ -65,6 +65,7 @@ def test_the_cache_is_changed_in_place(thought_length, think):
     assert memory.alias_size_in_bytes >= cache_bytes
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("think", ["never", "always", "every:2"])
 def test_small_decoders_run_without_a_loop_over_layers(monkeypatch, think):
     """The weights of a layer are then no slices of a stack, which the CPU would copy; the texts are the same."""

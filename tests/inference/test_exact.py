@@ -53,6 +53,7 @@ def whole_texts(found) -> np.ndarray:
     return np.array([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
 
 
+@pytest.mark.some(2)
 def test_greedy_thoughts_weights_and_tokens_are_those_of_the_parallel_pass(case):
     thoughts, mixed, _ = case["parallel"]
     for row, (length, one) in enumerate(zip(PROMPT_LENGTHS, case["found"], strict=True)):
@@ -86,6 +87,7 @@ def mixed_scores(made: Thinker) -> np.ndarray:
     return np.stack(scores, axis=1)
 
 
+@pytest.mark.some(2)
 def test_mixed_logits_are_those_of_the_parallel_pass(case):
     scores = mixed_scores(case["made"])
     _, mixed, base = case["parallel"]
@@ -101,6 +103,7 @@ def test_each_prompt_alone_gives_what_the_batch_gave(case):
         assert alone == together
 
 
+@pytest.mark.some(3)
 def test_without_thoughts_it_is_the_greedy_text_of_transformers(case):
     found = case["generator"].generate(prompts(), max_tokens=NEW, thoughts=False)
     for prompt, one in zip(prompts(), found, strict=True):
@@ -111,6 +114,7 @@ def test_without_thoughts_it_is_the_greedy_text_of_transformers(case):
         assert not any(one.thoughts)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("mixing", MIXINGS)
 def test_an_export_writes_here_what_it_writes_in_torch(mixing, tmp_path):
     """Every mixing, through a folder that transformers loads, prompts padded left there."""
@@ -128,6 +132,7 @@ def test_an_export_writes_here_what_it_writes_in_torch(mixing, tmp_path):
     assert [one.token_ids for one in run] == [one.token_ids for one in found]
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("thoughtful", "policy"),
     [*((VARIANTS[2], policy) for policy in ("every:2", "entropy", "margin", "never", "always")), ("gemma2", "entropy")],

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 TWO_DEVICES = """
@@ -46,6 +48,7 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_two_devices_write_what_one_does(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", TWO_DEVICES, str(tmp_path)]

@@ -48,6 +48,7 @@ def objective(graphdef, rematerialize: bool, adapters: Adapters):
     return loss
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("adapters", "rematerialize", "case"),
     [

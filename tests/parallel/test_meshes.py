@@ -29,6 +29,7 @@ def test_a_step_on_every_mesh_of_8_devices(part):
     equal("step", *OF_8[part::4])
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("kind", ["objective", "adapters", "gate", "ends", "scores"])
 def test_what_else_is_computed_on_8_devices(kind):
     """The figures of the whole batch, adapters, a thinking gate, sampled ends, and scores of sampled thoughts."""

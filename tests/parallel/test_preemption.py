@@ -22,6 +22,7 @@ from tests.parallel.test_processes import PATIENCE, ROOT, finish, latest, record
 from tests.training.tiny import tiny_config
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_command_line_saves_and_says_to_start_again(tmp_path):
     seldom = ("--config.checkpoint.every_steps=100000", "--config.phases[1].steps=3000")
     with started(tmp_path, 1, *seldom) as (process,):
@@ -43,6 +44,7 @@ def uninterrupted(tmp_path_factory):
     return [records(workdir, kind) for kind in ("train", "evaluation")]
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("asked", "number", "status"),
     [(2, signal.SIGTERM, EXIT_RETRY), (4, signal.SIGINT, STOPPED), (30, signal.SIGHUP, EXIT_RETRY)],

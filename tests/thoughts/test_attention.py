@@ -86,6 +86,7 @@ def equal_one_softmax(
         np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(y).max())), err_msg=name)
 
 
+@pytest.mark.some(14)
 @pytest.mark.parametrize("scale", [1.0, 60.0], ids=["small_scores", "large_scores"])
 @pytest.mark.parametrize("window", [2, 4, 2**31 - 1])
 @pytest.mark.parametrize("positions", [(0, 1, 2), (3, 4, 5), (6, 7, 8)], ids=["first", "middle", "past_the_end"])
@@ -110,6 +111,7 @@ def test_documents_equal_one_softmax_with_gradients(monkeypatch, window, block) 
     equal_one_softmax(1.0, window, (3, 4, 5), jnp.array([[3, 3, 5], [0, 4, 4]]))
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("block", "window", "cap"), [(4, 2**31 - 1, 0.0), (4, 3, 1.5), (5, 7, 0.0), (11, 2**31 - 1, 0.0)]
 )

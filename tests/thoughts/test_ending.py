@@ -61,6 +61,7 @@ def with_bias(model: QuietStar, bias: float) -> QuietStar:
     return merge(graphdef, params | {"end_head.weight": zero, "end_head.bias": jnp.full(1, bias, jnp.float32)})
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("case", "chosen"), [*zip(CASES, (False, True, False), strict=True)], ids=[case.name for case in CASES]
 )
@@ -268,6 +269,7 @@ def test_reductions_over_actions_by_hand() -> None:
     assert float(reduce_tokens(values, "mean", 6)[0]) == pytest.approx(-7 / 3)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("kind", PERTURBATIONS)
 def test_a_perturbed_thought_of_n_tokens_is_one_of_fixed_length_n(kind: str) -> None:
     shape = (2, 3, 4, 6)

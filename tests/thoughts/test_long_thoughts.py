@@ -43,6 +43,7 @@ def gradient_of(case: Case, thoughts: Thoughts, positions: jax.Array) -> tuple[A
     return params, jax.jit(jax.value_and_grad(loss))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_blocks_change_neither_loss_nor_gradients(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     thoughts, positions = case.thoughts(), jnp.arange(case.length)

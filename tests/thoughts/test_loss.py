@@ -70,6 +70,7 @@ def test_weight_zero_leaves_the_policy_out() -> None:
     assert jax.tree.map(np.array_equal, mine, other) == jax.tree.map(lambda _: True, mine)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("chunk", [2, 7])
 def test_a_mixing_weight_of_zero_rewards_nothing_and_learns(dtype: str, chunk: int) -> None:
@@ -107,6 +108,7 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     assert not worst_errors(total_gradient, gradient, 1e-4)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("prefixes", [("decoder.",), ("decoder.", "start_", "end_"), ("decoder.layers.up", "mixing")])
 def test_frozen_weights_get_no_gradient_and_the_others_the_same(prefixes: tuple[str, ...]) -> None:
     case = Case("frozen", mask=("1111111", "1111100"))

@@ -14,9 +14,8 @@ from quietstar_jax.training.step import make_train_step
 from tests.training.tiny import tiny_config
 
 
-@pytest.mark.parametrize(
-    ("tied", "compute_dtype"), [(False, "float32"), pytest.param(True, "bfloat16", marks=pytest.mark.slow)]
-)
+@pytest.mark.some(4)
+@pytest.mark.parametrize(("tied", "compute_dtype"), [(False, "float32"), (True, "bfloat16")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_step(tmp_path, family, tied, compute_dtype):
     take_step(tmp_path, 0, family, tied, compute_dtype)
