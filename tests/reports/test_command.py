@@ -64,6 +64,7 @@ def test_a_page_of_a_run(run: Path, tmp_path: Path) -> None:
     assert [len(thought[3]) for thought in entry["k"]] == [2, 2, 2, 2]  # as long as trained, greedy and three sampled
 
 
+@pytest.mark.slow
 def test_the_gate_is_compared_with_what_it_is_trained_to_predict(run: Path) -> None:
     model, windows = load_model(run), [Window(0, np.arange(6, 26, dtype=np.int32))]
     by_ahead = {}
@@ -114,6 +115,7 @@ def test_other_text_and_other_thoughts(run: Path, tmp_path: Path) -> None:
     assert "the first 2 of 2 documents" in html
 
 
+@pytest.mark.slow
 def test_an_export_thinks_as_the_run_does(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "exported", ExportOptions("quietstar", "float32", "1GB"), None)
     pages = [tmp_path / "run.html", tmp_path / "export.html"]

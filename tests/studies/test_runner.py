@@ -102,6 +102,7 @@ def test_shared_phases_are_done_once_to_the_same_bits(study: Study, in_this_proc
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_or_another_seed_is_no_beginning(study: Study, in_this_process: None, tmp_path: Path) -> None:
     runs = plan(study, tmp_path)
     by_name = {(run.variant, run.seed): run for run in runs}

@@ -47,6 +47,7 @@ def changed(before: jax.Array, after: jax.Array) -> np.ndarray:
     return np.abs(np.asarray(before) - np.asarray(after)).max(axis=-1) > 1e-6
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("row", "at"), [(0, 0), (0, 2), (0, LENGTH - 1), (1, 1), (1, 3)])
 def test_a_token_of_the_text_reaches_chains_from_its_position_on(inputs, row, at) -> None:
     tokens, mask, thoughts = inputs
@@ -79,6 +80,7 @@ def test_a_thought_token_reaches_only_its_own_chain_from_there_on(inputs, i) -> 
     np.testing.assert_array_equal(talking, wanted_talking)
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("positions", ["all", "random"])
 @pytest.mark.parametrize("control", CONTROLS)

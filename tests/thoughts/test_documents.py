@@ -62,6 +62,7 @@ def objective(case: Case, graphdef: Any, tokens: Any, mask: Any, thoughts: Any, 
     return both
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("case", "mixing"), [(WINDOWED, "hidden_states"), *((CASE, mixing) for mixing in ("log_probabilities", "none"))],
     ids=["windows", "log_probabilities", "thought_alone"],
@@ -106,6 +107,7 @@ def test_thoughts_are_those_of_the_document_alone(greedy: bool) -> None:
         np.testing.assert_array_equal(one[:, :size], other[:, :size])
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("masked", [True, False])
 def test_no_gradient_passes_from_one_document_to_another(which: int, masked: bool) -> None:

@@ -169,6 +169,7 @@ def compiled_cost(
     return compiled.cost_analysis()["flops"], ours.necessary - ours.sampling * 2 / 3
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("control", "policy_weight"), [("none", 0.0), ("pause", 1.0), ("random", 1.0)])
 def test_what_a_setting_saves_is_what_the_compiler_saves(control: str, policy_weight: float) -> None:
     """To the part that is no matrix product, which is large in so small a model: softmax over the vocabulary."""
@@ -177,6 +178,7 @@ def test_what_a_setting_saves_is_what_the_compiler_saves(control: str, policy_we
     assert all_ours - ours > 0.05 * all_ours
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     ("distill_weight", "objective"),
     [(0.0, {"advantage_scale": "batch"}), (0.0, {"kl_weight": 0.1}), (1.0, {}),

@@ -150,6 +150,7 @@ def slow_nll(case, params, text, thoughts, *, alone=False):
     return found
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_losses_against_written_out_chains(case):
     """Removed tokens are absent: the shorter thought is written out and read by a plain decoder."""

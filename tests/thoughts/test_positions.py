@@ -84,6 +84,7 @@ def test_a_number_of_positions_for_each_sequence() -> None:
     assert draw(jax.random.key(0), (3, 9), everywhere).thoughts.tokens.shape == (3, 1, 9, 2)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("how", "fraction"), [("entropy", 0.6), ("random", 0.3), ("stride", 0.5)])
 def test_loss_and_gradients_are_those_of_the_chosen_positions(how: str, fraction: float) -> None:
     """Against the formulas over scores of all positions, of which the others get weight 0."""

@@ -47,6 +47,7 @@ def use(workdir: Path, output: Path) -> None:
     export(workdir, output, ExportOptions("base"))
 
 
+@pytest.mark.slow
 def test_a_relative_base_is_found_from_another_folder(tmp_path, monkeypatch):
     write_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
@@ -73,6 +74,7 @@ def hub(tmp_path, monkeypatch):
     return commits
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("revision", ["", "main"])
 def test_a_run_stays_at_its_commit_when_the_branch_moves_on(hub, tmp_path, revision):
     config = adapted_config(tmp_path / "run", Path("someone/model"), model__revision=revision)
@@ -115,6 +117,7 @@ def test_a_checkpoint_that_its_run_keeps_is_not_warned_about(tmp_path, setting):
     assert bool(base_notes(prepare(config).base, config)) == (setting == "keep_phase_ends")  # step 0 ends no phase
 
 
+@pytest.mark.slow
 def test_the_adapter_that_a_run_began_from_is_compared_by_content(tmp_path):
     base = write_base(tmp_path / "base")
     begin(adapted_config(tmp_path / "made", base))

@@ -42,6 +42,7 @@ def shapes_of_maps(state):
     return {"x".join(map(str, shape)) for name, shape in shapes.items() if "_lora_" not in name}
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("rematerialize", [False, True])
 def test_the_frozen_weights_have_no_gradient_and_no_float32_copy(tmp_path, rematerialize):
     settings = {"model__compute_dtype": "bfloat16", "model__rematerialize": rematerialize}
@@ -61,6 +62,7 @@ def test_the_frozen_weights_have_no_gradient_and_no_float32_copy(tmp_path, remat
     assert not wide
 
 
+@pytest.mark.slow
 def test_memory_of_a_step(tmp_path):
     """No stack of gradients among the temporaries; no moments of frozen weights; the state is updated in place."""
     large = {"model__architecture__hidden_size": 128, "model__architecture__intermediate_size": 512,

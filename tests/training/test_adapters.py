@@ -115,6 +115,7 @@ def save_as_earlier_versions(folder, state, record):
         manager.save(int(state.step), args=ocp.args.Composite(**items))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("adapted", [True, False])
 def test_references_of_earlier_versions(base, tmp_path, adapted):
     """They were all weights, mixing head included; of adapted runs neither adapters nor head: another reference."""
@@ -141,6 +142,7 @@ def test_references_of_earlier_versions(base, tmp_path, adapted):
             jax.tree.map(np.testing.assert_array_equal, restored.state, state)
 
 
+@pytest.mark.slow
 def test_a_phase_in_which_adapters_rest(base, tmp_path):
     """Their rate 0 leaves A and B unchanged bit for bit, also after steps in which they learned.
 
@@ -205,6 +207,7 @@ def test_another_base_is_refused(whole, base, tmp_path):
         train(adapted_config(workdir, base, model__adapters__rank=3))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_loaded_run_has_the_weights_of_training(whole, base, dtype):
     """Also if the base is loaded in float32, its weights are those that were frozen in bfloat16."""
@@ -231,6 +234,7 @@ def test_loading_needs_the_base(whole, base):
         away.rename(base)
 
 
+@pytest.mark.slow
 def test_a_run_from_the_weights_of_an_adapted_run(whole, tmp_path):
     """Its base is the sum of base and adapters; with adapters of its own, it begins exactly there."""
     workdir, _ = whole

@@ -67,6 +67,7 @@ def test_the_gate_is_clipped_alone():
     assert masked == {"gate.weight": True, "gate.bias": False, "gate.log_slope": False}
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("base_has_gate", [True, False])
 def test_a_run_from_a_run(tmp_path, base_has_gate):
     config = tiny_config(tmp_path / "first", thought__gate=base_has_gate)

@@ -67,6 +67,7 @@ def test_one_holder_of_a_lock(bucket: Path) -> None:  # noqa: F811
     assert list(bucket.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_and_is_read(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.chdir(tmp_path)
     url = "gs://bucket/some/run"

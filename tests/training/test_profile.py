@@ -52,6 +52,7 @@ def recorded(profile, calls, first, last):
     return steps
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("first", "last", "steps"),
     [(1, 9, [3, 4, 5]), (4, 9, [4, 5]), (5, 5, [5]), (6, 9, []), (1, 4, [3, 4]), (1, 2, [])],
@@ -72,6 +73,7 @@ def test_other_processes_wait_but_do_not_record(tmp_path, calls):
         assert profile.stops_at(5)
 
 
+@pytest.mark.slow
 def test_a_run_writes_files_that_viewers_open(tmp_path):
     """The window is across two phases, and the file has the steps."""
     train(tiny_config(tmp_path, checkpoint__every_steps=100, logging__profile_steps=(3, 4)))

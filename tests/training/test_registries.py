@@ -44,6 +44,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("registries")
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("reward", "advantage", "mixing"), every_entry())
 def test_a_training_step(workdir: Path, reward: str, advantage: str, mixing: str) -> None:
     run = prepare(tiny_config(workdir, thought__reward=reward, thought__advantage=advantage, thought__mixing=mixing))

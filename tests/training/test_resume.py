@@ -99,6 +99,7 @@ def test_more_steps_continue_the_last_phase(uninterrupted, tmp_path):
     assert loss == {record["step"]: record["loss"] for record in records(workdir) if record["kind"] == "train"}
 
 
+@pytest.mark.slow
 def test_the_state_of_the_objective_is_resumed_bit_for_bit(tmp_path):
     """The adapted entropy bonus and the initial weights; the second phase resets the optimizer, not these."""
     changes = {"thought__entropy_target": 4.7, "thought__entropy_bonus_step": 0.25, "thought__kl_weight": 0.5}
@@ -185,6 +186,7 @@ def test_what_may_change_between_runs():
         check_same_run(saved, saved | newer, step=2)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_a_setting_existed_is_resumed():
     """It was written as if the setting had its default; another value is a change."""
     config = to_mapping(Config())

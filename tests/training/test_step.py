@@ -34,6 +34,7 @@ def step_of(run, phase, state=None):
     return jax.jit(step)(first_state(run) if state is None else state, batch_of(run), run.key, jnp.int32(0))
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("index", [0, 1], ids=["plain", "thoughts"])
 def test_accumulation_equals_the_large_batch(run, index):
     phase = run.config.phases[index]
@@ -47,6 +48,7 @@ def test_accumulation_equals_the_large_batch(run, index):
             np.testing.assert_allclose(moments[name] / scale, wanted[name] / scale, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_long_thoughts_at_one_position_train(tmp_path):
     """The shipped configuration with a tiny decoder; a thought of 70 tokens has two blocks."""
     config = long_thoughts.get_config()
@@ -100,6 +102,7 @@ def test_metrics_name_rate_and_norm(run):
     assert float(metrics["gradient_norm"]) > 0
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("changes", [{"policy_weight": 0.0}, {"policy_weight": 0.0, "distill_weight": 1.0}, {}])
 def test_an_objective_with_a_reference_in_phases_that_do_not_train_thoughts(tmp_path, changes):
     """The rewards are then those without the divergence, which nothing computes."""
