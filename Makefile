@@ -39,7 +39,7 @@ real: $(VENV)/.installed
 	$(BIN)/python -m quietstar_jax.evaluate --checkpoint $(REAL_RUN)/run $(REAL_TEST) \
 	    --records $(REAL_RUN)/trained.jsonl --against $(REAL_RUN)/untouched.jsonl --output $(REAL_RUN)/result.json
 
-# All but the tests marked slow, which take as long as the others together.
+# All tests that are not marked slow. The slow ones take about as long as all others together.
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
 
