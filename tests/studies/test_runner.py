@@ -134,6 +134,7 @@ def get_study():
 """
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_a_failed_run_is_reported(study: Study, tmp_path: Path) -> None:
     (tmp_path / "study.py").write_text(COMMAND.format(base=study.base))
     root = tmp_path / "runs"
