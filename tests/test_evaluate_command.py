@@ -227,10 +227,8 @@ def test_real_questions_and_a_real_model(capsys, task, data):
     assert 0 < found["official_probability"] < 0.5
 
 
-@pytest.mark.parametrize(
-    ("task", "data"),
-    [("gsm8k", "numbers.jsonl"), pytest.param("language_modeling", "text.jsonl", marks=pytest.mark.slow)],
-)
+@pytest.mark.some(1)
+@pytest.mark.parametrize(("task", "data"), [("gsm8k", "numbers.jsonl"), ("language_modeling", "text.jsonl")])
 def test_the_front_has_the_figures_of_single_policies(folder, capsys, tmp_path, task, data):
     given = dict(task=task, data=data)
     plain = evaluate(capsys, folder, **given)

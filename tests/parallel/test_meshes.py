@@ -37,9 +37,13 @@ def test_what_else_is_computed_on_8_devices(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["objective", "adapters", "gate", "ends", "scores"])
-def test_what_else_is_computed_on_other_meshes_of_8_devices(kind):
-    equal(kind, "8,1,1,1", "2,1,1,4", "1,2,1,4", "1,1,2,4", "1,1,4,2")
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [("objective", ("8,1,1,1", "2,1,1,4")), ("adapters", ("8,1,1,1",)), ("gate", ("8,1,1,1", "1,1,2,4")),
+     ("ends", ("8,1,1,1", "2,1,1,4", "1,2,1,4")), ("scores", ("1,1,4,2", "1,2,1,4", "8,1,1,1"))],
+)  # fmt: skip
+def test_what_else_is_computed_on_other_meshes_of_8_devices(kind, shapes):
+    equal(kind, *shapes)
 
 
 @pytest.mark.slow

@@ -109,7 +109,8 @@ def test_2_processes_with_2_devices_where_both_hold_the_same_rows(alone, tmp_pat
 LONG = ("--config.phases[1].steps=3000", "--config.checkpoint.every_steps=20")
 
 
-@pytest.mark.parametrize(("victim", "resumed_by"), [(0, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.some(1)
+@pytest.mark.parametrize(("victim", "resumed_by"), [(0, 1), (1, 2)])
 def test_one_process_killed_stops_the_other_and_the_run_resumes(tmp_path, victim, resumed_by):
     with started(tmp_path, 2, *LONG) as processes:
         wait_for_step(tmp_path, 25, processes)

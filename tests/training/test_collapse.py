@@ -91,7 +91,8 @@ def test_a_run_warns_once_and_goes_on(tmp_path, capsys):
     assert repeatable(read_metrics(tmp_path / "stopped/metrics.jsonl")) == repeatable(records)
 
 
-@pytest.mark.parametrize("every", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.some(1)
+@pytest.mark.parametrize("every", [1, 5])
 def test_a_run_stops_and_stops_again(tmp_path, every):
     config = collapsing(tmp_path, logging__stop_on_collapse=True, logging__every_steps=every)
     for _ in range(2):
