@@ -15,7 +15,10 @@ from quietstar_jax.configs.smollm2_135m_lora import smollm2_135m
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """102,400 tokens of plain training, 30 steps in which the mixing head learns, then REINFORCE; for CPUs."""
+    """204,800 tokens of plain training, 30 steps in which the model learns to use its thoughts, then REINFORCE.
+
+    So that CPUs can run it, a sixteenth of the positions think, mostly those before digits.
+    """
     config = default_config()
     config.workdir = "runs/smollm2_gsm8k"
     config.model.checkpoint = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -31,17 +34,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.thought.initial_start_token = " <<"
     config.thought.initial_end_token = ">>"
     config.thought.positions = "random"
-    config.thought.position_fraction = 0.25
+    config.thought.position_fraction = 0.0625
+    config.thought.position_pattern = r"\d"
     config.thought.chunk_megabytes = 1_024
 
-    thinking = dict(batch_size=2, thought_length=9, num_thoughts=2, tokens_ahead=3, warmup_steps=0)
+    thinking = dict(batch_size=4, thought_length=9, num_thoughts=2, tokens_ahead=3, warmup_steps=0, learning_rate=2e-4)
     config.phases = [
-        phase(name="adapt", steps=50, batch_size=8, thought_length=0, learning_rate=1e-3, warmup_steps=5,
+        phase(name="adapt", steps=100, batch_size=8, thought_length=0, learning_rate=1e-3, warmup_steps=5,
               decay="cosine", final_rate_fraction=0.1),
-        phase(name="open_the_mixing_head", steps=30, policy_weight=0.0, learning_rate=1e-3, fresh_optimizer=True,
-              rates={"adapters": 0.0, "mixing_head": 1.0, "thought_embeddings": 0.0}, **thinking),
-        phase(name="thoughts", steps=200, policy_weight=10.0, learning_rate=2e-4, fresh_optimizer=True,
-              rates={"adapters": 1.0, "mixing_head": 1.0, "thought_embeddings": 0.01}, **thinking),
+        phase(name="use_thoughts", steps=30, policy_weight=0.0, fresh_optimizer=True,
+              rates={"adapters": 1.0, "mixing_head": 15.0, "thought_embeddings": 0.0}, **thinking),
+        phase(name="thoughts", steps=100, policy_weight=10.0, fresh_optimizer=True,
+              rates={"adapters": 1.0, "mixing_head": 5.0, "thought_embeddings": 0.01}, **thinking),
     ]  # fmt: skip
     config.evaluation.every_steps = 0
     config.evaluation.batches = 4

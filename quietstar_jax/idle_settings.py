@@ -34,6 +34,7 @@ def idle_settings(config: Config) -> list[str]:
         ("thought", ("gate",), not any(phase.rates.gate for _, phase in phases),
          "no phase with thoughts trains the gate"),
         ("thought", ("gate_prices", "gate_tokens_ahead"), not thought.gate, "`thought.gate` is off"),
+        ("thought", ("position_weight",), not thought.position_pattern, "`position_pattern` is empty"),
         ("thought", TRAINING, not trained, "no phase trains thoughts"),
         ("thought", ("discount",), all(phase.tokens_ahead == 1 for _, phase in phases),
          "the first token ahead has no discount"),

@@ -12,6 +12,7 @@ import difflib
 import enum
 import functools
 import math
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -47,6 +48,15 @@ def between(least: float, most: float) -> Check:
 def at_least(least: float) -> Check:
     """Returns the check that a number is not below this bound."""
     return Check(lambda value: value >= least, f"at least {least}")
+
+
+def is_pattern(value: str) -> bool:
+    """Whether a text is a regular expression."""
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
 
 
 Positive = Annotated[T, Check(lambda value: value > 0, "above 0")]

@@ -26,6 +26,8 @@ from quietstar_jax.settings import (
     Reinforce,
     Thinking,
     Unrelated,
+    at_least,
+    is_pattern,
     require,
 )
 
@@ -35,6 +37,8 @@ Mixing = Annotated[str, Choices(MIXINGS)]
 Control = Literal["none", "pause", "random", "shuffled"]
 Perturbation = Literal["delete", "replace", "truncate", "shuffle"]
 CONTROLS, PERTURBATIONS = map(get_args, (Control, Perturbation))
+Pattern = Annotated[str, Check(is_pattern, "a regular expression")]
+AtLeast1 = Annotated[float, at_least(1)]
 TalkWeight = Annotated[float, Check(lambda value: value >= 0 or value == -1, "at least 0, or -1")]
 
 
@@ -101,6 +105,9 @@ class ThoughtConfig:
     position_fraction: Thinking[Portion] = 1.0  # fraction of positions that think; the cost decreases with it
     positions_per_sequence: Thinking[NonNegative[int]] = 0  # number of positions that think in each sequence, for long
     # thoughts at few positions, where positions is random or entropy; 0 = `position_fraction` of them
+    position_pattern: Thinking[Pattern] = ""  # where positions is `random`, those before a token whose text matches
+    # this are `position_weight` times as likely to think; empty = all are equally likely
+    position_weight: Thinking[AtLeast1] = 10.0  # how much likelier positions of `position_pattern` are to think
     positions_per_chunk: Unrelated[NonNegative[int]] = 0  # positions whose chains are in memory together; 0 = derived
     # from `chunk_megabytes`
     chunk_megabytes: Unrelated[Positive[int]] = 256  # memory budget for the activations of one chunk, per device;
@@ -142,6 +149,10 @@ class ThoughtConfig:
             *require(
                 self.positions_per_sequence == 0 or fraction == 1.0, "position_fraction", fraction,
                 "1.0 where positions_per_sequence sets the number of positions",
+            ),
+            *require(
+                not self.position_pattern or self.positions == "random", "position_pattern", self.position_pattern,
+                f"empty where positions is {self.positions!r}; set that to random",
             ),
             *require(
                 self.discount == 1.0 or bool(REWARDS[self.reward].traits["discounted"]), "discount", self.discount,

@@ -176,6 +176,8 @@ def test_a_file_that_fails_is_named_with_the_line(tmp_path):
         ({"evaluation": {"batch_size": 2**30}}, "config.evaluation.batch_size"),
         ({"model": {"architecture": {"vocab_size": 2**31 - 1, "hidden_size": 2**20}}}, "architecture.hidden_size"),
         ({"thought": {"positions": "stride", "position_fraction": 5e-324}}, "config.thought.position_fraction"),
+        ({"thought": {"positions": "entropy", "position_pattern": "a"}}, "config.thought.position_pattern"),
+        ({"thought": {"positions": "random", "position_pattern": "("}}, "config.thought.position_pattern"),
         ({"thought": {"positions": "stride", "positions_per_sequence": 1}}, "config.thought.positions_per_sequence"),
         (
             {"thought": {"positions": "random", "positions_per_sequence": 1, "position_fraction": 0.5}},

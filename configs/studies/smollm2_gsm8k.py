@@ -11,8 +11,7 @@ from quietstar_jax.studies.study import Study, controls
 
 BASE = "configs/smollm2_gsm8k.py"
 PLAIN = {  # the phases with thoughts become plain language modelling
-    "phases[1].thought_length": 0, "phases[1].rates.adapters": 1.0, "phases[1].learning_rate": 2e-4,
-    "phases[2].thought_length": 0,
+    "phases[1].thought_length": 0, "phases[2].thought_length": 0,
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Except for `all`, the choice is among positions whose K true tokens are real.
 |---|---|
 | `all` | every position of the text, as published |
 | `stride` | every n-th, n = 1 / `position_fraction`, from a random offset per sequence and step |
-| `random` | a random choice per sequence and step |
+| `random` | a random choice per sequence and step; `position_pattern` can make some of them likelier |
 | `entropy` | where the prediction without a thought is least certain: thoughts help at few tokens (paper section 5) |
 
 `random` and `entropy` choose the fraction `position_fraction` of each sequence, or `positions_per_sequence` positions.
@@ -54,11 +54,22 @@ def choose(text: Text, draws: jax.Array, settings: ThoughtSettings) -> jax.Array
     if how == "entropy":
         chex.assert_shape(text.entropy, draws.shape)
         rank = text.entropy  # type: ignore[assignment]  # not None, as just checked
+    elif settings.preferred_tokens:
+        rank = weighted(draws, text.tokens, settings)
     _, positions = jax.lax.top_k(
         jnp.where(candidates(text.mask, draws, settings, text.starts), rank, -jnp.inf), at_most
     )
     taken = jnp.arange(at_most) < count_chosen(text.mask, draws, settings, text.starts)[:, None]
     return jnp.sort(jnp.where(taken, positions, PAST_THE_TEXT), axis=1)
+
+
+def weighted(draws: jax.Array, tokens: jax.Array, settings: ThoughtSettings) -> jax.Array:
+    """Returns ranks [B, L] whose largest are a weighted choice without replacement (Efraimidis and Spirakis, 2006).
+
+    Positions before one of the `preferred_tokens` have the weight `position_weight`, all others 1.
+    """
+    wanted = jnp.isin(jnp.roll(tokens, -1, axis=1), jnp.array(settings.preferred_tokens))  # the last is no candidate
+    return jnp.log(jnp.maximum(draws, 1e-9)) / jnp.where(wanted, settings.config.position_weight, 1.0)
 
 
 def count_chosen(

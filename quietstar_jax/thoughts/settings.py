@@ -25,6 +25,7 @@ class ThoughtSettings:
       distill_weight: weight of the KL divergence from the prediction with thoughts to the one without.
       longest_thought: largest thought length until now, for `policy_reduction="sum_over_max"`; 0 = `thought_length`.
       meta_tokens: ids that are never sampled in a thought.
+      preferred_tokens: ids before which positions are likelier to think, see `ThoughtConfig.position_pattern`.
       pad_id: id used for tokens past the end of the text.
       pause_id: id that fills thoughts under the control `pause`.
       compute_dtype: dtype of activations; logits, losses and rewards are float32.
@@ -39,6 +40,7 @@ class ThoughtSettings:
     distill_weight: float = 0.0
     longest_thought: int = 0
     meta_tokens: tuple[int, ...] = ()
+    preferred_tokens: tuple[int, ...] = ()
     pad_id: int = 0
     pause_id: int = 0
     compute_dtype: str = "float32"
@@ -106,6 +108,7 @@ class Vocabulary(NamedTuple):
         starts from weights that already have learned ones.
       pause_id: fills thoughts under the control `pause`.
       unused: ids of the model that are not tokens, see `data.vocabulary.unused_ids`; never sampled in a thought either.
+      preferred: ids whose text matches `thought.position_pattern`.
     """
 
     pad_id: int
@@ -114,12 +117,14 @@ class Vocabulary(NamedTuple):
     end_tokens: tuple[int, ...]
     pause_id: int = 0
     unused: tuple[int, ...] = ()
+    preferred: tuple[int, ...] = ()
 
 
 def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> ThoughtSettings:
     """Returns `ThoughtSettings` from the settings that all thoughts of a run share, and from the fields in `shape`."""
     return ThoughtSettings(
         meta_tokens=(*vocabulary.meta_tokens, *vocabulary.unused),
+        preferred_tokens=vocabulary.preferred,
         pad_id=vocabulary.pad_id,
         pause_id=vocabulary.pause_id,
         compute_dtype=config.model.compute_dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,9 @@ class Run:
         return {
             "config": to_mapping(self.config),
             "architecture": to_mapping(self.architecture),
-            "vocabulary": {name: ids for name, ids in self.vocabulary._asdict().items() if name != "unused"},
+            "vocabulary": {
+                name: ids for name, ids in self.vocabulary._asdict().items() if name not in ("unused", "preferred")
+            },
             "unused_ids": self.vocabulary.unused,
             "tokenizer": self.tokenizer.fingerprint(),
             **self.base_record,
@@ -124,6 +127,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
                 architecture.vocab_size,
                 {UNUSED: saved.get("unused_ids", [])} if saved else base_vocabulary(base),
             ),
+            preferred=_preferred_tokens(tokenizer, config.thought.position_pattern),
         ),
         key=jax.random.key(config.seed),
         mesh=mesh,
@@ -233,6 +237,19 @@ def check_length(config: Config, architecture: Architecture) -> None:
             f"config.data.sequence_length is {config.data.sequence_length}; with thoughts that is {needed} positions, "
             f"but the model has {architecture.max_positions}. Shorten the sequences or the thoughts."
         )
+
+
+def _preferred_tokens(tokenizer: Tokenizer, pattern: str) -> tuple[int, ...]:
+    if not pattern:
+        return ()
+    texts = tokenizer.fast.batch_decode([[i] for i in range(tokenizer.vocab_size)])
+    found = tuple(i for i, text in enumerate(texts) if re.search(pattern, text))
+    if not found:
+        raise ConfigError(
+            f"config.thought.position_pattern is {pattern!r}, but no token of the tokenizer {tokenizer.name} matches "
+            r"it. Choose a pattern that single tokens match, such as \d."
+        )
+    return found
 
 
 def _embedding_tokens(tokenizer: Tokenizer, text: str, field: str) -> tuple[int, ...]:

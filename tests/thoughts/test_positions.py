@@ -56,6 +56,23 @@ def test_random_positions_are_those_of_the_largest_draws() -> None:
     assert chosen("random", 0.5, draws, text_of(["1" * 9])) == [[1, 3, 5]]
 
 
+def test_positions_before_preferred_tokens_are_likelier() -> None:
+    """Two positions before token 1 with weight 3, two others: the first choice has probability 3/8 each, or 1/8."""
+    config = dataclasses.replace(Case("").thought.config, positions="random", position_weight=3.0)
+    settings = ThoughtSettings(tokens_ahead=1, thought_length=1, preferred_tokens=(1, 7), config=config)
+    config = dataclasses.replace(config, positions_per_sequence=1)
+    settings = dataclasses.replace(settings, config=config)
+    count = 20_000
+    tokens = jnp.tile(jnp.array([5, 1, 7, 5, 5, 1]), (count, 1))  # position 4 is no candidate, nor is 5
+    text = text_of(["1" * 6])._replace(tokens=tokens, mask=jnp.ones(tokens.shape, bool))
+    found = np.asarray(choose(text, jax.random.uniform(jax.random.key(0), tokens.shape), settings))
+    shares = np.bincount(found[:, 0], minlength=6) / count
+    np.testing.assert_allclose(shares, [3 / 8, 3 / 8, 1 / 8, 1 / 8, 0, 0], atol=0.015)
+
+    draws = jnp.zeros(tokens.shape)  # the least number that can be drawn still is a candidate
+    assert (np.asarray(choose(text, draws, settings)) < 4).all()
+
+
 def test_the_least_certain_positions_whose_targets_are_real() -> None:
     entropy = [[1.0, 5.0, 2.0, 4.0, 3.0, 0.0, 9.0, 9.0, 9.0]] * 2
     text = text_of(["111111111", "111110000"], entropy)
