@@ -1,7 +1,7 @@
 """The paper's main run with a small model: SmolLM2-135M-Instruct continued on mathematics textbooks, (12, 4).
 
-Set `--config.data.train` and `--config.data.validation` to text files of your own; those of docs/results.md are OpenStax
-books, as `configs/textbooks_base.py` describes them.
+Set `--config.data.train` and `--config.data.validation` to text files of your own; those of docs/results.md are
+OpenStax books, as `configs/textbooks_base.py` describes them.
 """
 
 import ml_collections
