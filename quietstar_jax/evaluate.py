@@ -16,7 +16,7 @@ from quietstar_jax.command_line import (
 )
 from quietstar_jax.config import PREFIX_ATTENTION
 from quietstar_jax.errors import ConfigError, run_command
-from quietstar_jax.evals.options import Options
+from quietstar_jax.evals.options import REPLACEMENTS, Options
 from quietstar_jax.evals.tasks import ANSWER_KEYS, TASKS
 from quietstar_jax.io import write_json
 from quietstar_jax.thought_config import PERTURBATIONS
@@ -80,6 +80,10 @@ def make_parser() -> CommandParser:
     add(
         "--answer-key", default="auto", metavar="KIND",
         help=f"how answers name a choice: {', '.join(ANSWER_KEYS)} (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--control", default="", metavar="KIND",
+        help=f"put something else in the place of each thought: {', '.join(REPLACEMENTS)}",
     )  # fmt: skip
     text = parser.add_argument_group("language_modeling")
     add_flags(text, "--text-key", "--text-documents")

@@ -93,6 +93,20 @@ def test_a_policy_of_thinking(folder, capsys, tmp_path):
     assert votes["thinking_rate"] == pytest.approx(0.5, abs=0.1)
 
 
+def test_something_else_in_the_place_of_thoughts(folder, capsys):
+    own = evaluate(capsys, folder)
+    found = {kind: evaluate(capsys, folder, "--control", kind) for kind in ("random", "pause")}
+    losses = {own["with_thoughts"]["official_probability"]}
+    for kind, one in found.items():
+        assert one["without_thoughts"] == own["without_thoughts"]
+        assert one["config"]["control"] == kind
+        losses.add(one["with_thoughts"]["official_probability"])
+    assert len(losses) == 3
+    main(["--checkpoint", str(folder / "run"), "--task", "gsm8k", "--data", str(folder / "numbers.jsonl"),
+          "--thought-length", "2", "--control", "random", "--quiet"])  # fmt: skip
+    assert "instead of each thought: random" in capsys.readouterr().out
+
+
 def test_own_fields_and_choices(folder, capsys):
     fields = ["--field", "question=prompt", "--field", "choices=options", "--field", "answer=key"]
     found = evaluate(capsys, folder, *fields, task="multiple_choice", data="choices.jsonl", checkpoint="plain")
@@ -184,6 +198,11 @@ def test_refusals(folder, capsys):
         (ConfigError, "--window is 999", {"task": "language_modeling", "data": "text.jsonl",
                                           "args": ["--window", "999"]}),
         (ConfigError, "--perturb is 'shufle'; .*did you mean shuffle", {"args": ["--perturb", "shufle"]}),
+        (ConfigError, "--control is 'pauses'; .*did you mean pause", {"args": ["--control", "pauses"]}),
+        (ConfigError, "--control is 'pause', but --task is gsm8k_cot", {
+            "task": "gsm8k_cot", "args": ["--control", "pause"]}),
+        (ConfigError, "--control is 'pause', but .*plain cannot think", {
+            "checkpoint": "plain", "args": ["--control", "pause"]}),
         (ConfigError, "--perturb is 'delete', but --task is gsm8k", {"args": ["--perturb", "delete"]}),
         (ConfigError, "--perturb is 'delete', but --thoughts is off", {
             "task": "language_modeling", "data": "text.jsonl", "args": ["--perturb", "delete", "--thoughts", "off"]}),

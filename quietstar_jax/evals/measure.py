@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from tqdm import tqdm
@@ -32,6 +32,7 @@ from quietstar_jax.evals.voting import ANSWER_TOKENS, CONCLUSION, STEPS, Samplin
 from quietstar_jax.inference.generator import Generator
 from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.methods.thinking import ALWAYS, NEVER, ThinkPolicy
+from quietstar_jax.thought_config import Control, ThoughtConfig
 
 PACKAGES = ("quietstar_jax", "jax", "jaxlib", "flax", "transformers", "numpy")
 WINDOW = 1024  # tokens, if the model has that many positions
@@ -57,6 +58,8 @@ def measure(options: Options) -> dict[str, Any]:
         options.checkpoint, step=options.step, revision=options.revision, dtype=options.dtype,
         prefix_attention=options.prefix_attention,
     )  # fmt: skip
+    if options.control:
+        model = dataclasses.replace(model, thought=_with_control(model.thought, options.control))
     everywhere = str(ALWAYS) if options.think_front and model.can_think else None
     policy = thinking_policy(options.thoughts, options.think or everywhere, model)
     modes = thought_modes(options.thoughts, policy)
@@ -79,6 +82,13 @@ def measure(options: Options) -> dict[str, Any]:
         "data_hash": content_hash(options.data, _data_config(options)),
         "versions": versions(),
     }
+
+
+def _with_control(thought: ThoughtConfig, control: str) -> ThoughtConfig:
+    found = dataclasses.replace(thought, control=cast(Control, control))
+    if problems := found.conflicts():
+        raise ConfigError(f"control is {control!r}, which this model cannot have: {problems[0]}.")
+    return found
 
 
 def thinking_policy(thoughts: str, think: str | None, model: LoadedModel) -> ThinkPolicy:
@@ -174,6 +184,7 @@ def _spans(
         "thought_length": length if "with_thoughts" in modes else 0,
         "think": str(policy),
         "seed": options.seed,
+        **({"control": options.control} if options.control else {}),
     }
     against = Path(options.against).expanduser() if options.against else None
     with (

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from quietstar_jax.config import ComputeDtype, PrefixAttention, TextDocuments
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.evals.tasks import DIRECT, SPANS, TASKS, TEXT, find_task
+from quietstar_jax.evals.tasks import DIRECT, SPANS, TASKS, TEXT, VOTING, find_task
 from quietstar_jax.methods.thinking import NEVER, ThinkPolicy, choose_policy
-from quietstar_jax.settings import one_of
-from quietstar_jax.thought_config import Perturbation
+from quietstar_jax.settings import Choices, one_of
+from quietstar_jax.thought_config import CONTROLS, Perturbation
 
 if TYPE_CHECKING:
     from quietstar_jax.inference.load_model import LoadedModel
 
+REPLACEMENTS = tuple(name for name in CONTROLS if name != "none")
+REPLACEMENT = Annotated[str, Choices(dict.fromkeys(REPLACEMENTS))]
 MODES = ("auto", "on", "off", "both")
 
 
@@ -44,6 +46,7 @@ class Options:
     context: int = 0
     top: int = 10
     perturb: str = ""
+    control: str = ""
     think_front: bool = False
     samples: int = 0
     temperature: float = 0.7
@@ -73,6 +76,11 @@ class Options:
                 raise ConfigError(
                     f"perturb is {self.perturb!r}, but `task` is {self.task}; it must be language_modeling."
                 )
+        if self.control:
+            if problems := one_of("control", self.control, REPLACEMENT):
+                raise ConfigError(f"{problems[0]}.")
+            if find_task(self.task).kind == VOTING:
+                raise ConfigError(f"control is {self.control!r}, but `task` is {self.task}, which generates text.")
         if self.against and find_task(self.task).kind != SPANS:
             raise ConfigError(f"against is {self.against!r}, but `task` is {self.task}; it must be spans.")
         if self.think_front:
@@ -100,7 +108,12 @@ class Options:
     def _of_thoughts(self) -> dict[str, Any]:
         """The given options that need thoughts, by name."""
         samples = self.samples if find_task(self.task).kind == TEXT else 0
-        options = {"perturb": self.perturb, "samples": samples, "think_front": self.think_front}
+        options = {
+            "perturb": self.perturb,
+            "control": self.control,
+            "samples": samples,
+            "think_front": self.think_front,
+        }
         return {name: value for name, value in options.items() if value}
 
     def check_thoughts(self, model: LoadedModel, modes: tuple[str, ...]) -> None:

@@ -22,7 +22,9 @@ def format_result(result: Mapping[str, Any]) -> str:
     modes = [mode for mode in MODES if mode in result]
     what = result["model"]["checkpoint"]
     step = "" if result["model"]["step"] is None else f", step {result['model']['step']}"
-    lines = ["", f"{result['task']} of {what}{step}", _counted(result), ""]
+    control = result["config"].get("control")
+    replaced = f", instead of each thought: {control}" if control else ""
+    lines = ["", f"{result['task']} of {what}{step}{replaced}", _counted(result), ""]
     lines.append(f"{'':<36}" + "".join(f"{MODES[mode]:>26}" for mode in modes))
     for name in (*PERCENT, *PLAIN):
         if name in result[modes[0]]:
