@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.thought.initial_start_token = " <<"
     config.thought.initial_end_token = ">>"
+    config.thought.mixing = "probabilities"  # a thought that is often wrong still helps
     config.thought.positions = "random"
     config.thought.position_fraction = 0.0625
     config.thought.position_pattern = r"\d"
@@ -44,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
               decay="cosine", final_rate_fraction=0.1),
         phase(name="use_thoughts", steps=30, policy_weight=0.0, fresh_optimizer=True,
               rates={"adapters": 1.0, "mixing_head": 15.0, "thought_embeddings": 0.0}, **thinking),
-        phase(name="thoughts", steps=100, policy_weight=10.0, fresh_optimizer=True,
+        phase(name="thoughts", steps=60, policy_weight=2.0, fresh_optimizer=True,
               rates={"adapters": 1.0, "mixing_head": 5.0, "thought_embeddings": 0.01}, **thinking),
     ]  # fmt: skip
     config.evaluation.every_steps = 0

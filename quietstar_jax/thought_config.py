@@ -89,7 +89,8 @@ class ThoughtConfig:
     # position are combined: their mean, as published, or the loss of their ensemble
     mixing: Thinking[Mixing] = "hidden_states"  # how predictions with and without a thought are combined:
     # `hidden_states` as in the published code, `log_probabilities` as in the paper (the weight passes through a
-    # sigmoid), `none` = only the prediction after the thought, see docs/objectives.md
+    # sigmoid), `probabilities` = a mixture of the two distributions, `none` = only the prediction after the thought,
+    # see docs/objectives.md
     gate: bool = False  # also train a thinking gate, which predicts where a thought gains more than a price
     # (`--think gate:PRICE`), see docs/objectives.md; it changes no other weight
     gate_prices: Thinking[tuple[NonNegative[float], ...]] = (0.05, 0.1, 0.2, 0.5)  # nats; the gate is trained to

@@ -397,6 +397,14 @@ def mix_log_probabilities(
     return (1 - weight) * base + weight * thought, weight
 
 
+def mix_probabilities(model: Thinking, text: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixed probabilities, as log-probabilities; the weight is passed through a sigmoid."""
+    odds = model._weight(text, after)
+    base, thought = (model._text_logits(h).log_softmax(-1) for h in (text, after))
+    mixed = torch.logaddexp(nn.functional.logsigmoid(-odds) + base, nn.functional.logsigmoid(odds) + thought)
+    return mixed, odds.sigmoid()
+
+
 def mix_none(model: Thinking, text: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The prediction after the thought alone."""
     logits = model._text_logits(after)
@@ -408,6 +416,7 @@ def mix_none(model: Thinking, text: torch.Tensor, after: torch.Tensor) -> tuple[
 MIXINGS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "hidden_states": mix_hidden_states,
     "log_probabilities": mix_log_probabilities,
+    "probabilities": mix_probabilities,
     "none": mix_none,
 }
 

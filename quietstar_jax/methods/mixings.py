@@ -67,6 +67,21 @@ def log_probabilities(
 
 
 @MIXINGS.register(
+    formula=r"\log((1 - w)\,p + w\,p')",
+    assumes="0 < w < 1, by a sigmoid; 1/2 at the start. A wrong thought costs at most -log(1 - w).",
+    source="pointer-generator networks (See et al., 2017)",
+    log_probs=True,
+)
+def probabilities(
+    logits: Logits, base_hidden: jax.Array, talk_hidden: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mixed probabilities, which sum to 1. Thoughts that are right only sometimes still lower the loss."""
+    base, after_thought = jax.nn.log_softmax(logits(base_hidden))[:, None], jax.nn.log_softmax(logits(talk_hidden))
+    without, with_thought = jax.nn.log_sigmoid(-weight)[..., None], jax.nn.log_sigmoid(weight)[..., None]
+    return jnp.logaddexp(without + base, with_thought + after_thought), jax.nn.sigmoid(weight)
+
+
+@MIXINGS.register(
     formula=r"\mathrm{logits}(h')",
     assumes="w = 1: nothing limits what a bad thought does to the prediction.",
     source="RLP, JEPO, LaTRO",

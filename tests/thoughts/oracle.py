@@ -177,6 +177,11 @@ def position(
             parts = jax.nn.log_softmax(head(a, p, h_base)), jax.nn.log_softmax(head(a, p, h_thought))
             scores = (1 - w) * parts[0] + w * parts[1]
             talk.append(-scores[target])
+        elif s.config.mixing == "probabilities":
+            w = 1 / (1 + jnp.exp(-w))
+            parts = jax.nn.softmax(head(a, p, h_base)), jax.nn.softmax(head(a, p, h_thought))
+            scores = jnp.log((1 - w) * parts[0] + w * parts[1])
+            talk.append(-scores[target])
         else:
             scores = head(a, p, (1 - w) * h_base + w * h_thought)
             talk.append(nll(scores, target))

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.methods.mixings import MIXINGS, hidden_states, log_probabilities
+from quietstar_jax.methods.mixings import MIXINGS, hidden_states, log_probabilities, probabilities
 from quietstar_jax.models.decoder import Decoder
 from quietstar_jax.thoughts.mixing import MixingHead, mixing_weight
 from quietstar_jax.thoughts.model import init_quiet_star
@@ -54,7 +54,11 @@ def test_a_soft_cap_of_logits_is_that_of_the_prediction(mixing: str) -> None:
     found, weight = mix(model, base, thought, mixing)
     if MIXINGS[mixing].traits["log_probs"]:
         parts = [jax.nn.log_softmax(2 * jnp.tanh(plain.decoder.logits(h) / 2)) for h in (base[:, None], thought)]
-        wanted = (1 - weight[..., None]) * parts[0] + weight[..., None] * parts[1]
+        w = weight[..., None]
+        if mixing == "probabilities":
+            wanted = jnp.log((1 - w) * jnp.exp(parts[0]) + w * jnp.exp(parts[1]))
+        else:
+            wanted = (1 - w) * parts[0] + w * parts[1]
     else:
         wanted = 2 * jnp.tanh(mix(plain, base, thought, mixing)[0] / 2)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
@@ -68,6 +72,18 @@ def test_bfloat16_keeps_a_small_weight() -> None:
     change = hidden_states(decoder.logits, base, thought, jnp.full((1, 4, 3, 2), 1e-4))[0] - without
     exact = 1e-4 * decoder.logits((thought - base[:, None]).astype("float32"))
     np.testing.assert_allclose(change, exact, rtol=0.1, atol=1e-7)
+
+
+def test_probabilities_by_hand() -> None:
+    base, thought = jnp.log(jnp.array([[[[0.25, 0.75]]]])), jnp.log(jnp.array([[[[[0.5, 0.5]]]]]))
+    mixed, weight = probabilities(lambda x: x, base, thought, jnp.log(jnp.full((1, 1, 1, 1), 0.25)))  # odds 1 : 4
+    np.testing.assert_allclose(weight[0, 0, 0, 0], 0.2, rtol=1e-6)
+    np.testing.assert_allclose(jnp.exp(mixed[0, 0, 0, 0]), [0.3, 0.7], rtol=1e-6)
+    for odds in (-500.0, 500.0):  # beyond the range of float32
+        gradient = jax.grad(lambda x: probabilities(lambda h: h, base, thought, x)[0][0, 0, 0, 0, 0])(
+            jnp.full((1, 1, 1, 1), odds)
+        )
+        np.testing.assert_allclose(gradient, 0)
 
 
 def test_log_probabilities_by_hand() -> None:

@@ -44,6 +44,8 @@ CASES = (
     Case("every_bias", batch=1, architecture={"qkv_bias": True, "output_bias": True, "mlp_bias": True},
          positions_per_chunk=7),
     Case("log_probabilities", mask=("1111111", "1111000"), config={"mixing": "log_probabilities"}),
+    Case("probabilities", mask=("1111111", "1111000"), config={"mixing": "probabilities", "positive_only": False},
+         settings={"distill_weight": 0.5}),
     Case(
         "sum_over_thought_tokens", settings={"thought_length": 3, "num_thoughts": 3},
         config={"policy_reduction": "sum"},

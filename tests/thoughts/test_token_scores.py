@@ -21,7 +21,7 @@ from quietstar_jax.training.evaluation import make_token_scorer
 from tests.reports import cases
 from tests.thoughts.cases import Case, random_model
 
-VARIANTS = [("hidden_states", "none"), ("log_probabilities", "none"), ("none", "none")]
+VARIANTS = [("hidden_states", "none"), ("log_probabilities", "none"), ("probabilities", "none"), ("none", "none")]
 VARIANTS += [("hidden_states", control) for control in CONTROLS[1:]]
 
 
