@@ -44,9 +44,9 @@ def get_config() -> ml_collections.ConfigDict:
         phase(name="adapt", steps=100, batch_size=8, thought_length=0, learning_rate=1e-3, warmup_steps=5,
               decay="cosine", final_rate_fraction=0.1),
         phase(name="use_thoughts", steps=30, policy_weight=0.0, fresh_optimizer=True,
-              rates={"adapters": 1.0, "mixing_head": 15.0, "thought_embeddings": 0.0}, **thinking),
+              rates={"adapters": 1.0, "mixing_head": 1.0, "thought_embeddings": 0.0}, **thinking),
         phase(name="thoughts", steps=60, policy_weight=2.0, fresh_optimizer=True,
-              rates={"adapters": 1.0, "mixing_head": 5.0, "thought_embeddings": 0.01}, **thinking),
+              rates={"adapters": 1.0, "mixing_head": 1.0, "thought_embeddings": 0.01}, **thinking),
     ]  # fmt: skip
     config.evaluation.every_steps = 0
     config.evaluation.batches = 4
