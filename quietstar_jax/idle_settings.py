@@ -53,8 +53,8 @@ def idle_settings(config: Config) -> list[str]:
         rules.append((path, ("adapters",), not adapted and bool(phase.steps), unadapted))
         rules.append((path, ("gate",), bool(phase.steps) and not thought.gate, "`thought.gate` is off"))
         rules.append((path, ("gate",), bool(phase.steps) and not phase.thought_length, "the phase has no thoughts"))
-        fixed = "all thoughts have the same length (`thought.end`)"
-        rules.append((path, ("end_head",), bool(phase.steps) and thought.end == "fixed", fixed))
+        headless = f"`thought.end` is '{thought.end}', which has no head"
+        rules.append((path, ("end_head",), bool(phase.steps) and thought.end != "sampled", headless))
         rules.append((path, ("decoder",), adapted and not adapters.norms and bool(phase.steps), instead))
     idle: dict[str, tuple[object, str]] = {}
     for path, names, has_no_effect, reason in rules:

@@ -64,10 +64,11 @@ class ThoughtConfig:
     advantage_clip: Reinforce[NonNegative[float]] = 0.0  # bound of the absolute value of an advantage, after the scale;
     # 0 = none
     positive_only: Reinforce[bool] = True  # drop negative advantages
-    end: Literal["fixed", "sampled"] = "fixed"  # when a thought ends: after T tokens, or, up to T, when the model
-    # samples its end, see docs/objectives.md
+    end: Literal["fixed", "sampled", "token"] = "fixed"  # when a thought ends: after T tokens, or, up to T, when the
+    # model samples its end, which a head learns (`sampled`) or which is the token `initial_end_token` (`token`), see
+    # docs/objectives.md
     length_penalty: Reinforce[NonNegative[float]] = 0.0  # the reward of a thought decreases by this for each of its
-    # tokens, in the unit of the reward; needs `end="sampled"`
+    # tokens, in the unit of the reward; needs an `end` that is not `fixed`
     policy_reduction: Reinforce[Literal["mean", "sum", "sum_over_max"]] = "mean"  # over the tokens of a thought:
     # `mean` as in the published code, `sum` as in the paper, `sum_over_max` = the sum divided by the longest thought
     # length of this phase and those before; a sampled end counts as a token
@@ -160,7 +161,7 @@ class ThoughtConfig:
                 f"1.0 for the reward {self.reward}, which has no discount",
             ),
             *require(
-                self.length_penalty == 0 or self.end == "sampled", "length_penalty", self.length_penalty,
+                self.length_penalty == 0 or self.end != "fixed", "length_penalty", self.length_penalty,
                 "0 where end is 'fixed': all thoughts then have the same length, so the penalty cancels",
             ),
             *require(
@@ -168,7 +169,7 @@ class ThoughtConfig:
                 "'fixed' with the control pause: thoughts of pauses are not trained, so nothing trains their ends",
             ),
             *require(
-                not (self.control == "random" and self.end == "sampled" and (self.clip_epsilon or self.importance_cap)),
+                not (self.control == "random" and self.end != "fixed" and (self.clip_epsilon or self.importance_cap)),
                 "control", self.control,
                 "none where importance_cap or clip_epsilon is set and ends are sampled: the ratio of an end that was "
                 "sampled after other tokens means nothing",

@@ -72,6 +72,7 @@ class Thoughts:
     heads: tuple[str, ...] = ()  # see `ThoughtConfig.heads`
     start_token: str = "<|startthought|>"
     end_token: str = "<|endthought|>"
+    ending_id: int | None = None  # of the token at which thoughts end, see `ThoughtConfig.end`
     unused_ids: tuple[int, ...] = ()  # ids of the model that are not tokens: never in a thought, never generated
 
 
@@ -269,6 +270,7 @@ def _config(
             "thought_mixing": thoughts.mixing,
             "thought_token_ids": list(ids),
             "text_vocab_size": architecture.vocab_size,
+            **({} if thoughts.ending_id is None else {"thought_end_token": thoughts.ending_id}),
             **{HEADS[head].removesuffix(".weight"): True for head in thoughts.heads},
         }
         # Rows that are not tokens, and tokens that have no row in the trained model.

@@ -62,7 +62,8 @@ class Thinking:
     text_vocab_size: size of the vocabulary in training; start and end may have ids beyond it.
     unused_token_ids: ids that are not tokens of the tokenizer used in training, never in a thought; optional.
     thought_gate: whether there is a thinking gate, for the policy `gate`; optional.
-    thought_end: whether the model decides before each token of a thought whether it ends; T is then the most; optional.
+    thought_end: whether a head decides before each token of a thought whether it ends; T is then the most; optional.
+    thought_end_token: id of the token that ends a thought instead, which no thought contains; T is the most; optional.
     """
 
     _supports_flash_attn = _supports_flash_attn_2 = False  # chains need custom masks
@@ -301,8 +302,7 @@ class Thinking:
             ended = ended | self._ends(hidden, c, length)
             inputs = end
             if c < length:
-                unused = getattr(self.config, "unused_token_ids", None) or []
-                tokens = self._forbid(self._text_logits(hidden), unused).argmax(-1)
+                tokens = self._of_thoughts(self._text_logits(hidden)).argmax(-1)
                 thoughts[..., c] = torch.where(ended, ENDED, tokens)
                 inputs = torch.where(ended[..., None], end, self.get_input_embeddings()(tokens))
         cache.crop(-count * (c + 1))
@@ -310,10 +310,20 @@ class Thinking:
 
     def _ends(self, hidden: torch.Tensor, c: int, length: int) -> torch.Tensor:
         """Whether `end` follows token c of chains with hidden states [B, P, D], [B, P]."""
+        token = getattr(self.config, "thought_end_token", None)
+        if c < length and token is not None:
+            logits = self._text_logits(hidden)
+            return logits[..., token] > self._of_thoughts(logits).logsumexp(-1)
         if not getattr(self.config, "thought_end", False) or c >= length:
             return torch.full(hidden.shape[:-1], c >= length, device=hidden.device)
         weight, bias = self.thought_end.weight.float(), self.thought_end.bias.float()
         return nn.functional.linear(hidden.float(), weight, bias)[..., 0] > 0
+
+    def _of_thoughts(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] in which tokens that no thought contains have the lowest number."""
+        more = [*(getattr(self.config, "unused_token_ids", None) or [])]
+        end = getattr(self.config, "thought_end_token", None)
+        return self._forbid(logits, more if end is None else [*more, end])
 
     def _meta(self, stored: torch.Tensor, batch: int, count: int) -> torch.Tensor:
         embedding = self.get_input_embeddings()

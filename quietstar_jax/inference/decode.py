@@ -234,10 +234,10 @@ def _think(
 ) -> jax.Array:  # fmt: skip
     """Chooses the next tokens of thoughts [B], or their end, from hidden states [B, D] and logits [B, V]."""
     draws = uniforms if plan.thoughts_sampled else None
-    logits = mask_meta_tokens(logits, plan.thought.meta_tokens)
+    unmasked, logits = logits, mask_meta_tokens(logits, plan.thought.meta_tokens)
     if not plan.thought.samples_end:
         return choose(logits, draws, knobs.thought_temperature)
-    end = end_logits(model.end_head, hidden)
+    end = end_logits(model.end_head, hidden, unmasked, logits, plan.thought.end_token)
     ends, draws = draw_end(end if draws is None else end / knobs.thought_temperature, draws)
     return jnp.where(ends, ENDED, choose(logits, draws, knobs.thought_temperature))
 

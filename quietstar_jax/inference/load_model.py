@@ -246,6 +246,7 @@ def _of_files(
             (),
             pause_id=tokenizer.pad_id,
             unused=unused_ids(tokenizer, architecture.vocab_size, files.config),
+            end_token=_end_token(files) if thinks else None,
         ),
         thought=_thought_config(files, tokenizer, meta) if thinks else ThoughtConfig(),
         thought_length=_thought_length(files) if thinks else 0,
@@ -313,11 +314,17 @@ def _thought_config(files: CheckpointFiles, tokenizer: Tokenizer, meta: tuple[in
         "mixing": files.config.get("thought_mixing", PUBLISHED_MIXING),
         "embedding_scale": files.config.get("thought_embedding_scale", PUBLISHED_SCALE),
         "gate": "gate" in file_heads(files),
-        "end": "sampled" if "end_head" in file_heads(files) else "fixed",
+        "end": "sampled" if "end_head" in file_heads(files) else "fixed" if _end_token(files) is None else "token",
     }
     if len(meta) == 2:
         settings |= dict(zip(("start_token", "end_token"), (tokenizer.decode([i]) for i in meta), strict=True))
     return from_mapping(ThoughtConfig, settings, root=f"{files.folder}/config.json: thought")
+
+
+def _end_token(files: CheckpointFiles) -> int | None:
+    """The id in `thought_end_token`, if the thoughts of an export end with a token."""
+    found = files.config.get("thought_end_token")
+    return None if found is None else _ids(files, "config.json: thought_end_token", found)[0]
 
 
 def _thought_length(files: CheckpointFiles) -> int:

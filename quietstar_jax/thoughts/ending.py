@@ -1,13 +1,19 @@
-"""Thoughts that the model ends itself (`thought.end = "sampled"`): before each token it decides whether to end.
+"""Thoughts that the model ends itself: before each token it decides whether to end.
 
 A decision and the token after it are one action. At step i = 0 .. T - 1, with the hidden state h_i that predicts the
 next token (at `start` for i = 0) and the logits of that token,
 
-    s_i = u . h_i + b,    P(end) = sigmoid(s_i),    P(token) = sigmoid(-s_i) softmax(logits_i)
+    s_i,    P(end) = sigmoid(s_i),    P(token) = sigmoid(-s_i) softmax(logits_i)
 
-This is a softmax over V + 1 actions, in which the logit of the end is s_i + logsumexp(logits_i). The initial
-probability of the end is therefore the same for any vocabulary, soft cap or scale of logits, and the LM head needs no
-further row.
+`thought.end` says what computes s_i:
+
+- `sampled`: a head, whose weights u and b are new. This is a softmax over V + 1 actions, in which the logit of the end
+  is s_i + logsumexp(logits_i). The initial probability of the end is therefore the same for any vocabulary, soft cap or
+  scale of logits, and the LM head needs no further row.
+- `token`: the LM head. The end is the token of `thought.initial_end_token`, s_i its logit minus the logsumexp of the
+  others: a pretrained model that writes such marks ends its thoughts where it would write the mark. No thought contains
+  this token. At temperature 1, this is exactly the distribution of the next token.
+
 A temperature divides s_i and the logits. A thought of T tokens ends without a decision. Actions for T = 4:
 
     thought       a         b         ENDED     ENDED      n = 2 tokens
@@ -46,8 +52,17 @@ class EndHead(nnx.Module):
         self.bias = parameter(rngs, (1,), (None,), lambda key, shape: jnp.full(shape, BIAS, jnp.float32))
 
 
-def end_logits(head: EndHead | None, hidden: jax.Array) -> jax.Array:
-    """Returns s, the log-odds of the end, float32 [...]; hidden: [..., D]."""
+def end_logits(
+    head: EndHead | None, hidden: jax.Array, logits: jax.Array, allowed: jax.Array, end_token: int | None
+) -> jax.Array:
+    """Returns s, the log-odds of the end, float32 [...].
+
+    Args:
+      hidden: [..., D]; logits: [..., V] of the next token at temperature 1; allowed: the same, with the lowest number
+        for tokens that no thought contains; end_token: the token that ends a thought, None = the head decides.
+    """
+    if end_token is not None:
+        return logits[..., end_token] - jax.nn.logsumexp(allowed, axis=-1)
     assert head is not None, "ends are sampled, but the model has no end head: ThoughtConfig.heads lists it"
     return hidden.astype(jnp.float32) @ head.weight[...] + head.bias[...]
 

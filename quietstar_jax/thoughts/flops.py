@@ -104,7 +104,7 @@ def step_flops(
         to_weights = texts * to_second_operands(prefix) + (texts * head if adapters.maps == "none" else 0.0)
         return Flops(base, 0.0, 0.0, 0.0, base + to_weights, recomputation)
     c = settings.chain_length
-    choice = head + (2.0 * a.hidden_size if settings.samples_end else 0.0)  # of a token, or of the end
+    choice = head + (2.0 * a.hidden_size if settings.config.end == "sampled" else 0.0)  # of a token, or of the end
     sampling = 0.0
     if settings.samples_end or settings.config.control in ("none", "shuffled"):
         sampling = chains * settings.thought_length * (decoder(prefix + (settings.thought_length + 1) / 2) + choice)

@@ -75,10 +75,12 @@ def _sample_chunk(
             model.decoder, embeddings, offset, positions, text.prefix, text.mask, chain_kv, text.starts,
             prefix_attention=settings.prefix_attention,
         )  # fmt: skip
-        logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
-        logits = constrain(logits / settings.config.sampling_temperature, "batch", ..., None)  # whole where drawn from
+        unmasked = model.decoder.logits(hidden)
+        allowed = mask_meta_tokens(unmasked, settings.meta_tokens)
+        logits = constrain(allowed / settings.config.sampling_temperature, "batch", ..., None)  # whole where drawn from
         if settings.samples_end:
-            end = end_logits(model.end_head, hidden) / settings.config.sampling_temperature
+            end = end_logits(model.end_head, hidden, unmasked, allowed, settings.end_token)
+            end = end / settings.config.sampling_temperature
             ends, draws = draw_end(end, draws)
         tokens = jnp.argmax(logits, axis=-1) if draws is None else draw_tokens(logits, draws)
         following = model.decoder.embed(tokens, settings.dtype)

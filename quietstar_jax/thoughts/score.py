@@ -112,9 +112,12 @@ def score_actions(
 
     def score(hidden: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         # The logits [B, R, J, T, V] have the same mask as in sampling, but the temperature of scoring.
-        logits = mask_meta_tokens(model.decoder.logits(hidden), settings.meta_tokens)
+        unmasked = model.decoder.logits(hidden)
+        logits = mask_meta_tokens(unmasked, settings.meta_tokens)
         log_probs = -cross_entropy(logits / temperature, tokens)
-        end = end_logits(model.end_head, hidden) if settings.samples_end else None
+        end = None
+        if settings.samples_end:
+            end = end_logits(model.end_head, hidden, unmasked, logits, settings.end_token)
         return log_probs, entropy(logits) if with_entropy else None, end
 
     tokens, length = jnp.maximum(thoughts, 0), thoughts.shape[3]

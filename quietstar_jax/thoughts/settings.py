@@ -26,6 +26,7 @@ class ThoughtSettings:
       longest_thought: largest thought length until now, for `policy_reduction="sum_over_max"`; 0 = `thought_length`.
       meta_tokens: ids that are never sampled in a thought.
       preferred_tokens: ids before which positions are likelier to think, see `ThoughtConfig.position_pattern`.
+      end_token: id that ends a thought where `thought.end` is `token`; it is one of the `meta_tokens`.
       pad_id: id used for tokens past the end of the text.
       pause_id: id that fills thoughts under the control `pause`.
       compute_dtype: dtype of activations; logits, losses and rewards are float32.
@@ -41,6 +42,7 @@ class ThoughtSettings:
     longest_thought: int = 0
     meta_tokens: tuple[int, ...] = ()
     preferred_tokens: tuple[int, ...] = ()
+    end_token: int | None = None
     pad_id: int = 0
     pause_id: int = 0
     compute_dtype: str = "float32"
@@ -69,8 +71,8 @@ class ThoughtSettings:
 
     @property
     def samples_end(self) -> bool:
-        """Whether thoughts end when the model samples their end, so that lengths differ; see `thoughts.ending`."""
-        return self.thought_length > 0 and self.config.end == "sampled"
+        """Whether thoughts end when the model decides so, so that lengths differ; see `thoughts.ending`."""
+        return self.thought_length > 0 and self.config.end != "fixed"
 
     @property
     def chain_length(self) -> int:
@@ -108,6 +110,7 @@ class Vocabulary(NamedTuple):
         starts from weights that already have learned ones.
       pause_id: fills thoughts under the control `pause`.
       unused: ids of the model that are not tokens, see `data.vocabulary.unused_ids`; never sampled in a thought either.
+      end_token: the only one of the `initial_end_token`, if `thought.end` is `token`.
       preferred: ids whose text matches `thought.position_pattern`.
     """
 
@@ -118,12 +121,15 @@ class Vocabulary(NamedTuple):
     pause_id: int = 0
     unused: tuple[int, ...] = ()
     preferred: tuple[int, ...] = ()
+    end_token: int | None = None
 
 
 def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> ThoughtSettings:
     """Returns `ThoughtSettings` from the settings that all thoughts of a run share, and from the fields in `shape`."""
+    end = vocabulary.end_token if config.thought.end == "token" else None
     return ThoughtSettings(
-        meta_tokens=(*vocabulary.meta_tokens, *vocabulary.unused),
+        meta_tokens=(*vocabulary.meta_tokens, *vocabulary.unused, *(() if end is None else (end,))),
+        end_token=end,
         preferred_tokens=vocabulary.preferred,
         pad_id=vocabulary.pad_id,
         pause_id=vocabulary.pause_id,

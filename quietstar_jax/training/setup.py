@@ -127,6 +127,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
                 architecture.vocab_size,
                 {UNUSED: saved.get("unused_ids", [])} if saved else base_vocabulary(base),
             ),
+            end_token=_only_token(end_tokens, config) if config.thought.end == "token" else None,
             preferred=_preferred_tokens(tokenizer, config.thought.position_pattern),
         ),
         key=jax.random.key(config.seed),
@@ -237,6 +238,15 @@ def check_length(config: Config, architecture: Architecture) -> None:
             f"config.data.sequence_length is {config.data.sequence_length}; with thoughts that is {needed} positions, "
             f"but the model has {architecture.max_positions}. Shorten the sequences or the thoughts."
         )
+
+
+def _only_token(end_tokens: tuple[int, ...], config: Config) -> int:
+    if len(end_tokens) > 1:
+        raise ConfigError(
+            f"config.thought.initial_end_token is {config.thought.initial_end_token!r}, which is {len(end_tokens)} "
+            "tokens of the tokenizer. Where config.thought.end is 'token', it must be one."
+        )
+    return end_tokens[0]
 
 
 def _preferred_tokens(tokenizer: Tokenizer, pattern: str) -> tuple[int, ...]:

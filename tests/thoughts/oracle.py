@@ -150,13 +150,17 @@ def position(
     the distributions of thought tokens, KL divergence from the prediction of x[j+1] with the thought to that without).
     """
     hidden = chain(a, s, p, row, mask, j, thought)
-    samples_end = s.config.end == "sampled"
+    samples_end = s.config.end != "fixed"
     acts = min(s.thought_length + 1, most) if samples_end else s.thought_length
     thought_logits = [masked_logits(a, s, p, hidden[i]) for i in range(acts)]
     log_probs = [-nll(thought_logits[i] / s.config.score_temperature, thought[i]) for i in range(s.thought_length)]
     spread = [-(jax.nn.softmax(x) * jax.nn.log_softmax(x)).sum() for x in thought_logits]
     if samples_end:
-        odds = [jnp.dot(hidden[i], p["end_head.weight"]) + p["end_head.bias"][0] for i in range(acts)]
+        if s.config.end == "token":
+            ends = [jnp.exp(head(a, p, hidden[i])[s.end_token]) for i in range(acts)]
+            odds = [jnp.log(ends[i] / jnp.exp(thought_logits[i]).sum()) for i in range(acts)]
+        else:
+            odds = [jnp.dot(hidden[i], p["end_head.weight"]) + p["end_head.bias"][0] for i in range(acts)]
         goes_on = [1 / (1 + jnp.exp(x / s.config.score_temperature)) for x in odds]
         log_probs = [log_probs[i] + jnp.log(goes_on[i]) for i in range(s.thought_length)]
         log_probs += [jnp.log(1 - x) for x in goes_on[s.thought_length : acts]]

@@ -88,6 +88,9 @@ CASES = (
          config={"end": "sampled", "length_penalty": 0.2, "advantage": "leave_one_out", "positive_only": False,
                  "kl_in_reward": 0.3, "kl_weight": 0.1, "importance_cap": 1.1, "policy_reduction": "sum_over_max"},
          settings={"num_thoughts": 3, "meta_tokens": (0, 12), "longest_thought": 5}),
+    Case("ends_at_a_token", mask=("1111111", "1111100"), settings={"meta_tokens": (0, 12), "end_token": 12},
+         config={"end": "token", "length_penalty": 0.1, "advantage": "leave_one_out", "positive_only": False,
+                 "entropy_bonus": 0.2}, architecture={"logit_cap": 3.0}),
     Case("ends_clipped_with_one_thought", batch=1, config={"end": "sampled", "clip_epsilon": 0.2,
          "mixing": "log_probabilities"}, settings={"num_thoughts": 1, "rematerialize": True}),
 )  # fmt: skip
