@@ -165,8 +165,8 @@ class ThoughtConfig:
                 "0 where end is 'fixed': all thoughts then have the same length, so the penalty cancels",
             ),
             *require(
-                self.control != "pause" or self.end == "fixed", "end", self.end,
-                "'fixed' with the control pause: thoughts of pauses are not trained, so nothing trains their ends",
+                self.control != "pause" or self.end != "sampled", "end", self.end,
+                "'fixed' or 'token' with the control pause: thoughts of pauses are not trained, so nothing trains their ends",
             ),
             *require(
                 not (self.control == "random" and self.end != "fixed" and (self.clip_epsilon or self.importance_cap)),

@@ -8,7 +8,7 @@
 | `shuffled` | the sampled thought of an earlier position of the same document: meaning in the wrong place |
 
 Where the model samples the end of thoughts, `random` has the length of the thought that it replaces, `shuffled` that of
-the earlier thought, and `pause` is refused: nothing would train its ends.
+the earlier thought, and `pause` is refused if a head decides: nothing would train it.
 
 Controls apply both in training and in evaluation; everything else is unchanged. No control depends on a later token: a
 thought of a later position would have seen the tokens that are predicted.

@@ -1,4 +1,4 @@
-"""Thoughts whose end is sampled, in an export: torch and JAX end the same thoughts, and the export is read back."""
+"""Thoughts that the model ends, in an export: torch and JAX end the same thoughts, and the export is read back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from quietstar_jax.export_hf.export_run import export
+from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.generate import Generator
 from quietstar_jax.hf.json_file import read_json
 from quietstar_jax.inference.load_model import load_model
 from quietstar_jax.thoughts.ending import thought_ids
-from tests.export_hf.exports import exported_run
+from tests.export_hf.exports import exported_run, tensors, write_checkpoint
+from tests.hf.runs import start_run
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -20,10 +24,18 @@ PROMPTS = [[0, 5, 6, 7, 8], [0, 9], [0, 11, 4, 12, 13, 14, 15]]
 NEW = 10
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`run` with thoughts whose end is sampled, and its export `out`."""
-    return exported_run(tmp_path_factory.mktemp("ending"), end="sampled")
+@pytest.fixture(scope="module", params=["sampled", "token"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`run` with thoughts that end by a head or at the token 2 (`---`), and its export `out`."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "sampled":
+        return exported_run(folder, end="sampled")
+    weights = tensors(write_checkpoint(folder / "hf"))
+    weights["lm_head.weight"][2] *= 11  # so that the token is sometimes certain, and sometimes impossible
+    save_file(weights, folder / "hf" / "model.safetensors", {"format": "pt"})
+    start_run(folder / "run", folder / "hf", end="token")
+    export(folder / "run", folder / "out", ExportOptions())
+    return folder
 
 
 def test_torch_thinks_what_jax_does(folder):
@@ -46,6 +58,7 @@ def test_torch_thinks_what_jax_does(folder):
                 assert token.has_thought == (-1 not in thought.tolist())
                 assert token.mixing_weight == pytest.approx(float(weight), abs=1e-5)
                 lengths |= {len(token.thought_ids)} if token.has_thought else set()
+                assert folder.name.startswith("sampled") or 2 not in token.thought_ids
     assert {0, 6} < lengths, "thoughts that never or always end show little"
 
 
@@ -61,9 +74,14 @@ def test_a_text_does_not_depend_on_its_neighbours(folder):
 
 def test_an_export_is_read_back(folder):
     run, out = (load_model(folder / name) for name in ("run", "out"))
-    assert read_json(folder / "out" / "config.json")["thought_end"] is True
-    assert (out.thought.end, out.thought.gate) == ("sampled", False)
+    written = read_json(folder / "out" / "config.json")
+    assert (out.thought.end, out.thought.gate) == (run.thought.end, False)
     assert run.params.keys() == out.params.keys()
+    assert run.settings().end_token == out.settings().end_token == written.get("thought_end_token")
+    if run.thought.end == "token":
+        assert written["thought_end_token"] == 2
+        return
+    assert written["thought_end"] is True
     for name in ("end_head.weight", "end_head.bias"):
         assert np.any(run.params[name])
         np.testing.assert_array_equal(run.params[name], out.params[name])

@@ -200,6 +200,32 @@ def test_score_gives_the_log_probabilities_and_entropies_of_sampling(model: Quie
     np.testing.assert_allclose(np.asarray(scores.entropy)[acts], np.asarray(thoughts.entropy)[acts], atol=1e-5)
 
 
+def test_the_end_token_is_drawn_like_any_token() -> None:
+    """At temperature 1, the actions have the probabilities of the LM head over all tokens that are not forbidden."""
+    case = dataclasses.replace(
+        CASE, config={"end": "token"}, settings=CASE.settings | {"meta_tokens": (0, 3), "end_token": 3}
+    )
+    settings, (tokens, mask) = case.thought, case.text()
+    model = random_model(case.decoder, settings.config.embedding_scale)
+    _, thoughts = run(model, uniforms(), settings)
+    params, found = split(model)[0], np.asarray(thoughts.tokens)
+    assert len(np.unique(found[found >= 0])) > 5
+    assert not np.isin(found, (0, 3)).any()
+    ends = 0
+    for b, r, j in [(0, 0, 2), (0, 1, 5), (1, 0, 1), (1, 1, 4), (0, 0, 7), (0, 1, 0)]:
+        thought = np.maximum(found[b, r, j], 0)
+        hidden = oracle.jitted_chain(case.decoder, settings, params, tokens[b], mask[b], j, jnp.asarray(thought))
+        for i in range(settings.thought_length):
+            logits = oracle.head(case.decoder, params, hidden[i]).at[0].set(-jnp.inf)
+            action = 3 if found[b, r, j, i] == ENDED else found[b, r, j, i]
+            expected = jax.nn.log_softmax(logits)[action]
+            np.testing.assert_allclose(thoughts.log_probs[b, r, j, i], expected, atol=1e-5)
+            if action == 3:
+                ends += 1
+                break
+    assert ends
+
+
 def test_thoughts_that_never_end_are_those_of_a_fixed_length(model: QuietStar) -> None:
     fixed = dataclasses.replace(CASE.thought, config=dataclasses.replace(CASE.thought.config, end="fixed"))
     for draws in (None, uniforms()):
