@@ -166,7 +166,7 @@ class ThoughtConfig:
             ),
             *require(
                 self.control != "pause" or self.end != "sampled", "end", self.end,
-                "'fixed' or 'token' with the control pause: thoughts of pauses are not trained, so nothing trains their ends",
+                "'fixed' or 'token' with the control pause: thoughts are not trained, so no head for their ends is",
             ),
             *require(
                 not (self.control == "random" and self.end != "fixed" and (self.clip_epsilon or self.importance_cap)),
