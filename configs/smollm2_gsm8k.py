@@ -15,7 +15,7 @@ from quietstar_jax.configs.smollm2_135m_lora import smollm2_135m
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Plain training on 204,800 tokens; then the model learns to read its thoughts; then REINFORCE.
+    """Plain training on 204,800 tokens; then only the mixing head learns; then REINFORCE.
 
     So that CPUs can run it, a sixteenth of the positions think, mostly those before digits.
     """
@@ -35,7 +35,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.thought.initial_end_token = ">>"
     config.thought.end = "token"  # after adapting, the model itself ends a calculation with >>
     config.thought.sampling_temperature = 0.7
-    config.thought.mixing = "log_probabilities"
     config.thought.positions = "random"
     config.thought.position_fraction = 0.0625
     config.thought.position_pattern = r"\d"
@@ -45,11 +44,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.phases = [
         phase(name="adapt", steps=100, batch_size=8, thought_length=0, learning_rate=1e-3, warmup_steps=5,
               decay="cosine", final_rate_fraction=0.1),
-        # The mixing weight stays at its initial 1/2. After a thought, the model has always predicted the result of the
-        # calculation; now it learns to predict the text.
-        phase(name="read_thoughts", steps=60, policy_weight=0.0, learning_rate=5e-4, fresh_optimizer=True,
-              rates={"adapters": 1.0, "mixing_head": 0.0, "thought_embeddings": 0.01}, **thinking),
-        phase(name="thoughts", steps=40, policy_weight=2.0, learning_rate=2e-4, fresh_optimizer=True,
+        phase(name="open_the_mixing_head", steps=40, policy_weight=0.0, learning_rate=2e-4, fresh_optimizer=True,
+              rates={"adapters": 0.0, "mixing_head": 1.0, "thought_embeddings": 0.0}, **thinking),
+        phase(name="thoughts", steps=60, policy_weight=2.0, learning_rate=2e-4, fresh_optimizer=True,
               rates={"adapters": 1.0, "mixing_head": 1.0, "thought_embeddings": 0.01}, **thinking),
     ]  # fmt: skip
     config.evaluation.every_steps = 0
