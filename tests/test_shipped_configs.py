@@ -35,12 +35,12 @@ def test_config_fits_together(path):
     config = load(path)
     architecture = config.model.architecture
     check_length(config, architecture)
-    params, graphdef = abstract_params(architecture, config.model.adapters)
+    params, graphdef = abstract_params(architecture, config.model.adapters, config.thought.heads)
     states = {
         objective: jax.eval_shape(lambda p, objective=objective: initial_state(p, config, objective=objective), params)
         for objective in (False, True)
     }
-    vocabulary = Vocabulary(pad_id=0, meta_tokens=(1, 2), start_tokens=(3,), end_tokens=(3,))
+    vocabulary = Vocabulary(pad_id=0, meta_tokens=(1, 2), start_tokens=(3,), end_tokens=(3,), end_token=3)
     length = config.data.sequence_length
 
     def batch(rows):
