@@ -6,8 +6,7 @@ from quietstar_jax.config import default_config, phase
 
 
 def smollm2_135m(config: ml_collections.ConfigDict) -> None:
-    """Sets the shape of SmolLM2-135M, written out for plans without the weights, and adapters."""
-    config.model.adapters.update(maps="all", rank=16, alpha=32.0)
+    """Sets the shape of SmolLM2-135M, written out for plans without the weights."""
     config.model.architecture.update(
         family="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_layers=30, num_heads=9,
         num_kv_heads=3, head_dim=64, max_positions=8_192, rope_theta=100_000.0, tie_embeddings=True,
@@ -22,6 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.compute_dtype = "bfloat16"
     config.model.rematerialize = True
     smollm2_135m(config)
+    config.model.adapters.update(maps="all", rank=16, alpha=32.0)
     config.data.train = ("data/train/*.jsonl",)
     config.data.validation = ("data/validation/*.jsonl",)
     config.data.sequence_length = 256

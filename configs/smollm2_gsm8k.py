@@ -24,6 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.checkpoint = "HuggingFaceTB/SmolLM2-135M-Instruct"
     config.model.frozen_dtype = "float32"
     smollm2_135m(config)
+    config.model.adapters.update(maps="all", rank=16, alpha=32.0)
 
     config.data.data_dir = "data/real"
     config.data.train = ("tfds:gsm8k_text:train",)

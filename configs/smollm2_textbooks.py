@@ -17,7 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.workdir = "runs/smollm2_textbooks"
     config.model.checkpoint = "HuggingFaceTB/SmolLM2-135M-Instruct"
     smollm2_135m(config)
-    config.model.adapters.maps = "none"
     config.data.train = ("data/textbooks/*.jsonl",)
     config.data.validation = ("data/textbooks_held_out.jsonl",)
     paper_recipe(config, thought_tokens=12, tokens_ahead=4)

@@ -51,7 +51,7 @@ def make_parser() -> CommandParser:
     named: dict[str, list[str]] = {}
     for name, task in TASKS.items():
         named.setdefault(task.summary, []).append(name)
-    tasks = "\n".join(f"  {', '.join(names):<26}{summary}" for summary, names in named.items())
+    tasks = "\n".join(f"  {', '.join(names):<24}  {summary}" for summary, names in named.items())
     parser = CommandParser(
         "evaluate",
         "--checkpoint runs/mine --task gsm8k --data test.jsonl", tasks,

@@ -52,17 +52,16 @@ _COMMONSENSE_QA = (
     Layout("question.stem", "answerKey", "question.choices"),  # as its authors publish it
 )
 # Tasks with the same summary share a line of help.
-_PUBLISHED = "published questions, answered directly: grade-school mathematics; five choices"
+_DIRECT = "published questions and your own, answered directly"
 _VOTES = "questions with numbers as answers: written steps, and a majority vote"
-_OWN = "your own questions, answered directly: numbers; choices"
 _TEXT = "nats per token of a text; loss and accuracy of its marked spans and of the other tokens"
 TASKS: Mapping[str, Task] = {
-    "gsm8k": Task(DIRECT, _GSM8K, _PUBLISHED),
+    "gsm8k": Task(DIRECT, _GSM8K, _DIRECT),
     "gsm8k_cot": Task(VOTING, _GSM8K, _VOTES),
-    "commonsense_qa": Task(DIRECT, _COMMONSENSE_QA, _PUBLISHED),
-    "numeric": Task(DIRECT, (_NUMERIC,), _OWN),
+    "commonsense_qa": Task(DIRECT, _COMMONSENSE_QA, _DIRECT),
+    "numeric": Task(DIRECT, (_NUMERIC,), _DIRECT),
     "numeric_cot": Task(VOTING, (_NUMERIC,), _VOTES),
-    "multiple_choice": Task(DIRECT, (Layout("question", "answer", "choices"),), _OWN),
+    "multiple_choice": Task(DIRECT, (Layout("question", "answer", "choices"),), _DIRECT),
     "language_modeling": Task(TEXT, (), _TEXT),
     "spans": Task(SPANS, (), _TEXT),
 }

@@ -299,23 +299,24 @@ class Thinking:
             after, done = torch.where((ended & ~done)[..., None], hidden, after), ended
             if done.all():
                 break
-            ended = ended | self._ends(hidden, c, length)
-            inputs = end
-            if c < length:
-                tokens = self._of_thoughts(self._text_logits(hidden)).argmax(-1)
+            if c >= length:
+                ended, inputs = torch.ones_like(ended), end
+            else:
+                logits = self._text_logits(hidden)
+                allowed = self._of_thoughts(logits)
+                ended, tokens = ended | self._ends(hidden, logits, allowed), allowed.argmax(-1)
                 thoughts[..., c] = torch.where(ended, ENDED, tokens)
                 inputs = torch.where(ended[..., None], end, self.get_input_embeddings()(tokens))
         cache.crop(-count * (c + 1))
         return thoughts, after
 
-    def _ends(self, hidden: torch.Tensor, c: int, length: int) -> torch.Tensor:
-        """Whether `end` follows token c of chains with hidden states [B, P, D], [B, P]."""
+    def _ends(self, hidden: torch.Tensor, logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """Whether `end` follows tokens with hidden states [B, P, D] and logits [B, P, V], see `_of_thoughts`."""
         token = getattr(self.config, "thought_end_token", None)
-        if c < length and token is not None:
-            logits = self._text_logits(hidden)
-            return logits[..., token] > self._of_thoughts(logits).logsumexp(-1)
-        if not getattr(self.config, "thought_end", False) or c >= length:
-            return torch.full(hidden.shape[:-1], c >= length, device=hidden.device)
+        if token is not None:
+            return logits[..., token] > allowed.logsumexp(-1)
+        if not getattr(self.config, "thought_end", False):
+            return torch.zeros(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
         weight, bias = self.thought_end.weight.float(), self.thought_end.bias.float()
         return nn.functional.linear(hidden.float(), weight, bias)[..., 0] > 0
 

@@ -223,6 +223,7 @@ def _of_files(
     architecture = source.architecture
     tokenizer = tokenizer.within(architecture.vocab_size, known=meta)
     heads = file_heads(files) if thinks else ()
+    end_token = _end_token(files, architecture.vocab_size) if thinks else None
     abstract, graphdef = _abstract(architecture, dtype, layout, heads=heads)
     params = load_parameters(
         source,
@@ -246,9 +247,9 @@ def _of_files(
             (),
             pause_id=tokenizer.pad_id,
             unused=unused_ids(tokenizer, architecture.vocab_size, files.config),
-            end_token=_end_token(files) if thinks else None,
+            end_token=end_token,
         ),
-        thought=_thought_config(files, tokenizer, meta) if thinks else ThoughtConfig(),
+        thought=_thought_config(files, tokenizer, meta, end_token) if thinks else ThoughtConfig(),
         thought_length=_thought_length(files) if thinks else 0,
         tokens_ahead=1,
         bos=tokenizer.begins(),
@@ -308,23 +309,29 @@ class _TextRows:
         return name in (EMBEDDING, LM_HEAD) and info.shape[:1] == (self.architecture.vocab_size + self.added,)
 
 
-def _thought_config(files: CheckpointFiles, tokenizer: Tokenizer, meta: tuple[int, ...]) -> ThoughtConfig:
+def _thought_config(
+    files: CheckpointFiles, tokenizer: Tokenizer, meta: tuple[int, ...], end_token: int | None
+) -> ThoughtConfig:
     """The settings of thoughts in config.json."""
     settings = {
         "mixing": files.config.get("thought_mixing", PUBLISHED_MIXING),
         "embedding_scale": files.config.get("thought_embedding_scale", PUBLISHED_SCALE),
         "gate": "gate" in file_heads(files),
-        "end": "sampled" if "end_head" in file_heads(files) else "fixed" if _end_token(files) is None else "token",
+        "end": "sampled" if "end_head" in file_heads(files) else "fixed" if end_token is None else "token",
     }
     if len(meta) == 2:
         settings |= dict(zip(("start_token", "end_token"), (tokenizer.decode([i]) for i in meta), strict=True))
     return from_mapping(ThoughtConfig, settings, root=f"{files.folder}/config.json: thought")
 
 
-def _end_token(files: CheckpointFiles) -> int | None:
-    """The id in `thought_end_token`, if the thoughts of an export end with a token."""
+def _end_token(files: CheckpointFiles, rows: int) -> int | None:
+    """The id in `thought_end_token`, one of `rows`, if the thoughts of an export end with a token."""
     found = files.config.get("thought_end_token")
-    return None if found is None else _ids(files, "config.json: thought_end_token", found)[0]
+    if found is not None and (type(found) is not int or not 0 <= found < rows):
+        raise CheckpointError(
+            f"{files.folder}/config.json: thought_end_token is {found!r}; it must be a token id, 0 .. {rows - 1}."
+        )
+    return found
 
 
 def _thought_length(files: CheckpointFiles) -> int:

@@ -61,8 +61,7 @@ def log_probabilities(
 ) -> tuple[jax.Array, jax.Array]:
     """Mixed log-probabilities. Without the sigmoid, the cross-entropy would have no lower bound."""
     weight = jax.nn.sigmoid(weight)
-    # base [B, 1, J, K, V] is computed once and broadcast over the R thoughts.
-    base, after_thought = jax.nn.log_softmax(logits(base_hidden))[:, None], jax.nn.log_softmax(logits(talk_hidden))
+    base, after_thought = _log_predictions(logits, base_hidden, talk_hidden)
     return (1.0 - weight[..., None]) * base + weight[..., None] * after_thought, weight
 
 
@@ -76,7 +75,7 @@ def probabilities(
     logits: Logits, base_hidden: jax.Array, talk_hidden: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Mixed probabilities, which sum to 1. Thoughts that are right only sometimes still lower the loss."""
-    base, after_thought = jax.nn.log_softmax(logits(base_hidden))[:, None], jax.nn.log_softmax(logits(talk_hidden))
+    base, after_thought = _log_predictions(logits, base_hidden, talk_hidden)
     without, with_thought = jax.nn.log_sigmoid(-weight)[..., None], jax.nn.log_sigmoid(weight)[..., None]
     return jnp.logaddexp(without + base, with_thought + after_thought), jax.nn.sigmoid(weight)
 
@@ -90,3 +89,8 @@ def probabilities(
 def none(logits: Logits, base_hidden: jax.Array, talk_hidden: jax.Array, weight: None) -> tuple[jax.Array, jax.Array]:
     """The prediction after the thought alone."""
     return logits(talk_hidden), jnp.ones(talk_hidden.shape[:-1], jnp.float32)
+
+
+def _log_predictions(logits: Logits, base_hidden: jax.Array, talk_hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns log p [B, 1, J, K, V], computed once and broadcast over the R thoughts, and log p' [B, R, J, K, V]."""
+    return jax.nn.log_softmax(logits(base_hidden))[:, None], jax.nn.log_softmax(logits(talk_hidden))

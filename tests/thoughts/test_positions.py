@@ -58,10 +58,10 @@ def test_random_positions_are_those_of_the_largest_draws() -> None:
 
 def test_positions_before_preferred_tokens_are_likelier() -> None:
     """Two positions before token 1 with weight 3, two others: the first choice has probability 3/8 each, or 1/8."""
-    config = dataclasses.replace(Case("").thought.config, positions="random", position_weight=3.0)
+    config = dataclasses.replace(
+        Case("").thought.config, positions="random", position_weight=3.0, positions_per_sequence=1
+    )
     settings = ThoughtSettings(tokens_ahead=1, thought_length=1, preferred_tokens=(1, 7), config=config)
-    config = dataclasses.replace(config, positions_per_sequence=1)
-    settings = dataclasses.replace(settings, config=config)
     count = 20_000
     tokens = jnp.tile(jnp.array([5, 1, 7, 5, 5, 1]), (count, 1))  # position 4 is no candidate, nor is 5
     text = text_of(["1" * 6])._replace(tokens=tokens, mask=jnp.ones(tokens.shape, bool))
