@@ -246,6 +246,12 @@ SHARED: dict[str, dict[str, Any]] = {
         f"{', '.join(map(usage, THINKING))}",
     ),
     "--thought-length": dict(type=integer_from(1), metavar="N", help="tokens of a thought (default: as in training)"),
+    "--reach": dict(
+        type=integer_from(1),
+        metavar="N",
+        default=1,
+        help="next tokens that a thought is used for (default: %(default)s)",
+    ),
     "--max-tokens": dict(type=integer_from(1), metavar="N", help="most tokens to generate (default: %(default)s)"),
     "--max-length": dict(
         type=integer_from(1),

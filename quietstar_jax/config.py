@@ -20,6 +20,7 @@ import ml_collections
 from quietstar_jax.architecture import Adapters, Architecture
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.methods.advantages import ADVANTAGES
+from quietstar_jax.methods.mixings import REACHING
 from quietstar_jax.settings import (
     Below1,
     Check,
@@ -164,6 +165,8 @@ class EvaluationConfig:
     batch_size: Positive[int] = 8  # sequences per batch, over all devices
     thought_length: NonNegative[int] = 0  # T in evaluation; 0 = the largest T of all phases
     tokens_ahead: Positive[int] = 1  # K in evaluation
+    reach: Positive[int] = 1  # for how many next tokens a thought is used: a prediction mixes those after the thoughts
+    # of the last `reach` positions, see docs/evaluation.md
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,10 @@ class Config:
     def conflicts(self) -> list[str]:
         length, names = self.data.sequence_length, [phase.name for phase in self.phases]
         problems = require(len(set(names)) == len(names), "phases", names, "a list of phases with different names")
+        problems += require(
+            self.evaluation.reach == 1 or self.thought.mixing in REACHING, "evaluation.reach", self.evaluation.reach,
+            f"1 with thought.mixing={self.thought.mixing!r}; above 1, set that to {' or '.join(REACHING)}",
+        )  # fmt: skip
         if self.total_steps >= 2**31:
             problems.append(f"phases has {self.total_steps} steps in total; it must have fewer than 2^31")
         groups: list[tuple[str, Phase | EvaluationConfig, int]] = [("evaluation", self.evaluation, 1)]
@@ -304,6 +311,11 @@ class Config:
         """Returns the phases in order, each with the number of steps done when it begins and ends."""
         ends = [0, *itertools.accumulate(phase.steps for phase in self.phases)]
         return list(map(PhaseSpan, self.phases, ends, ends[1:]))
+
+    @property
+    def thinking_start(self) -> int | None:
+        """Number of steps done when the first phase with thoughts begins; None if there is no such phase."""
+        return next((span.start for span in self.phase_spans() if span.phase.steps and span.phase.thought_length), None)
 
     @property
     def policy_start(self) -> int | None:

@@ -85,6 +85,7 @@ def make_parser() -> CommandParser:
         "--control", default="", metavar="KIND",
         help=f"put something else in the place of each thought: {', '.join(REPLACEMENTS)}",
     )  # fmt: skip
+    add_flags(parser, "--reach")
     text = parser.add_argument_group("language_modeling")
     add_flags(text, "--text-key", "--text-documents")
     number: dict[str, Any] = {"type": integer_from(0), "metavar": "N", "default": 0}

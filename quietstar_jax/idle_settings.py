@@ -10,6 +10,7 @@ from dataclasses import fields
 
 from quietstar_jax.architecture import Adapters
 from quietstar_jax.config import Config
+from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.settings import OnResume, marked, shown
 from quietstar_jax.thought_config import ThoughtConfig
 
@@ -35,6 +36,8 @@ def idle_settings(config: Config) -> list[str]:
          "no phase with thoughts trains the gate"),
         ("thought", ("gate_prices", "gate_tokens_ahead"), not thought.gate, "`thought.gate` is off"),
         ("thought", ("position_weight",), not thought.position_pattern, "`position_pattern` is empty"),
+        ("thought", ("center_mixing_head",), not phases, "no phase has thoughts"),
+        ("thought", ("center_mixing_head",), not MIXINGS[thought.mixing].traits["head"], "`mixing` has no head"),
         ("thought", TRAINING, not trained, "no phase trains thoughts"),
         ("thought", ("discount",), all(phase.tokens_ahead == 1 for _, phase in phases),
          "the first token ahead has no discount"),

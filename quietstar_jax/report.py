@@ -74,8 +74,8 @@ def _of_runs(args: argparse.Namespace) -> str:
 
 
 def _of_checkpoint(args: argparse.Namespace) -> CheckpointReport:
-    names = ("limit", "page_tokens", "sequence_length", "think", "thought_length", "tokens_ahead", "samples", "seed",
-             "text_key", "text_documents")  # fmt: skip
+    names = ("limit", "page_tokens", "sequence_length", "think", "thought_length", "tokens_ahead", "reach", "samples",
+             "seed", "text_key", "text_documents")  # fmt: skip
     from quietstar_jax.reports.make import report_checkpoint
 
     options = TextOptions(
@@ -127,6 +127,7 @@ def make_parser() -> CommandParser:
     text.add_argument(
         "--tokens-ahead", **number, help="tokens over which a reward is computed (default: as in training)"
     )
+    add_flags(text, "--reach")
     add_flags(text, "--samples", default=TextOptions.samples)
     add_flags(text, "--seed")
     text.add_argument(

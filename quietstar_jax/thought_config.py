@@ -92,6 +92,9 @@ class ThoughtConfig:
     # `hidden_states` as in the published code, `log_probabilities` as in the paper (the weight passes through a
     # sigmoid), `probabilities` = a mixture of the two distributions, `none` = only the prediction after the thought,
     # see docs/objectives.md
+    center_mixing_head: Thinking[bool] = False  # when the first phase with thoughts begins, subtract the mean hidden
+    # state of its first batch from the inputs of a mixing head that has not learned yet; the bias of the head absorbs
+    # it, so exports stay as published
     gate: bool = False  # also train a thinking gate, which predicts where a thought gains more than a price
     # (`--think gate:PRICE`), see docs/objectives.md; it changes no other weight
     gate_prices: Thinking[tuple[NonNegative[float], ...]] = (0.05, 0.1, 0.2, 0.5)  # nats; the gate is trained to

@@ -119,8 +119,9 @@ def make_scorer(
 ) -> ContinuationScorer:
     """Returns the scorer for the texts of a measurement; `use`: what else it measures if there are thoughts."""
     length = 0 if "with_thoughts" not in modes else options.thought_length or model.thought_length
+    settings = model.settings(length, reach=options.reach)
     return ContinuationScorer(
-        model, model.settings(length), options.batch_size, use if length else None, think=policy, seed=options.seed,
+        model, settings, options.batch_size, use if length else None, think=policy, seed=options.seed,
         ranked=options.think_front,
     )  # fmt: skip
 
@@ -152,7 +153,7 @@ def _votes(
 ) -> dict[str, Any]:
     length = options.thought_length or model.thought_length
     settings = model.settings(length if "with_thoughts" in modes else 0)
-    longest = longest_allowed(options, longest_text(model.architecture, settings.thought_length))
+    longest = longest_allowed(options, longest_text(model.architecture, settings))
     samples = options.samples or VOTES
     sampling = Sampling(samples, options.temperature, options.max_tokens, length, options.seed, str(policy))
     measurement = {
@@ -185,6 +186,7 @@ def _spans(
         "think": str(policy),
         "seed": options.seed,
         **({"control": options.control} if options.control else {}),
+        **({"reach": options.reach} if options.reach > 1 else {}),
     }
     against = Path(options.against).expanduser() if options.against else None
     with (

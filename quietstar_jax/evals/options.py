@@ -47,6 +47,7 @@ class Options:
     top: int = 10
     perturb: str = ""
     control: str = ""
+    reach: int = 1
     think_front: bool = False
     samples: int = 0
     temperature: float = 0.7
@@ -63,7 +64,7 @@ class Options:
         if self.thoughts not in MODES:
             raise ConfigError(f"thoughts is {self.thoughts!r}; it must be one of {', '.join(MODES)}.")
         policy = policy_of(self.thoughts, self.think)
-        positive = ("batch_size", "max_tokens")
+        positive = ("batch_size", "max_tokens", "reach")
         for name in (*positive, "samples", "thought_length", "limit", "max_length", "seed", "window", "context", "top"):
             if getattr(self, name) < (name in positive):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be {int(name in positive)} or more.")
@@ -76,6 +77,8 @@ class Options:
                 raise ConfigError(
                     f"perturb is {self.perturb!r}, but `task` is {self.task}; it must be language_modeling."
                 )
+        if self.reach > 1 and find_task(self.task).kind == VOTING:
+            raise ConfigError(f"reach is {self.reach}, but `task` is {self.task}, which generates text.")
         if self.control:
             if problems := one_of("control", self.control, REPLACEMENT):
                 raise ConfigError(f"{problems[0]}.")
@@ -111,6 +114,7 @@ class Options:
         options = {
             "perturb": self.perturb,
             "control": self.control,
+            "reach": self.reach if self.reach > 1 else 0,
             "samples": samples,
             "think_front": self.think_front,
         }

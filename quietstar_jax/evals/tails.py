@@ -113,7 +113,7 @@ class ContinuationScorer:
         self._score = jax.jit(score, static_argnames="count")
         self._use = use
         self._pad_id = model.vocabulary.pad_id
-        self.longest = longest_text(model.architecture, settings.thought_length)
+        self.longest = longest_text(model.architecture, settings)
 
     @property
     def samples(self) -> int:
@@ -183,9 +183,9 @@ class ContinuationScorer:
             return self._score(self._params, *map(shard_batch, (tokens, mask, candidates, numbers)), count=count)
 
 
-def longest_text(architecture: Architecture, thought_length: int) -> int:
+def longest_text(architecture: Architecture, settings: ThoughtSettings) -> int:
     """Tokens of the longest text that can be scored; a thought needs its own positions after the text."""
-    return architecture.max_positions + 1 if not thought_length else architecture.max_positions - thought_length - 2
+    return architecture.max_positions - (settings.chain_length if settings.thought_length else -1)
 
 
 def _score_tails(

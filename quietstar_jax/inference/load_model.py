@@ -27,6 +27,7 @@ from quietstar_jax.hf.generation import stops_and_suppressed, thinking
 from quietstar_jax.hf.load import Info, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries
 from quietstar_jax.io import is_url, place
+from quietstar_jax.methods.mixings import REACHING
 from quietstar_jax.methods.thinking import ThinkPolicy
 from quietstar_jax.models.parameters import GraphDef, stored_dtype
 from quietstar_jax.parallel.mesh import check_kernels
@@ -104,15 +105,19 @@ class LoadedModel:
             )
         return policy
 
-    def settings(self, thought_length: int | None = None, tokens_ahead: int = 1) -> ThoughtSettings:
+    def settings(
+        self, thought_length: int | None = None, tokens_ahead: int = 1, reach: int = 1
+    ) -> ThoughtSettings:  # fmt: skip
         """Returns the settings for the functions of `thoughts`, with one thought per position.
 
         Args:
           thought_length: T; None = as trained, 0 = no thoughts.
+          tokens_ahead: K; at least `reach`.
+          reach: for how many next tokens a thought is used in scoring, see `thoughts.reach`.
 
         Raises:
           CheckpointError: thoughts are requested from a model that cannot think.
-          ConfigError: the length is negative.
+          ConfigError: the length is negative, or the mixing of the model has no reach above 1.
         """
         length = self.thought_length if thought_length is None else thought_length
         if length < 0:
@@ -122,9 +127,16 @@ class LoadedModel:
                 f"{self.path} has no trained mixing head, so it has no thoughts. Set `thoughts` to off, or give a run "
                 "or an export that was trained with thoughts."
             )
+        if reach > 1 and self.thought.mixing not in REACHING:
+            raise ConfigError(
+                f"reach is {reach}, but {self.path} was trained with the mixing {self.thought.mixing!r}. Set `reach` "
+                f"to 1, or give a model that was trained with `thought.mixing` = {' or '.join(map(repr, REACHING))}."
+            )
         model = ModelConfig(compute_dtype=self.dtype, prefix_attention=self.prefix_attention)
         config = Config(model=model, thought=self.thought)
-        return thought_settings(config, self.vocabulary, thought_length=length, tokens_ahead=tokens_ahead)
+        return thought_settings(
+            config, self.vocabulary, thought_length=length, tokens_ahead=max(tokens_ahead, reach), reach=reach
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -30,6 +30,8 @@ from quietstar_jax.methods.registry import Registry
 Logits: TypeAlias = "Callable[[jax.Array], jax.Array]"
 MixingFn: TypeAlias = "Callable[[Logits, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]"
 MIXINGS: Registry[MixingFn] = Registry(log_probs=False, linear=False, head=True)
+REACHING = ("probabilities",)  # mixings that can mix the predictions after several thoughts, one after the other
+FIRST_ODDS = -3.0  # log of w / (1 - w) at the start of the mixing `probabilities`: w = 0.047
 
 
 @MIXINGS.register(
@@ -67,7 +69,8 @@ def log_probabilities(
 
 @MIXINGS.register(
     formula=r"\log((1 - w)\,p + w\,p')",
-    assumes="0 < w < 1, by a sigmoid; 1/2 at the start. A wrong thought costs at most -log(1 - w).",
+    assumes="0 < w < 1, by the sigmoid of the head's output - 3; 0.047 at the start. A wrong thought costs at most "
+    "-log(1 - w).",
     source="pointer-generator networks (See et al., 2017)",
     log_probs=True,
 )
@@ -76,8 +79,14 @@ def probabilities(
 ) -> tuple[jax.Array, jax.Array]:
     """Mixed probabilities, which sum to 1. Thoughts that are right only sometimes still lower the loss."""
     base, after_thought = _log_predictions(logits, base_hidden, talk_hidden)
-    without, with_thought = jax.nn.log_sigmoid(-weight)[..., None], jax.nn.log_sigmoid(weight)[..., None]
-    return jnp.logaddexp(without + base, with_thought + after_thought), jax.nn.sigmoid(weight)
+    return mix_probabilities(base, after_thought, weight)
+
+
+def mix_probabilities(base: jax.Array, after: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mixes log-probabilities [.., V] for outputs [..] of the mixing head; returns log((1 - w) p + w p') and w."""
+    odds = weight + FIRST_ODDS
+    without, with_thought = jax.nn.log_sigmoid(-odds)[..., None], jax.nn.log_sigmoid(odds)[..., None]
+    return jnp.logaddexp(without + base, with_thought + after), jax.nn.sigmoid(odds)
 
 
 @MIXINGS.register(

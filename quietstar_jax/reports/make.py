@@ -68,7 +68,7 @@ def report_checkpoint(
         models.append(_load(against or path, against_step, "" if against else revision, dtype, "against_step"))
     model = models[0]
     ahead = options.tokens_ahead or model.tokens_ahead
-    settings = [one.settings(options.thought_length, ahead) for one in models]
+    settings = [one.settings(options.thought_length, ahead, options.reach) for one in models]
     gate_ahead = dataclasses.replace(settings[0], tokens_ahead=max(ahead, model.thought.gate_tokens_ahead))
     length = min(map(longest_window, models, [gate_ahead, *settings[1:]], [options.sequence_length] * len(models)))
     sources = [_documents(one, options) for one in models]

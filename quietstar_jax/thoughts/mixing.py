@@ -46,3 +46,13 @@ def mixing_weight(head: MixingHead, base_hidden: jax.Array, thought_hidden: jax.
     x = jax.nn.relu(from_text[:, None] + dense(thought_hidden, head.thought_in[...]))
     x = jax.nn.relu(dense(x, head.hidden[...], head.hidden_bias[...]))
     return linear(x, head.out[...], 1, jnp.float32)[..., 0]
+
+
+def centered_bias(head: MixingHead, mean: jax.Array) -> jax.Array:
+    """Returns the bias of the first layer with which the head sees its two inputs minus a vector [D].
+
+    The hidden states of pretrained models share a large common vector, through which the first updates of the head
+    change the weight at all positions together.
+    """
+    common = mean.astype(jnp.float32) @ (head.base_in[...] + head.thought_in[...])
+    return head.in_bias[...] - common

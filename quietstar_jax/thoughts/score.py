@@ -48,6 +48,7 @@ class Scores(NamedTuple):
       weight: [B, R, J, K] mixing weight.
       log_scores: [B, R, J, K, V] scores of every token at x[j+1+k], as from `mix`.
       layers: the weights of the decoder's layers, as from `run_layers`.
+      talk_hidden: [B, R, J, K, D], from `chain_hidden_states`.
       entropy: [B, R, J, T] nats of the distributions that predict the thought tokens, at temperature 1; None unless
         requested.
     """
@@ -57,6 +58,7 @@ class Scores(NamedTuple):
     weight: jax.Array
     log_scores: jax.Array
     layers: LayerWeights
+    talk_hidden: jax.Array
     entropy: jax.Array | None = None
 
 
@@ -91,7 +93,7 @@ def score_thoughts(
         base_nll = here_and_ahead(text.nll, positions, ahead)
     nll += jax.lax.stop_gradient(jnp.where(weight == 0, base_nll[:, None] - nll, 0.0))
     real = real_ahead(text.mask, positions, ahead, text.starts)[:, None]
-    return Scores(jnp.where(real, nll, 0.0), log_probs, weight, log_scores, layers, spread)
+    return Scores(jnp.where(real, nll, 0.0), log_probs, weight, log_scores, layers, talk_hidden, spread)
 
 
 def score_actions(

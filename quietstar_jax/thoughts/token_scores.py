@@ -18,7 +18,7 @@ import numpy as np
 
 from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.methods.thinking import Position, ThinkPolicy, rankings, thinks
-from quietstar_jax.models.linear import cross_entropy
+from quietstar_jax.models.linear import cross_entropy, pick
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.thoughts.chunks import (
     even_chunk,
@@ -31,6 +31,7 @@ from quietstar_jax.thoughts.ending import actions, mean_over_actions
 from quietstar_jax.thoughts.gate import predicted_gain
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.perturbations import PERCENTS, PerturbationDraws, changed_tokens, perturb, perturb_each
+from quietstar_jax.thoughts.reach import by_token, mixed_over_thoughts, usable, widened
 from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -82,11 +83,11 @@ class TokenScores(NamedTuple):
       base_entropy: [B, J] entropy of these predictions; independent of x[j+1].
       talk: `Prediction` [B, R, J] after each thought; exactly those without thoughts where the mixing weight is 0.
       reward: [B, R, J] increase of the log-likelihood of the next K tokens due to the thought.
-      weight: [B, R, J] mixing weight of x[j+1].
+      weight: [B, R, J] mixing weight of x[j+1]; with a reach above 1, of all thoughts together.
       thought_entropy: [B, R, J] mean entropy of the distributions that the thought's tokens were drawn from.
       thoughts: [B, R, J, T] int32, as in `sample.Thoughts`.
       made: [B, R, J] bool, whether the policy of thinking makes the thought; where not, `talk` is `base`, and weight
-        and reward are 0. None without a policy.
+        and reward are 0, unless an older thought reaches x[j+1]. None without a policy.
       use: `ThoughtUse`; None unless requested.
       rankings: dictionary of [B, 1, J], as from `methods.thinking.rankings`; None unless requested.
     """
@@ -198,48 +199,49 @@ def score_tokens(
 
     Args:
       tokens, mask, starts: [B, L] as in `Text`.
-      positions: [J].
+      positions: [J]; consecutive if `settings.reach` is above 1.
       uniforms: random numbers of thoughts at all L positions, [B, R, L, T]; T may be 0. Greedy thoughts use none, but
         some controls do.
-      settings: its `num_thoughts` is not used.
+      settings: its `num_thoughts` is not used; its `tokens_ahead` is at least its `reach`.
       greedy: how many of the R thoughts are greedy; these come first, the others are sampled.
       use: what is computed in `TokenScores.use`; nothing where T is 0.
       wanted: optional results, see `score_given_thoughts`.
     """
     # Chunks are for R thoughts at any position. There is no backward pass, so a chunk needs memory for one layer only.
     config = dataclasses.replace(settings.config, positions="all")
-    number = uniforms.tokens.shape[1]
-    settings = dataclasses.replace(settings, num_thoughts=number, rematerialize=True, config=config)
+    number, reach = uniforms.tokens.shape[1], settings.reach if settings.thought_length else 1
+    settings = dataclasses.replace(settings, num_thoughts=number, rematerialize=True, config=config, reach=reach)
+    positions = widened(positions, reach)
     text = read_text(model.decoder, tokens, mask, starts, dtype=settings.dtype)
     thoughts = think(model, text, positions, uniforms, settings, greedy) if settings.thought_length else None
     scores = score_given_thoughts(model, text, positions, thoughts, settings, **wanted)
     if use is None or thoughts is None:
         return scores
-    found = score_use(model, text, positions, thoughts.tokens, scores.talk.nll, use, settings)
-    if scores.made is not None:
-        base = scores.base.nll[:, None]
-        found = found._replace(perturbed=jax.tree.map(lambda x: jnp.where(scores.made, x, base), found.perturbed))
+    chosen = wanted.get("thinking") if scores.made is not None else None
+    found = score_use(model, text, positions, thoughts.tokens, scores.talk.nll, use, settings, chosen)
     return scores._replace(use=found)
 
 
 def score_use(
     model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, nll: jax.Array, wanted: UseWanted,
-    settings: ThoughtSettings,
+    settings: ThoughtSettings, thinking: Thinking | None = None,
 ) -> ThoughtUse:  # fmt: skip
-    """Scores x[j+1] at J positions [J] after perturbed thoughts and after thoughts alone.
+    """Scores x[j+1] at J positions after perturbed thoughts and after thoughts alone.
 
     The given thoughts are not sampled again. Each number of changed tokens costs one more pass over the chains.
 
     Args:
-      thoughts: [B, R, J, T], T > 0; nll: [B, R, J] cross-entropy with them.
+      positions, thoughts: as in `score_given_thoughts`, T > 0; nll: [B, R, J] cross-entropy with them.
       settings: with R thoughts per position.
+      thinking: as in `score_given_thoughts`, for perturbed thoughts; its policy chooses.
     """
     length, alone = thoughts.shape[-1], dataclasses.replace(settings.config, mixing="none")
+    first = settings.reach - 1  # only a position's own thought is measured alone
 
-    def score(tokens: jax.Array, settings: ThoughtSettings, *, hide_text: bool = False) -> jax.Array:
+    def score(tokens: jax.Array, settings: ThoughtSettings, **how: Any) -> jax.Array:
         given = Thoughts(tokens, jnp.zeros(tokens.shape, jnp.float32))
         settings = dataclasses.replace(settings, thought_length=tokens.shape[-1])
-        return score_given_thoughts(model, text, positions, given, settings, hide_text=hide_text).talk.nll
+        return score_given_thoughts(model, text, positions, given, settings, **how).talk.nll
 
     def curve(kind: str) -> tuple[jax.Array, ...]:
         draws = jax.tree.map(lambda x: jnp.take(x, positions, axis=2), wanted.draws)
@@ -249,13 +251,13 @@ def score_use(
         for count in counts:
             if count not in found:
                 changed = change(thoughts, draws, kind, count, vocab_size=size, meta_tokens=meta_tokens)
-                found[count] = score(changed, settings)
+                found[count] = score(changed, settings, thinking=thinking)
         return tuple(found[count] for count in counts)
 
-    unmixed = dataclasses.replace(settings, config=alone)
+    unmixed = dataclasses.replace(settings, config=alone, reach=1)
     return ThoughtUse(
-        score(thoughts, unmixed, hide_text=True),
-        score(thoughts[..., :0], unmixed, hide_text=True),
+        score(thoughts, unmixed, hide_text=True)[..., first:],
+        score(thoughts[..., :0], unmixed, hide_text=True)[..., first:],
         {kind: curve(kind) for kind in wanted.kinds},
     )
 
@@ -285,10 +287,11 @@ def score_given_thoughts(
     forbidden: tuple[int, ...] = (), candidates: jax.Array | None = None, likeliest: int = 0, hide_text: bool = False,
     thinking: Thinking | None = None,
 ) -> TokenScores:  # fmt: skip
-    """Scores x[j+1] at J positions [J] without thoughts and after given ones; replicated on all devices.
+    """Scores x[j+1] at J positions without thoughts and after given ones; replicated on all devices.
 
     Args:
-      thoughts: [B, R, J, T], sampled or from elsewhere; None = no thoughts.
+      positions: [J]; with a reach N above 1, [N - 1 + J] from `widened`, and the results are for the last J.
+      thoughts: [B, R, positions, T], sampled or from elsewhere; None = no thoughts.
       settings: with R thoughts per position.
       forbidden: ids that are never `Prediction.best`.
       candidates: [B, A] ids whose log-probabilities are returned at every position.
@@ -296,37 +299,45 @@ def score_given_thoughts(
       hide_text: the chains do not attend to the text, see `score.chain_hidden_states`.
       thinking: where its policy does not think, the prediction is the one without thoughts; None = all think.
     """
-    ahead, mixing = settings.tokens_ahead, MIXINGS[settings.config.mixing]
+    ahead, reach, mixing = settings.tokens_ahead, settings.reach, MIXINGS[settings.config.mixing]
 
-    def of_chunk(operands: Any, positions: jax.Array, thoughts: Thoughts | None) -> TokenScores:
+    def predict(
+        text: Text, positions: jax.Array, candidates: Any, log_scores: jax.Array, nll: jax.Array | None = None, *,
+        normalized: bool,
+    ) -> Prediction:  # fmt: skip
+        """log_scores [B, R, J, V]: logits, or log-probabilities if `normalized`; nll [B, R, J], None = from these."""
+        target = gather_next_tokens(text.tokens, positions, 1, fill=0)[:, None, :, 0]
+        real = real_ahead(text.mask, positions, 1, text.starts)[:, None, :, 0]
+        best = mask_meta_tokens(log_scores, forbidden).argmax(axis=-1)
+        if nll is None:
+            nll = jnp.where(real, -pick(log_scores, jnp.broadcast_to(target, best.shape)), 0.0)
+        found = Prediction(nll, best, (best == target) & real)
+        total = 0.0 if normalized else jax.nn.logsumexp(log_scores, axis=-1, keepdims=True)
+        log_probs = log_scores - total
+        if candidates is not None:
+            at = candidates[:, None, None]
+            found = found._replace(candidates=jnp.take_along_axis(log_probs, at, axis=-1))
+        if likeliest:
+            top, ids = jax.lax.top_k(log_probs, likeliest)
+            found = found._replace(top_ids=ids, top_probabilities=jnp.exp(top))
+        return found
+
+    def of_chunk(operands: Any, positions: jax.Array, thoughts: Thoughts | None) -> tuple[TokenScores, Any]:
         model, text, candidates, of_policy = operands
         real = real_ahead(text.mask, positions, ahead, text.starts)
         targets = gather_next_tokens(text.tokens, positions, ahead, fill=0)
         logits = model.decoder.logits(here_and_ahead(text.hidden, positions, ahead))  # [B, J, K, V]
         base_nll = jnp.where(real, cross_entropy(logits, targets), 0.0)  # [B, J, K]
         # `map_chunks` joins along axis 2, so results without thoughts have an axis of one thought here: [B, 1, J].
-        first, first_real, first_target = logits[:, None, :, 0], real[:, None, :, 0], targets[:, None, :, 0]
-
-        def predict(log_scores: jax.Array, nll: jax.Array, *, normalized: bool) -> Prediction:
-            """log_scores [B, R, J, V]: logits, or log-probabilities if `normalized`; nll [B, R, J]."""
-            best = mask_meta_tokens(log_scores, forbidden).argmax(axis=-1)
-            found = Prediction(nll, best, (best == first_target) & first_real)
-            total = 0.0 if normalized else jax.nn.logsumexp(log_scores, axis=-1, keepdims=True)
-            log_probs = log_scores - total
-            if candidates is not None:
-                at = candidates[:, None, None]
-                found = found._replace(candidates=jnp.take_along_axis(log_probs, at, axis=-1))
-            if likeliest:
-                top, ids = jax.lax.top_k(log_probs, likeliest)
-                found = found._replace(top_ids=ids, top_probabilities=jnp.exp(top))
-            return found
-
-        base = predict(first, base_nll[:, None, :, 0], normalized=False)
+        first, first_real = logits[:, None, :, 0], real[:, None, :, 0]
+        here = text, positions, candidates
+        base = predict(*here, first, base_nll[:, None, :, 0], normalized=False)
         without = (first_real, base, entropy(first))
         if thoughts is None:
-            return TokenScores(*without)
+            return TokenScores(*without), None
         scores = score_thoughts(model, text, positions, thoughts.tokens, settings, base_nll, hide_text=hide_text)
-        talk = predict(scores.log_scores[..., 0, :], scores.nll[..., 0], normalized=mixing.traits["log_probs"])
+        normalized = mixing.traits["log_probs"]
+        talk = predict(*here, scores.log_scores[..., 0, :], scores.nll[..., 0], normalized=normalized)
         weight = scores.weight[..., 0]
         reward = (base_nll[:, None] - scores.nll).sum(axis=-1)
         made = ranked = None
@@ -334,24 +345,47 @@ def score_given_thoughts(
             place, uniform = (here_and_ahead(x, positions, 1)[:, None, :, 0] for x in of_policy)
             hidden = here_and_ahead(text.hidden, positions, 1)[:, None, :, 0]
             gain = None if model.gate is None else predicted_gain(model.gate, hidden)
-            here = Position(first, without[2], place, uniform, gain)  # [B, 1, J]
+            seen = Position(first, without[2], place, uniform, gain)  # [B, 1, J]
             if (policy := thinking.policy) is None:
-                ranked = rankings(here)
+                ranked = rankings(seen)
             else:
-                chosen = thinks(policy.name, jnp.array(policy.numbers, jnp.float32), here)
+                chosen = thinks(policy.name, jnp.array(policy.numbers, jnp.float32), seen)
                 made = jnp.broadcast_to(chosen, weight.shape)
                 weight, reward = (jnp.where(made, x, 0.0) for x in (weight, reward))
-
-        def unless_unmoved(before: jax.Array, after: jax.Array) -> jax.Array:
-            # A weight of 0 leaves the prediction unchanged: any difference is rounding.
-            return jnp.where(jnp.expand_dims(weight == 0, tuple(range(3, after.ndim))), before, after)
-
-        talk = jax.tree.map(unless_unmoved, base, talk)
+        talk = _unless_unmoved(weight, base, talk)
         spread = mean_over_actions(thoughts.entropy, actions(thoughts.tokens, settings))
-        return TokenScores(*without, talk, reward, weight, spread, thoughts.tokens, made, rankings=ranked)
+        found = TokenScores(*without, talk, reward, weight, spread, thoughts.tokens, made, rankings=ranked)
+        return found, scores.talk_hidden[..., :reach, :] if reach > 1 else None
+
+    def with_older_thoughts(operands: Any, positions: jax.Array, inputs: Any) -> tuple[Prediction, jax.Array]:
+        model, text, candidates = operands
+        talk_hidden, used, base = inputs
+        hidden = here_and_ahead(text.hidden, positions, 1)[:, :, 0]
+        mixed, weight = mixed_over_thoughts(model, hidden, talk_hidden, used)
+        return _unless_unmoved(weight, base, predict(text, positions, candidates, mixed, normalized=True)), weight
 
     largest = max_positions_per_chunk(model.decoder.architecture, settings, *text.tokens.shape)
     chunk, operands = even_chunk(positions.size, largest), (model, text, candidates, thinking and thinking[1:])
-    scores = map_chunks(of_chunk, operands, positions, chunk, thoughts, axis=2)
+    scores, hidden = map_chunks(of_chunk, operands, positions, chunk, thoughts, axis=2)
+    if hidden is not None:
+        used = usable(text, positions, reach)[:, None]
+        used = used if scores.made is None else used & scores.made[..., None]
+        used = jnp.broadcast_to(used, hidden.shape[:-1])
+        last = slice(reach - 1, None)
+        positions, scores = positions[last], jax.tree.map(lambda x: x[:, :, last], scores)
+        inputs = by_token(hidden, reach), by_token(used, reach), scores.base
+        chunk = even_chunk(positions.size, largest)
+        talk, weight = map_chunks(with_older_thoughts, operands[:3], positions, chunk, inputs, axis=2)
+        scores = scores._replace(talk=talk, weight=weight)
     scores = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), scores)
     return TokenScores(*jax.tree.map(lambda x: x[:, 0], scores[:3]), *scores[3:])
+
+
+def _unless_unmoved(weight: jax.Array, base: Prediction, talk: Prediction) -> Prediction:
+    """Returns `talk` [B, R, J, ..], or `base` [B, 1, J, ..] where the mixing weight is 0: any change is rounding."""
+
+    def choose(before: jax.Array, after: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(weight == 0, tuple(range(3, after.ndim))), before, after)
+
+    chosen: Prediction = jax.tree.map(choose, base, talk)
+    return chosen

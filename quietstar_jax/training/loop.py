@@ -50,6 +50,7 @@ from quietstar_jax.training.setup import (
     Run,
     abstract_state,
     begin_objective,
+    center_mixing_head,
     first_state,
     frozen_weights,
     prepare,
@@ -214,6 +215,8 @@ class Trainer:
                 with self._speed.data_wait():
                     rows = self._sequences.next_batch(phase.batch_size // self._reader.count)
                 batch = Batch(**{name: self._reader.place(value, self._run.mesh) for name, value in rows.items()})
+                if config.thought.center_mixing_head and done - 1 == config.thinking_start:
+                    state = center_mixing_head(self._run, state, batch)
                 state, values = step_fn(state, batch, self._run.key, jnp.int32(start))
             self._read_metrics()
             self._unread = functools.partial(self._log, values, done, phase)

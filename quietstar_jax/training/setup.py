@@ -22,10 +22,12 @@ from quietstar_jax.data.vocabulary import UNUSED, unused_ids
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.hf.adapter import AdapterFiles, open_adapter
 from quietstar_jax.models.adapters import is_adapter
-from quietstar_jax.models.parameters import GraphDef, split
+from quietstar_jax.models.decoder import base_pass
+from quietstar_jax.models.parameters import GraphDef, merge, split
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
 from quietstar_jax.parallel.sharding import on_mesh
 from quietstar_jax.settings import from_mapping, to_mapping
+from quietstar_jax.thoughts.mixing import centered_bias
 from quietstar_jax.thoughts.model import abstract_params, init_quiet_star
 from quietstar_jax.thoughts.settings import Vocabulary
 from quietstar_jax.training.base import (
@@ -39,6 +41,7 @@ from quietstar_jax.training.base import (
     open_base_again,
 )
 from quietstar_jax.training.base_record import Base, RecordedBase, adapter_record, base_record
+from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.resume import resumed_tokenizer, same_adapters, same_base, tokenizer_source
 from quietstar_jax.training.step import initial_state, objective_state, state_specs
 
@@ -227,10 +230,28 @@ def begin_objective(run: Run, state: TrainState) -> TrainState:
     return state._replace(**jax.jit(lambda x: objective_state(x, run.config), out_shardings=shardings)(state.params))
 
 
+def center_mixing_head(run: Run, state: TrainState, batch: Batch) -> TrainState:
+    """Returns the state with the mixing head centred on the mean hidden state of a batch, unless it has learned."""
+    model, dtype = run.config.model, jnp.dtype(run.config.model.compute_dtype)
+
+    def centered(weights: dict[str, jax.Array], batch: Batch) -> jax.Array:
+        quiet_star = merge(run.graphdef, weights)
+        hidden, _, _ = base_pass(quiet_star.decoder, *batch, dtype=dtype, rematerialize=model.rematerialize)
+        real = batch.mask[..., None]
+        mean = jnp.where(real, hidden.astype(jnp.float32), 0.0).sum(axis=(0, 1)) / real.sum()
+        head = quiet_star.mixing_head
+        return jnp.where(jnp.any(head.out[...]), head.in_bias[...], centered_bias(head, mean))
+
+    name = "mixing_head.in_bias"
+    make = jax.jit(centered, out_shardings=state.params[name].sharding)
+    return state._replace(params=state.params | {name: make(state.weights, batch)})
+
+
 def check_length(config: Config, architecture: Architecture) -> None:
     """Raises ConfigError if a thought would exceed the maximum number of positions of the model."""
     thinking = [(phase.thought_length, phase.tokens_ahead) for phase in config.phases]
-    thinking.append((config.evaluation_thought_length, config.evaluation.tokens_ahead))
+    ahead = max(config.evaluation.tokens_ahead, config.evaluation.reach)
+    thinking.append((config.evaluation_thought_length, ahead))
     longest = max(length + ahead + 1 if length else 0 for length, ahead in thinking)
     needed = config.data.sequence_length + longest
     if needed > architecture.max_positions:
