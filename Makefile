@@ -24,7 +24,7 @@ quickstart: $(VENV)/.installed
 
 # A pretrained model learns to think on GSM8K, in a short version. The last table compares the model that thinks with the
 # untouched one; the page shows thoughts.
-REAL_TEXT = tfds:$(REAL_RUN)/data/gsm8k_text/2.0.0:test
+REAL_TEXT = tfds:$(REAL_RUN)/data/gsm8k_text/3.0.0:test
 REAL_TEST = --task spans --data $(REAL_TEXT) --limit 24 --batch-size 4
 real: $(VENV)/.installed
 	$(BIN)/python -m quietstar_jax.data.build gsm8k_text --data-dir $(REAL_RUN)/data \

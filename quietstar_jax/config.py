@@ -41,7 +41,7 @@ from quietstar_jax.settings import (
     to_mapping,
     unknown,
 )
-from quietstar_jax.thought_config import Phase, ThoughtConfig
+from quietstar_jax.thought_config import Phase, Reach, ThoughtConfig
 
 MOST_TOKENS = 2**31 - 1  # per batch
 MOST_THOUGHT_TOKENS = 2**34  # per batch
@@ -165,7 +165,7 @@ class EvaluationConfig:
     batch_size: Positive[int] = 8  # sequences per batch, over all devices
     thought_length: NonNegative[int] = 0  # T in evaluation; 0 = the largest T of all phases
     tokens_ahead: Positive[int] = 1  # K in evaluation
-    reach: Positive[int] = 1  # for how many next tokens a thought is used: a prediction mixes those after the thoughts
+    reach: Reach = 1  # for how many next tokens a thought is used: a prediction mixes those after the thoughts
     # of the last `reach` positions, see docs/evaluation.md
 
 

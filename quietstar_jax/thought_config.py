@@ -27,6 +27,7 @@ from quietstar_jax.settings import (
     Thinking,
     Unrelated,
     at_least,
+    between,
     is_pattern,
     require,
 )
@@ -39,6 +40,8 @@ Perturbation = Literal["delete", "replace", "truncate", "shuffle"]
 CONTROLS, PERTURBATIONS = map(get_args, (Control, Perturbation))
 Pattern = Annotated[str, Check(is_pattern, "a regular expression")]
 AtLeast1 = Annotated[float, at_least(1)]
+MOST_REACH = 64
+Reach = Annotated[int, between(1, MOST_REACH)]
 TalkWeight = Annotated[float, Check(lambda value: value >= 0 or value == -1, "at least 0, or -1")]
 
 

@@ -203,6 +203,10 @@ def test_refusals(folder, capsys):
             "task": "gsm8k_cot", "args": ["--control", "pause"]}),
         (ConfigError, "--control is 'pause', but .*plain cannot think", {
             "checkpoint": "plain", "args": ["--control", "pause"]}),
+        (ConfigError, "--reach is 2, but --task is gsm8k_cot", {"task": "gsm8k_cot", "args": ["--reach", "2"]}),
+        (ConfigError, "--reach is 2, but .*plain cannot think", {"checkpoint": "plain", "args": ["--reach", "2"]}),
+        (ConfigError, "--reach is 2, but .* with the mixing 'hidden_states'", {"args": ["--reach", "2"]}),
+        (ConfigError, "--reach is 65; it must be within 1 .. 64", {"args": ["--reach", "65"]}),
         (ConfigError, "--perturb is 'delete', but --task is gsm8k", {"args": ["--perturb", "delete"]}),
         (ConfigError, "--perturb is 'delete', but --thoughts is off", {
             "task": "language_modeling", "data": "text.jsonl", "args": ["--perturb", "delete", "--thoughts", "off"]}),

@@ -32,7 +32,7 @@ from quietstar_jax.methods.thinking import ThinkPolicy
 from quietstar_jax.models.parameters import GraphDef, stored_dtype
 from quietstar_jax.parallel.mesh import check_kernels
 from quietstar_jax.settings import from_mapping, one_of, to_mapping
-from quietstar_jax.thought_config import ThoughtConfig
+from quietstar_jax.thought_config import MOST_REACH, ThoughtConfig
 from quietstar_jax.thoughts.model import abstract_params
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, thought_settings
 from quietstar_jax.training.base import PUBLISHED_MIXING, PUBLISHED_SCALE, can_think, file_heads, run_weights
@@ -117,7 +117,7 @@ class LoadedModel:
 
         Raises:
           CheckpointError: thoughts are requested from a model that cannot think.
-          ConfigError: the length is negative, or the mixing of the model has no reach above 1.
+          ConfigError: the length is negative, or the model cannot have this reach.
         """
         length = self.thought_length if thought_length is None else thought_length
         if length < 0:
@@ -127,6 +127,8 @@ class LoadedModel:
                 f"{self.path} has no trained mixing head, so it has no thoughts. Set `thoughts` to off, or give a run "
                 "or an export that was trained with thoughts."
             )
+        if not 1 <= reach <= MOST_REACH:
+            raise ConfigError(f"reach is {reach}; it must be within 1 .. {MOST_REACH}.")
         if reach > 1 and self.thought.mixing not in REACHING:
             raise ConfigError(
                 f"reach is {reach}, but {self.path} was trained with the mixing {self.thought.mixing!r}. Set `reach` "

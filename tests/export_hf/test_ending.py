@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from quietstar_jax.errors import CheckpointError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.generate import Generator
@@ -85,3 +87,13 @@ def test_an_export_is_read_back(folder):
     for name in ("end_head.weight", "end_head.bias"):
         assert np.any(run.params[name])
         np.testing.assert_array_equal(run.params[name], out.params[name])
+
+
+@pytest.mark.parametrize("id", [-1, 10**6, "2", True, 1.0])
+def test_a_token_that_cannot_end_thoughts_is_refused(folder, tmp_path, id):
+    for file in (folder / "out").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = read_json(tmp_path / "config.json") | {"thought_end_token": id}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json: thought_end_token is .*; it must be a token id, 0 \.\. "):
+        load_model(tmp_path)

@@ -13,7 +13,7 @@ from flax import nnx
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.methods.mixings import MIXINGS, hidden_states, log_probabilities, probabilities
 from quietstar_jax.models.decoder import Decoder
-from quietstar_jax.thoughts.mixing import MixingHead, mixing_weight
+from quietstar_jax.thoughts.mixing import MixingHead, centered_bias, mixing_weight
 from quietstar_jax.thoughts.model import init_quiet_star
 from quietstar_jax.thoughts.score import mix
 
@@ -91,3 +91,12 @@ def test_log_probabilities_by_hand() -> None:
     mixed, weight = log_probabilities(lambda x: x, base, thought, jnp.zeros((1, 1, 1, 1)))
     assert float(weight[0, 0, 0, 0]) == 0.5
     np.testing.assert_allclose(mixed[0, 0, 0, 0], np.log([0.25, 0.75]) / 2 + np.log(0.5) / 2, rtol=1e-6)
+
+
+def test_a_centred_head_sees_its_inputs_without_the_common_vector() -> None:
+    head, mean = MixingHead(8, nnx.Rngs(1)), 50 * jnp.arange(8.0)
+    head.out.set_value(jax.random.normal(jax.random.key(5), (8, 1)))
+    base, thought = hidden(2, 1, 3, 2), hidden(3, 1, 4, 3, 2)
+    before = mixing_weight(head, base, thought)
+    head.in_bias.set_value(centered_bias(head, mean))
+    np.testing.assert_allclose(mixing_weight(head, base + mean, thought + mean), before, atol=2e-4)

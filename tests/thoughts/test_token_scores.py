@@ -21,8 +21,9 @@ from quietstar_jax.training.evaluation import make_token_scorer
 from tests.reports import cases
 from tests.thoughts.cases import Case, random_model
 
-VARIANTS = [("hidden_states", "none"), ("log_probabilities", "none"), ("probabilities", "none"), ("none", "none")]
-VARIANTS += [("hidden_states", control) for control in CONTROLS[1:]]
+VARIANTS = [("hidden_states", "none", 1), ("log_probabilities", "none", 1), ("probabilities", "none", 1)]
+VARIANTS += [("none", "none", 1), ("probabilities", "none", 3), ("probabilities", "shuffled", 2)]
+VARIANTS += [("hidden_states", control, 1) for control in CONTROLS[1:]]
 
 
 def numbers(scores, thought=()):
@@ -31,12 +32,12 @@ def numbers(scores, thought=()):
     return [scores.base.nll, scores.base_entropy, *(x[thought] for x in after)]
 
 
-@pytest.mark.parametrize(("mixing", "control"), VARIANTS)
-def test_evaluation_continuations_and_reports_agree(mixing, control):
+@pytest.mark.parametrize(("mixing", "control", "reach"), VARIANTS)
+def test_evaluation_continuations_and_reports_agree(mixing, control, reach):
     """They pad on the right, on the left, and to other lengths; continuations think only at their last positions."""
     model = cases.random_model()
     model = dataclasses.replace(model, thought=dataclasses.replace(model.thought, mixing=mixing, control=control))
-    settings, draw = model.settings(3), np.random.default_rng(0)
+    settings, draw = model.settings(3, reach=reach), np.random.default_rng(0)
     tails = [Continuation(draw.integers(6, 100, n).tolist(), 1 + n % 4) for n in (5, 13, 18, 23, 31, 40)]
     windows = [Window(0, np.array(tail.tokens)) for tail in tails]
     measured = ContinuationScorer(model, settings, batch_size=4)(tails)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from quietstar_jax.config import from_config_dict, to_config_dict
+from quietstar_jax.errors import ConfigError
 from quietstar_jax.thoughts.ending import BIAS
 from quietstar_jax.training.loop import train
 from quietstar_jax.training.metrics import read_metrics
@@ -78,3 +79,10 @@ def test_a_run_from_a_run_of_fixed_length_gets_a_new_head(tmp_path) -> None:
     found = heads(first_state(prepare(from_config_dict(begun))).params)
     assert found["end_head.bias"] == pytest.approx(BIAS)
     assert not np.any(found["end_head.weight"])
+
+
+def test_an_end_of_several_tokens_and_a_pattern_of_no_token_are_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"initial_end_token is '\(\)', which is 2 tokens .*it must be one"):
+        prepare(tiny_config(tmp_path, thought__end="token", thought__initial_end_token="()"))
+    with pytest.raises(ConfigError, match=r"position_pattern is 'no such text', but no token of the tokenizer"):
+        prepare(tiny_config(tmp_path, thought__positions="random", thought__position_pattern="no such text"))

@@ -1,10 +1,12 @@
 """GSM8K as plain text, in which some solutions write their calculations between marks and others give only results.
 
     Natalia sold 48/2 = <<48/2=24>>24 clips      as published
-    Natalia sold <<48/2=24>>24 clips             written out: half of the training solutions
+    Natalia sold <<48/2=24>> 24 clips            written out: half of the training solutions
     Natalia sold 24 clips                        results only: the other half, and all solutions of other splits
 
-A model that has read both kinds can think the calculation where the text gives only its result.
+A calculation stands before the word that ends with its result, such as ` $24`. If it is removed, with the space before
+it, the tokens of the rest stay the same. A model that has read both kinds can therefore think the calculation where the
+text gives only its result, and go on as the text does.
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ _CALCULATION = re.compile(
     rf"(?P<sign>[$€£]?)(?P<marked><<[^<>]*>>)(?P<result>-?{_NUMBER})?"
 )
 _BEGINS_EARLIER = re.compile(rf"(?:{_OPERATOR}\s*|\b(?:[xX]|times) *)\Z")  # text before a formula that contains words
+_WORD = re.compile(r" ?\S*\Z")  # the end of a text, from the last space or line break on
 _NUMBER_ALONE = re.compile(rf"{_OPERAND}\s*=\s*")  # as in `half of 20 = `: no formula, or not all of it
 
 
 class Gsm8kText(RowsBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Grade-school mathematics problems (Cobbe et al., 2021) as text, with calculations written out or left out."""
 
-    VERSION = tfds.core.Version("2.0.0")
+    VERSION = tfds.core.Version("3.0.0")
     HUB: ClassVar = Gsm8k.HUB
     EXAMPLE: ClassVar = {
         "text": tfds.features.Text(),
@@ -63,7 +66,7 @@ def rewrite(solution: str, *, written_out: bool) -> tuple[str, list[tuple[int, i
     Returns:
       the text, and [start, end) of each result whose calculation is nowhere in the text.
     """
-    text, spans, end = "", [], 0
+    text, spans, end = " ", [], 0  # the space stands before a solution
     for found in _CALCULATION.finditer(solution):
         text += solution[end : found.start()]
         end = found.end()
@@ -72,6 +75,11 @@ def rewrite(solution: str, *, written_out: bool) -> tuple[str, list[tuple[int, i
             text, hidden = text + formula, False
         else:
             hidden = bool(result) and not written_out
-        text += found["sign"] + (found["marked"] if written_out else "") + result
+        text += found["sign"]
+        if written_out:
+            word = _WORD.search(text).start() if result else len(text)  # type: ignore[union-attr]
+            space = " " if text[word : word + 1] == " " else ""
+            text = text[:word] + space + found["marked"] + text[word:]
+        text += result
         spans += [(len(text) - len(result), len(text))] if hidden else []
-    return text + solution[end:], spans
+    return (text + solution[end:])[1:], [(start - 1, stop - 1) for start, stop in spans]
