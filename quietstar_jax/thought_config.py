@@ -40,6 +40,7 @@ Perturbation = Literal["delete", "replace", "truncate", "shuffle"]
 CONTROLS, PERTURBATIONS = map(get_args, (Control, Perturbation))
 Pattern = Annotated[str, Check(is_pattern, "a regular expression")]
 AtLeast1 = Annotated[float, at_least(1)]
+CHOSEN = ("random", "entropy", "start")  # `positions` of which each sequence has the same number
 MOST_REACH = 64
 Reach = Annotated[int, between(1, MOST_REACH)]
 TalkWeight = Annotated[float, Check(lambda value: value >= 0 or value == -1, "at least 0, or -1")]
@@ -107,12 +108,12 @@ class ThoughtConfig:
     control: Thinking[Control] = "none"  # what replaces the thoughts, to measure their effect
     base_loss_weight: Thinking[Fraction] = 0.5  # weight of the loss without thoughts in the total
     talk_loss_weight: Thinking[TalkWeight] = -1.0  # weight of the loss with thoughts; -1 = 1 - `base_loss_weight`
-    positions: Thinking[Literal["all", "stride", "random", "entropy"]] = "all"  # which positions think in training:
-    # every n-th (`stride`), random ones, or those with the least certain predictions (`entropy`); in evaluation all
-    # positions think
+    positions: Thinking[Literal["all", "stride", "random", "entropy", "start"]] = "all"  # which positions think in
+    # training: every n-th (`stride`), random ones, those with the least certain predictions (`entropy`), or random ones
+    # by the probability of `initial_start_token` as the next token (`start`); in evaluation all positions think
     position_fraction: Thinking[Portion] = 1.0  # fraction of positions that think; the cost decreases with it
     positions_per_sequence: Thinking[NonNegative[int]] = 0  # number of positions that think in each sequence, for long
-    # thoughts at few positions, where positions is random or entropy; 0 = `position_fraction` of them
+    # thoughts at few positions, where positions is random, entropy or start; 0 = `position_fraction` of them
     position_pattern: Thinking[Pattern] = ""  # where positions is `random`, those before a token whose text matches
     # this are `position_weight` times as likely to think; empty = all are equally likely
     position_weight: Thinking[AtLeast1] = 10.0  # how much likelier positions of `position_pattern` are to think
@@ -144,15 +145,16 @@ class ThoughtConfig:
             *require(bool(self.gate_prices), "gate_prices", self.gate_prices, "a list of at least one price"),
             *require(
                 self.positions != "all" or fraction == 1.0, "position_fraction", fraction,
-                "1.0 where positions is 'all'; to choose positions, set it to stride, random or entropy",
+                f"1.0 where positions is 'all'; to choose positions, set it to stride or {' or '.join(CHOSEN)}",
             ),
             *require(
                 self.positions != "stride" or is_reciprocal, "position_fraction", fraction,
                 "1/n for positions='stride', every n-th position",
             ),
             *require(
-                self.positions_per_sequence == 0 or self.positions in ("random", "entropy"), "positions_per_sequence",
-                self.positions_per_sequence, f"0 where positions is {self.positions!r}; set it to random or entropy",
+                self.positions_per_sequence == 0 or self.positions in CHOSEN, "positions_per_sequence",
+                self.positions_per_sequence,
+                f"0 where positions is {self.positions!r}; set it to {' or '.join(CHOSEN)}",
             ),
             *require(
                 self.positions_per_sequence == 0 or fraction == 1.0, "position_fraction", fraction,

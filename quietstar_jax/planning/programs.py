@@ -32,7 +32,7 @@ from quietstar_jax.training.setup import abstract_state, abstract_structure, che
 from quietstar_jax.training.step import compile_train_step
 
 # The values of these ids affect neither memory nor time.
-VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(1, 2), start_tokens=(1,), end_tokens=(2,), end_token=2)
+VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(1, 2), start_tokens=(1,), end_tokens=(2,), end_token=2, start_token=1)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def quiet_star_loss(
     model = merge(graphdef, learned | fixed)
     text = read_text(
         model.decoder, tokens, mask, starts, dtype=settings.dtype, rematerialize=settings.rematerialize,
-        with_entropy=settings.config.positions == "entropy",
+        with_entropy=settings.config.positions == "entropy", start_token=settings.start_token,
     )  # fmt: skip
     positions = choose(text)
     thoughts = think(model, text, positions)
@@ -171,8 +171,9 @@ def reward_thoughts(
     """
     model = jax.lax.stop_gradient(model)
     text = read_text(
-        model.decoder, tokens, mask, starts, dtype=settings.dtype, with_entropy=settings.config.positions == "entropy"
-    )
+        model.decoder, tokens, mask, starts, dtype=settings.dtype,
+        with_entropy=settings.config.positions == "entropy", start_token=settings.start_token,
+    )  # fmt: skip
     positions = choose(text)
     thoughts = think(model, text, positions)
 

@@ -8,8 +8,9 @@ Except for `all`, the choice is among positions whose K true tokens are real.
 | `stride` | every n-th, n = 1 / `position_fraction`, from a random offset per sequence and step |
 | `random` | a random choice per sequence and step; `position_pattern` can make some of them likelier |
 | `entropy` | where the prediction without a thought is least certain: thoughts help at few tokens (paper section 5) |
+| `start` | a random choice by the probability of the start token: where the text itself would begin a thought |
 
-`random` and `entropy` choose the fraction `position_fraction` of each sequence, or `positions_per_sequence` positions.
+All but `stride` choose the fraction `position_fraction` of each sequence, or `positions_per_sequence` positions.
 
 Training chooses a fixed number of positions, so that its shapes do not depend on the text. Evaluation and generation
 decide at each position by itself; the similar policies of `methods/thinking.py` are `always`, `every`, `random` and
@@ -54,8 +55,15 @@ def choose(text: Text, draws: jax.Array, settings: ThoughtSettings) -> jax.Array
     if how == "entropy":
         chex.assert_shape(text.entropy, draws.shape)
         rank = text.entropy  # type: ignore[assignment]  # not None, as just checked
+    elif how == "start":
+        # Where the text does begin a thought, it is written out, and thinking it too helps no prediction.
+        begins = jnp.roll(text.tokens, -1, axis=1) == settings.start_token
+        weight = jnp.exp(text.start_log_prob)  # type: ignore[arg-type]  # requested, as `entropy` is
+        rank = weighted(draws, jnp.where(begins, 0.0, weight))
     elif settings.preferred_tokens:
-        rank = weighted(draws, text.tokens, settings)
+        # The last position, before which `roll` puts the first token, is no candidate.
+        wanted = jnp.isin(jnp.roll(text.tokens, -1, axis=1), jnp.array(settings.preferred_tokens))
+        rank = weighted(draws, jnp.where(wanted, settings.config.position_weight, 1.0))
     _, positions = jax.lax.top_k(
         jnp.where(candidates(text.mask, draws, settings, text.starts), rank, -jnp.inf), at_most
     )
@@ -63,13 +71,13 @@ def choose(text: Text, draws: jax.Array, settings: ThoughtSettings) -> jax.Array
     return jnp.sort(jnp.where(taken, positions, PAST_THE_TEXT), axis=1)
 
 
-def weighted(draws: jax.Array, tokens: jax.Array, settings: ThoughtSettings) -> jax.Array:
-    """Returns ranks [B, L] whose largest are a weighted choice without replacement (Efraimidis and Spirakis, 2006).
+def weighted(draws: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns ranks [B, L] whose largest are a choice without replacement by weight (Efraimidis and Spirakis, 2006).
 
-    Positions before one of the `preferred_tokens` have the weight `position_weight`, all others 1.
+    Args:
+      draws: [B, L] uniform in [0, 1); weight: [B, L], at least 0; weights below 1e-9 are equal.
     """
-    wanted = jnp.isin(jnp.roll(tokens, -1, axis=1), jnp.array(settings.preferred_tokens))  # the last is no candidate
-    return jnp.log(jnp.maximum(draws, 1e-9)) / jnp.where(wanted, settings.config.position_weight, 1.0)
+    return jnp.log(jnp.maximum(draws, 1e-9)) / jnp.maximum(weight, 1e-9)
 
 
 def count_chosen(

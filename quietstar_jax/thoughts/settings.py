@@ -27,6 +27,7 @@ class ThoughtSettings:
       longest_thought: largest thought length until now, for `policy_reduction="sum_over_max"`; 0 = `thought_length`.
       meta_tokens: ids that are never sampled in a thought.
       preferred_tokens: ids before which positions are likelier to think, see `ThoughtConfig.position_pattern`.
+      start_token: id whose probability makes positions likelier to think where `thought.positions` is `start`.
       end_token: id that ends a thought where `thought.end` is `token`; it is one of the `meta_tokens`.
       pad_id: id used for tokens past the end of the text.
       pause_id: id that fills thoughts under the control `pause`.
@@ -44,6 +45,7 @@ class ThoughtSettings:
     longest_thought: int = 0
     meta_tokens: tuple[int, ...] = ()
     preferred_tokens: tuple[int, ...] = ()
+    start_token: int | None = None
     end_token: int | None = None
     pad_id: int = 0
     pause_id: int = 0
@@ -114,6 +116,7 @@ class Vocabulary(NamedTuple):
       unused: ids of the model that are not tokens, see `data.vocabulary.unused_ids`; never sampled in a thought either.
       end_token: the only one of the `initial_end_token`, if `thought.end` is `token`.
       preferred: ids whose text matches `thought.position_pattern`.
+      start_token: the only one of the `initial_start_token`, if `thought.positions` is `start`.
     """
 
     pad_id: int
@@ -124,6 +127,7 @@ class Vocabulary(NamedTuple):
     unused: tuple[int, ...] = ()
     preferred: tuple[int, ...] = ()
     end_token: int | None = None
+    start_token: int | None = None
 
 
 def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> ThoughtSettings:
@@ -133,6 +137,7 @@ def thought_settings(config: Config, vocabulary: Vocabulary, **shape: Any) -> Th
         meta_tokens=(*vocabulary.meta_tokens, *vocabulary.unused, *(() if end is None else (end,))),
         end_token=end,
         preferred_tokens=vocabulary.preferred,
+        start_token=vocabulary.start_token,
         pad_id=vocabulary.pad_id,
         pause_id=vocabulary.pause_id,
         compute_dtype=config.model.compute_dtype,

@@ -24,6 +24,8 @@ class Text(NamedTuple):
       nll: [B, L] float32, cross-entropy of x[j+1] given x[0..j]; 0 where x[j+1] is not real text, or starts another
         document.
       entropy: [B, L] float32 nats of the prediction of x[j+1], without gradient; None unless requested.
+      start_log_prob: [B, L] float32, log-probability of the token that would start a thought in the text, without
+        gradient; None unless requested.
       layers: the weights of the decoder's layers, as from `run_layers`.
       starts: [B, L] int32, for each token the first token of its document; None where each row is one document.
     """
@@ -34,15 +36,18 @@ class Text(NamedTuple):
     prefix: KeyValues
     nll: jax.Array
     entropy: jax.Array | None = None
+    start_log_prob: jax.Array | None = None
     layers: LayerWeights | None = None
     starts: jax.Array | None = None
 
 
 def read_text(
     decoder: Decoder, tokens: jax.Array, mask: jax.Array, starts: jax.Array | None = None, *, dtype: jnp.dtype,
-    rematerialize: bool = False, with_entropy: bool = False,
+    rematerialize: bool = False, with_entropy: bool = False, start_token: int | None = None,
 ) -> Text:  # fmt: skip
     """Runs the base pass and scores every next token without thoughts; arguments as in `Text` and `ModelConfig`.
+
+    `with_entropy` and `start_token` request the fields `entropy` and `start_log_prob`.
 
     If all logits need more than `LOGITS_BYTES`, rows are scored in groups that fit, and recomputed in the backward
     pass.
@@ -52,22 +57,26 @@ def read_text(
     batch, length = tokens.shape
     targets = gather_next_tokens(tokens, jnp.arange(length), 1, fill=0)[..., 0]
 
-    def predict(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def predict(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         logits = decoder.logits(hidden)
-        return cross_entropy(logits, targets), entropy(jax.lax.stop_gradient(logits)) if with_entropy else None
+        fixed, begins = jax.lax.stop_gradient(logits), None
+        if start_token is not None:
+            begins = -cross_entropy(fixed, jnp.full(targets.shape, start_token))
+        return cross_entropy(logits, targets), entropy(fixed) if with_entropy else None, begins
 
     row_bytes = 4 * length * decoder.architecture.vocab_size // (num_shards("text") * num_shards("vocab"))
     rows, local_batch = max(1, LOGITS_BYTES // row_bytes), batch // num_shards("batch")
     if rows >= local_batch:
-        nll, spread = predict(hidden, targets)
+        nll, spread, begins = predict(hidden, targets)
     else:
         score = jax.checkpoint(predict)
         by_row = jax.tree.map(lambda x: split_microbatches(x, local_batch), (hidden, targets))
         scored = jax.lax.map(lambda row: score(*row), by_row, batch_size=rows)
-        nll, spread = jax.tree.map(merge_microbatches, scored)
+        nll, spread, begins = jax.tree.map(merge_microbatches, scored)
     nll = jnp.where(real_ahead(mask, jnp.arange(length), 1, starts)[..., 0], nll, 0.0)
-    nll, spread = jax.tree.map(lambda x: constrain(x, "batch", "keys"), (nll, spread))
-    return Text(tokens, mask, constrain(hidden, "batch", "keys", "hidden"), prefix, nll, spread, layers, starts)
+    nll, spread, begins = jax.tree.map(lambda x: constrain(x, "batch", "keys"), (nll, spread, begins))
+    hidden = constrain(hidden, "batch", "keys", "hidden")
+    return Text(tokens, mask, hidden, prefix, nll, spread, begins, layers, starts)
 
 
 def entropy(logits: jax.Array) -> jax.Array:

@@ -45,6 +45,8 @@ from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.resume import resumed_tokenizer, same_adapters, same_base, tokenizer_source
 from quietstar_jax.training.step import initial_state, objective_state, state_specs
 
+NOT_RECORDED = ("unused", "preferred", "start_token")  # fields of `Vocabulary` that follow from the configuration
+
 
 @dataclass(frozen=True)
 class Run:
@@ -66,9 +68,7 @@ class Run:
         return {
             "config": to_mapping(self.config),
             "architecture": to_mapping(self.architecture),
-            "vocabulary": {
-                name: ids for name, ids in self.vocabulary._asdict().items() if name not in ("unused", "preferred")
-            },
+            "vocabulary": {name: ids for name, ids in self.vocabulary._asdict().items() if name not in NOT_RECORDED},
             "unused_ids": self.vocabulary.unused,
             "tokenizer": self.tokenizer.fingerprint(),
             **self.base_record,
@@ -130,7 +130,8 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
                 architecture.vocab_size,
                 {UNUSED: saved.get("unused_ids", [])} if saved else base_vocabulary(base),
             ),
-            end_token=_only_token(end_tokens, config) if config.thought.end == "token" else None,
+            end_token=_only_token(end_tokens, "end", config) if config.thought.end == "token" else None,
+            start_token=_only_token(start_tokens, "positions", config) if config.thought.positions == "start" else None,
             preferred=_preferred_tokens(tokenizer, config.thought.position_pattern),
         ),
         key=jax.random.key(config.seed),
@@ -261,13 +262,15 @@ def check_length(config: Config, architecture: Architecture) -> None:
         )
 
 
-def _only_token(end_tokens: tuple[int, ...], config: Config) -> int:
-    if len(end_tokens) > 1:
+def _only_token(tokens: tuple[int, ...], setting: str, config: Config) -> int:
+    """Returns the token of `initial_end_token`, or of `initial_start_token` for the setting `positions`."""
+    name = {"end": "initial_end_token", "positions": "initial_start_token"}[setting]
+    if len(tokens) > 1:
         raise ConfigError(
-            f"config.thought.initial_end_token is {config.thought.initial_end_token!r}, which is {len(end_tokens)} "
-            "tokens of the tokenizer. Where config.thought.end is 'token', it must be one."
+            f"config.thought.{name} is {getattr(config.thought, name)!r}, which is {len(tokens)} tokens of the "
+            f"tokenizer. Where config.thought.{setting} is {getattr(config.thought, setting)!r}, it must be one."
         )
-    return end_tokens[0]
+    return tokens[0]
 
 
 def _preferred_tokens(tokenizer: Tokenizer, pattern: str) -> tuple[int, ...]:

@@ -73,6 +73,22 @@ def test_positions_before_preferred_tokens_are_likelier() -> None:
     assert (np.asarray(choose(text, draws, settings)) < 4).all()
 
 
+def test_positions_where_a_thought_would_start_are_likelier() -> None:
+    """In proportion to the probability of the start token 7; not before the start token itself, unless nothing else is
+    left."""
+    config = dataclasses.replace(Case("").thought.config, positions="start", positions_per_sequence=1)
+    settings = ThoughtSettings(tokens_ahead=1, thought_length=1, start_token=7, config=config)
+    count = 20_000
+    tokens = jnp.tile(jnp.array([5, 1, 7, 5, 5, 1]), (count, 1))
+    log_prob = jnp.log(jnp.tile(jnp.array([0.02, 0.9, 0.06, 0.0, 0.9, 0.9]), (count, 1)))
+    text = text_of(["1" * 6])._replace(tokens=tokens, mask=jnp.ones(tokens.shape, bool), start_log_prob=log_prob)
+    draws = jax.random.uniform(jax.random.key(0), tokens.shape)
+    shares = np.bincount(np.asarray(choose(text, draws, settings))[:, 0], minlength=6) / count
+    np.testing.assert_allclose(shares, [1 / 4, 0, 3 / 4, 0, 0, 0], atol=0.015)
+    every = dataclasses.replace(settings, config=dataclasses.replace(config, positions_per_sequence=4))
+    assert (np.asarray(choose(text, draws, every)) == [0, 1, 2, 3]).all()
+
+
 def test_the_least_certain_positions_whose_targets_are_real() -> None:
     entropy = [[1.0, 5.0, 2.0, 4.0, 3.0, 0.0, 9.0, 9.0, 9.0]] * 2
     text = text_of(["111111111", "111110000"], entropy)
