@@ -51,6 +51,7 @@ def export(checkpoint: Path, output: Path, options: ExportOptions, step: int | N
         heads=thought.heads,
         start_token=thought.start_token,
         end_token=thought.end_token,
+        starting_id=run.vocabulary.start_token,
         ending_id=run.vocabulary.end_token,
         unused_ids=unused_ids(tokenizer, run.architecture.vocab_size, {UNUSED: run.vocabulary.unused}),
     )

@@ -72,6 +72,7 @@ class Thoughts:
     heads: tuple[str, ...] = ()  # see `ThoughtConfig.heads`
     start_token: str = "<|startthought|>"
     end_token: str = "<|endthought|>"
+    starting_id: int | None = None  # of the token that starts thoughts in texts, `Vocabulary.start_token`
     ending_id: int | None = None  # of the token at which thoughts end, see `ThoughtConfig.end`
     unused_ids: tuple[int, ...] = ()  # ids of the model that are not tokens: never in a thought, never generated
 
@@ -105,6 +106,11 @@ def save(
                 raise ConfigError(
                     f"think is {options.think!r}, but the run has no thinking gate. Give another policy, or train with "
                     "config.thought.gate."
+                )
+            if policy.needs_start and thoughts.starting_id is None:
+                raise ConfigError(
+                    f"think is {options.think!r}, but config.thought.initial_start_token of the run is not one token. "
+                    "Give another policy."
                 )
     if _is_there(output, card):
         return
@@ -260,6 +266,7 @@ def _config(
     config |= {"dtype": options.dtype, "torch_dtype": options.dtype}  # the second for transformers before 4.56
     config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config["pad_token_id"] = None  # torch would not train its row, and Phi-3's default may exceed the vocabulary
+    marks = {"thought_start_token": thoughts.starting_id, "thought_end_token": thoughts.ending_id}
     if options.format == "quietstar":
         name = thinking_class(architecture.family)
         config |= {
@@ -270,7 +277,7 @@ def _config(
             "thought_mixing": thoughts.mixing,
             "thought_token_ids": list(ids),
             "text_vocab_size": architecture.vocab_size,
-            **({} if thoughts.ending_id is None else {"thought_end_token": thoughts.ending_id}),
+            **{name: token for name, token in marks.items() if token is not None},
             **{HEADS[head].removesuffix(".weight"): True for head in thoughts.heads},
         }
         # Rows that are not tokens, and tokens that have no row in the trained model.

@@ -63,6 +63,7 @@ class Thinking:
     unused_token_ids: ids that are not tokens of the tokenizer used in training, never in a thought; optional.
     thought_gate: whether there is a thinking gate, for the policy `gate`; optional.
     thought_end: whether a head decides before each token of a thought whether it ends; T is then the most; optional.
+    thought_start_token: id of the token that starts thoughts where a text has them, for the policy `start`; optional.
     thought_end_token: id of the token that ends a thought instead, which no thought contains; T is the most; optional.
     """
 
@@ -243,7 +244,7 @@ class Thinking:
           (logits [B, P, V], thoughts [B, P, T], mixing weights [B, P]); no chain runs where no sequence thinks.
         """
         logits = self._text_logits(text)
-        chosen = chooses(Position(logits.detach(), positions, self._gain(text.detach())))
+        chosen = chooses(Position(logits.detach(), positions, self._gain(text.detach()), self._start(logits.detach())))
         thoughts = positions.new_full((*chosen.shape, length), -1)
         weight = logits.new_zeros(chosen.shape)
         some = chosen.any(0).nonzero()[:, 0]
@@ -263,6 +264,11 @@ class Thinking:
         weight, bias, log_slope = self.thought_gate.weight, self.thought_gate.bias, self.thought_gate_log_slope
         score = nn.functional.linear(text.float(), weight.float(), bias.float())[..., 0]
         return score * (-log_slope.float()).exp()
+
+    def _start(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """The log-probability [B, P] of the token that starts thoughts in texts; None if there is none."""
+        token = getattr(self.config, "thought_start_token", None)
+        return None if token is None else logits.log_softmax(-1)[..., token]
 
     def _think(
         self, at: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, cache: Any, length: int
@@ -435,12 +441,14 @@ MIXINGS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
 @dataclass(frozen=True)
 class Position:
     """What a policy of thinking sees: logits without thoughts [B, P, V], the index of each position in its text [B, P],
-    and the gain of a thought that the gate predicts, nats [B, P], None if there is no gate.
+    the gain of a thought that the gate predicts, nats [B, P], None if there is no gate, and the log-probability of the
+    token that starts thoughts, [B, P], None if there is none.
     """
 
     logits: torch.Tensor
     index: torch.Tensor
     gain: torch.Tensor | None = None
+    start: torch.Tensor | None = None
 
 
 def think_always(at: Position) -> torch.Tensor:
@@ -495,9 +503,18 @@ def think_gate(at: Position, price: float) -> torch.Tensor:
     return at.gain > price
 
 
+def think_start(at: Position, p: float) -> torch.Tensor:
+    """Thinks where the text itself would begin a thought with at least probability p."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"p is {p}; it must be a probability.")
+    if at.start is None:
+        raise ValueError("This model has no token that starts thoughts (thought_start_token): give another policy.")
+    return at.start.exp() >= p
+
+
 # Policies of thinking, functions of (`Position`, numbers) -> bool [B, P]. They are written as text: `always`, `never`,
-# `every:4`, `random:0.1`, `entropy:1.5`, `entropy:1.5,4`, `margin:0.2`, `gate:0.1`. The export reads the keys, and
-# refuses a policy that is not here.
+# `every:4`, `random:0.1`, `entropy:1.5`, `entropy:1.5,4`, `margin:0.2`, `gate:0.1`, `start:0.05`. The export reads
+# the keys, and refuses a policy that is not here.
 THINKING: dict[str, Callable[..., torch.Tensor]] = {
     "always": think_always,
     "never": think_never,
@@ -506,6 +523,7 @@ THINKING: dict[str, Callable[..., torch.Tensor]] = {
     "entropy": think_entropy,
     "margin": think_margin,
     "gate": think_gate,
+    "start": think_start,
 }
 
 
@@ -514,11 +532,12 @@ def _policy(think: str | None) -> Callable[..., torch.Tensor]:
     name, colon, rest = ("always" if think is None else think).partition(":")
     try:
         policy, numbers = THINKING[name], [float(number) for number in rest.split(",")] if colon else []
-        policy(Position(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1)), *numbers)
+        nothing = torch.zeros(1, 1)
+        policy(Position(torch.zeros(1, 1, 2), nothing.long(), nothing, nothing), *numbers)
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"think is {think!r}; it must be one of {', '.join(THINKING)}, with the numbers of that policy, as in "
-            "every:4, random:0.1, entropy:1.5, entropy:1.5,4, margin:0.2 or gate:0.1."
+            "every:4, random:0.1, entropy:1.5, entropy:1.5,4, margin:0.2, gate:0.1 or start:0.05."
         ) from error
     return policy if not numbers else lambda at: policy(at, *numbers)
 

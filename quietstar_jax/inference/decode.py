@@ -35,7 +35,7 @@ from quietstar_jax.thoughts.gate import predicted_gain
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import mask_meta_tokens
 from quietstar_jax.thoughts.score import mix
-from quietstar_jax.thoughts.text import entropy
+from quietstar_jax.thoughts.text import entropy, log_prob_of
 
 
 def read_prompt(decoder: Decoder, cache: KeyValues, tokens: jax.Array, start: jax.Array, dtype: jnp.dtype) -> KeyValues:
@@ -133,7 +133,8 @@ def next_pass(model: QuietStar, state: State, knobs: SamplingParams, plan: Decod
 
     def decide() -> tuple[jax.Array, jax.Array]:
         gain = None if model.gate is None else predicted_gain(model.gate, after.base)
-        here = Position(scores, entropy(scores), state.position, uniforms[:, length + 1], gain)
+        begins = log_prob_of(scores, plan.thought.start_token)
+        here = Position(scores, entropy(scores), state.position, uniforms[:, length + 1], gain, begins)
         return at_text & thinks(plan.think, knobs.think, here), _next(scores, uniforms[:, length], knobs, plan)
 
     def neither() -> tuple[jax.Array, jax.Array]:

@@ -103,6 +103,11 @@ class LoadedModel:
                 f"think is '{policy}', but {self.path} has no thinking gate. Give another policy, or a model that was "
                 "trained with `thought.gate`."
             )
+        if policy.needs_start and self.vocabulary.start_token is None:
+            raise CheckpointError(
+                f"think is '{policy}', but {self.path} has no single token that starts thoughts. Give another policy, "
+                "or a model that was trained with one token as `thought.initial_start_token`."
+            )
         return policy
 
     def settings(
@@ -237,7 +242,10 @@ def _of_files(
     architecture = source.architecture
     tokenizer = tokenizer.within(architecture.vocab_size, known=meta)
     heads = file_heads(files) if thinks else ()
-    end_token = _end_token(files, architecture.vocab_size) if thinks else None
+    start_token, end_token = (
+        _token(files, name, architecture.vocab_size) if thinks else None
+        for name in ("thought_start_token", "thought_end_token")
+    )
     abstract, graphdef = _abstract(architecture, dtype, layout, heads=heads)
     params = load_parameters(
         source,
@@ -261,6 +269,7 @@ def _of_files(
             (),
             pause_id=tokenizer.pad_id,
             unused=unused_ids(tokenizer, architecture.vocab_size, files.config),
+            start_token=start_token,
             end_token=end_token,
         ),
         thought=_thought_config(files, tokenizer, meta, end_token) if thinks else ThoughtConfig(),
@@ -338,12 +347,12 @@ def _thought_config(
     return from_mapping(ThoughtConfig, settings, root=f"{files.folder}/config.json: thought")
 
 
-def _end_token(files: CheckpointFiles, rows: int) -> int | None:
-    """The id in `thought_end_token`, one of `rows`, if the thoughts of an export end with a token."""
-    found = files.config.get("thought_end_token")
+def _token(files: CheckpointFiles, name: str, rows: int) -> int | None:
+    """The id of one of `rows` in a field of config.json; None if an export has no such token."""
+    found = files.config.get(name)
     if found is not None and (type(found) is not int or not 0 <= found < rows):
         raise CheckpointError(
-            f"{files.folder}/config.json: thought_end_token is {found!r}; it must be a token id, 0 .. {rows - 1}."
+            f"{files.folder}/config.json: {name} is {found!r}; it must be a token id, 0 .. {rows - 1}."
         )
     return found
 

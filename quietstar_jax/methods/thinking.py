@@ -9,7 +9,7 @@ Traits:
   numbers: the numbers of the policy, `Number`s; if there are several, their values must ascend.
   constant: True or False if the policy gives this answer at every position, None if it chooses. Constant policies are
     never called: callers then run the function with thoughts at all positions, or the one without thoughts.
-  draws: whether the policy uses `Position.uniform`; gate: whether it uses `Position.gain`.
+  draws: whether the policy uses `Position.uniform`; gate, start: whether it uses `Position.gain`, `Position.start`.
   ranking: a `Ranking`, if the first number is a threshold of one quantity; otherwise None. Sorting the positions by
     this quantity gives the choices of the policy at every threshold.
 
@@ -41,6 +41,8 @@ class Position(NamedTuple):
       place: [...] int32, of the newest token x[j] in its text, from 0.
       uniform: [...] float32 in [0, 1), random numbers that depend on the text and its position only.
       gain: [...] nats, the gain of a thought that the thinking gate predicts; None if the model has no gate.
+      start: [...] log-probability that the next token of the text is the one that starts thoughts
+        (`thought.initial_start_token`); None if that is not one token.
     """
 
     logits: jax.Array
@@ -48,6 +50,7 @@ class Position(NamedTuple):
     place: jax.Array
     uniform: jax.Array
     gain: jax.Array | None = None
+    start: jax.Array | None = None
 
 
 class Number(NamedTuple):
@@ -77,7 +80,7 @@ class Ranking(NamedTuple):
 
 
 PolicyFn: TypeAlias = "Callable[..., jax.Array]"
-THINKING: Registry[PolicyFn] = Registry(numbers=(), constant=None, draws=False, gate=False, ranking=None)
+THINKING: Registry[PolicyFn] = Registry(numbers=(), constant=None, draws=False, gate=False, start=False, ranking=None)
 
 
 @THINKING.register(
@@ -156,6 +159,18 @@ def gate(at: Position, price: jax.Array) -> jax.Array:
     return at.gain > price
 
 
+@THINKING.register(
+    formula=r"p_j(\text{start}) \ge p",
+    assumes="Some text in training has thoughts written out, which begin with the token that starts thoughts.",
+    source="as `thought.positions` = start", numbers=(Number("p", 0, 1),), start=True,
+    ranking=Ranking(lambda at: at.start, largest_first=True),
+)  # fmt: skip
+def start(at: Position, p: jax.Array) -> jax.Array:
+    """Thinks where the text itself would begin a thought with at least probability p."""
+    assert at.start is not None  # checked by `LoadedModel.check_policy`
+    return jnp.exp(at.start) >= p
+
+
 @dataclass(frozen=True)
 class ThinkPolicy:
     """A policy with its numbers, one for each of `THINKING[name].traits["numbers"]`; made by `parse_policy`."""
@@ -173,6 +188,11 @@ class ThinkPolicy:
     def needs_gate(self) -> bool:
         """Whether only a model with a thinking gate can follow the policy."""
         return bool(THINKING[self.name].traits["gate"])
+
+    @property
+    def needs_start(self) -> bool:
+        """Whether only a model with one token that starts thoughts can follow the policy."""
+        return bool(THINKING[self.name].traits["start"])
 
     def __str__(self) -> str:
         """The policy as `parse_policy` reads it."""

@@ -39,7 +39,7 @@ from quietstar_jax.thoughts.objective import (
     rewards,
     talk_loss,
 )
-from quietstar_jax.thoughts.positions import Choose, every_position
+from quietstar_jax.thoughts.positions import Choose, every_position, ranked_by
 from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.thoughts.score import Scores, score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -100,7 +100,7 @@ def quiet_star_loss(
     model = merge(graphdef, learned | fixed)
     text = read_text(
         model.decoder, tokens, mask, starts, dtype=settings.dtype, rematerialize=settings.rematerialize,
-        with_entropy=settings.config.positions == "entropy", start_token=settings.start_token,
+        **ranked_by(settings),
     )  # fmt: skip
     positions = choose(text)
     thoughts = think(model, text, positions)
@@ -170,10 +170,7 @@ def reward_thoughts(
     thoughts.
     """
     model = jax.lax.stop_gradient(model)
-    text = read_text(
-        model.decoder, tokens, mask, starts, dtype=settings.dtype,
-        with_entropy=settings.config.positions == "entropy", start_token=settings.start_token,
-    )  # fmt: skip
+    text = read_text(model.decoder, tokens, mask, starts, dtype=settings.dtype, **ranked_by(settings))
     positions = choose(text)
     thoughts = think(model, text, positions)
 

@@ -13,13 +13,14 @@ Except for `all`, the choice is among positions whose K true tokens are real.
 All but `stride` choose the fraction `position_fraction` of each sequence, or `positions_per_sequence` positions.
 
 Training chooses a fixed number of positions, so that its shapes do not depend on the text. Evaluation and generation
-decide at each position by itself; the similar policies of `methods/thinking.py` are `always`, `every`, `random` and
-`entropy`.
+decide at each position by itself; the similar policies of `methods/thinking.py` are `always`, `every`, `random`,
+`entropy` and `start`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -37,11 +38,17 @@ def every_position(text: Text) -> jax.Array:
     return jnp.arange(text.tokens.shape[1])
 
 
+def ranked_by(settings: ThoughtSettings) -> dict[str, Any]:
+    """Returns the arguments of `read_text` that request what the choice of positions needs."""
+    how = settings.config.positions
+    return {"with_entropy": how == "entropy", "start_token": settings.start_token if how == "start" else None}
+
+
 def choose(text: Text, draws: jax.Array, settings: ThoughtSettings) -> jax.Array:
     """Returns the positions that think.
 
     Args:
-      text: must have `entropy` if the choice is by entropy.
+      text: read with the arguments from `ranked_by`.
       draws: [B, L] float32 uniform in [0, 1), the only randomness.
 
     Returns:

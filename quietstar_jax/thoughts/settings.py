@@ -27,7 +27,7 @@ class ThoughtSettings:
       longest_thought: largest thought length until now, for `policy_reduction="sum_over_max"`; 0 = `thought_length`.
       meta_tokens: ids that are never sampled in a thought.
       preferred_tokens: ids before which positions are likelier to think, see `ThoughtConfig.position_pattern`.
-      start_token: id whose probability makes positions likelier to think where `thought.positions` is `start`.
+      start_token: id of the token with which a thought begins where a text has it; None if there is no single one.
       end_token: id that ends a thought where `thought.end` is `token`; it is one of the `meta_tokens`.
       pad_id: id used for tokens past the end of the text.
       pause_id: id that fills thoughts under the control `pause`.
@@ -116,7 +116,7 @@ class Vocabulary(NamedTuple):
       unused: ids of the model that are not tokens, see `data.vocabulary.unused_ids`; never sampled in a thought either.
       end_token: the only one of the `initial_end_token`, if `thought.end` is `token`.
       preferred: ids whose text matches `thought.position_pattern`.
-      start_token: the only one of the `initial_start_token`, if `thought.positions` is `start`.
+      start_token: the only one of the `initial_start_token`, or None.
     """
 
     pad_id: int

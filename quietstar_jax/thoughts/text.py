@@ -59,10 +59,9 @@ def read_text(
 
     def predict(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         logits = decoder.logits(hidden)
-        fixed, begins = jax.lax.stop_gradient(logits), None
-        if start_token is not None:
-            begins = -cross_entropy(fixed, jnp.full(targets.shape, start_token))
-        return cross_entropy(logits, targets), entropy(fixed) if with_entropy else None, begins
+        fixed = jax.lax.stop_gradient(logits)
+        spread = entropy(fixed) if with_entropy else None
+        return cross_entropy(logits, targets), spread, log_prob_of(fixed, start_token)
 
     row_bytes = 4 * length * decoder.architecture.vocab_size // (num_shards("text") * num_shards("vocab"))
     rows, local_batch = max(1, LOGITS_BYTES // row_bytes), batch // num_shards("batch")
@@ -85,6 +84,11 @@ def entropy(logits: jax.Array) -> jax.Array:
     mass = jnp.exp(shifted)  # the same expression as in `sample.draw_tokens`, so XLA computes it once
     total = mass.sum(axis=-1)
     return jnp.log(total) - (mass * shifted).sum(axis=-1) / total
+
+
+def log_prob_of(logits: jax.Array, token: int | None) -> jax.Array | None:
+    """Returns the log-probability of a token, nats [...], from logits [..., V]; None of no token."""
+    return None if token is None else logits[..., token] - jax.nn.logsumexp(logits, axis=-1)
 
 
 def gather_next_tokens(tokens: jax.Array, positions: jax.Array, count: int, *, fill: int) -> jax.Array:

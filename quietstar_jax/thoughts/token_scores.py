@@ -35,7 +35,15 @@ from quietstar_jax.thoughts.reach import by_token, mixed_over_thoughts, usable, 
 from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.text import Text, entropy, gather_next_tokens, here_and_ahead, read_text, real_ahead
+from quietstar_jax.thoughts.text import (
+    Text,
+    entropy,
+    gather_next_tokens,
+    here_and_ahead,
+    log_prob_of,
+    read_text,
+    real_ahead,
+)
 
 
 class Prediction(NamedTuple):
@@ -345,7 +353,8 @@ def score_given_thoughts(
             place, uniform = (here_and_ahead(x, positions, 1)[:, None, :, 0] for x in of_policy)
             hidden = here_and_ahead(text.hidden, positions, 1)[:, None, :, 0]
             gain = None if model.gate is None else predicted_gain(model.gate, hidden)
-            seen = Position(first, without[2], place, uniform, gain)  # [B, 1, J]
+            begins = log_prob_of(first, settings.start_token)
+            seen = Position(first, without[2], place, uniform, gain, begins)  # [B, 1, J]
             if (policy := thinking.policy) is None:
                 ranked = rankings(seen)
             else:

@@ -45,7 +45,7 @@ from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.resume import resumed_tokenizer, same_adapters, same_base, tokenizer_source
 from quietstar_jax.training.step import initial_state, objective_state, state_specs
 
-NOT_RECORDED = ("unused", "preferred", "start_token")  # fields of `Vocabulary` that follow from the configuration
+NOT_RECORDED = ("unused", "preferred")  # fields of `Vocabulary`; `unused` has another name in the record
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
     record["adapter"] = adapter_record(config.model, saved)
     start_tokens = _embedding_tokens(tokenizer, config.thought.initial_start_token, "initial_start_token")
     end_tokens = _embedding_tokens(tokenizer, config.thought.initial_end_token, "initial_end_token")
+    if config.thought.positions == "start":
+        _only_token(start_tokens, "positions", config)
     mesh = make_mesh(config.mesh, architecture)
     check_batches(config, mesh)
     check_kernels(config.model.prefix_attention, mesh.devices.flat[0])
@@ -131,7 +133,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
                 {UNUSED: saved.get("unused_ids", [])} if saved else base_vocabulary(base),
             ),
             end_token=_only_token(end_tokens, "end", config) if config.thought.end == "token" else None,
-            start_token=_only_token(start_tokens, "positions", config) if config.thought.positions == "start" else None,
+            start_token=start_tokens[0] if len(start_tokens) == 1 else None,
             preferred=_preferred_tokens(tokenizer, config.thought.position_pattern),
         ),
         key=jax.random.key(config.seed),

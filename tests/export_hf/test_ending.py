@@ -44,8 +44,8 @@ def test_torch_thinks_what_jax_does(folder):
     """Thoughts of several lengths, among them empty ones, then the same tokens and mixing weights."""
     ours = Generator(dataclasses.replace(load_model(folder / "run"), eos_ids=()), batch_size=3)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "out", trust_remote_code=True).eval()
-    lengths = set()
-    for think in ("always", "every:2"):
+    lengths, made = set(), set()
+    for think in ("always", "every:2", "start:0.2"):
         for prompt, one in zip(PROMPTS, ours.generate(PROMPTS, max_tokens=NEW, think=think), strict=True):
             text = torch.tensor([[*prompt, *one.token_ids]])
             with torch.no_grad():
@@ -58,10 +58,12 @@ def test_torch_thinks_what_jax_does(folder):
             ):
                 assert token.thought_ids == thought_ids(thought.tolist())
                 assert token.has_thought == (-1 not in thought.tolist())
+                made |= {token.has_thought} if think == "start:0.2" else set()
                 assert token.mixing_weight == pytest.approx(float(weight), abs=1e-5)
                 lengths |= {len(token.thought_ids)} if token.has_thought else set()
                 assert folder.name.startswith("sampled") or 2 not in token.thought_ids
     assert {0, 6} < lengths, "thoughts that never or always end show little"
+    assert folder.name.startswith("sampled") or made == {True, False}
 
 
 def test_a_text_does_not_depend_on_its_neighbours(folder):
@@ -79,6 +81,7 @@ def test_an_export_is_read_back(folder):
     written = read_json(folder / "out" / "config.json")
     assert (out.thought.end, out.thought.gate) == (run.thought.end, False)
     assert run.params.keys() == out.params.keys()
+    assert run.settings().start_token == out.settings().start_token == written["thought_start_token"] == 2
     assert run.settings().end_token == out.settings().end_token == written.get("thought_end_token")
     if run.thought.end == "token":
         assert written["thought_end_token"] == 2
@@ -89,11 +92,12 @@ def test_an_export_is_read_back(folder):
         np.testing.assert_array_equal(run.params[name], out.params[name])
 
 
+@pytest.mark.parametrize("field", ["thought_start_token", "thought_end_token"])
 @pytest.mark.parametrize("id", [-1, 10**6, "2", True, 1.0])
-def test_a_token_that_cannot_end_thoughts_is_refused(folder, tmp_path, id):
+def test_a_token_that_cannot_begin_or_end_thoughts_is_refused(folder, tmp_path, field, id):
     for file in (folder / "out").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = read_json(tmp_path / "config.json") | {"thought_end_token": id}
+    config = read_json(tmp_path / "config.json") | {field: id}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"config\.json: thought_end_token is .*; it must be a token id, 0 \.\. "):
+    with pytest.raises(CheckpointError, match=rf"config\.json: {field} is .*; it must be a token id, 0 \.\. "):
         load_model(tmp_path)

@@ -14,7 +14,7 @@ from quietstar_jax.generate import Generator
 from quietstar_jax.hf.generation import thinking
 from quietstar_jax.inference.batch import thinking_rate
 from quietstar_jax.methods.thinking import ALWAYS, NEVER, Position, choose_policy, parse_policy, thinks
-from quietstar_jax.thoughts.text import entropy
+from quietstar_jax.thoughts.text import entropy, log_prob_of
 
 PROMPTS = ["w3 w4 w5", "w9", "w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13", "w20 w21"]
 NEW = 12
@@ -24,7 +24,8 @@ SAMPLED = dict(temperature=1.5, top_p=0.9, thought_temperature=0.7)
 def chosen(policy: str, logits: np.ndarray) -> list[bool]:
     parsed, logits = parse_policy(policy), jnp.array(logits, jnp.float32)
     count = len(logits)
-    at = Position(logits, entropy(logits), jnp.arange(count), jnp.arange(count) / count, jnp.arange(count) / 10)
+    at = Position(logits, entropy(logits), jnp.arange(count), jnp.arange(count) / count, jnp.arange(count) / 10,
+                  log_prob_of(logits, 2))  # fmt: skip
     return thinks(parsed.name, jnp.array(parsed.numbers, jnp.float32), at).tolist()
 
 
@@ -48,17 +49,20 @@ def test_what_policies_choose():
     assert chosen("margin:0", logits) == [False] * 4
     assert chosen("gate:0.1", logits) == [False, False, True, True]  # 0, 0.1, 0.2, 0.3
     assert chosen("gate:-0.05", logits) == [True] * 4
+    assert chosen("start:0.03", logits) == [True, False, True, False]  # 0.25, 0.01, 0.05, 0
+    assert chosen("start:0", logits) == [True] * 4
 
 
 def test_a_policy_is_written_as_it_is_read():
-    for text in ("always", "never", "every:3", "random:0.1", "entropy:1.5", "entropy:0.5,4", "margin:1", "gate:-0.1"):
+    for text in ("always", "never", "every:3", "random:0.1", "entropy:1.5", "entropy:0.5,4", "margin:1", "gate:-0.1",
+                 "start:0.01"):  # fmt: skip
         assert str(parse_policy(text)) == text
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "one of always, never, every:N, random:P, entropy:MIN\\[,MAX\\], margin:BOUND, gate:PRICE"),
+        ("", "one of always, never, every:N, random:P, entropy:MIN\\[,MAX\\], margin:BOUND, gate:PRICE, start:P"),
         ("entropi:1", "Did you mean entropy"),
         ("Always", "Did you mean always"),
         ("always:1", "with 1 numbers; it is written always"),
@@ -79,6 +83,7 @@ def test_a_policy_is_written_as_it_is_read():
         ("gates:0.5", "it must be one of"),
         ("gate", "with 0 numbers; it is written gate:PRICE"),
         ("gate:inf", r"its price must be a number\."),
+        ("start:1.5", r"its p must be a number, 0 \.\. 1"),
     ],
 )
 def test_policies_that_cannot_be(text, message):

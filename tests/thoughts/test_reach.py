@@ -83,3 +83,17 @@ def test_a_reach_of_1_is_the_usual_prediction_and_a_longer_one_keeps_the_rewards
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), getattr(one, name), getattr(three, name))
     assert np.abs(one.talk.nll - three.talk.nll).max() > 1e-3
     assert (three.weight > one.weight).all()
+
+
+def test_no_prediction_depends_on_the_token_it_predicts_or_later_ones():
+    case = Case("reach", config={"mixing": "probabilities"})
+    model, (tokens, mask) = random_model(case.decoder, 7.0), case.text()
+    settings = dataclasses.replace(case.thought, reach=3, tokens_ahead=3)
+    uniforms = draw_uniforms(jax.random.key(3), (2, 2, case.length, settings.thought_length))
+    one, other = (
+        score_tokens(model, x, mask, None, jnp.arange(case.length), uniforms, settings, likeliest=4, greedy=0)
+        for x in (tokens, tokens.at[:, 4:].set((tokens[:, 4:] + 1) % 7))
+    )
+    np.testing.assert_array_equal(one.talk.top_ids[:, :, :4], other.talk.top_ids[:, :, :4])
+    np.testing.assert_allclose(one.talk.top_probabilities[:, :, :4], other.talk.top_probabilities[:, :, :4], rtol=1e-5)
+    assert np.abs(one.talk.top_probabilities[:, :, 4] - other.talk.top_probabilities[:, :, 4]).max() > 1e-3

@@ -82,7 +82,9 @@ def test_a_run_from_a_run_of_fixed_length_gets_a_new_head(tmp_path) -> None:
 
 
 def test_an_end_of_several_tokens_and_a_pattern_of_no_token_are_refused(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"initial_end_token is '\(\)', which is 2 tokens .*it must be one"):
-        prepare(tiny_config(tmp_path, thought__end="token", thought__initial_end_token="()"))
+    with pytest.raises(ConfigError, match=r"initial_end_token is '\( \)', which is 2 tokens .*it must be one"):
+        prepare(tiny_config(tmp_path, thought__end="token", thought__initial_end_token="( )"))
     with pytest.raises(ConfigError, match=r"position_pattern is 'no such text', but no token of the tokenizer"):
         prepare(tiny_config(tmp_path, thought__positions="random", thought__position_pattern="no such text"))
+    with pytest.raises(ConfigError, match=r"initial_start_token is '\( \)', which is 2 tokens .*positions is 'start'"):
+        prepare(tiny_config(tmp_path, thought__positions="start", thought__initial_start_token="( )"))

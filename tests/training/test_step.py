@@ -8,7 +8,11 @@ import pytest
 
 from quietstar_jax.config import from_config_dict
 from quietstar_jax.configs import long_thoughts
+from quietstar_jax.models.parameters import merge
 from quietstar_jax.thought_config import RateScales
+from quietstar_jax.thoughts.positions import candidates, choose, ranked_by
+from quietstar_jax.thoughts.settings import phase_settings
+from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.optimizer import learning_rate
 from quietstar_jax.training.setup import first_state, prepare
@@ -136,3 +140,21 @@ def test_where_nothing_that_predicts_thoughts_learns_no_objective_of_thoughts_is
     untrained = dataclasses.replace(frozen, policy_weight=0.0)
     costly = {"advantage": "batch_std", "kl_weight": 0.1, "entropy_bonus": 0.1}
     assert lowered(run, frozen, **costly) == lowered(run, untrained, **costly)
+
+
+def test_positions_where_a_thought_would_start(tmp_path):
+    """The step reads the probabilities of the start token; positions before it think only if no others are left."""
+    changes = {"positions": "start", "positions_per_sequence": 2}
+    run = prepare(tiny_config(tmp_path, **{f"thought__{name}": value for name, value in changes.items()}))
+    assert run.vocabulary.start_token == run.vocabulary.start_tokens[0]
+    _, metrics = step_of(run, run.config.phases[1])
+    assert np.isfinite(float(metrics["talk_loss"]))
+    settings, batch = phase_settings(run.config, run.config.phases[1], run.vocabulary), batch_of(run)
+    state, draws = first_state(run), jnp.full(batch.tokens.shape, 0.5)  # the largest probabilities
+    model = merge(run.graphdef, state.weights)
+    text = read_text(model.decoder, batch.tokens, batch.mask, dtype=jnp.float32, **ranked_by(settings))
+    expected = jax.nn.log_softmax(model.decoder.logits(text.hidden))[..., run.vocabulary.start_token]
+    np.testing.assert_allclose(text.start_log_prob, expected, rtol=1e-5)
+    allowed = candidates(batch.mask, draws, settings) & (jnp.roll(batch.tokens, -1, 1) != run.vocabulary.start_token)
+    largest = jax.lax.top_k(jnp.where(allowed, expected, -jnp.inf), 2)[1]
+    np.testing.assert_array_equal(choose(text, draws, settings)[0], jnp.sort(largest, axis=1)[0])
