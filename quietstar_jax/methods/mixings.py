@@ -31,7 +31,7 @@ Logits: TypeAlias = "Callable[[jax.Array], jax.Array]"
 MixingFn: TypeAlias = "Callable[[Logits, jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]"
 MIXINGS: Registry[MixingFn] = Registry(log_probs=False, linear=False, head=True)
 REACHING = ("probabilities",)  # mixings that can mix the predictions after several thoughts, one after the other
-FIRST_ODDS = -3.0  # log of w / (1 - w) at the start of the mixing `probabilities`: w = 0.047
+FIRST_ODDS = -1.0  # log of w / (1 - w) at the start of the mixing `probabilities`: w = 0.27
 
 
 @MIXINGS.register(
@@ -69,7 +69,7 @@ def log_probabilities(
 
 @MIXINGS.register(
     formula=r"\log((1 - w)\,p + w\,p')",
-    assumes="0 < w < 1, by the sigmoid of the head's output - 3; 0.047 at the start. A wrong thought costs at most "
+    assumes="0 < w < 1, by the sigmoid of the head's output - 1; 0.27 at the start. A wrong thought costs at most "
     "-log(1 - w).",
     source="pointer-generator networks (See et al., 2017)",
     log_probs=True,

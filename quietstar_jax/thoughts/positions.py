@@ -63,18 +63,14 @@ def choose(text: Text, draws: jax.Array, settings: ThoughtSettings) -> jax.Array
         chex.assert_shape(text.entropy, draws.shape)
         rank = text.entropy  # type: ignore[assignment]  # not None, as just checked
     elif how == "start":
-        # Where the text does begin a thought, it is written out, and thinking it too helps no prediction.
-        begins = jnp.roll(text.tokens, -1, axis=1) == settings.start_token
-        weight = jnp.exp(text.start_log_prob)  # type: ignore[arg-type]  # requested, as `entropy` is
-        rank = weighted(draws, jnp.where(begins, 0.0, weight))
+        rank = weighted(draws, jnp.exp(text.start_log_prob))  # type: ignore[arg-type]  # requested, as `entropy` is
     elif settings.preferred_tokens:
         # The last position, before which `roll` puts the first token, is no candidate.
         wanted = jnp.isin(jnp.roll(text.tokens, -1, axis=1), jnp.array(settings.preferred_tokens))
         rank = weighted(draws, jnp.where(wanted, settings.config.position_weight, 1.0))
-    _, positions = jax.lax.top_k(
-        jnp.where(candidates(text.mask, draws, settings, text.starts), rank, -jnp.inf), at_most
-    )
-    taken = jnp.arange(at_most) < count_chosen(text.mask, draws, settings, text.starts)[:, None]
+    of_text = text.tokens, text.mask, draws, settings, text.starts
+    _, positions = jax.lax.top_k(jnp.where(candidates(*of_text), rank, -jnp.inf), at_most)
+    taken = jnp.arange(at_most) < count_chosen(*of_text)[:, None]
     return jnp.sort(jnp.where(taken, positions, PAST_THE_TEXT), axis=1)
 
 
@@ -88,10 +84,10 @@ def weighted(draws: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def count_chosen(
-    mask: jax.Array, draws: jax.Array, settings: ThoughtSettings, starts: jax.Array | None = None
+    tokens: jax.Array, mask: jax.Array, draws: jax.Array, settings: ThoughtSettings, starts: jax.Array | None = None
 ) -> jax.Array:
     """Returns how many positions of each sequence `choose` returns, int32 [B]; does not depend on the base pass."""
-    count = candidates(mask, draws, settings, starts).sum(axis=1)
+    count = candidates(tokens, mask, draws, settings, starts).sum(axis=1)
     if settings.config.positions == "stride":
         return count
     if settings.config.positions_per_sequence:
@@ -101,10 +97,14 @@ def count_chosen(
 
 
 def candidates(
-    mask: jax.Array, draws: jax.Array, settings: ThoughtSettings, starts: jax.Array | None = None
+    tokens: jax.Array, mask: jax.Array, draws: jax.Array, settings: ThoughtSettings, starts: jax.Array | None = None
 ) -> jax.Array:
     """Returns which positions j may be chosen, bool [B, L]: x[j+1] .. x[j+K] are real text of the document of x[j], and
-    j has a reward."""
+    j has a reward.
+
+    For `start`, the document must not contain the start token: such a document has its thoughts written out, and what
+    follows them needs no thought.
+    """
     length, ahead = mask.shape[1], settings.tokens_ahead
     real = real_ahead(mask, jnp.arange(length), ahead, starts).all(axis=-1)
     real &= jnp.arange(length) <= length - 2 - ahead
@@ -112,6 +112,11 @@ def candidates(
         stride = round(1 / settings.config.position_fraction)
         offset = (draws[:, :1] * stride).astype(jnp.int32)
         real &= (jnp.arange(length) - offset) % stride == 0
+    if settings.config.positions == "start":
+        first = jnp.zeros_like(tokens) if starts is None else starts  # names the document of each token
+        rows = jnp.arange(len(tokens))[:, None]
+        written = jnp.zeros(tokens.shape, bool).at[rows, first].max(mask & (tokens == settings.start_token))
+        real &= ~written[rows, first]
     return real
 
 

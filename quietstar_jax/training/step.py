@@ -101,7 +101,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, key: jax.Array, phase_start: jax.Array) -> tuple[TrainState, Metrics]:
         draws = draw(jax.random.fold_in(key, state.step), batch.tokens.shape, settings, row_numbers)
         some = settings.config.positions != "all"
-        chosen = count_chosen(batch.mask, draws.positions, settings, batch.starts) if some else None
+        chosen = count_chosen(*batch[:2], draws.positions, settings, batch.starts) if some else None
         counts = count_targets(batch.mask, phase.tokens_ahead, chosen, batch.starts)
         rows, bonus = Rows(batch, draws), state.entropy_bonus
         shared = Shared(counts, bonus, state.reference, state.frozen)

@@ -182,7 +182,7 @@ def position(
             scores = (1 - w) * parts[0] + w * parts[1]
             talk.append(-scores[target])
         elif s.config.mixing == "probabilities":
-            w = 1 / (1 + jnp.exp(3 - w))
+            w = 1 / (1 + jnp.exp(1 - w))
             parts = jax.nn.softmax(head(a, p, h_base)), jax.nn.softmax(head(a, p, h_thought))
             scores = jnp.log((1 - w) * parts[0] + w * parts[1])
             talk.append(-scores[target])

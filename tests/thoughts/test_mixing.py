@@ -76,7 +76,7 @@ def test_bfloat16_keeps_a_small_weight() -> None:
 
 def test_probabilities_by_hand() -> None:
     base, thought = jnp.log(jnp.array([[[[0.25, 0.75]]]])), jnp.log(jnp.array([[[[[0.5, 0.5]]]]]))
-    mixed, weight = probabilities(lambda x: x, base, thought, 3 + jnp.log(jnp.full((1, 1, 1, 1), 0.25)))  # odds 1 : 4
+    mixed, weight = probabilities(lambda x: x, base, thought, 1 + jnp.log(jnp.full((1, 1, 1, 1), 0.25)))  # odds 1 : 4
     np.testing.assert_allclose(weight[0, 0, 0, 0], 0.2, rtol=1e-6)
     np.testing.assert_allclose(jnp.exp(mixed[0, 0, 0, 0]), [0.3, 0.7], rtol=1e-6)
     for odds in (-500.0, 500.0):  # beyond the range of float32

@@ -74,19 +74,22 @@ def test_positions_before_preferred_tokens_are_likelier() -> None:
 
 
 def test_positions_where_a_thought_would_start_are_likelier() -> None:
-    """In proportion to the probability of the start token 7; not before the start token itself, unless nothing else is
-    left."""
+    """In proportion to the probability of the start token; not in documents that contain this token, here 7."""
     config = dataclasses.replace(Case("").thought.config, positions="start", positions_per_sequence=1)
     settings = ThoughtSettings(tokens_ahead=1, thought_length=1, start_token=7, config=config)
     count = 20_000
-    tokens = jnp.tile(jnp.array([5, 1, 7, 5, 5, 1]), (count, 1))
-    log_prob = jnp.log(jnp.tile(jnp.array([0.02, 0.9, 0.06, 0.0, 0.9, 0.9]), (count, 1)))
-    text = text_of(["1" * 6])._replace(tokens=tokens, mask=jnp.ones(tokens.shape, bool), start_log_prob=log_prob)
+    tokens = jnp.tile(jnp.array([5, 1, 7, 5, 5, 1, 5]), (count, 1))
+    log_prob = jnp.log(jnp.tile(jnp.array([0.9, 0.9, 0.9, 0.02, 0.06, 0.9, 0.9]), (count, 1)))
+    text = text_of(["1" * 7])._replace(tokens=tokens, mask=jnp.ones(tokens.shape, bool), start_log_prob=log_prob)
+    text = text._replace(starts=jnp.tile(jnp.array([0, 0, 0, 3, 3, 3, 3]), (count, 1)))
     draws = jax.random.uniform(jax.random.key(0), tokens.shape)
-    shares = np.bincount(np.asarray(choose(text, draws, settings))[:, 0], minlength=6) / count
-    np.testing.assert_allclose(shares, [1 / 4, 0, 3 / 4, 0, 0, 0], atol=0.015)
+    shares = np.bincount(np.asarray(choose(text, draws, settings))[:, 0], minlength=7) / count
+    np.testing.assert_allclose(shares, [0, 0, 0, 1 / 4, 3 / 4, 0, 0], atol=0.015)  # 5 and 6 are no candidates
     every = dataclasses.replace(settings, config=dataclasses.replace(config, positions_per_sequence=4))
-    assert (np.asarray(choose(text, draws, every)) == [0, 1, 2, 3]).all()
+    assert (np.asarray(choose(text, draws, every)) == [3, 4, PAST_THE_TEXT, PAST_THE_TEXT]).all()
+    alone = text._replace(starts=None)
+    assert (np.asarray(choose(alone, draws, settings)) == PAST_THE_TEXT).all()
+    assert (np.asarray(choose(alone._replace(mask=tokens != 7), draws, settings)) < 5).any()
 
 
 def test_the_least_certain_positions_whose_targets_are_real() -> None:
@@ -109,7 +112,7 @@ def test_a_number_of_positions_for_each_sequence() -> None:
     text = text_of(["111111111", "111110000", "111100000"], [[1.0, 5.0, 2.0, 4.0, 3.0, 0.0, 9.0, 9.0, 9.0]] * 3)
     draws = jnp.zeros((3, 9))
     assert choose(text, draws, settings).tolist() == [[1, 3], [1, 2], [0, 1]]
-    assert count_chosen(text_of(["111111111", "111000000"]).mask, draws[:2], settings).tolist() == [2, 1]
+    assert count_chosen(text.tokens[:2], text_of(["111111111", "111000000"]).mask, draws[:2], settings).tolist() == [2, 1]
     assert settings.thinking_positions(9) == settings.drawn_positions(9) == 2
     assert settings.thinking_positions(4) == 1  # no more than exist
     assert draw(jax.random.key(0), (3, 9), settings).thoughts.tokens.shape == (3, 1, 2, 2)
@@ -126,7 +129,7 @@ def test_loss_and_gradients_are_those_of_the_chosen_positions(how: str, fraction
     params, graphdef = split(random_model(c.decoder, config.embedding_scale))
     (tokens, mask), draws = c.text(), jax.random.uniform(jax.random.key(5), (c.batch, c.length))
     thoughts = c.thoughts()
-    counts = count_targets(mask, s.tokens_ahead, count_chosen(mask, draws, s))
+    counts = count_targets(mask, s.tokens_ahead, count_chosen(tokens, mask, draws, s))
 
     def given(model: Any, text: Text, positions: jax.Array) -> Any:
         return jax.tree.map(lambda x: at_positions(x, positions), thoughts)

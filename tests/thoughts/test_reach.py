@@ -54,7 +54,7 @@ def test_predictions_one_by_one(starts, made):
                     begun = 0 if starts is None else int(starts[b, j + 1])
                     if j - k < begun or not mask[b, max(j - k, 0)] or (made and not made[j - k]):
                         continue
-                    w = 1 / (1 + np.exp(3 - odds_of(model.mixing_head, text.hidden[b, j], after[b, r, j - k, k])))
+                    w = 1 / (1 + np.exp(1 - odds_of(model.mixing_head, text.hidden[b, j], after[b, r, j - k, k])))
                     mixed = (1 - w) * mixed + w * softmax(model.decoder.logits(after[b, r, j - k, k]))
                     rest *= 1 - w
                 if not found.real[b, j - 1]:

@@ -10,6 +10,7 @@ from quietstar_jax.config import from_config_dict
 from quietstar_jax.configs import long_thoughts
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thought_config import RateScales
+from quietstar_jax.thoughts.chunks import PAST_THE_TEXT
 from quietstar_jax.thoughts.positions import candidates, choose, ranked_by
 from quietstar_jax.thoughts.settings import phase_settings
 from quietstar_jax.thoughts.text import read_text
@@ -143,7 +144,7 @@ def test_where_nothing_that_predicts_thoughts_learns_no_objective_of_thoughts_is
 
 
 def test_positions_where_a_thought_would_start(tmp_path):
-    """The step reads the probabilities of the start token; positions before it think only if no others are left."""
+    """The step reads the probabilities of the start token, and rows that contain it do not think."""
     changes = {"positions": "start", "positions_per_sequence": 2}
     run = prepare(tiny_config(tmp_path, **{f"thought__{name}": value for name, value in changes.items()}))
     assert run.vocabulary.start_token == run.vocabulary.start_tokens[0]
@@ -155,6 +156,10 @@ def test_positions_where_a_thought_would_start(tmp_path):
     text = read_text(model.decoder, batch.tokens, batch.mask, dtype=jnp.float32, **ranked_by(settings))
     expected = jax.nn.log_softmax(model.decoder.logits(text.hidden))[..., run.vocabulary.start_token]
     np.testing.assert_allclose(text.start_log_prob, expected, rtol=1e-5)
-    allowed = candidates(batch.mask, draws, settings) & (jnp.roll(batch.tokens, -1, 1) != run.vocabulary.start_token)
-    largest = jax.lax.top_k(jnp.where(allowed, expected, -jnp.inf), 2)[1]
-    np.testing.assert_array_equal(choose(text, draws, settings)[0], jnp.sort(largest, axis=1)[0])
+    allowed = candidates(batch.tokens, batch.mask, draws, settings)
+    largest = jnp.sort(jax.lax.top_k(jnp.where(allowed, expected, -jnp.inf), 2)[1], axis=1)
+    chosen, thinks = choose(text, draws, settings), allowed.sum(axis=1) > 1
+    assert 0 < thinks.sum() < len(thinks)
+    np.testing.assert_array_equal(chosen[thinks], largest[thinks])
+    written = (batch.mask & (batch.tokens == run.vocabulary.start_token)).any(axis=1)
+    assert (np.asarray(chosen[written]) == PAST_THE_TEXT).all()
