@@ -164,7 +164,7 @@ def test_chosen_positions_have_all_their_targets_in_their_document(how: str) -> 
     text = read_text(model.decoder, tokens, mask, starts, dtype=s.dtype, with_entropy=True)
     chosen = np.asarray(choose(text, draws, s))
     allowed = [{0, 1, 5, 6, 7, 10}, {0, 1, 2, 3, 6, 7, 8, 9, 10}]  # two more tokens follow in the document
-    for row, those, count in zip(chosen, allowed, count_chosen(mask, draws, s, starts).tolist(), strict=True):
+    for row, those, count in zip(chosen, allowed, count_chosen(tokens, mask, draws, s, starts).tolist(), strict=True):
         taken = {int(j) for j in row if j < 16}
         assert taken <= those
         assert len(taken) == count > 0
