@@ -1,8 +1,8 @@
 """A pretrained model learns to think on real text: SmolLM2-135M-Instruct, GSM8K, with calculations as thoughts.
 
-Half of the training solutions write their calculations between marks (`sold <<48/2=24>>24 clips`), the others give only
+Half of the training solutions write their calculations between marks (`sold <<48/2=24>> 24 clips`), the others give only
 the results (`sold 24 clips`). Plain training adapts the model to both; then it learns to think the calculations.
-`make real` runs a short version of all steps. Build the data once, from the hub, or from GSM8K's published files with
+`make real` runs all steps. Build the data once, from the hub, or from GSM8K's published files with
 `--split train=train.jsonl --split test=test.jsonl`:
 
 `python -m quietstar_jax.data.build gsm8k_text --data-dir data/real`
@@ -17,8 +17,8 @@ from quietstar_jax.configs.smollm2_135m_lora import smollm2_135m
 def get_config() -> ml_collections.ConfigDict:
     """Plain training on 204,800 tokens; then only the mixing head learns; then REINFORCE.
 
-    So that CPUs can run it, a few positions of each text think: those at which the text could begin a calculation.
-    Evaluate with `--reach 4 --think start:0.01`: a thought there serves all digits of the result.
+    So that CPUs can run it, few positions think: where a calculation is likely to begin, in texts without written ones.
+    Evaluate with `--reach 4 --think start:0.01`: a thought is then used for four tokens, usually the whole result.
     """
     config = default_config()
     config.workdir = "runs/smollm2_gsm8k"

@@ -79,8 +79,7 @@ class Model(Generator):
             None = all but the last.
           samples: number of random thoughts at each position, after the greedy one.
           thought_length, tokens_ahead: T and K; None = as trained.
-          reach: for how many next tokens a thought is used: a prediction mixes those after the thoughts of the last
-            `reach` positions.
+          reach: number of tokens after a thought for which it is used; above 1 only with the mixing `probabilities`.
           seed: of the random thoughts.
 
         Raises:

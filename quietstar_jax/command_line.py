@@ -52,7 +52,9 @@ class CommandParser(argparse.ArgumentParser):
         prog = written(command)
         end = "\n".join(filter(None, [f"example:\n  {prog} {example}", more]))
         does = COMMANDS[command].does
-        super().__init__(prog=prog, description=does, epilog=end, formatter_class=_Help, allow_abbrev=False)
+        fixed: dict[str, Any] = dict(formatter_class=_Help, allow_abbrev=False, add_help=False)
+        super().__init__(prog=prog, description=does, epilog=end, **fixed)
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # who reads it has found it
 
     def parse_args(self, arguments: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
         """Parses the arguments as `argparse` does, without abbreviated flags.
@@ -250,7 +252,7 @@ SHARED: dict[str, dict[str, Any]] = {
         type=integer_from(1),
         metavar="N",
         default=1,
-        help="next tokens that a thought is used for (default: %(default)s)",
+        help="tokens after a thought for which it is used; above 1 with mixing probabilities (default: %(default)s)",
     ),
     "--max-tokens": dict(type=integer_from(1), metavar="N", help="most tokens to generate (default: %(default)s)"),
     "--max-length": dict(

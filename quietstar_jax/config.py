@@ -165,8 +165,8 @@ class EvaluationConfig:
     batch_size: Positive[int] = 8  # sequences per batch, over all devices
     thought_length: NonNegative[int] = 0  # T in evaluation; 0 = the largest T of all phases
     tokens_ahead: Positive[int] = 1  # K in evaluation
-    reach: Reach = 1  # for how many next tokens a thought is used: a prediction mixes those after the thoughts
-    # of the last `reach` positions, see docs/evaluation.md
+    reach: Reach = 1  # number of tokens after a thought for which it is used, see docs/evaluation.md; above 1 only with
+    # `thought.mixing='probabilities'`, and `tokens_ahead` is then at least this
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,11 @@ class Config:
         problems = require(len(set(names)) == len(names), "phases", names, "a list of phases with different names")
         problems += require(
             self.evaluation.reach == 1 or self.thought.mixing in REACHING, "evaluation.reach", self.evaluation.reach,
-            f"1 with thought.mixing={self.thought.mixing!r}; above 1, set that to {' or '.join(REACHING)}",
+            f"1 unless thought.mixing is {' or '.join(REACHING)} (it is {self.thought.mixing!r})",
+        )  # fmt: skip
+        problems += require(
+            self.evaluation.reach == 1 or not self.thought.gate, "evaluation.reach", self.evaluation.reach,
+            "1 with thought.gate: its figures at each thinking rate need thoughts that are used for one token",
         )  # fmt: skip
         if self.total_steps >= 2**31:
             problems.append(f"phases has {self.total_steps} steps in total; it must have fewer than 2^31")

@@ -53,7 +53,8 @@ class ThoughtConfig:
     start_token: str = "<|startthought|>"  # begins a thought in an export; if the tokenizer
     # has this token, no thought contains it
     end_token: str = "<|endthought|>"  # the same for the token that ends a thought
-    initial_start_token: str = "---"  # text whose mean embedding initializes the start embedding
+    initial_start_token: str = "---"  # text whose mean embedding initializes the start embedding; also what
+    # `positions='start'` and `--think start:P` look for in texts
     initial_end_token: str = "---"  # text whose mean embedding initializes the end embedding
     embedding_scale: Positive[float] = 100.0  # both embeddings are stored divided by this number: Adam changes them
     # faster by this factor
@@ -97,8 +98,8 @@ class ThoughtConfig:
     # sigmoid), `probabilities` = a mixture of the two distributions, `none` = only the prediction after the thought,
     # see docs/objectives.md
     center_mixing_head: Thinking[bool] = False  # when the first phase with thoughts begins, subtract the mean hidden
-    # state of its first batch from the inputs of a mixing head that has not learned yet; the bias of the head absorbs
-    # it, so exports stay as published
+    # state of its first batch from the inputs of a mixing head that has not learned yet, by changing the bias of its
+    # first layer, see docs/objectives.md
     gate: bool = False  # also train a thinking gate, which predicts where a thought gains more than a price
     # (`--think gate:PRICE`), see docs/objectives.md; it changes no other weight
     gate_prices: Thinking[tuple[NonNegative[float], ...]] = (0.05, 0.1, 0.2, 0.5)  # nats; the gate is trained to
@@ -110,7 +111,8 @@ class ThoughtConfig:
     talk_loss_weight: Thinking[TalkWeight] = -1.0  # weight of the loss with thoughts; -1 = 1 - `base_loss_weight`
     positions: Thinking[Literal["all", "stride", "random", "entropy", "start"]] = "all"  # which positions think in
     # training: every n-th (`stride`), random ones, those with the least certain predictions (`entropy`), or random ones
-    # by the probability of `initial_start_token` as the next token (`start`); in evaluation all positions think
+    # weighted by the probability that the next token is `initial_start_token`, which must be one token (`start`; not in
+    # documents that contain it); in evaluation all positions think
     position_fraction: Thinking[Portion] = 1.0  # fraction of positions that think; the cost decreases with it
     positions_per_sequence: Thinking[NonNegative[int]] = 0  # number of positions that think in each sequence, for long
     # thoughts at few positions, where positions is random, entropy or start; 0 = `position_fraction` of them

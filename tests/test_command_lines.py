@@ -175,6 +175,7 @@ def test_a_file_that_fails_is_named_with_the_line(tmp_path):
         ({"phases": [{"steps": 2**31 - 1, "name": "a"}, {"steps": 1}]}, "config.phases has 2147483648 steps"),
         ({"evaluation": {"reach": 65}, "thought": {"mixing": "probabilities"}}, "config.evaluation.reach"),
         ({"evaluation": {"reach": 2}}, "config.evaluation.reach"),
+        ({"evaluation": {"reach": 2}, "thought": {"mixing": "probabilities", "gate": True}}, "config.evaluation.reach"),
         ({"evaluation": {"batch_size": 2**30}}, "config.evaluation.batch_size"),
         ({"model": {"architecture": {"vocab_size": 2**31 - 1, "hidden_size": 2**20}}}, "architecture.hidden_size"),
         ({"thought": {"positions": "stride", "position_fraction": 5e-324}}, "config.thought.position_fraction"),

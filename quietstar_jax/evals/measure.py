@@ -187,6 +187,7 @@ def _spans(
         "seed": options.seed,
         **({"control": options.control} if options.control else {}),
         **({"reach": options.reach} if options.reach > 1 else {}),
+        **({"figures": 2} if policy.constant is None else {}),  # before, records lacked `thought_used_rate`
     }
     against = Path(options.against).expanduser() if options.against else None
     with (

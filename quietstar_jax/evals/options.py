@@ -78,7 +78,9 @@ class Options:
                     f"perturb is {self.perturb!r}, but `task` is {self.task}; it must be language_modeling."
                 )
         if self.reach > 1 and find_task(self.task).kind == VOTING:
-            raise ConfigError(f"reach is {self.reach}, but `task` is {self.task}, which generates text.")
+            raise ConfigError(
+                f"reach is {self.reach}, but `task` is {self.task}: generated text has a reach of 1. Omit `reach`."
+            )
         if self.control:
             if problems := one_of("control", self.control, REPLACEMENT):
                 raise ConfigError(f"{problems[0]}.")
@@ -87,12 +89,12 @@ class Options:
         if self.against and find_task(self.task).kind != SPANS:
             raise ConfigError(f"against is {self.against!r}, but `task` is {self.task}; it must be spans.")
         if self.think_front:
-            others = {"think": self.think, "samples": self.samples}
+            others = {"think": self.think, "samples": self.samples, "reach": self.reach if self.reach > 1 else 0}
             for name, value in others.items():
                 if value:
                     raise ConfigError(
                         f"{name} is {value!r}, but `think_front` compares all policies, with one greedy thought at "
-                        f"every position. Omit one of them."
+                        f"every position, used for one token. Omit one of them."
                     )
             if find_task(self.task).kind not in (DIRECT, TEXT):
                 tasks = ", ".join(name for name, task in TASKS.items() if task.kind in (DIRECT, TEXT))

@@ -145,6 +145,7 @@ def sums_of(text: MarkedText, scores: TokenScores) -> dict[str, Any]:
             }  # fmt: skip
             if scores.made is not None:
                 columns["with_thoughts"]["thinking_rate"] = scores.made
+                columns["with_thoughts"]["thought_used_rate"] = scores.made | (scores.weight > 0)
         record[group] = {"tokens": int(chosen.sum())} | {
             mode: {name: float(values[chosen].sum(dtype=np.float64)) for name, values in by_name.items()}
             for mode, by_name in columns.items()
@@ -157,9 +158,10 @@ def summarize_spans(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, A
 
     Returns:
       `texts`; `tokens` of each of `GROUPS`; by mode and group `nats_per_token` and `accuracy` with their intervals, and
-      with thoughts `mixing_weight`, a mean over the thoughts that are made (0 if there are none), and, with a policy of
-      thinking, `thinking_rate`; if there are thoughts, `comparison` by group and metric, with minus without thoughts. A
-      group without tokens is left out.
+      with thoughts `mixing_weight`, a mean over the tokens for which a thought is used (0 if there are none), and, with
+      a policy of thinking, `thinking_rate` and `thought_used_rate`, the share of these tokens, which is larger if
+      thoughts are used for several; if there are thoughts, `comparison` by group and metric, with minus without
+      thoughts. A group without tokens is left out.
     """
     tokens = {group: np.array([row[group]["tokens"] for row in rows]) for group in GROUPS}
     groups = [group for group in GROUPS if tokens[group].sum()]
@@ -170,8 +172,9 @@ def summarize_spans(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, A
         for group in groups:
             for name in rows[0][group][mode]:
                 totals = _totals(rows, group, mode, name)
-                # Thoughts that the policy does not make have no mixing weight.
-                among = "thinking_rate" if name == "mixing_weight" and "thinking_rate" in rows[0][group][mode] else ""
+                # Where no thought is used, there is no mixing weight.
+                used = "thought_used_rate"
+                among = used if name == "mixing_weight" and used in rows[0][group][mode] else ""
                 count = (_totals(rows, group, mode, among) if among else tokens[group]).sum()
                 found[mode][group][name] = float(totals.sum() / count) if count else 0.0
                 if name in METRICS:

@@ -415,7 +415,7 @@ def mix_log_probabilities(
 
 
 def mix_probabilities(model: Thinking, text: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixed probabilities, as log-probabilities; the weight is the sigmoid of the head's output - 1."""
+    """Mixed probabilities, as log-probabilities; the weight is the sigmoid of (the head's output minus 1)."""
     odds = model._weight(text, after) - 1.0
     base, thought = (model._text_logits(h).log_softmax(-1) for h in (text, after))
     mixed = torch.logaddexp(nn.functional.logsigmoid(-odds) + base, nn.functional.logsigmoid(odds) + thought)

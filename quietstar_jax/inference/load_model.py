@@ -117,7 +117,7 @@ class LoadedModel:
 
         Args:
           thought_length: T; None = as trained, 0 = no thoughts.
-          tokens_ahead: K; at least `reach`.
+          tokens_ahead: K; raised to `reach` if it is smaller.
           reach: for how many next tokens a thought is used in scoring, see `thoughts.reach`.
 
         Raises:

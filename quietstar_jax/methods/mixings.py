@@ -69,8 +69,8 @@ def log_probabilities(
 
 @MIXINGS.register(
     formula=r"\log((1 - w)\,p + w\,p')",
-    assumes="0 < w < 1, by the sigmoid of the head's output - 1; 0.27 at the start. A wrong thought costs at most "
-    "-log(1 - w).",
+    assumes="0 < w < 1: w is the sigmoid of (the head's output minus 1), and starts at 0.27. A wrong thought costs at "
+    "most -log(1 - w).",
     source="pointer-generator networks (See et al., 2017)",
     log_probs=True,
 )

@@ -9,7 +9,8 @@ Traits:
   numbers: the numbers of the policy, `Number`s; if there are several, their values must ascend.
   constant: True or False if the policy gives this answer at every position, None if it chooses. Constant policies are
     never called: callers then run the function with thoughts at all positions, or the one without thoughts.
-  draws: whether the policy uses `Position.uniform`; gate, start: whether it uses `Position.gain`, `Position.start`.
+  draws: whether the policy uses `Position.uniform`; gate, start: whether it uses `Position.gain` or `Position.start`,
+    respectively.
   ranking: a `Ranking`, if the first number is a threshold of one quantity; otherwise None. Sorting the positions by
     this quantity gives the choices of the policy at every threshold.
 

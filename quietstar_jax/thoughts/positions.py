@@ -10,7 +10,7 @@ Except for `all`, the choice is among positions whose K true tokens are real.
 | `entropy` | where the prediction without a thought is least certain: thoughts help at few tokens (paper section 5) |
 | `start` | a random choice by the probability of the start token: where the text itself would begin a thought |
 
-All but `stride` choose the fraction `position_fraction` of each sequence, or `positions_per_sequence` positions.
+The last three choose the fraction `position_fraction` of each sequence, or `positions_per_sequence` positions.
 
 Training chooses a fixed number of positions, so that its shapes do not depend on the text. Evaluation and generation
 decide at each position by itself; the similar policies of `methods/thinking.py` are `always`, `every`, `random`,
@@ -65,7 +65,7 @@ def choose(text: Text, draws: jax.Array, settings: ThoughtSettings) -> jax.Array
     elif how == "start":
         rank = weighted(draws, jnp.exp(text.start_log_prob))  # type: ignore[arg-type]  # requested, as `entropy` is
     elif settings.preferred_tokens:
-        # The last position, before which `roll` puts the first token, is no candidate.
+        # `roll` makes the first token the successor of the last position, which is never a candidate.
         wanted = jnp.isin(jnp.roll(text.tokens, -1, axis=1), jnp.array(settings.preferred_tokens))
         rank = weighted(draws, jnp.where(wanted, settings.config.position_weight, 1.0))
     of_text = text.tokens, text.mask, draws, settings, text.starts
@@ -78,7 +78,7 @@ def weighted(draws: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns ranks [B, L] whose largest are a choice without replacement by weight (Efraimidis and Spirakis, 2006).
 
     Args:
-      draws: [B, L] uniform in [0, 1); weight: [B, L], at least 0; weights below 1e-9 are equal.
+      draws: [B, L] uniform in [0, 1); weight: [B, L], at least 0; weights below 1e-9 count as 1e-9.
     """
     return jnp.log(jnp.maximum(draws, 1e-9)) / jnp.maximum(weight, 1e-9)
 

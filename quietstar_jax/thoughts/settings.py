@@ -116,7 +116,7 @@ class Vocabulary(NamedTuple):
       unused: ids of the model that are not tokens, see `data.vocabulary.unused_ids`; never sampled in a thought either.
       end_token: the only one of the `initial_end_token`, if `thought.end` is `token`.
       preferred: ids whose text matches `thought.position_pattern`.
-      start_token: the only one of the `initial_start_token`, or None.
+      start_token: id of the `initial_start_token` if that is one token, else None.
     """
 
     pad_id: int

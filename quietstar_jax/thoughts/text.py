@@ -87,7 +87,7 @@ def entropy(logits: jax.Array) -> jax.Array:
 
 
 def log_prob_of(logits: jax.Array, token: int | None) -> jax.Array | None:
-    """Returns the log-probability of a token, nats [...], from logits [..., V]; None of no token."""
+    """Returns the log-probability of a token, nats [...], from logits [..., V]; None if `token` is None."""
     return None if token is None else logits[..., token] - jax.nn.logsumexp(logits, axis=-1)
 
 

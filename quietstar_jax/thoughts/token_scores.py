@@ -94,8 +94,9 @@ class TokenScores(NamedTuple):
       weight: [B, R, J] mixing weight of x[j+1]; with a reach above 1, of all thoughts together.
       thought_entropy: [B, R, J] mean entropy of the distributions that the thought's tokens were drawn from.
       thoughts: [B, R, J, T] int32, as in `sample.Thoughts`.
-      made: [B, R, J] bool, whether the policy of thinking makes the thought; where not, `talk` is `base`, and weight
-        and reward are 0, unless an older thought reaches x[j+1]. None without a policy.
+      made: [B, R, J] bool, whether the policy of thinking makes the thought; where not, the reward is 0 (it is always
+        that of the position's own thought); so is the weight, and `talk` is `base`, unless an older thought is used for
+        x[j+1]. None without a policy.
       use: `ThoughtUse`; None unless requested.
       rankings: dictionary of [B, 1, J], as from `methods.thinking.rankings`; None unless requested.
     """

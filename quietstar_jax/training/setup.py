@@ -265,7 +265,7 @@ def check_length(config: Config, architecture: Architecture) -> None:
 
 
 def _only_token(tokens: tuple[int, ...], setting: str, config: Config) -> int:
-    """Returns the token of `initial_end_token`, or of `initial_start_token` for the setting `positions`."""
+    """Returns the single token of `initial_end_token` (setting `end`) or `initial_start_token` (`positions`)."""
     name = {"end": "initial_end_token", "positions": "initial_start_token"}[setting]
     if len(tokens) > 1:
         raise ConfigError(

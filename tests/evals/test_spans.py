@@ -102,7 +102,7 @@ def test_another_model_is_compared_on_the_texts_that_both_have():
         compare_runs(rows, others | {2: record(2, [1, 1, 0], [1, 1, 1], [1, 1, 1])}, seed=0)
 
 
-def test_the_mixing_weight_is_a_mean_over_the_thoughts_that_are_made():
+def test_the_mixing_weight_is_a_mean_over_the_tokens_for_which_a_thought_is_used():
     tokens = column([1, 1, 1], [1, 1, 1])
     made = np.array([True, True, False])
     scores = tokens._replace(weight=np.array([0.2, 0.4, 0.0], np.float32), made=made)
@@ -116,6 +116,9 @@ def test_the_mixing_weight_is_a_mean_over_the_thoughts_that_are_made():
     never = scores._replace(weight=np.zeros(3, np.float32), made=~made & made)
     found = summarize_spans([sums_of(text, never), sums_of(text, never)], seed=0)["with_thoughts"]
     assert (found["others"]["mixing_weight"], found["others"]["thinking_rate"]) == (0.0, 0.0)
+    older = scores._replace(weight=np.array([0.2, 0.4, 0.6], np.float32))  # of an older thought at the last token
+    found = summarize_spans([sums_of(text, older), sums_of(text, older)], seed=0)["with_thoughts"]["others"]
+    assert (found["mixing_weight"], found["thinking_rate"], found["thought_used_rate"]) == (pytest.approx(0.5), 0.5, 1)
 
 
 def test_texts_that_are_all_right_or_all_wrong_are_not_certain():

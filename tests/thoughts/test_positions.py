@@ -112,7 +112,10 @@ def test_a_number_of_positions_for_each_sequence() -> None:
     text = text_of(["111111111", "111110000", "111100000"], [[1.0, 5.0, 2.0, 4.0, 3.0, 0.0, 9.0, 9.0, 9.0]] * 3)
     draws = jnp.zeros((3, 9))
     assert choose(text, draws, settings).tolist() == [[1, 3], [1, 2], [0, 1]]
-    assert count_chosen(text.tokens[:2], text_of(["111111111", "111000000"]).mask, draws[:2], settings).tolist() == [2, 1]
+    assert count_chosen(text.tokens[:2], text_of(["111111111", "111000000"]).mask, draws[:2], settings).tolist() == [
+        2,
+        1,
+    ]
     assert settings.thinking_positions(9) == settings.drawn_positions(9) == 2
     assert settings.thinking_positions(4) == 1  # no more than exist
     assert draw(jax.random.key(0), (3, 9), settings).thoughts.tokens.shape == (3, 1, 2, 2)
