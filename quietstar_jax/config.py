@@ -275,6 +275,11 @@ class Config:
             self.evaluation.reach == 1 or not self.thought.gate, "evaluation.reach", self.evaluation.reach,
             "1 with thought.gate: its figures at each thinking rate need thoughts that are used for one token",
         )  # fmt: skip
+        problems += require(
+            self.thought.positions != "start" or self.data.packing != "packed" or self.data.document_mask,
+            "data.document_mask", self.data.document_mask,
+            "True where thought.positions is 'start', which leaves out documents with written thoughts",
+        )  # fmt: skip
         if self.total_steps >= 2**31:
             problems.append(f"phases has {self.total_steps} steps in total; it must have fewer than 2^31")
         groups: list[tuple[str, Phase | EvaluationConfig, int]] = [("evaluation", self.evaluation, 1)]

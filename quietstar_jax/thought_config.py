@@ -41,7 +41,7 @@ CONTROLS, PERTURBATIONS = map(get_args, (Control, Perturbation))
 Pattern = Annotated[str, Check(is_pattern, "a regular expression")]
 AtLeast1 = Annotated[float, at_least(1)]
 CHOSEN = ("random", "entropy", "start")  # `positions` of which each sequence has the same number
-MOST_REACH = 64
+MOST_REACH = 16
 Reach = Annotated[int, between(1, MOST_REACH)]
 TalkWeight = Annotated[float, Check(lambda value: value >= 0 or value == -1, "at least 0, or -1")]
 

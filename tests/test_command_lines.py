@@ -173,8 +173,12 @@ def test_a_file_that_fails_is_named_with_the_line(tmp_path):
         ({"phases": [{"batch_size": 2**28}]}, "config.phases[0].batch_size"),
         ({"phases": [{"num_thoughts": 2**30}]}, "config.phases[0] has thoughts of"),
         ({"phases": [{"steps": 2**31 - 1, "name": "a"}, {"steps": 1}]}, "config.phases has 2147483648 steps"),
-        ({"evaluation": {"reach": 65}, "thought": {"mixing": "probabilities"}}, "config.evaluation.reach"),
+        ({"evaluation": {"reach": 17}, "thought": {"mixing": "probabilities"}}, "config.evaluation.reach"),
         ({"evaluation": {"reach": 2}}, "config.evaluation.reach"),
+        (
+            {"thought": {"positions": "start"}, "data": {"packing": "packed", "document_mask": False}},
+            "config.data.document_mask",
+        ),
         ({"evaluation": {"reach": 2}, "thought": {"mixing": "probabilities", "gate": True}}, "config.evaluation.reach"),
         ({"evaluation": {"batch_size": 2**30}}, "config.evaluation.batch_size"),
         ({"model": {"architecture": {"vocab_size": 2**31 - 1, "hidden_size": 2**20}}}, "architecture.hidden_size"),

@@ -206,7 +206,7 @@ def test_refusals(folder, capsys):
         (ConfigError, "--reach is 2, but --task is gsm8k_cot", {"task": "gsm8k_cot", "args": ["--reach", "2"]}),
         (ConfigError, "--reach is 2, but .*plain cannot think", {"checkpoint": "plain", "args": ["--reach", "2"]}),
         (ConfigError, "--reach is 2, but .* with the mixing 'hidden_states'", {"args": ["--reach", "2"]}),
-        (ConfigError, "--reach is 65; it must be within 1 .. 64", {"args": ["--reach", "65"]}),
+        (ConfigError, "--reach is 17; it must be within 1 .. 16", {"args": ["--reach", "17"]}),
         (ConfigError, "--perturb is 'delete', but --task is gsm8k", {"args": ["--perturb", "delete"]}),
         (ConfigError, "--perturb is 'delete', but --thoughts is off", {
             "task": "language_modeling", "data": "text.jsonl", "args": ["--perturb", "delete", "--thoughts", "off"]}),

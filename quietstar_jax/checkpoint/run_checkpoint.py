@@ -219,6 +219,8 @@ def _vocabulary(record: dict[str, Any]) -> Vocabulary:
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
     }
+    first = fields["start_tokens"]  # in a record from before there was `start_token`
+    fields.setdefault("start_token", first[0] if len(first) == 1 else None)
     return Vocabulary(**fields)
 
 

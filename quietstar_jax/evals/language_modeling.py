@@ -173,14 +173,14 @@ class _Extremes:
     def add(self, tail: Continuation, score: TokenScores) -> None:
         """Adds the most helped and most harmed tokens of one window."""
         gain = score.base.nll - score.talk.nll
-        order = np.argsort(gain, kind="stable")
+        order, shown = np.argsort(gain, kind="stable"), score.thought_places()
         for heap, sign, places in ((self._helped, 1, order[::-1]), (self._harmed, -1, order)):
             for place in places[: self._top]:
                 if sign * gain[place] <= 0:
                     break
                 moment = Moment(
                     sign * float(gain[place]), -next(self._order), tail, len(tail.tokens) - tail.last + int(place),
-                    thought_ids(score.thoughts[place]),
+                    thought_ids(score.thoughts[shown[place]]) if shown[place] >= 0 else (),
                     (float(score.base.nll[place]), float(score.talk.nll[place])),
                     float(score.weight[place]),
                 )  # fmt: skip

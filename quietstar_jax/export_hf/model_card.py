@@ -184,6 +184,8 @@ def _measurements(run: RunCheckpoint) -> str:
     rows += [f"| {meaning} | - | {record[name]:.4f} |" for name, meaning in SINGLE.items() if name in record]
     size = f", {record['tokens']:,} tokens" if "tokens" in record else ""
     title = f"## Measured\n\nOn {_sources(run.config.data.validation)}{size}, with greedy thoughts"
+    if run.config.evaluation.reach > 1:
+        title += f", each used for {run.config.evaluation.reach} tokens (this export uses it for one)"
     exact = "; 95 % intervals of answers are exact" if any("answer right" in row for row in rows) else ""
     return "\n".join([f"{title}{exact}.\n", "| figure | without thoughts | with thoughts |", "|---|---|---|", *rows])
 

@@ -164,7 +164,7 @@ def gate(at: Position, price: jax.Array) -> jax.Array:
     formula=r"p_j(\text{start}) \ge p",
     assumes="Some text in training has thoughts written out, which begin with the token that starts thoughts.",
     source="as `thought.positions` = start", numbers=(Number("p", 0, 1),), start=True,
-    ranking=Ranking(lambda at: at.start, largest_first=True),
+    ranking=Ranking(lambda at: None if at.start is None else jnp.exp(at.start), largest_first=True),
 )  # fmt: skip
 def start(at: Position, p: jax.Array) -> jax.Array:
     """Thinks where the text itself would begin a thought with at least probability p."""

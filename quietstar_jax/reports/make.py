@@ -69,7 +69,9 @@ def report_checkpoint(
     model = models[0]
     ahead = options.tokens_ahead or model.tokens_ahead
     settings = [one.settings(options.thought_length, ahead, options.reach) for one in models]
-    gate_ahead = dataclasses.replace(settings[0], tokens_ahead=max(ahead, model.thought.gate_tokens_ahead))
+    gate_ahead = dataclasses.replace(
+        settings[0], tokens_ahead=max(settings[0].tokens_ahead, model.thought.gate_tokens_ahead)
+    )
     length = min(map(longest_window, models, [gate_ahead, *settings[1:]], [options.sequence_length] * len(models)))
     sources = [_documents(one, options) for one in models]
     documents = len(sources[0]) if options.prompt else options.limit or len(sources[0])
@@ -192,8 +194,8 @@ def measure_selective(
     """Measures greedy thoughts at some of the positions.
 
     Args:
-      seen: scores with thoughts at all positions; computed again where `think` chooses, or the gate predicts the gain
-        of another number of tokens.
+      seen: scores with thoughts at all positions; computed again where `think` chooses, a thought is used for several
+        tokens, or the gate predicts the gain of another number of tokens.
 
     Returns:
       `front`, as from `summarize_front`; if the model has a thinking gate, `gate`, as from `calibrate`, at the prices
@@ -201,8 +203,8 @@ def measure_selective(
     """
     ahead = model.thought.gate_tokens_ahead
     several = model.thought.gate and ahead > 1
-    if think.constant is None or (several and settings.tokens_ahead != ahead):
-        settings = dataclasses.replace(settings, tokens_ahead=ahead if several else settings.tokens_ahead)
+    if think.constant is None or settings.reach > 1 or (several and settings.tokens_ahead != ahead):
+        settings = dataclasses.replace(settings, tokens_ahead=ahead if several else settings.tokens_ahead, reach=1)
         seen = observe(model, settings, windows, samples=0, seed=seed)
     greedy = [scores.of_thoughts(0) for scores in seen]
     positions = of_scores(greedy, one_answer=False)

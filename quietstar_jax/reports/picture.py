@@ -96,7 +96,8 @@ def thought_picture(observed: Observed, theme: str) -> str:
     marks += [_text(inner, y, "The thought before", "soft"), _chip(inner + 144, y, truth, "chosen")]
     marks.append(_text(start - 14, y, ":", "soft"))
     x = start
-    for piece in map(visible, pieces(list(thought_ids(seen.thoughts[0, j])))):
+    newest = max(0, int(seen.thought_places()[0, j]))
+    for piece in map(visible, pieces(list(thought_ids(seen.thoughts[0, newest])))):
         piece = piece.strip(" ") or "·"
         if x + 16 + ADVANCE * columns(piece) > WIDTH - inner:
             x, y = start, y + LINE

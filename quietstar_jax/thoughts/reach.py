@@ -24,8 +24,11 @@ from quietstar_jax.thoughts.text import Text, real_ahead
 
 
 def widened(positions: jax.Array, reach: int) -> jax.Array:
-    """Returns consecutive positions [J] and the N - 1 before them, [J + N - 1]; some may be negative."""
-    return positions[0] - (reach - 1) + jnp.arange(positions.size + reach - 1)
+    """Returns consecutive positions [J] and the N - 1 before them, [J + N - 1]; some may be negative.
+
+    A reach of 1 adds none, and the positions need not be consecutive.
+    """
+    return positions if reach == 1 else positions[0] - (reach - 1) + jnp.arange(positions.size + reach - 1)
 
 
 def usable(text: Text, positions: jax.Array, reach: int) -> jax.Array:

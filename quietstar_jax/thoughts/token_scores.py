@@ -123,6 +123,15 @@ class TokenScores(NamedTuple):
         """Which thoughts the policy of thinking makes, in the shape of `weight`, bool."""
         return np.ones(self.weight.shape, bool) if self.made is None else self.made
 
+    def thought_places(self) -> np.ndarray:
+        """Returns which thought to show for a token: the index of the newest one that the policy makes, [.., J].
+
+        It is -1 where there is none; without a policy, each token has its own.
+        """
+        made = self.made_thoughts
+        newest: np.ndarray = np.maximum.accumulate(np.where(made, np.arange(made.shape[-1]), -1), axis=-1)
+        return newest
+
     def of_text(self, row: int, positions: slice) -> TokenScores:
         """Returns the scores of one text at some of its positions: [J] without thoughts, [R, J] after thoughts."""
         without = jax.tree.map(lambda x: x[row, positions], self[:3])

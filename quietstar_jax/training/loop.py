@@ -216,7 +216,7 @@ class Trainer:
                     rows = self._sequences.next_batch(phase.batch_size // self._reader.count)
                 batch = Batch(**{name: self._reader.place(value, self._run.mesh) for name, value in rows.items()})
                 if config.thought.center_mixing_head and done - 1 == config.thinking_start:
-                    state = center_mixing_head(self._run, state, batch)
+                    state = center_mixing_head(self._run, state, batch, phase.microbatches)
                 state, values = step_fn(state, batch, self._run.key, jnp.int32(start))
             self._read_metrics()
             self._unread = functools.partial(self._log, values, done, phase)

@@ -137,8 +137,10 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], step: i
     # An architecture recorded before a field existed has that field's default.
     before, after = (_with_defaults(to_mapping(Architecture()), record["architecture"]) for record in (saved, current))
     changed += differences(before, after, architecture)
-    for part in ("model_commit", "vocabulary"):
-        changed += differences(saved[part], current[part], part)
+    changed += differences(saved["model_commit"], current["model_commit"], "model_commit")
+    # The tokens of older records follow from the tokenizer and the settings, which are compared.
+    newer = {name: current["vocabulary"].get(name) for name in ("start_token", "end_token")}
+    changed += differences(newer | saved["vocabulary"], current["vocabulary"], "vocabulary")
     if saved.get("adapter"):
         changed += differences(saved["adapter"], current["adapter"], ADAPTER)
     free = MARKED[OnResume.SAME_TEXT]

@@ -43,7 +43,7 @@ from quietstar_jax.training.base import (
 from quietstar_jax.training.base_record import Base, RecordedBase, adapter_record, base_record
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.resume import resumed_tokenizer, same_adapters, same_base, tokenizer_source
-from quietstar_jax.training.step import initial_state, objective_state, state_specs
+from quietstar_jax.training.step import accumulate, initial_state, objective_state, state_specs
 
 NOT_RECORDED = ("unused", "preferred")  # fields of `Vocabulary`; `unused` has another name in the record
 
@@ -233,16 +233,22 @@ def begin_objective(run: Run, state: TrainState) -> TrainState:
     return state._replace(**jax.jit(lambda x: objective_state(x, run.config), out_shardings=shardings)(state.params))
 
 
-def center_mixing_head(run: Run, state: TrainState, batch: Batch) -> TrainState:
-    """Returns the state with the mixing head centred on the mean hidden state of a batch, unless it has learned."""
-    model, dtype = run.config.model, jnp.dtype(run.config.model.compute_dtype)
+def center_mixing_head(run: Run, state: TrainState, batch: Batch, microbatches: int = 1) -> TrainState:
+    """Returns the state with the mixing head centred on the mean hidden state of a batch, unless it has learned.
+
+    Args:
+      microbatches: how many parts of the batch are read one after the other.
+    """
+    dtype = jnp.dtype(run.config.model.compute_dtype)
 
     def centered(weights: dict[str, jax.Array], batch: Batch) -> jax.Array:
         quiet_star = merge(run.graphdef, weights)
-        hidden, _, _ = base_pass(quiet_star.decoder, *batch, dtype=dtype, rematerialize=model.rematerialize)
-        real = batch.mask[..., None]
-        mean = jnp.where(real, hidden.astype(jnp.float32), 0.0).sum(axis=(0, 1)) / real.sum()
-        head = quiet_star.mixing_head
+
+        def total(part: Batch) -> jax.Array:
+            hidden, _, _ = base_pass(quiet_star.decoder, *part, dtype=dtype)
+            return jnp.where(part.mask[..., None], hidden.astype(jnp.float32), 0.0).sum(axis=(0, 1))
+
+        mean, head = accumulate(total, batch, microbatches) / batch.mask.sum(), quiet_star.mixing_head
         return jnp.where(jnp.any(head.out[...]), head.in_bias[...], centered_bias(head, mean))
 
     name = "mixing_head.in_bias"
