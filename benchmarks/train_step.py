@@ -81,7 +81,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(), start_tokens=(1,), end_tokens=(2,))
+VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(), start_tokens=(1,), end_tokens=(2,), end_token=2, start_token=1)
 
 
 def config_of(s: Sizes) -> Config:

@@ -40,7 +40,7 @@ PHASE = Phase(
     batch_size=ROWS, microbatches=2, thought_length=2, num_thoughts=2, tokens_ahead=2, policy_weight=3.0,
     learning_rate=1e-2, warmup_steps=0,
 )  # fmt: skip
-VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(5,), start_tokens=(1,), end_tokens=(2,), end_token=2)
+VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(5,), start_tokens=(1,), end_tokens=(2,), end_token=2, start_token=1)
 ARRAYS, STRUCTURE = split(random_model(ARCHITECTURE, 7.0))
 PARAMS = jax.device_get(ARRAYS)  # a step gives up what it is given
 ADAPTERS = Adapters("all", rank=3, alpha=5.0)
