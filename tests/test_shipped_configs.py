@@ -40,7 +40,9 @@ def test_config_fits_together(path):
         objective: jax.eval_shape(lambda p, objective=objective: initial_state(p, config, objective=objective), params)
         for objective in (False, True)
     }
-    vocabulary = Vocabulary(pad_id=0, meta_tokens=(1, 2), start_tokens=(3,), end_tokens=(3,), end_token=3, start_token=3)
+    vocabulary = Vocabulary(
+        pad_id=0, meta_tokens=(1, 2), start_tokens=(3,), end_tokens=(3,), end_token=3, start_token=3
+    )
     length = config.data.sequence_length
 
     def batch(rows):

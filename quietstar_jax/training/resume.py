@@ -139,7 +139,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], step: i
     changed += differences(before, after, architecture)
     changed += differences(saved["model_commit"], current["model_commit"], "model_commit")
     # The tokens of older records follow from the tokenizer and the settings, which are compared.
-    newer = {name: current["vocabulary"].get(name) for name in ("start_token", "end_token")}
+    newer = {name: id for name, id in current["vocabulary"].items() if name in ("start_token", "end_token")}
     changed += differences(newer | saved["vocabulary"], current["vocabulary"], "vocabulary")
     if saved.get("adapter"):
         changed += differences(saved["adapter"], current["adapter"], ADAPTER)

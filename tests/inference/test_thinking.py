@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,16 @@ from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.generate import Generator
 from quietstar_jax.hf.generation import thinking
 from quietstar_jax.inference.batch import thinking_rate
-from quietstar_jax.methods.thinking import ALWAYS, NEVER, Position, choose_policy, parse_policy, thinks
+from quietstar_jax.methods.thinking import (
+    ALWAYS,
+    NEVER,
+    THINKING,
+    Position,
+    choose_policy,
+    parse_policy,
+    rankings,
+    thinks,
+)
 from quietstar_jax.thoughts.text import entropy, log_prob_of
 
 PROMPTS = ["w3 w4 w5", "w9", "w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13", "w20 w21"]
@@ -51,6 +61,20 @@ def test_what_policies_choose():
     assert chosen("gate:-0.05", logits) == [True] * 4
     assert chosen("start:0.03", logits) == [True, False, True, False]  # 0.25, 0.01, 0.05, 0
     assert chosen("start:0", logits) == [True] * 4
+
+
+def test_a_ranking_is_the_quantity_that_its_policy_compares_with_its_number():
+    """So that a threshold of the ranking, as `--think-front` prints it, is a number of the policy."""
+    logits = jax.random.normal(jax.random.key(0), (9, 5))
+    at = Position(logits, entropy(logits), jnp.arange(9), jnp.arange(9) / 9, jnp.arange(9) / 10, log_prob_of(logits, 2))
+    found = rankings(at)
+    assert found.keys() == {name for name, entry in THINKING.items() if entry.traits["ranking"]}
+    for name, value in found.items():
+        threshold = np.sort(value)[3:5].mean()
+        policy = parse_policy(f"{name}:{threshold:.6f}")
+        chosen = thinks(name, jnp.array(policy.numbers, jnp.float32), at)
+        largest = THINKING[name].traits["ranking"].largest_first
+        np.testing.assert_array_equal(chosen, value > threshold if largest else value < threshold)
 
 
 def test_a_policy_is_written_as_it_is_read():

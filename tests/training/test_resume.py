@@ -147,6 +147,10 @@ def test_what_may_change_between_runs():
     fits_elsewhere = record([phase(microbatches=8)], model={"rematerialize": True, "prefix_attention": "triton"})
     elsewhere = {"rematerialize": False, "prefix_attention": "auto"}
     check_same_run(record([phase(microbatches=1)], model=elsewhere), fits_elsewhere, step=2)
+    newer = saved | {"vocabulary": {"start_token": 7, "end_token": None}}  # fields that older records lack
+    check_same_run(saved, newer, step=2)
+    with pytest.raises(CheckpointError, match=r"vocabulary\.start_token: 7 -> 8"):
+        check_same_run(newer, saved | {"vocabulary": {"start_token": 8, "end_token": None}}, step=2)
     with pytest.raises(CheckpointError, match="rate: 1 -> 2"):
         check_same_run(saved, record([phase(rate=2)]), step=2)
     decaying = record([phase(decay="cosine")])
