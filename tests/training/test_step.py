@@ -151,6 +151,7 @@ def test_positions_where_a_thought_would_start(tmp_path):
     _, metrics = step_of(run, run.config.phases[1])
     assert np.isfinite(float(metrics["talk_loss"]))
     settings, batch = phase_settings(run.config, run.config.phases[1], run.vocabulary), batch_of(run)
+    batch = batch._replace(tokens=batch.tokens.at[2, 3].set(run.vocabulary.start_token))
     state, draws = first_state(run), jnp.full(batch.tokens.shape, 0.5)  # the largest probabilities
     model = merge(run.graphdef, state.weights)
     text = read_text(model.decoder, batch.tokens, batch.mask, dtype=jnp.float32, **ranked_by(settings))
