@@ -258,7 +258,7 @@ def test_the_front_has_the_figures_of_single_policies(folder, capsys, tmp_path, 
     found = evaluate(capsys, folder, "--think-front", "--figures", str(tmp_path / "charts"), **given)
     front = found.pop("front")
     assert found["with_thoughts"] == plain["with_thoughts"]
-    assert list(front["policies"]) == ["random", "entropy", "margin", "entropy_band"]
+    assert list(front["policies"]) == ["random", "entropy", "margin", "start", "entropy_band"]
     right = "exact_match" if task == "gsm8k" else "accuracy"
     for points in (of_policy["points"] for of_policy in front["policies"].values()):
         assert (points[0]["think"], points[-1]["think"]) == ("never", "always")
@@ -281,7 +281,7 @@ def test_the_front_as_a_table(folder, capsys):
           "--thought-length", "2", "--think-front", "--quiet"])  # fmt: skip
     printed = capsys.readouterr().out
     assert "(a position predicts one token of an answer)" in printed
-    assert printed.count("    never  ") == printed.count("    always  ") == 4
+    assert printed.count("    never  ") == printed.count("    always  ") == 5
 
 
 @pytest.mark.parametrize(

@@ -80,5 +80,5 @@ def test_a_model_without_a_gate_refuses_the_policy(run, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     with pytest.raises(ValueError, match="no thinking gate"):
         model.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=2, think="gate:0.1")
-    with pytest.raises(ValueError, match=r"or gate:0\.1"):
+    with pytest.raises(ValueError, match=r"gate:0\.1"):
         model.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=2, think="gate")

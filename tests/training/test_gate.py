@@ -79,7 +79,7 @@ def test_a_run_from_a_run(tmp_path, base_has_gate):
         front = summary["answer_front"]
         assert front["answers"] == 400
         assert f"keeping 97 %, %\n    random {100 * summary['answers_kept_random']:>41.1f}" in format_summary(summary)
-        assert set(front["policies"]) == {"random", "entropy", "margin", "gate", "entropy_band"}
+        assert set(front["policies"]) == {"random", "entropy", "margin", "gate", "start", "entropy_band"}
         always = front["policies"]["gate"]["points"][-1]
         assert always["right"] == pytest.approx(summary["answer_accuracy_with_thoughts"])
     again = to_config_dict(config)
