@@ -1,8 +1,8 @@
 """A pretrained model learns to think on real text: SmolLM2-135M-Instruct, GSM8K, with calculations as thoughts.
 
-Half of the training solutions write their calculations between marks (`sold <<48/2=24>> 24 clips`), the others give only
-the results (`sold 24 clips`). Plain training adapts the model to both; then it learns to think the calculations.
-`make real` runs all steps. Build the data once, from the hub, or from GSM8K's published files with
+Half of the training solutions write their calculations between marks (`sold <<48/2=24>> 24 clips`), the others give
+only the results (`sold 24 clips`). Plain training adapts the model to both; then it learns to think the calculations.
+`make real` runs it without the last phase. Build the data once, from the hub, or from GSM8K's published files with
 `--split train=train.jsonl --split test=test.jsonl`:
 
 `python -m quietstar_jax.data.build gsm8k_text --data-dir data/real`
@@ -17,8 +17,8 @@ from quietstar_jax.configs.smollm2_135m_lora import smollm2_135m
 def get_config() -> ml_collections.ConfigDict:
     """Plain training on 204,800 tokens; then one step that only centres the mixing head; then REINFORCE.
 
-    The model thinks usefully before REINFORCE: it has read calculations, and the mixing starts with the weight 0.27. The
-    gain in docs/results.md was measured there, without the last phase, as `make real` does.
+    The model thinks usefully before REINFORCE: it has read calculations, and the mixing starts with the weight 0.27.
+    The gain in docs/results.md was measured there, without the last phase, as `make real` does.
 
     So that CPUs can run it, few positions think: where a calculation is likely to begin, in texts without written ones.
     Evaluate with `--reach 4 --think start:0.01`: a thought is then used for four tokens, usually the whole result.

@@ -168,6 +168,11 @@ class EvaluationConfig:
     reach: Reach = 1  # number of tokens after a thought for which it is used, see docs/evaluation.md; above 1 only with
     # `thought.mixing='probabilities'`, and `tokens_ahead` is then at least this
 
+    @property
+    def scored_ahead(self) -> int:
+        """K in evaluation: `tokens_ahead`, or as many tokens as a thought is used for."""
+        return max(self.tokens_ahead, self.reach)
+
 
 @dataclass(frozen=True)
 class MeshConfig:

@@ -25,8 +25,8 @@ Scorer = Callable[..., TokenScores]  # (params, batch, key = None, rank_key = No
 def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettings:
     """Returns the settings of evaluation, with one thought per position."""
     length, chosen = config.evaluation_thought_length, config.evaluation
-    ahead = max(chosen.tokens_ahead, chosen.reach)
-    return thought_settings(config, vocabulary, thought_length=length, tokens_ahead=ahead, reach=chosen.reach)
+    shape = dict(thought_length=length, tokens_ahead=chosen.scored_ahead, reach=chosen.reach)
+    return thought_settings(config, vocabulary, **shape)
 
 
 def without_thoughts(settings: ThoughtSettings) -> ThoughtSettings | None:

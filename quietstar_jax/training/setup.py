@@ -259,8 +259,7 @@ def center_mixing_head(run: Run, state: TrainState, batch: Batch, microbatches: 
 def check_length(config: Config, architecture: Architecture) -> None:
     """Raises ConfigError if a thought would exceed the maximum number of positions of the model."""
     thinking = [(phase.thought_length, phase.tokens_ahead) for phase in config.phases]
-    ahead = max(config.evaluation.tokens_ahead, config.evaluation.reach)
-    thinking.append((config.evaluation_thought_length, ahead))
+    thinking.append((config.evaluation_thought_length, config.evaluation.scored_ahead))
     longest = max(length + ahead + 1 if length else 0 for length, ahead in thinking)
     needed = config.data.sequence_length + longest
     if needed > architecture.max_positions:
