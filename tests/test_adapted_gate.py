@@ -76,7 +76,7 @@ def test_the_front_of_the_export_is_that_of_the_run(folder: Path, capsys: pytest
         evaluate.main(["--checkpoint", str(folder / name), "--task", "language_modeling", *options])
         fronts.append(json.loads(capsys.readouterr().out.splitlines()[-1])["front"]["policies"])
     ours, exported = fronts
-    assert list(ours) == list(exported) == ["random", "entropy", "margin", "gate", "entropy_band"]
+    assert list(ours) == list(exported) == ["random", "entropy", "margin", "gate", "start", "entropy_band"]
     for policy, front in ours.items():
         for name in ("thinking_rate", "nats_per_token", "right"):
             values = [[point[name] for point in one["points"]] for one in (front, exported[policy])]
