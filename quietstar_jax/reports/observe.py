@@ -19,8 +19,9 @@ from quietstar_jax.methods.thinking import ALWAYS, ThinkPolicy
 from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.thoughts.controls import draw_uniforms
 from quietstar_jax.thoughts.perturbations import draw_perturbations
+from quietstar_jax.thoughts.score_tokens import Thinking, UseWanted, score_tokens
 from quietstar_jax.thoughts.settings import ThoughtSettings
-from quietstar_jax.thoughts.token_scores import Thinking, TokenScores, UseWanted, score_tokens
+from quietstar_jax.thoughts.token_scores import TokenScores
 
 LIKELIEST = 5  # number of next tokens that are kept
 ROWS = 8  # windows per batch

@@ -11,13 +11,13 @@ Chains of different positions are independent. With 14 positions, chunks of 4 an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.parallel.axes import constrain_tree, manual_shard_map, num_shards
+from quietstar_jax.parallel.axes import constrain_tree, manual_shard_map, num_shards, on_all_devices
 from quietstar_jax.thoughts.attention.prefix_xla import KEY_BLOCK
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
@@ -28,6 +28,50 @@ PAST_THE_TEXT = 2**30  # position that fills incomplete chunks; no text is this 
 # ahead, which has two distributions: without and with the thought. Sampling has 4.0 there, and is counted with 3 too.
 LOGITS_ALIVE = 3
 TOKEN_BLOCK = 64  # thought tokens of a chain whose logits exist at a time, see `score.score_actions`
+PACKED_CHUNK = 16  # packed positions of a chunk at most: only part of the last chunk with any is computed in vain
+
+
+class Packed(NamedTuple):
+    """Chosen ones of J positions, in front of the others, so that most chunks have none and are not computed.
+
+        chosen           ■        ■  ■
+        place         0  1  2  3  4  5
+        order         1  4  5  0  2  3
+        positions     1  4  5  .  .  .     . = PAST_THE_TEXT
+
+    Attributes:
+      positions: [B, J] int32, the chosen positions in ascending order, then `PAST_THE_TEXT`.
+      order: [B, J] int32, places of the chosen ones among the J positions, then those of the others.
+    """
+
+    positions: jax.Array
+    order: jax.Array
+
+    def take(self, values: Tree) -> Tree:
+        """Returns arrays [B, R, J, ...] in packed order."""
+        return jax.tree.map(lambda x: _take_places(x, self.order), values)
+
+    def put_back(self, values: Tree, fill: int = 0) -> Tree:
+        """Returns arrays [B, R, J, ...] that are in packed order in the order of places; `fill` where not chosen."""
+        chosen, places = self.positions != PAST_THE_TEXT, jnp.argsort(self.order, axis=1)
+
+        def put(x: jax.Array) -> jax.Array:
+            there = jnp.expand_dims(chosen[:, None], tuple(range(3, x.ndim)))
+            return _take_places(jnp.where(there, x, jnp.array(fill, x.dtype)), places)
+
+        return jax.tree.map(put, values)
+
+
+def pack(positions: jax.Array, chosen: jax.Array) -> Packed:
+    """Packs the chosen ones of positions [J]; chosen: [B, J] bool."""
+    order = jnp.argsort(~chosen, axis=1, stable=True)
+    taken = jnp.arange(positions.size) < chosen.sum(axis=1)[:, None]
+    return Packed(jnp.where(taken, positions[order], PAST_THE_TEXT), order)
+
+
+def _take_places(x: jax.Array, places: jax.Array) -> jax.Array:
+    """Returns values [B, R, J, ...] at places [B, J]."""
+    return jnp.take_along_axis(x, jnp.expand_dims(places[:, None], tuple(range(3, x.ndim))), axis=2)
 
 
 def chunk_starts(count: int, chunk: int) -> tuple[jax.Array, jax.Array]:
@@ -56,25 +100,34 @@ def take_chunk(tree: Tree, start: jax.Array, chunk: int, axis: int) -> Tree:
 
 
 def map_chunks(
-    fn: Callable[..., Tree], operands: Any, positions: jax.Array, chunk: int, inputs: Any, *, axis: int
+    fn: Callable[..., Tree], operands: Any, positions: jax.Array | Packed, chunk: int, inputs: Any, *, axis: int
 ) -> Tree:
     """Calls `fn(operands, positions of a chunk, inputs of a chunk)` for all chunks of positions [J] or [B, J].
 
     Args:
       operands: pytree of all arrays that every chunk needs; `fn` must not close over arrays.
-      inputs: pytree of arrays with the positions along `axis`.
+      positions: if packed, chunks without a chosen position are skipped.
+      inputs: pytree of arrays with the positions along `axis`; in packed order if the positions are packed.
 
     Returns:
-      The results of `fn`, joined along `axis`.
+      The results of `fn`, joined along `axis`; 0 from skipped chunks.
     """
-    count = positions.shape[-1]
+    packed = isinstance(positions, Packed)
+    places = positions.positions if isinstance(positions, Packed) else positions
+    count = places.shape[-1]
 
     def local_chunks(_: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Tree:
         positions, inputs = constants
 
         def one(start: jax.Array) -> Tree:
             start = start + offset[0]
-            return fn(operands, take_positions(positions, start, chunk), take_chunk(inputs, start, chunk, axis))
+            own = take_positions(positions, start, chunk)
+            of_chunk = operands, own, take_chunk(inputs, start, chunk, axis)
+            if not packed:
+                return fn(*of_chunk)
+            nothing = jax.eval_shape(fn, *of_chunk)
+            needed = on_all_devices((own != PAST_THE_TEXT).any())
+            return jax.lax.cond(needed, fn, lambda *_: _zeros(nothing), *of_chunk)
 
         return jax.lax.map(one, starts)
 
@@ -87,7 +140,7 @@ def map_chunks(
         return jax.lax.slice_in_dim(x, 0, count, axis=axis)
 
     mapped = _on_local_positions(local_chunks, (None,) * (axis + 1) + ("positions",))
-    return jax.tree.map(join, mapped(operands, (positions, inputs), *chunk_starts(count, chunk)))
+    return jax.tree.map(join, mapped(operands, (places, inputs), *chunk_starts(count, chunk)))
 
 
 def sum_chunks(
@@ -169,6 +222,13 @@ def sum_chunks(
 def _on_local_positions(fn: Callable[..., Any], out_axes: Any) -> Callable[..., Any]:
     """Runs `fn(operands, constants, starts, offset)` on each device along the position axis with its own offset [1]."""
     return manual_shard_map(fn, ("position",), ((), (), (), ("positions",)), out_axes)
+
+
+def chunk_size(positions: jax.Array | Packed, most: int) -> int:
+    """Returns how many of J positions a chunk has: at most `most`, and few if they are packed."""
+    if isinstance(positions, Packed):
+        return even_chunk(positions.positions.shape[1], min(most, PACKED_CHUNK))
+    return even_chunk(positions.size, most)
 
 
 def even_chunk(count: int, most: int) -> int:

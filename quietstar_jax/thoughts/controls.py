@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from quietstar_jax.thoughts.chunks import Packed
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.sample import Thoughts, sample_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -46,13 +47,13 @@ def draw_uniforms(key: jax.Array, shape: tuple[int, int, int, int]) -> Uniforms:
 
 
 def sample_or_control(
-    model: QuietStar, text: Text, positions: jax.Array, uniforms: Uniforms, settings: ThoughtSettings,
+    model: QuietStar, text: Text, positions: jax.Array | Packed, uniforms: Uniforms, settings: ThoughtSettings,
     positions_per_chunk: int, *, greedy: bool = False,
 ) -> Thoughts:  # fmt: skip
     """Returns the thoughts at J positions of the text, or their replacement under the control.
 
     Args:
-      positions: [J] or [B, J], see `positions.choose`.
+      positions: [J], or [B, J], see `positions.choose`; packed ones are refused by `shuffled`.
       greedy: use the most likely tokens instead of drawn ones.
     """
     control, replacement = settings.config.control, None
@@ -69,6 +70,7 @@ def sample_or_control(
     if replacement is not None:  # with the lengths, and the figures of the ends, of the sampled thoughts
         return jax.tree.map(lambda new, x: jnp.where(thoughts.tokens >= 0, new, x), replacement, thoughts)
     if control == "shuffled":
+        assert not isinstance(positions, Packed)
         mask, starts = jax.tree.map(lambda x: here_and_ahead(x, positions, 1)[..., 0], (text.mask, text.starts))
         source = earlier_places(uniforms.places, mask, starts)
         thoughts = jax.tree.map(lambda x: jnp.take_along_axis(x, source[..., None], axis=2), thoughts)

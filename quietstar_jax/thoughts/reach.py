@@ -31,11 +31,15 @@ def widened(positions: jax.Array, reach: int) -> jax.Array:
     return positions if reach == 1 else positions[0] - (reach - 1) + jnp.arange(positions.size + reach - 1)
 
 
+def exists(text: Text, positions: jax.Array) -> jax.Array:
+    """Returns whether positions [J] are of the text and not padding, [B, J] bool."""
+    length = text.mask.shape[1]
+    return (positions >= 0) & jnp.take(text.mask, jnp.clip(positions, 0, length - 1), axis=1)
+
+
 def usable(text: Text, positions: jax.Array, reach: int) -> jax.Array:
     """Returns whether the thought of a position may be used for x[j+1+k], k < N: positions [J] -> [B, J, N] bool."""
-    length = text.mask.shape[1]
-    exists = (positions >= 0) & jnp.take(text.mask, jnp.clip(positions, 0, length - 1), axis=1)
-    return exists[..., None] & real_ahead(text.mask, positions, reach, text.starts)
+    return exists(text, positions)[..., None] & real_ahead(text.mask, positions, reach, text.starts)
 
 
 def by_token(values: jax.Array, reach: int) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from quietstar_jax.models.linear import cross_entropy
 from quietstar_jax.parallel.axes import constrain, on_all_devices
 from quietstar_jax.thoughts.chains import chain_step, empty_chains
-from quietstar_jax.thoughts.chunks import PAST_THE_TEXT, map_chunks
+from quietstar_jax.thoughts.chunks import PAST_THE_TEXT, Packed, map_chunks
 from quietstar_jax.thoughts.ending import ENDED, action_entropy, draw_end, end_logits
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -39,7 +39,7 @@ class Thoughts(NamedTuple):
 
 
 def sample_thoughts(
-    model: QuietStar, text: Text, positions: jax.Array, uniforms: jax.Array | None, settings: ThoughtSettings,
+    model: QuietStar, text: Text, positions: jax.Array | Packed, uniforms: jax.Array | None, settings: ThoughtSettings,
     positions_per_chunk: int,
 ) -> Thoughts:  # fmt: skip
     """Returns thoughts at J positions of the text.

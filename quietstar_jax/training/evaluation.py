@@ -15,8 +15,9 @@ from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.sharding import row_ways
 from quietstar_jax.thoughts.controls import draw_uniforms
+from quietstar_jax.thoughts.score_tokens import Thinking, score_tokens
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, thought_settings
-from quietstar_jax.thoughts.token_scores import Thinking, TokenScores, score_tokens
+from quietstar_jax.thoughts.token_scores import TokenScores
 from quietstar_jax.training.batch import Batch, to_device
 
 Scorer = Callable[..., TokenScores]  # (params, batch, key = None, rank_key = None); see `make_token_scorer`

@@ -2,30 +2,36 @@
 
 `JAX_NUM_CPU_DEVICES=8 python -m tests.parallel.shapes step 8,1,1,1 2,2,2,1 ...`: data, fsdp, tensor and position;
 `step`, `objective` (a step whose terms need figures of the whole batch, and a reference), `adapters` (the same with
-adapters), `gate` (a step with a thinking gate), `ends` (`objective` with thoughts whose end is sampled) or `scores`.
+adapters), `gate` (a step with a thinking gate), `ends` (`objective` with thoughts whose end is sampled), `scores`, or
+`policy` (scores where a policy of thinking chooses).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from quietstar_jax.architecture import Adapters, Architecture
 from quietstar_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from quietstar_jax.models.parameters import GraphDef, split
+from quietstar_jax.methods.thinking import parse_policy
+from quietstar_jax.models.parameters import GraphDef, merge, split
 from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.parallel.sharding import on_mesh
 from quietstar_jax.thought_config import Phase, ThoughtConfig
 from quietstar_jax.thoughts import score, text
 from quietstar_jax.thoughts.attention import prefix_xla
+from quietstar_jax.thoughts.controls import draw_uniforms
 from quietstar_jax.thoughts.model import abstract_params
-from quietstar_jax.thoughts.settings import Vocabulary
+from quietstar_jax.thoughts.score_tokens import Thinking, score_tokens
+from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.thoughts.token_scores import TokenScores
-from quietstar_jax.training.batch import to_device
+from quietstar_jax.training.batch import Batch, to_device
 from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches
 from quietstar_jax.training.step import compile_train_step, initial_state, state_specs
 from tests.thoughts.cases import random_model, worst_errors
@@ -43,6 +49,7 @@ PHASE = Phase(
 VOCABULARY = Vocabulary(pad_id=0, meta_tokens=(5,), start_tokens=(1,), end_tokens=(2,), end_token=2, start_token=1)
 ARRAYS, STRUCTURE = split(random_model(ARCHITECTURE, 7.0))
 PARAMS = jax.device_get(ARRAYS)  # a step gives up what it is given
+SCORES = ("scores", "policy")
 ADAPTERS = Adapters("all", rank=3, alpha=5.0)
 
 
@@ -98,20 +105,34 @@ def step_on(config: Config, devices: list[Any]) -> tuple[dict[str, Any], dict[st
         return jax.device_get((metrics, state.opt_state[1].mu))
 
 
-def scores_on(config: Config, devices: list[Any]) -> Any:
+def score_policy(settings: ThoughtSettings, params: Any, batch: Batch, *_: Any) -> TokenScores:
+    """Scores with sampled thoughts at some positions of each row, and at none of most rows' last ones."""
+    size, key = batch.tokens.shape, jax.random.key(4)
+    places = jnp.broadcast_to(jnp.arange(size[1]), size)
+    thinking = Thinking(parse_policy("random:0.2"), places, jax.random.uniform(key, size))
+    uniforms = draw_uniforms(key, (size[0], 2, size[1], settings.thought_length))
+    where = jnp.arange(size[1] - 1)
+    return score_tokens(merge(STRUCTURE, params), *batch, where, uniforms, settings, greedy=0, thinking=thinking)
+
+
+def scores_on(config: Config, devices: list[Any], kind: str = "scores") -> Any:
     """Scores after sampled thoughts, of a number of rows that no mesh divides."""
     with jax.set_mesh(mesh := make_mesh(config.mesh, ARCHITECTURE, devices)):
         params = jax.device_put(PARAMS, on_mesh(mesh, state_specs(PARAMS, STRUCTURE)))
-        scorer = make_token_scorer(STRUCTURE, evaluation_settings(config, VOCABULARY))
+        settings = evaluation_settings(config, VOCABULARY)
+        scorer = make_token_scorer(STRUCTURE, settings)
+        if kind == "policy":
+            scorer = jax.jit(functools.partial(score_policy, dataclasses.replace(settings, reach=2)))
         return score_batches(scorer, params, [{name: value[:7] for name, value in rows().items()}], jax.random.key(2))
 
 
 def function(kind: str) -> Any:
-    return scores_on if kind == "scores" else step_on
+    return functools.partial(scores_on, kind=kind) if kind in SCORES else step_on
 
 
 def thought(kind: str) -> dict[str, Any]:
     kinds = {"objective": OBJECTIVE, "adapters": OBJECTIVE, "gate": {"gate": True, "gate_prices": (-0.1, 0.2)}}
+    kinds["policy"] = {"mixing": "probabilities"}
     kinds["ends"] = OBJECTIVE | {"end": "sampled", "length_penalty": 0.1}
     return kinds.get(kind, {})
 
@@ -133,17 +154,18 @@ def alone(kind: str, **settings: Any) -> Any:
 def compare(kind: str, shape: str, **settings: Any) -> None:
     sizes = dict(zip(("data", "fsdp", "tensor", "position"), map(int, shape.split(",")), strict=True))
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-    tolerance = 2e-2 if settings else 1e-5 if kind in ("step", "gate", "scores") else 1e-4
+    tolerance = 2e-2 if settings else 1e-5 if kind in ("step", "gate", *SCORES) else 1e-4
     settings |= model(kind)
     spread = config(MeshConfig(**sizes), thought(kind), **settings)
-    if kind != "scores":
+    if kind not in SCORES:
         (metrics, gradients), (wanted, wanted_gradients) = step_on(spread, devices), alone(kind, **settings)
         assert ("end_head.weight" in wanted_gradients) == ("empty_thought_rate" in wanted) == (kind == "ends")
         assert ("gate.weight" in wanted_gradients) == ("gate_loss" in wanted) == (kind == "gate")
         wrong = worst_errors(metrics, wanted, tolerance) | worst_errors(gradients, wanted_gradients, 10 * tolerance)
     else:
-        found, wanted = scores_on(spread, devices), alone(kind, **settings)
-        assert len(np.unique(wanted.thoughts)) > 20
+        found, wanted = scores_on(spread, devices, kind), alone(kind, **settings)
+        assert len(np.unique(wanted.thoughts)) > 10
+        assert wanted.made is None or 0.1 < wanted.made.mean() < 0.4
         wrong = worst_errors(named(found), named(wanted), tolerance)
         wrong |= {"thoughts": 1.0} if not np.array_equal(found.thoughts, wanted.thoughts) else {}
     assert not wrong, f"mesh {sizes}: {wrong}"

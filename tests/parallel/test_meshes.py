@@ -30,7 +30,7 @@ def test_a_step_on_every_mesh_of_8_devices(part):
 
 
 @pytest.mark.some(2)
-@pytest.mark.parametrize("kind", ["objective", "adapters", "gate", "ends", "scores"])
+@pytest.mark.parametrize("kind", ["objective", "adapters", "gate", "ends", "scores", "policy"])
 def test_what_else_is_computed_on_8_devices(kind):
     """The figures of the whole batch, adapters, a thinking gate, sampled ends, and scores of sampled thoughts."""
     equal(kind, "2,2,2,1")
@@ -40,7 +40,8 @@ def test_what_else_is_computed_on_8_devices(kind):
 @pytest.mark.parametrize(
     ("kind", "shapes"),
     [("objective", ("8,1,1,1", "2,1,1,4")), ("adapters", ("8,1,1,1",)), ("gate", ("8,1,1,1", "1,1,2,4")),
-     ("ends", ("8,1,1,1", "2,1,1,4", "1,2,1,4")), ("scores", ("1,1,4,2", "1,2,1,4", "8,1,1,1"))],
+     ("ends", ("8,1,1,1", "2,1,1,4", "1,2,1,4")), ("scores", ("1,1,4,2", "1,2,1,4", "8,1,1,1")),
+     ("policy", ("1,1,4,2", "1,2,1,4", "8,1,1,1"))],
 )  # fmt: skip
 def test_what_else_is_computed_on_other_meshes_of_8_devices(kind, shapes):
     equal(kind, *shapes)

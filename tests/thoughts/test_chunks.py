@@ -14,10 +14,12 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.parallel.axes import MESH_AXES
 from quietstar_jax.thought_config import ThoughtConfig
 from quietstar_jax.thoughts.chunks import (
+    PAST_THE_TEXT,
     even_chunk,
     map_chunks,
     max_positions_per_chunk,
     max_sampled_positions_per_chunk,
+    pack,
     sum_chunks,
     take_chunk,
 )
@@ -31,6 +33,33 @@ def test_mapping_joins_and_cuts(chunk: int) -> None:
         lambda _, positions, x: x * 10 + positions.astype(x.dtype), (), jnp.arange(7), chunk, inputs, axis=1
     )
     np.testing.assert_array_equal(found, inputs * 10 + jnp.arange(7.0))
+
+
+def test_packed_positions_by_hand() -> None:
+    chosen = jnp.array([[0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
+    packed = pack(jnp.arange(6) + 10, chosen)
+    np.testing.assert_array_equal(packed.positions[0], [11, 14, 15, *[PAST_THE_TEXT] * 3])
+    np.testing.assert_array_equal(packed.order[0], [1, 4, 5, 0, 2, 3])
+    values = jnp.arange(3 * 2 * 6 * 2).reshape(3, 2, 6, 2)
+    np.testing.assert_array_equal(packed.take(values)[0, 1, :3], values[0, 1, jnp.array([1, 4, 5])])
+    for fill in (0, -2):
+        expected = jnp.where(chosen[:, None, :, None], values, fill)
+        np.testing.assert_array_equal(packed.put_back(packed.take(values), fill), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_chunks_without_a_chosen_position_are_skipped(chunk: int) -> None:
+    """The function would return 1 from them."""
+    chosen = jnp.array([[0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1]], bool)
+    packed = pack(jnp.arange(6), chosen)
+
+    def one(_: None, positions: jax.Array, x: jax.Array) -> jax.Array:
+        return x * 0 + 1
+
+    found = jax.jit(lambda: map_chunks(one, None, packed, chunk, packed.take(jnp.zeros((2, 1, 6))), axis=2))()
+    expected = jnp.arange(6) < -(-3 // chunk) * chunk
+    np.testing.assert_array_equal(found, jnp.broadcast_to(expected, (2, 1, 6)))
+    np.testing.assert_array_equal(packed.put_back(found)[:, 0], chosen)
 
 
 @pytest.mark.parametrize(("dtype", "carried"), [("float32", ()), ("float32", ("a",)), ("bfloat16", ())])

@@ -20,16 +20,9 @@ from quietstar_jax.thoughts.perturbations import (
     perturb,
 )
 from quietstar_jax.thoughts.score import score_thoughts
+from quietstar_jax.thoughts.score_tokens import UseWanted, score_given_thoughts, score_use
 from quietstar_jax.thoughts.text import read_text
-from quietstar_jax.thoughts.token_scores import (
-    Prediction,
-    ThoughtUse,
-    TokenScores,
-    UseWanted,
-    ensemble_nll,
-    score_given_thoughts,
-    score_use,
-)
+from quietstar_jax.thoughts.token_scores import Prediction, ThoughtUse, TokenScores, ensemble_nll
 from tests.thoughts import oracle
 from tests.thoughts.cases import Case, random_model
 

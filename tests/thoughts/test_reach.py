@@ -11,9 +11,10 @@ import pytest
 
 from quietstar_jax.methods.thinking import parse_policy
 from quietstar_jax.thoughts.controls import draw_uniforms
+from quietstar_jax.thoughts.ending import ENDED
 from quietstar_jax.thoughts.score import chain_hidden_states
+from quietstar_jax.thoughts.score_tokens import Thinking, UseWanted, score_tokens, think
 from quietstar_jax.thoughts.text import read_text
-from quietstar_jax.thoughts.token_scores import Thinking, UseWanted, score_tokens, think
 from tests.thoughts.cases import Case, random_model
 
 MASK = ("1111111", "0111111")  # the second is padded on the left, as continuations are
@@ -64,7 +65,8 @@ def test_predictions_one_by_one(starts, made):
                 np.testing.assert_allclose(found.weight[at], 1 - rest, atol=1e-5)
                 np.testing.assert_allclose(found.talk.top_probabilities[at], np.sort(mixed)[::-1][:3], rtol=1e-4)
                 assert found.talk.best[at] == found.talk.top_ids[at][0]
-    np.testing.assert_array_equal(found.thoughts, thoughts[:, :, 1:])
+    computed = jnp.array(made or (True,) * case.length)[:, None] & (mask[:, None, :, None] | (made is None))
+    np.testing.assert_array_equal(found.thoughts, jnp.where(computed, thoughts, ENDED)[:, :, 1:])
 
 
 def test_a_reach_of_1_is_the_usual_prediction_and_a_longer_one_keeps_the_rewards():

@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.evals.tails import Continuation, ContinuationScorer
+from quietstar_jax.evals.tails import Continuation, ContinuationScorer, UseOptions
+from quietstar_jax.methods.thinking import parse_policy
 from quietstar_jax.reports.observe import Window, observe
 from quietstar_jax.thought_config import CONTROLS
+from quietstar_jax.thoughts.ending import ENDED
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.score_figures import summarize
+from quietstar_jax.thoughts.score_tokens import score_given_thoughts
 from quietstar_jax.thoughts.text import read_text
-from quietstar_jax.thoughts.token_scores import Prediction, TokenScores, score_given_thoughts
+from quietstar_jax.thoughts.token_scores import Prediction, TokenScores
 from quietstar_jax.training.batch import Batch
 from quietstar_jax.training.evaluation import make_token_scorer
 from tests.reports import cases
@@ -55,6 +58,30 @@ def test_evaluation_continuations_and_reports_agree(mixing, control, reach):
         if control in ("none", "pause"):  # the other controls draw, and a report draws by its own seed
             for found, expected in zip(numbers(of_window, 0), numbers(evaluated, 0), strict=True):
                 np.testing.assert_allclose(found, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("variant", [*((*one, "fixed") for one in VARIANTS), ("probabilities", "none", 2, "token")])
+def test_where_a_policy_does_not_think_nothing_is_computed_and_the_rest_is_equal(variant):
+    """With `use`, all thoughts are computed, and those that the policy does not make are discarded."""
+    mixing, control, reach, end = variant
+    model = cases.random_model()
+    thought = dataclasses.replace(model.thought, mixing=mixing, control=control, end=end)
+    vocabulary = model.vocabulary._replace(end_token=9 if end == "token" else None)
+    model = dataclasses.replace(model, thought=thought, vocabulary=vocabulary)
+    settings, draw = model.settings(3, reach=reach), np.random.default_rng(0)
+    tails = [Continuation(draw.integers(6, 100, n).tolist(), n - 1, (7, 9), n) for n in (5, 40, 43, 44)]
+    few, whole = (
+        ContinuationScorer(model, settings, 4, use, think=parse_policy("random:0.3"))(tails)
+        for use in (None, UseOptions())
+    )
+    for one, other in zip(few, whole, strict=True):
+        np.testing.assert_array_equal(one.made, other.made)
+        assert (one.thoughts[~one.made] == ENDED).all() or control == "pause"
+        np.testing.assert_array_equal(one.thoughts[one.made], other.thoughts[one.made])
+        for name in ("base", "talk", "reward", "weight"):
+            found, expected = getattr(one, name), getattr(other, name)
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5), found, expected)
+    assert 0.1 < np.concatenate([one.made for one in few]).mean() < 0.5
 
 
 @pytest.mark.parametrize("mixing", ["hidden_states", "log_probabilities"])
