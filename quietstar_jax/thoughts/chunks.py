@@ -126,8 +126,8 @@ def map_chunks(
             if not packed:
                 return fn(*of_chunk)
             nothing = jax.eval_shape(fn, *of_chunk)
-            needed = on_all_devices((own != PAST_THE_TEXT).any())
-            return jax.lax.cond(needed, fn, lambda *_: _zeros(nothing), *of_chunk)
+            empty = on_all_devices((own == PAST_THE_TEXT).all())
+            return jax.lax.cond(empty, lambda *_: _zeros(nothing), fn, *of_chunk)
 
         return jax.lax.map(one, starts)
 

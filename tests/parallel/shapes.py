@@ -107,10 +107,11 @@ def step_on(config: Config, devices: list[Any]) -> tuple[dict[str, Any], dict[st
 
 def score_policy(settings: ThoughtSettings, params: Any, batch: Batch, *_: Any) -> TokenScores:
     """Scores with sampled thoughts at some positions of each row, and at none of most rows' last ones."""
-    size, key = batch.tokens.shape, jax.random.key(4)
+    size, key = batch.tokens.shape, jax.random.key(4)  # padding to the mesh changes the number of rows, not the draws
     places = jnp.broadcast_to(jnp.arange(size[1]), size)
-    thinking = Thinking(parse_policy("random:0.2"), places, jax.random.uniform(key, size))
-    uniforms = draw_uniforms(key, (size[0], 2, size[1], settings.thought_length))
+    thinking = Thinking(parse_policy("random:0.2"), places, jax.random.uniform(key, (ROWS, LENGTH))[: size[0]])
+    uniforms = draw_uniforms(key, (ROWS, 2, LENGTH, settings.thought_length))
+    uniforms = jax.tree.map(lambda x: x[: size[0]], uniforms)
     where = jnp.arange(size[1] - 1)
     return score_tokens(merge(STRUCTURE, params), *batch, where, uniforms, settings, greedy=0, thinking=thinking)
 
@@ -122,7 +123,7 @@ def scores_on(config: Config, devices: list[Any], kind: str = "scores") -> Any:
         settings = evaluation_settings(config, VOCABULARY)
         scorer = make_token_scorer(STRUCTURE, settings)
         if kind == "policy":
-            scorer = jax.jit(functools.partial(score_policy, dataclasses.replace(settings, reach=2)))
+            scorer = jax.jit(functools.partial(score_policy, dataclasses.replace(settings, reach=2, tokens_ahead=2)))
         return score_batches(scorer, params, [{name: value[:7] for name, value in rows().items()}], jax.random.key(2))
 
 

@@ -33,7 +33,7 @@ def test_a_step_on_every_mesh_of_8_devices(part):
 @pytest.mark.parametrize("kind", ["objective", "adapters", "gate", "ends", "scores", "policy"])
 def test_what_else_is_computed_on_8_devices(kind):
     """The figures of the whole batch, adapters, a thinking gate, sampled ends, and scores of sampled thoughts."""
-    equal(kind, "2,2,2,1")
+    equal(kind, "1,2,1,4" if kind == "policy" else "2,2,2,1")  # devices along `position` would skip different chunks
 
 
 @pytest.mark.slow
