@@ -79,10 +79,9 @@ def thought_picture(observed: Observed, theme: str) -> str:
     odds = np.exp(-np.array([seen.base.nll[j], seen.talk.nll[0, j]], np.float64))
 
     y, marks = MARGIN + 16, [_text(MARGIN, MARGIN + 16, "What one thought changed", "head")]
-    marks.append(
-        _text(MARGIN, y + 24, "The model thinks before every token. Colour: how much likelier its thought made the "
-              "true token.", "soft")
-    )  # fmt: skip
+    where = "every token" if seen.made is None else f"{seen.made[0].mean():.0%} of the tokens"
+    colour = f"The model thinks before {where}. Colour: how much likelier a thought made the true token."
+    marks.append(_text(MARGIN, y + 24, colour, "soft"))
     lines = list(_wrapped(_tokens(observed, window, place, pieces)))
     at = next(i for i, line in enumerate(lines) if any(token.chosen for token in line))
     shown, y = lines[max(0, at - ABOVE) : at + BELOW + 1], y + 46
@@ -92,11 +91,12 @@ def thought_picture(observed: Observed, theme: str) -> str:
     marks += _legend(y + 4)
     top = y + 40
     inner, y = MARGIN + 18, top + 30
-    start = inner + 186 + ADVANCE * columns(truth)
-    marks += [_text(inner, y, "The thought before", "soft"), _chip(inner + 144, y, truth, "chosen")]
+    start = inner + 190 + ADVANCE * columns(truth)
+    newest = max(0, int(seen.thought_places()[0, j]))
+    title = "The thought before" if newest == j else "The thought used for"  # it began before an earlier token
+    marks += [_text(inner, y, title, "soft"), _chip(inner + 148, y, truth, "chosen")]
     marks.append(_text(start - 14, y, ":", "soft"))
     x = start
-    newest = max(0, int(seen.thought_places()[0, j]))
     for piece in map(visible, pieces(list(thought_ids(seen.thoughts[0, newest])))):
         piece = piece.strip(" ") or "·"
         if x + 16 + ADVANCE * columns(piece) > WIDTH - inner:
