@@ -59,5 +59,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluation.batches = 4
     config.evaluation.batch_size = 2
     config.evaluation.reach = 4
+    config.evaluation.think = "start:0.01"
     config.checkpoint.every_steps = 20
     return config

@@ -21,6 +21,7 @@ from quietstar_jax.architecture import Adapters, Architecture
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.methods.advantages import ADVANTAGES
 from quietstar_jax.methods.mixings import REACHING
+from quietstar_jax.methods.thinking import ALWAYS, NEVER, ThinkPolicy, parse_policy
 from quietstar_jax.settings import (
     Below1,
     Check,
@@ -167,6 +168,19 @@ class EvaluationConfig:
     tokens_ahead: Positive[int] = 1  # K in evaluation
     reach: Reach = 1  # number of tokens after a thought for which it is used, see docs/evaluation.md; above 1 only with
     # `thought.mixing='probabilities'`, and `tokens_ahead` is then at least this
+    think: str = "always"  # policy that chooses the positions that think, as of `evaluate --think`
+
+    @property
+    def policy(self) -> ThinkPolicy:
+        """`think` as a policy."""
+        return parse_policy(self.think)
+
+    def conflicts(self) -> list[str]:
+        try:
+            thinks = self.policy != NEVER
+        except ConfigError as error:
+            return [str(error)]
+        return require(thinks, "think", self.think, "a policy that makes thoughts")
 
     @property
     def scored_ahead(self) -> int:
@@ -280,6 +294,14 @@ class Config:
             self.evaluation.reach == 1 or not self.thought.gate, "evaluation.reach", self.evaluation.reach,
             "1 with thought.gate: its figures at each thinking rate need thoughts that are used for one token",
         )  # fmt: skip
+        policy = self.evaluation.policy
+        problems += require(
+            policy == ALWAYS or not self.thought.gate, "evaluation.think", self.evaluation.think,
+            "'always' with thought.gate: its figures at each thinking rate need all thoughts",
+        )  # fmt: skip
+        problems += require(
+            not policy.needs_gate, "evaluation.think", self.evaluation.think, "another policy: none is trained"
+        )
         problems += require(
             self.thought.positions != "start" or self.data.packing != "packed" or self.data.document_mask,
             "data.document_mask", self.data.document_mask,

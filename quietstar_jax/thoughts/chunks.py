@@ -28,11 +28,13 @@ PAST_THE_TEXT = 2**30  # position that fills incomplete chunks; no text is this 
 # ahead, which has two distributions: without and with the thought. Sampling has 4.0 there, and is counted with 3 too.
 LOGITS_ALIVE = 3
 TOKEN_BLOCK = 64  # thought tokens of a chain whose logits exist at a time, see `score.score_actions`
-PACKED_CHUNK = 16  # packed positions of a chunk at most: only part of the last chunk with any is computed in vain
+PACKED_CHAINS = 64  # chains of a chunk of packed positions on each device: small chunks can be skipped sooner
 
 
 class Packed(NamedTuple):
     """Chosen ones of J positions, in front of the others, so that most chunks have none and are not computed.
+
+    A chunk is computed if any sequence of the batch has a chosen position in it.
 
         chosen           ■        ■  ■
         place         0  1  2  3  4  5
@@ -49,17 +51,22 @@ class Packed(NamedTuple):
 
     def take(self, values: Tree) -> Tree:
         """Returns arrays [B, R, J, ...] in packed order."""
-        return jax.tree.map(lambda x: _take_places(x, self.order), values)
+        return jax.tree.map(lambda x: take_places(x, self.order), values)
 
     def put_back(self, values: Tree, fill: int = 0) -> Tree:
         """Returns arrays [B, R, J, ...] that are in packed order in the order of places; `fill` where not chosen."""
-        chosen, places = self.positions != PAST_THE_TEXT, jnp.argsort(self.order, axis=1)
+        chosen = self.positions != PAST_THE_TEXT
 
         def put(x: jax.Array) -> jax.Array:
             there = jnp.expand_dims(chosen[:, None], tuple(range(3, x.ndim)))
-            return _take_places(jnp.where(there, x, jnp.array(fill, x.dtype)), places)
+            return take_places(jnp.where(there, x, jnp.array(fill, x.dtype)), self.slots)
 
         return jax.tree.map(put, values)
+
+    @property
+    def slots(self) -> jax.Array:
+        """The inverse of `order`: where in packed order each of the J positions is, [B, J] int32."""
+        return jnp.argsort(self.order, axis=1)
 
 
 def pack(positions: jax.Array, chosen: jax.Array) -> Packed:
@@ -69,7 +76,7 @@ def pack(positions: jax.Array, chosen: jax.Array) -> Packed:
     return Packed(jnp.where(taken, positions[order], PAST_THE_TEXT), order)
 
 
-def _take_places(x: jax.Array, places: jax.Array) -> jax.Array:
+def take_places(x: jax.Array, places: jax.Array) -> jax.Array:
     """Returns values [B, R, J, ...] at places [B, J]."""
     return jnp.take_along_axis(x, jnp.expand_dims(places[:, None], tuple(range(3, x.ndim))), axis=2)
 
@@ -110,7 +117,8 @@ def map_chunks(
       inputs: pytree of arrays with the positions along `axis`; in packed order if the positions are packed.
 
     Returns:
-      The results of `fn`, joined along `axis`; 0 from skipped chunks.
+      The results of `fn`, joined along `axis`. Of packed positions, those after the chosen ones are not defined:
+      `Packed.put_back` replaces them.
     """
     packed = isinstance(positions, Packed)
     places = positions.positions if isinstance(positions, Packed) else positions
@@ -224,11 +232,21 @@ def _on_local_positions(fn: Callable[..., Any], out_axes: Any) -> Callable[..., 
     return manual_shard_map(fn, ("position",), ((), (), (), ("positions",)), out_axes)
 
 
-def chunk_size(positions: jax.Array | Packed, most: int) -> int:
-    """Returns how many of J positions a chunk has: at most `most`, and few if they are packed."""
-    if isinstance(positions, Packed):
-        return even_chunk(positions.positions.shape[1], min(most, PACKED_CHUNK))
-    return even_chunk(positions.size, most)
+def chunk_size(positions: jax.Array | Packed, most: int, thoughts: int) -> int:
+    """Returns how many of J positions a chunk has: at most `most`, and few if they are packed.
+
+    Where the mesh shards the weights, every chunk gathers them again, so chunks of packed positions are as large as
+    others.
+
+    Args:
+      thoughts: R, per position.
+    """
+    if not isinstance(positions, Packed):
+        return even_chunk(positions.shape[-1], most)
+    batch, count = positions.positions.shape
+    if num_shards("embed") == 1:
+        most = min(most, max(1, PACKED_CHAINS // (thoughts * -(-batch // num_shards("batch")))))
+    return even_chunk(count, most)
 
 
 def even_chunk(count: int, most: int) -> int:

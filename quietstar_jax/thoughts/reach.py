@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.methods.mixings import mix_probabilities
+from quietstar_jax.thoughts.chunks import take_places
 from quietstar_jax.thoughts.mixing import mixing_weight
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.text import Text, real_ahead
@@ -43,12 +44,22 @@ def usable(text: Text, positions: jax.Array, reach: int) -> jax.Array:
 
 
 def by_token(values: jax.Array, reach: int) -> jax.Array:
-    """Values [.., J + N - 1, N, ...] of thoughts, by tokens ahead -> [.., J, N, ...] of tokens, by age of the thought.
+    """Values [.., J + N - 1, N] of thoughts, by tokens ahead -> [.., J, N] of tokens, by age of the thought.
 
     Entry [j, k] of the result is that of the k-th token after the thought at j - k. The position axis is axis 2.
     """
     count = values.shape[2] - (reach - 1)
-    parts = [jax.lax.dynamic_slice_in_dim(values[:, :, :, k], reach - 1 - k, count, axis=2) for k in range(reach)]
+    parts = [jax.lax.dynamic_slice_in_dim(values[..., k], reach - 1 - k, count, axis=2) for k in range(reach)]
+    return jnp.stack(parts, axis=3)
+
+
+def hidden_by_token(hidden: jax.Array, slots: jax.Array) -> jax.Array:
+    """Gathers hidden states [B, R, S, N, D], by thought and tokens ahead, into [B, R, J, N, D], by token and age.
+
+    Args:
+      slots: [B, J, N] int32, which thought is that of each age.
+    """
+    parts = [take_places(hidden[:, :, :, k], slots[..., k]) for k in range(slots.shape[-1])]
     return jnp.stack(parts, axis=3)
 
 

@@ -48,7 +48,7 @@ def sample_thoughts(
     positions, the microbatches, or the sharding of arrays.
 
     Args:
-      positions: [J], or [B, J] where sequences differ.
+      positions: [J], or [B, J] where sequences differ; of packed ones, only those that are chosen get thoughts.
       uniforms: [B, R, J, T] float32 in [0, 1); None = greedy thoughts.
     """
     model, text = jax.lax.stop_gradient((model, text))

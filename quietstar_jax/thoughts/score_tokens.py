@@ -33,7 +33,7 @@ from quietstar_jax.thoughts.gate import predicted_gain
 from quietstar_jax.thoughts.model import QuietStar
 from quietstar_jax.thoughts.perturbations import PERCENTS, PerturbationDraws, changed_tokens, perturb, perturb_each
 from quietstar_jax.thoughts.positions import at_positions
-from quietstar_jax.thoughts.reach import by_token, exists, mixed_over_thoughts, usable, widened
+from quietstar_jax.thoughts.reach import by_token, exists, hidden_by_token, mixed_over_thoughts, usable, widened
 from quietstar_jax.thoughts.sample import Thoughts, mask_meta_tokens
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
@@ -113,7 +113,7 @@ def score_tokens(
     text = read_text(model.decoder, tokens, mask, starts, dtype=settings.dtype)
     before = score_without_thoughts(model, text, positions, settings, what)
     if not settings.thought_length:
-        return _finished(before)
+        return _finished(before._replace(made=None, rankings=None))
     packed = None
     if before.made is not None and use is None:
         packed = pack(positions, before.made[:, 0] & exists(text, positions))
@@ -121,9 +121,8 @@ def score_tokens(
     scores = _finished(score_after_thoughts(model, text, positions, before, thoughts, settings, what, packed=packed))
     if use is None:
         return scores
-    chosen = None if before.made is None else what.thinking
     return scores._replace(
-        use=score_use(model, text, positions, thoughts.tokens, scores.talk.nll, use, settings, chosen)
+        use=score_use(model, text, positions, before, thoughts.tokens, scores.talk.nll, use, settings)
     )
 
 
@@ -143,7 +142,7 @@ def score_given_thoughts(
     what = Wanted(**wanted)
     before = score_without_thoughts(model, text, positions, settings, what)
     if thoughts is None:
-        return _finished(before)
+        return _finished(before._replace(made=None, rankings=None))
     after = score_after_thoughts(model, text, positions, before, thoughts, settings, what, hide_text=hide_text)
     return _finished(after)
 
@@ -164,7 +163,8 @@ def score_without_thoughts(
         logits = model.decoder.logits(hidden)
         real, target = _next(text, positions)
         nll = jnp.where(real, cross_entropy(logits, target), 0.0)
-        base = _predict(text, positions, logits, nll, candidates, wanted, normalized=False)
+        own = wanted._replace(candidates=candidates, thinking=None)
+        base = _predict(text, positions, logits, nll, own, normalized=False)
         spread, made, ranked = entropy(logits), None, None
         if thinking is not None:
             place, uniform = (here_and_ahead(x, positions, 1)[:, None, :, 0] for x in of_policy)
@@ -178,7 +178,7 @@ def score_without_thoughts(
 
     largest = max_positions_per_chunk(model.decoder.architecture, settings, *text.mask.shape)
     operands = model, text, wanted.candidates, thinking and thinking[1:]
-    return map_chunks(of_chunk, operands, positions, chunk_size(positions, largest), None, axis=2)
+    return map_chunks(of_chunk, operands, positions, chunk_size(positions, largest, 1), None, axis=2)
 
 
 def think(
@@ -187,15 +187,15 @@ def think(
 ) -> Thoughts:  # fmt: skip
     """Returns R thoughts at J positions, or their replacement under the control; arguments as in `score_tokens`.
 
-    The thoughts of packed positions are in packed order.
+    Those of packed positions are in packed order; after the chosen ones they are not defined.
     """
     shuffled = settings.config.control == "shuffled"  # needs the thoughts of all earlier positions
     sampled = jnp.arange(text.tokens.shape[1]) if shuffled else positions
     uniforms = _at(uniforms, sampled)
-    chunk = chunk_size(sampled, max_sampled_positions_per_chunk(model.decoder.architecture, settings, *text.mask.shape))
+    largest = max_sampled_positions_per_chunk(model.decoder.architecture, settings, *text.mask.shape)
 
     def some(first: int, last: int, greedy: bool) -> Thoughts:
-        own = jax.tree.map(lambda x: x[:, first:last], uniforms)
+        own, chunk = jax.tree.map(lambda x: x[:, first:last], uniforms), chunk_size(sampled, largest, last - first)
         several = dataclasses.replace(settings, num_thoughts=last - first)
         return sample_or_control(model, text, sampled, own, several, chunk, greedy=greedy)
 
@@ -234,27 +234,20 @@ def score_after_thoughts(
         scores = score_thoughts(model, text, positions, thoughts.tokens, settings, base_nll, hide_text=hide_text)
         of_next = scores.log_scores[..., 0, :], scores.nll[..., 0]
         normalized = mixing.traits["log_probs"]
-        talk = _predict(text, positions, *of_next, candidates, wanted, normalized=normalized)
+        own = wanted._replace(candidates=candidates, thinking=None)
+        talk = _predict(text, positions, *of_next, own, normalized=normalized)
         reward = (base_nll[:, None] - scores.nll).sum(axis=-1)
         spread = mean_over_actions(thoughts.entropy, actions(thoughts.tokens, settings))
         older = scores.talk_hidden[..., :reach, :] if reach > 1 else None
         return talk, reward, scores.weight[..., 0], spread, older
 
-    def with_older_thoughts(operands: Any, positions: jax.Array, inputs: Any) -> tuple[Prediction, jax.Array]:
-        model, text, candidates = operands
-        talk_hidden, used = inputs
-        hidden = here_and_ahead(text.hidden, positions, 1)[:, :, 0]
-        mixed, weight = mixed_over_thoughts(model, hidden, talk_hidden, used)
-        real, target = _next(text, positions)
-        nll = jnp.where(real, -pick(mixed, jnp.broadcast_to(target, weight.shape)), 0.0)
-        return _predict(text, positions, mixed, nll, candidates, wanted, normalized=True), weight
-
     where = positions if packed is None else packed
-    found = map_chunks(of_chunk, operands, where, chunk_size(where, largest), thoughts, axis=2)
+    chunk = chunk_size(where, largest, settings.num_thoughts)
+    *found, older = map_chunks(of_chunk, operands, where, chunk, thoughts, axis=2)
     tokens = thoughts.tokens
     if packed is not None:
         found, tokens = packed.put_back(found), packed.put_back(tokens, fill=ENDED)
-    talk, reward, weight, spread, older = found
+    talk, reward, weight, spread = found
     made = None if before.made is None else jnp.broadcast_to(before.made, weight.shape)
     if made is not None:
         weight, reward = (jnp.where(made, x, 0.0) for x in (weight, reward))
@@ -262,23 +255,59 @@ def score_after_thoughts(
         talk=talk, reward=reward, weight=weight, thought_entropy=spread, thoughts=tokens, made=made
     )
     if reach > 1:
-        used = usable(text, positions, reach)[:, None]
-        used = jnp.broadcast_to(used if made is None else used & made[..., None], older.shape[:-1])
-        last = slice(reach - 1, None)
-        positions, scores = positions[last], jax.tree.map(lambda x: x[:, :, last], scores)
-        inputs, where = (by_token(older, reach), by_token(used, reach)), positions
-        if packed is not None:
-            where = packed = pack(positions, inputs[1].any(axis=(1, 3)))
-            inputs = packed.take(inputs)
-        found = map_chunks(with_older_thoughts, operands, where, chunk_size(where, largest), inputs, axis=2)
-        talk, weight = found if packed is None else packed.put_back(found)
-        scores = scores._replace(talk=talk, weight=weight)
+        scores = score_with_older_thoughts(model, text, positions, scores, older, settings, wanted, packed)
     return scores._replace(talk=_unless_unmoved(scores.weight, scores.base, scores.talk))
 
 
+def score_with_older_thoughts(
+    model: QuietStar, text: Text, positions: jax.Array, scores: TokenScores, talk_hidden: jax.Array,
+    settings: ThoughtSettings, wanted: Wanted, packed: Packed | None,
+) -> TokenScores:  # fmt: skip
+    """Replaces the predictions after a position's own thought by those after the thoughts of a reach, see `reach`.
+
+    Args:
+      positions: [N - 1 + J]; scores: with these positions, as from `score_after_thoughts`.
+      talk_hidden: [B, R, N - 1 + J, N, D], by thought and tokens ahead, in packed order if there is one.
+
+    Returns:
+      scores of the last J positions.
+    """
+    reach, last = settings.reach, slice(settings.reach - 1, None)
+    used = usable(text, positions, reach)[:, None]
+    if scores.made is not None:
+        used = used & scores.made[..., None]
+    used = by_token(jnp.broadcast_to(used, (*scores.weight.shape, reach)), reach)
+    slots = jnp.broadcast_to(jnp.arange(positions.size), (len(text.mask), positions.size))
+    if packed is not None:
+        slots = packed.slots
+    slots = by_token(jnp.broadcast_to(slots[:, None, :, None], (len(slots), 1, positions.size, reach)), reach)
+
+    def of_chunk(operands: Any, positions: jax.Array, inputs: Any) -> tuple[Prediction, jax.Array]:
+        model, text, candidates, talk_hidden = operands
+        used, slots = inputs
+        hidden = here_and_ahead(text.hidden, positions, 1)[:, :, 0]
+        mixed, weight = mixed_over_thoughts(model, hidden, hidden_by_token(talk_hidden, slots[:, 0]), used)
+        real, target = _next(text, positions)
+        nll = jnp.where(real, -pick(mixed, jnp.broadcast_to(target, weight.shape)), 0.0)
+        own = wanted._replace(candidates=candidates, thinking=None)
+        return _predict(text, positions, mixed, nll, own, normalized=True), weight
+
+    positions, scores = positions[last], jax.tree.map(lambda x: x[:, :, last], scores)
+    tokens = None if packed is None else pack(positions, used.any(axis=(1, 3)))  # those that any thought is used for
+    where = positions if tokens is None else tokens
+    inputs = used, slots
+    if tokens is not None:
+        inputs = tokens.take(inputs)
+    largest = max_positions_per_chunk(model.decoder.architecture, settings, *text.mask.shape)
+    chunk, operands = chunk_size(where, largest, settings.num_thoughts), (model, text, wanted.candidates, talk_hidden)
+    found = map_chunks(of_chunk, operands, where, chunk, inputs, axis=2)
+    talk, weight = found if tokens is None else tokens.put_back(found)
+    return scores._replace(talk=talk, weight=weight)
+
+
 def score_use(
-    model: QuietStar, text: Text, positions: jax.Array, thoughts: jax.Array, nll: jax.Array, wanted: UseWanted,
-    settings: ThoughtSettings, thinking: Thinking | None = None,
+    model: QuietStar, text: Text, positions: jax.Array, before: TokenScores, thoughts: jax.Array, nll: jax.Array,
+    wanted: UseWanted, settings: ThoughtSettings,
 ) -> ThoughtUse:  # fmt: skip
     """Scores x[j+1] at J positions after perturbed thoughts and after thoughts alone.
 
@@ -286,16 +315,17 @@ def score_use(
 
     Args:
       positions, thoughts: as in `score_given_thoughts`, T > 0; nll: [B, R, J] cross-entropy with them.
+      before: from `score_without_thoughts`; where its policy makes no thought, none is perturbed.
       settings: with R thoughts per position.
-      thinking: as in `score_given_thoughts`, for perturbed thoughts; its policy chooses.
     """
     length, alone = thoughts.shape[-1], dataclasses.replace(settings.config, mixing="none")
+    before = before._replace(base=Prediction(*before.base[:3]))  # without optional results, as they are not wanted
     first = settings.reach - 1  # only a position's own thought is measured alone
 
-    def score(tokens: jax.Array, settings: ThoughtSettings, **how: Any) -> jax.Array:
+    def score(tokens: jax.Array, before: TokenScores, settings: ThoughtSettings, **how: Any) -> jax.Array:
         given = Thoughts(tokens, jnp.zeros(tokens.shape, jnp.float32))
         settings = dataclasses.replace(settings, thought_length=tokens.shape[-1])
-        return score_given_thoughts(model, text, positions, given, settings, **how).talk.nll
+        return score_after_thoughts(model, text, positions, before, given, settings, Wanted(), **how).talk.nll
 
     def curve(kind: str) -> tuple[jax.Array, ...]:
         draws = jax.tree.map(lambda x: jnp.take(x, positions, axis=2), wanted.draws)
@@ -305,13 +335,13 @@ def score_use(
         for count in counts:
             if count not in found:
                 changed = change(thoughts, draws, kind, count, vocab_size=size, meta_tokens=meta_tokens)
-                found[count] = score(changed, settings, thinking=thinking)
+                found[count] = score(changed, before, settings)
         return tuple(found[count] for count in counts)
 
-    unmixed = dataclasses.replace(settings, config=alone, reach=1)
+    unmixed, everywhere = dataclasses.replace(settings, config=alone, reach=1), before._replace(made=None)
     return ThoughtUse(
-        score(thoughts, unmixed, hide_text=True)[..., first:],
-        score(thoughts[..., :0], unmixed, hide_text=True)[..., first:],
+        score(thoughts, everywhere, unmixed, hide_text=True)[..., first:],
+        score(thoughts[..., :0], everywhere, unmixed, hide_text=True)[..., first:],
         {kind: curve(kind) for kind in wanted.kinds},
     )
 
@@ -324,8 +354,7 @@ def _next(text: Text, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _predict(
-    text: Text, positions: jax.Array, log_scores: jax.Array, nll: jax.Array, candidates: jax.Array | None,
-    wanted: Wanted, *, normalized: bool,
+    text: Text, positions: jax.Array, log_scores: jax.Array, nll: jax.Array, wanted: Wanted, *, normalized: bool
 ) -> Prediction:  # fmt: skip
     """Returns a prediction of x[j+1]; log_scores [B, R, J, V]: logits, or log-probabilities if `normalized`."""
     real, target = _next(text, positions)
@@ -333,8 +362,8 @@ def _predict(
     found = Prediction(nll, best, (best == target) & real)
     total = 0.0 if normalized else jax.nn.logsumexp(log_scores, axis=-1, keepdims=True)
     log_probs = log_scores - total
-    if candidates is not None:
-        at = candidates[:, None, None]
+    if wanted.candidates is not None:
+        at = wanted.candidates[:, None, None]
         found = found._replace(candidates=jnp.take_along_axis(log_probs, at, axis=-1))
     if wanted.likeliest:
         top, ids = jax.lax.top_k(log_probs, wanted.likeliest)

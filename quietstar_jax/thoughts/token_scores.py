@@ -63,7 +63,8 @@ class TokenScores(NamedTuple):
       thoughts: [B, R, J, T] int32, as in `sample.Thoughts`.
       made: [B, R, J] bool, whether the policy of thinking makes the thought; where not, the reward is 0 (it is always
         that of the position's own thought); so is the weight, and `talk` is `base`, unless an older thought is used for
-        x[j+1]. `thoughts` has no tokens there, unless `use` is requested. None without a policy.
+        x[j+1]. There, and where x[j] is padding, `thoughts` has no tokens and `thought_entropy` is 0, unless `use` is
+        requested. None without a policy.
       use: `ThoughtUse`; None unless requested.
       rankings: dictionary of [B, 1, J], as from `methods.thinking.rankings`; None unless requested.
     """

@@ -12,6 +12,7 @@ import numpy as np
 
 from quietstar_jax.config import Config
 from quietstar_jax.methods.mixings import MIXINGS
+from quietstar_jax.methods.thinking import ALWAYS, ThinkPolicy
 from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.sharding import row_ways
 from quietstar_jax.thoughts.controls import draw_uniforms
@@ -41,11 +42,11 @@ def without_thoughts(settings: ThoughtSettings) -> ThoughtSettings | None:
     return dataclasses.replace(settings, thought_length=0)
 
 
-def make_token_scorer(graphdef: GraphDef, settings: ThoughtSettings) -> Scorer:
+def make_token_scorer(graphdef: GraphDef, settings: ThoughtSettings, think: ThinkPolicy = ALWAYS) -> Scorer:
     """Returns a compiled `(params, batch, key = None, rank_key = None) -> TokenScores` of all positions.
 
-    There is one thought at each position: greedy, or sampled with `key`. With `rank_key`, which draws the random
-    ranking, the scores have `rankings`.
+    There is one thought at each position that the policy chooses: greedy, or sampled with `key`. With `rank_key`, which
+    draws the random ranking, the scores have `rankings`; all positions must think.
     """
 
     def score(
@@ -55,9 +56,11 @@ def make_token_scorer(graphdef: GraphDef, settings: ThoughtSettings) -> Scorer:
         draws = jax.random.key(0) if key is None else key
         uniforms = draw_uniforms(draws, (rows, 1, length, settings.thought_length))
         thinking = None
-        if rank_key is not None:
+        if rank_key is not None or think.constant is None:
+            policy = None if think.constant else think
             places = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
-            thinking = Thinking(None, places, jax.random.uniform(rank_key, batch.tokens.shape))
+            draws = jax.random.uniform(jax.random.key(1) if rank_key is None else rank_key, batch.tokens.shape)
+            thinking = Thinking(policy, places, draws)
         return score_tokens(
             merge(graphdef, params), *batch, jnp.arange(length), uniforms, settings, greedy=int(key is None),
             thinking=thinking,

@@ -178,7 +178,7 @@ class Trainer:
         self._checkpoints, self._metrics, self._workdir, self._notice = checkpoints, metrics, workdir, notice
         self._profile, self._speed, self._collapse = profile, speed, collapse
         settings = evaluation_settings(run.config, run.vocabulary)
-        self._scorer = make_token_scorer(run.graphdef, settings)
+        self._scorer = make_token_scorer(run.graphdef, settings, run.config.evaluation.policy)
         plain = without_thoughts(settings)
         self._plain_scorer = None if plain is None else make_token_scorer(run.graphdef, plain)
         self._measured: Any = None  # (step, held-out metrics, whether there were thoughts)

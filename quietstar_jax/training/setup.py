@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,9 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
     start_tokens = _embedding_tokens(tokenizer, config.thought.initial_start_token, "initial_start_token")
     end_tokens = _embedding_tokens(tokenizer, config.thought.initial_end_token, "initial_end_token")
     if config.thought.positions == "start":
-        _only_token(start_tokens, "positions", config)
+        _only_token(start_tokens, "thought.positions", config)
+    if config.evaluation.policy.needs_start:
+        _only_token(start_tokens, "evaluation.think", config)
     mesh = make_mesh(config.mesh, architecture)
     check_batches(config, mesh)
     check_kernels(config.model.prefix_attention, mesh.devices.flat[0])
@@ -132,7 +135,7 @@ def prepare(config: Config, saved: Mapping[str, Any] | None = None) -> Run:
                 architecture.vocab_size,
                 {UNUSED: saved.get("unused_ids", [])} if saved else base_vocabulary(base),
             ),
-            end_token=_only_token(end_tokens, "end", config) if config.thought.end == "token" else None,
+            end_token=_only_token(end_tokens, "thought.end", config) if config.thought.end == "token" else None,
             start_token=start_tokens[0] if len(start_tokens) == 1 else None,
             preferred=_preferred_tokens(tokenizer, config.thought.position_pattern),
         ),
@@ -270,12 +273,12 @@ def check_length(config: Config, architecture: Architecture) -> None:
 
 
 def _only_token(tokens: tuple[int, ...], setting: str, config: Config) -> int:
-    """Returns the single token of `initial_end_token` (setting `end`) or `initial_start_token` (`positions`)."""
-    name = {"end": "initial_end_token", "positions": "initial_start_token"}[setting]
+    """Returns the single token of `initial_end_token` (setting `thought.end`) or `initial_start_token` (others)."""
+    name = "initial_end_token" if setting == "thought.end" else "initial_start_token"
     if len(tokens) > 1:
         raise ConfigError(
             f"config.thought.{name} is {getattr(config.thought, name)!r}, which is {len(tokens)} tokens of the "
-            f"tokenizer. Where config.thought.{setting} is {getattr(config.thought, setting)!r}, it must be one."
+            f"tokenizer. Where config.{setting} is {operator.attrgetter(setting)(config)!r}, it must be one."
         )
     return tokens[0]
 

@@ -36,7 +36,7 @@ def most_helpful_thoughts(
     gain = np.where(scores.real, scores.base.nll - scores.talk.nll, -np.inf)
     best = gain.argmax(axis=1)
     rows = np.argsort(-gain[np.arange(len(gain)), best], kind="stable")[:MOST_HELPFUL]
-    thoughts = []
+    places, thoughts = scores.thought_places(), []
     for row in rows:
         j = int(best[row])
         if not np.isfinite(gain[row, j]):
@@ -44,7 +44,7 @@ def most_helpful_thoughts(
         thoughts.append(
             {
                 "context": tokenizer.decode(tokens[row, max(0, j + 1 - CONTEXT_TOKENS) : j + 1].tolist()),
-                "thought": tokenizer.decode(thought_ids(scores.thoughts[row, j])),
+                "thought": tokenizer.decode(thought_ids(scores.thoughts[row, max(0, places[row, j])])),
                 "next_token": tokenizer.decode([int(tokens[row, j + 1])]),
                 "probability_without_thought": float(np.exp(-scores.base.nll[row, j])),
                 "probability_with_thought": float(np.exp(-scores.talk.nll[row, j])),

@@ -20,7 +20,13 @@ from quietstar_jax.thoughts.perturbations import (
     perturb,
 )
 from quietstar_jax.thoughts.score import score_thoughts
-from quietstar_jax.thoughts.score_tokens import UseWanted, score_given_thoughts, score_use
+from quietstar_jax.thoughts.score_tokens import (
+    UseWanted,
+    Wanted,
+    score_given_thoughts,
+    score_use,
+    score_without_thoughts,
+)
 from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.thoughts.token_scores import Prediction, ThoughtUse, TokenScores, ensemble_nll
 from tests.thoughts import oracle
@@ -153,7 +159,8 @@ def test_losses_against_written_out_chains(case):
     draws = draw_perturbations(jax.random.key(3), thoughts.tokens.shape)
     plain = score_given_thoughts(model, text, positions, thoughts, case.thought).talk.nll
     wanted = UseWanted(PERTURBATIONS, draws)
-    use = score_use(model, text, positions, thoughts.tokens, plain, wanted, case.thought)
+    before = score_without_thoughts(model, text, positions, case.thought, Wanted())
+    use = score_use(model, text, positions, before, thoughts.tokens, plain, wanted, case.thought)
     near = dict(rtol=2e-4, atol=2e-4)
     slow = {}
     for kind in PERTURBATIONS:
@@ -179,7 +186,8 @@ def test_a_truncated_thought_is_a_shorter_one():
     text, thoughts = read_text(model.decoder, *case.text(), dtype=case.thought.dtype), case.thoughts()
     draws = draw_perturbations(jax.random.key(3), thoughts.tokens.shape)
     wanted = UseWanted(("truncate",), draws)
-    use = score_use(model, text, positions, thoughts.tokens, jnp.zeros(()), wanted, case.thought)
+    before = score_without_thoughts(model, text, positions, case.thought, Wanted())
+    use = score_use(model, text, positions, before, thoughts.tokens, jnp.zeros(()), wanted, case.thought)
     for count in range(1, 6):
         shorter = dataclasses.replace(case.thought, thought_length=5 - count)
         given = jax.tree.map(lambda x: x[..., : 5 - count], thoughts)  # noqa: B023

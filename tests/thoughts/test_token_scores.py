@@ -16,7 +16,7 @@ from quietstar_jax.thought_config import CONTROLS
 from quietstar_jax.thoughts.ending import ENDED
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.score_figures import summarize
-from quietstar_jax.thoughts.score_tokens import score_given_thoughts
+from quietstar_jax.thoughts.score_tokens import Thinking, score_given_thoughts
 from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.thoughts.token_scores import Prediction, TokenScores
 from quietstar_jax.training.batch import Batch
@@ -61,7 +61,7 @@ def test_evaluation_continuations_and_reports_agree(mixing, control, reach):
 
 
 @pytest.mark.parametrize("variant", [*((*one, "fixed") for one in VARIANTS), ("probabilities", "none", 2, "token")])
-def test_where_a_policy_does_not_think_nothing_is_computed_and_the_rest_is_equal(variant):
+def test_where_a_policy_does_not_think_there_is_no_thought_and_the_rest_is_equal(variant):
     """With `use`, all thoughts are computed, and those that the policy does not make are discarded."""
     mixing, control, reach, end = variant
     model = cases.random_model()
@@ -76,8 +76,9 @@ def test_where_a_policy_does_not_think_nothing_is_computed_and_the_rest_is_equal
     )
     for one, other in zip(few, whole, strict=True):
         np.testing.assert_array_equal(one.made, other.made)
-        assert (one.thoughts[~one.made] == ENDED).all() or control == "pause"
+        assert (one.thoughts[~one.made] == ENDED).all()
         np.testing.assert_array_equal(one.thoughts[one.made], other.thoughts[one.made])
+        np.testing.assert_allclose(one.thought_entropy, other.thought_entropy * one.made, atol=5e-5)
         for name in ("base", "talk", "reward", "weight"):
             found, expected = getattr(one, name), getattr(other, name)
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-5), found, expected)
@@ -120,8 +121,10 @@ def test_given_thoughts_at_chosen_positions(mixing):
         np.testing.assert_allclose(
             prediction.top_probabilities, jnp.exp(jnp.take_along_axis(log_probs, order, axis=-1)), rtol=1e-4
         )
-    alone = score_given_thoughts(model, text, positions, None, case.thought)
-    assert (alone.talk, alone.weight, alone.thoughts, alone.thinks) == (None, None, None, False)
+    thinking = Thinking(None, text.tokens, text.nll)
+    alone = score_given_thoughts(model, text, positions, None, case.thought, thinking=thinking)
+    assert alone[3:] == (None,) * len(alone[3:])
+    assert not alone.thinks
     assert (alone.base.candidates, alone.base.top_ids, alone.base.top_probabilities) == (None, None, None)
     np.testing.assert_allclose(alone.base.nll, found.base.nll, atol=1e-6)
 

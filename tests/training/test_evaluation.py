@@ -5,6 +5,8 @@ import jax
 import numpy as np
 import pytest
 
+from quietstar_jax.errors import ConfigError
+from quietstar_jax.methods.thinking import ALWAYS
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thought_config import Phase, ThoughtConfig
 from quietstar_jax.thoughts.score_figures import summarize
@@ -45,6 +47,34 @@ def test_an_untrained_mixing_head_changes_nothing(run):
     np.testing.assert_array_equal(scores.real[1], np.arange(24) < 8)
     assert scores.thoughts.shape == (2, 24, 2)
     assert not np.isin(scores.thoughts, run.vocabulary.meta_tokens).any()
+
+
+def test_a_policy_chooses_where_evaluation_thinks(run):
+    config = dataclasses.replace(run.config, evaluation=dataclasses.replace(run.config.evaluation, think="every:3"))
+    settings, params = evaluation_settings(config, run.vocabulary), first_state(run).params
+    params = params | {"mixing_head.out": np.ones_like(params["mixing_head.out"])}
+    always, some = (
+        jax.device_get(make_token_scorer(run.graphdef, settings, think)(params, batch(run))).first_thought()
+        for think in (ALWAYS, config.evaluation.policy)
+    )
+    made = np.broadcast_to(np.arange(24) % 3 == 2, (2, 24))
+    np.testing.assert_array_equal(some.made, made)
+    np.testing.assert_allclose(some.talk.nll, np.where(made, always.talk.nll, always.base.nll), atol=1e-5)
+    assert summarize(some)["thinking_rate"] == made[some.real].mean()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"evaluation__think": "sometimes"}, "think is 'sometimes'; it must be one of always"),
+     ({"evaluation__think": "never"}, "evaluation.think is 'never'; it must be a policy that makes thoughts"),
+     ({"evaluation__think": "gate:0.1"}, "evaluation.think is 'gate:0.1'; it must be another policy"),
+     ({"evaluation__think": "every:2", "thought__gate": True}, "evaluation.think is 'every:2'; it must be 'always'"),
+     ({"evaluation__think": "start:0.1", "thought__initial_start_token": "( )"},
+      r"initial_start_token is '\( \)', which is 2 tokens .*evaluation.think is 'start:0.1'")],
+)  # fmt: skip
+def test_policies_that_evaluation_cannot_follow(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        prepare(tiny_config(tmp_path, **changes))
 
 
 def test_a_run_that_never_thinks_reports_the_base(run):
