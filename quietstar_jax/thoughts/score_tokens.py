@@ -114,9 +114,7 @@ def score_tokens(
     before = score_without_thoughts(model, text, positions, settings, what)
     if not settings.thought_length:
         return _finished(before._replace(made=None, rankings=None))
-    packed = None
-    if before.made is not None and use is None:
-        packed = pack(positions, before.made[:, 0] & exists(text, positions))
+    packed = None if use is not None else _packed(text, positions, before)
     thoughts = think(model, text, positions if packed is None else packed, uniforms, settings, greedy)
     scores = _finished(score_after_thoughts(model, text, positions, before, thoughts, settings, what, packed=packed))
     if use is None:
@@ -320,9 +318,11 @@ def score_use(
     """
     length, alone = thoughts.shape[-1], dataclasses.replace(settings.config, mixing="none")
     before = before._replace(base=Prediction(*before.base[:3]))  # without optional results, as they are not wanted
+    packed = _packed(text, positions, before)
     first = settings.reach - 1  # only a position's own thought is measured alone
 
     def score(tokens: jax.Array, before: TokenScores, settings: ThoughtSettings, **how: Any) -> jax.Array:
+        tokens = how["packed"].take(tokens) if how.get("packed") else tokens
         given = Thoughts(tokens, jnp.zeros(tokens.shape, jnp.float32))
         settings = dataclasses.replace(settings, thought_length=tokens.shape[-1])
         return score_after_thoughts(model, text, positions, before, given, settings, Wanted(), **how).talk.nll
@@ -335,7 +335,7 @@ def score_use(
         for count in counts:
             if count not in found:
                 changed = change(thoughts, draws, kind, count, vocab_size=size, meta_tokens=meta_tokens)
-                found[count] = score(changed, before, settings)
+                found[count] = score(changed, before, settings, packed=packed)
         return tuple(found[count] for count in counts)
 
     unmixed, everywhere = dataclasses.replace(settings, config=alone, reach=1), before._replace(made=None)
@@ -344,6 +344,11 @@ def score_use(
         score(thoughts[..., :0], everywhere, unmixed, hide_text=True)[..., first:],
         {kind: curve(kind) for kind in wanted.kinds},
     )
+
+
+def _packed(text: Text, positions: jax.Array, before: TokenScores) -> Packed | None:
+    """Returns those of positions [J] at which the policy makes a thought; None without a policy."""
+    return None if before.made is None else pack(positions, before.made[:, 0] & exists(text, positions))
 
 
 def _next(text: Text, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

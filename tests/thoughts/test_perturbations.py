@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from quietstar_jax.errors import ConfigError
+from quietstar_jax.methods.thinking import parse_policy
 from quietstar_jax.models.parameters import split
 from quietstar_jax.thought_config import PERTURBATIONS
+from quietstar_jax.thoughts.controls import draw_uniforms
 from quietstar_jax.thoughts.perturbations import (
     PERCENTS,
     PerturbationDraws,
@@ -21,9 +23,11 @@ from quietstar_jax.thoughts.perturbations import (
 )
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.score_tokens import (
+    Thinking,
     UseWanted,
     Wanted,
     score_given_thoughts,
+    score_tokens,
     score_use,
     score_without_thoughts,
 )
@@ -178,6 +182,29 @@ def test_losses_against_written_out_chains(case):
         use.empty_only, slow_nll(case, params, case.text(), thoughts.tokens[..., :0], alone=True), **near
     )
     assert np.abs(use.thought_only - use.empty_only).max() > 0.05
+
+
+def test_only_thoughts_that_the_policy_makes_are_perturbed():
+    case = Case("policy", mask=("1111111", "0111111"))
+    model, (tokens, mask) = random_model(case.decoder, 7.0), case.text()
+    shape = (2, 2, case.length, case.thought.thought_length)
+    uniforms, draws = draw_uniforms(jax.random.key(2), shape), draw_perturbations(jax.random.key(3), shape)
+    made = jnp.array([0, 0, 1, 1, 0, 1, 0], bool)
+    below = jnp.broadcast_to(jnp.where(made, 0.1, 0.9), mask.shape)
+    thinking = Thinking(parse_policy("random:0.5"), jnp.zeros(mask.shape, jnp.int32), below)
+    wanted = UseWanted(PERTURBATIONS, draws)
+    some, every = (
+        score_tokens(
+            model, tokens, mask, None, jnp.arange(case.length), uniforms, case.thought, greedy=0, use=wanted, **policy
+        )
+        for policy in ({"thinking": thinking}, {})
+    )
+    np.testing.assert_array_equal(some.made[0, 0], made)
+    for kind in PERTURBATIONS:
+        for found, dense in zip(some.use.perturbed[kind], every.use.perturbed[kind], strict=True):
+            expected = jnp.where(made, dense, every.base.nll[:, None])
+            np.testing.assert_allclose(found, expected, atol=2e-5)
+    jax.tree.map(np.testing.assert_array_equal, some.use[:2], every.use[:2])
 
 
 def test_a_truncated_thought_is_a_shorter_one():
