@@ -10,6 +10,7 @@ letters are those of `token_scores`. Nothing here has a gradient.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -327,22 +328,27 @@ def score_use(
         settings = dataclasses.replace(settings, thought_length=tokens.shape[-1])
         return score_after_thoughts(model, text, positions, before, given, settings, Wanted(), **how).talk.nll
 
-    def curve(kind: str) -> tuple[jax.Array, ...]:
+    def perturbed() -> dict[str, tuple[jax.Array, ...]]:
+        """One program for all thoughts of equal length: compiling one for each change takes longer than running it."""
         draws = jax.tree.map(lambda x: jnp.take(x, positions, axis=2), wanted.draws)
-        size, meta_tokens, found = model.decoder.architecture.vocab_size, settings.meta_tokens, {0: nll}
+        size, meta_tokens = model.decoder.architecture.vocab_size, settings.meta_tokens
         change = perturb_each if settings.samples_end else perturb
         counts = [percent if settings.samples_end else changed_tokens(length, percent) for percent in PERCENTS]
-        for count in counts:
-            if count not in found:
-                changed = change(thoughts, draws, kind, count, vocab_size=size, meta_tokens=meta_tokens)
-                found[count] = score(changed, before, settings, packed=packed)
-        return tuple(found[count] for count in counts)
+        by_length: dict[int, dict[tuple[str, int], jax.Array]] = {}
+        for kind, count in itertools.product(wanted.kinds, sorted({*counts} - {0})):
+            changed = change(thoughts, draws, kind, count, vocab_size=size, meta_tokens=meta_tokens)
+            by_length.setdefault(changed.shape[-1], {})[kind, count] = changed
+        found = {(kind, 0): nll for kind in wanted.kinds}
+        for group in by_length.values():
+            scored = jax.lax.map(lambda x: score(x, before, settings, packed=packed), jnp.stack([*group.values()]))
+            found |= dict(zip(group, scored, strict=True))
+        return {kind: tuple(found[kind, count] for count in counts) for kind in wanted.kinds}
 
     unmixed, everywhere = dataclasses.replace(settings, config=alone, reach=1), before._replace(made=None)
     return ThoughtUse(
         score(thoughts, everywhere, unmixed, hide_text=True)[..., first:],
         score(thoughts[..., :0], everywhere, unmixed, hide_text=True)[..., first:],
-        {kind: curve(kind) for kind in wanted.kinds},
+        perturbed(),
     )
 
 
