@@ -28,7 +28,9 @@ PAST_THE_TEXT = 2**30  # position that fills incomplete chunks; no text is this 
 # ahead, which has two distributions: without and with the thought. Sampling has 4.0 there, and is counted with 3 too.
 LOGITS_ALIVE = 3
 TOKEN_BLOCK = 64  # thought tokens of a chain whose logits exist at a time, see `score.score_actions`
-PACKED_CHAINS = 64  # chains of a chunk of packed positions on each device: small chunks can be skipped sooner
+# Packed positions have up to PACKED_CHUNKS chunks, of at least PACKED_CHAINS chains on each device: small ones compute
+# little in vain, but many of them are slow if most are needed.
+PACKED_CHUNKS, PACKED_CHAINS = 32, 16
 
 
 class Packed(NamedTuple):
@@ -245,7 +247,8 @@ def chunk_size(positions: jax.Array | Packed, most: int, thoughts: int) -> int:
         return even_chunk(positions.shape[-1], most)
     batch, count = positions.positions.shape
     if num_shards("embed") == 1:
-        most = min(most, max(1, PACKED_CHAINS // (thoughts * -(-batch // num_shards("batch")))))
+        least = PACKED_CHAINS // (thoughts * -(-batch // num_shards("batch")))
+        most = min(most, max(1, least, -(-count // PACKED_CHUNKS)))
     return even_chunk(count, most)
 
 
