@@ -168,7 +168,8 @@ class EvaluationConfig:
     tokens_ahead: Positive[int] = 1  # K in evaluation
     reach: Reach = 1  # number of tokens after a thought for which it is used, see docs/evaluation.md; above 1 only with
     # `thought.mixing='probabilities'`, and `tokens_ahead` is then at least this
-    think: str = "always"  # policy that chooses the positions that think, as of `evaluate --think`
+    think: str = "always"  # policy that chooses which positions think, as for `evaluate --think`; not `never`, not
+    # `gate`, and only `always` with `thought.gate`
 
     @property
     def policy(self) -> ThinkPolicy:
@@ -300,7 +301,7 @@ class Config:
             "'always' with thought.gate: its figures at each thinking rate need all thoughts",
         )  # fmt: skip
         problems += require(
-            not policy.needs_gate, "evaluation.think", self.evaluation.think, "another policy: none is trained"
+            not policy.needs_gate, "evaluation.think", self.evaluation.think, "a policy that needs no thinking gate"
         )
         problems += require(
             self.thought.positions != "start" or self.data.packing != "packed" or self.data.document_mask,

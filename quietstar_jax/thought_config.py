@@ -112,7 +112,7 @@ class ThoughtConfig:
     positions: Thinking[Literal["all", "stride", "random", "entropy", "start"]] = "all"  # which positions think in
     # training: every n-th (`stride`), random ones, those with the least certain predictions (`entropy`), or random ones
     # weighted by the probability that the next token is `initial_start_token`, which must be one token (`start`; not in
-    # documents that contain it); in evaluation all positions think
+    # documents that contain it); in evaluation, `evaluation.think` chooses them
     position_fraction: Thinking[Portion] = 1.0  # fraction of positions that think; the cost decreases with it
     positions_per_sequence: Thinking[NonNegative[int]] = 0  # number of positions that think in each sequence, for long
     # thoughts at few positions, where positions is random, entropy or start; 0 = `position_fraction` of them

@@ -109,8 +109,9 @@ def num_shards(name: str) -> int:
 def on_all_devices(condition: jax.Array) -> jax.Array:
     """Returns whether a scalar condition is True on all devices along the manual mesh axes here.
 
-    With this condition, a loop runs as often, and a branch is the same, on all devices, so all issue the same
-    collectives. Without automatic axes of several devices there are none, and each device decides alone.
+    A loop with this condition runs the same number of iterations on all devices, and a branch takes the same side, so
+    all issue the same collectives. If no automatic axis has several devices, there are no collectives in them, and each
+    device decides alone.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or all(mesh.shape[axis] == 1 for axis in mesh.auto_axes):

@@ -1,4 +1,4 @@
-"""Samples several thoughts at every position of given texts, and scores each of them."""
+"""Samples several thoughts at the positions of given texts, and scores each of them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def observe(
     model: LoadedModel, settings: ThoughtSettings, windows: Sequence[Window], *, samples: int, seed: int,
     kinds: Sequence[str] | None = None, think: ThinkPolicy = ALWAYS,
 ) -> list[TokenScores]:  # fmt: skip
-    """Thinks at every position of every window: once greedily, and `samples` times at random.
+    """Thinks at the positions of every window that the policy chooses: once greedily, and `samples` times at random.
 
     Args:
       kinds: of perturbations; given, the scores have `use`.

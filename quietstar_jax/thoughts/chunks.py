@@ -28,13 +28,13 @@ PAST_THE_TEXT = 2**30  # position that fills incomplete chunks; no text is this 
 # ahead, which has two distributions: without and with the thought. Sampling has 4.0 there, and is counted with 3 too.
 LOGITS_ALIVE = 3
 TOKEN_BLOCK = 64  # thought tokens of a chain whose logits exist at a time, see `score.score_actions`
-# Packed positions have up to PACKED_CHUNKS chunks, of at least PACKED_CHAINS chains on each device: small ones compute
-# little in vain, but many of them are slow if most are needed.
+# Where memory allows, packed positions have at most PACKED_CHUNKS chunks, of about PACKED_CHAINS chains or more on each
+# device. Small chunks compute little in vain, but many small chunks are slow if most of them must be computed.
 PACKED_CHUNKS, PACKED_CHAINS = 32, 16
 
 
 class Packed(NamedTuple):
-    """Chosen ones of J positions, in front of the others, so that most chunks have none and are not computed.
+    """J positions reordered so that the chosen ones come first: most chunks then have none and are skipped.
 
     A chunk is computed if any sequence of the batch has a chosen position in it.
 
@@ -56,7 +56,7 @@ class Packed(NamedTuple):
         return jax.tree.map(lambda x: take_places(x, self.order), values)
 
     def put_back(self, values: Tree, fill: int = 0) -> Tree:
-        """Returns arrays [B, R, J, ...] that are in packed order in the order of places; `fill` where not chosen."""
+        """Undoes `take`: returns arrays [B, R, J, ...] in the original order, `fill` where not chosen."""
         chosen = self.positions != PAST_THE_TEXT
 
         def put(x: jax.Array) -> jax.Array:

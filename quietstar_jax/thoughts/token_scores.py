@@ -61,10 +61,10 @@ class TokenScores(NamedTuple):
       weight: [B, R, J] mixing weight of x[j+1]; with a reach above 1, of all thoughts together.
       thought_entropy: [B, R, J] mean entropy of the distributions that the thought's tokens were drawn from.
       thoughts: [B, R, J, T] int32, as in `sample.Thoughts`.
-      made: [B, R, J] bool, whether the policy of thinking makes the thought; where not, the reward is 0 (it is always
-        that of the position's own thought); so is the weight, and `talk` is `base`, unless an older thought is used for
-        x[j+1]. There, and where x[j] is padding, `thoughts` has no tokens and `thought_entropy` is 0, unless `use` is
-        requested. None without a policy.
+      made: [B, R, J] bool, whether the policy of thinking makes the thought. Where it makes none, the reward is 0, also
+        if an older thought is used for x[j+1]; if none is used, the weight is 0, and `talk` equals `base`. Unless `use`
+        is requested, `thoughts` has no tokens and `thought_entropy` is 0 wherever the policy makes no thought or x[j]
+        is padding. None without a policy.
       use: `ThoughtUse`; None unless requested.
       rankings: dictionary of [B, 1, J], as from `methods.thinking.rankings`; None unless requested.
     """

@@ -62,7 +62,7 @@ def test_evaluation_continuations_and_reports_agree(mixing, control, reach):
 
 @pytest.mark.parametrize("variant", [*((*one, "fixed") for one in VARIANTS), ("probabilities", "none", 2, "token")])
 def test_where_a_policy_does_not_think_there_is_no_thought_and_the_rest_is_equal(variant):
-    """With `use`, all thoughts are computed, and those that the policy does not make are discarded."""
+    """With `use`, all thoughts are computed, and predictions ignore those that the policy does not make."""
     mixing, control, reach, end = variant
     model = cases.random_model()
     thought = dataclasses.replace(model.thought, mixing=mixing, control=control, end=end)

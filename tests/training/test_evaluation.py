@@ -67,7 +67,7 @@ def test_a_policy_chooses_where_evaluation_thinks(run):
     ("changes", "message"),
     [({"evaluation__think": "sometimes"}, "think is 'sometimes'; it must be one of always"),
      ({"evaluation__think": "never"}, "evaluation.think is 'never'; it must be a policy that makes thoughts"),
-     ({"evaluation__think": "gate:0.1"}, "evaluation.think is 'gate:0.1'; it must be another policy"),
+     ({"evaluation__think": "gate:0.1"}, "evaluation.think is 'gate:0.1'; it must be a policy that needs no"),
      ({"evaluation__think": "every:2", "thought__gate": True}, "evaluation.think is 'every:2'; it must be 'always'"),
      ({"evaluation__think": "start:0.1", "thought__initial_start_token": "( )"},
       r"initial_start_token is '\( \)', which is 2 tokens .*evaluation.think is 'start:0.1'")],
