@@ -18,7 +18,8 @@ def get_config() -> ml_collections.ConfigDict:
     """Plain training on 204,800 tokens; then one step that only centres the mixing head; then REINFORCE.
 
     The model thinks usefully before REINFORCE: it has read calculations, and the mixing starts with the weight 0.27.
-    The gain in docs/results.md was measured there, without the last phase, as `make real` does.
+    The gain in docs/results.md was measured there, without the last phase, as `make real` does. The last phase is for
+    experiments: 24 of its steps made calculations rarer and no better.
 
     So that CPUs can run it, few positions think: where a calculation is likely to begin, in texts without written ones.
     Evaluate with `--reach 4 --think start:0.01`: a thought is then used for four tokens, usually the whole result.
