@@ -51,7 +51,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (archive,) = folder.glob("*.tar.gz")
     assert archive.name == f"quietstar_jax-{quietstar_jax.__version__}.tar.gz"
     with tarfile.open(archive) as file:
-        file.extractall(folder, filter="data")
+        file.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # since 3.11.4
     unpacked = folder / archive.name.removesuffix(".tar.gz")
     assert all((unpacked / name).read_bytes() == (ROOT / name).read_bytes() for name in EXTRA)
     build("wheel", unpacked)
