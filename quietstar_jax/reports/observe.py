@@ -24,7 +24,7 @@ from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.token_scores import TokenScores
 
 LIKELIEST = 5  # number of next tokens that are kept
-ROWS = 8  # windows per batch
+ROWS = 8  # windows per batch at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +107,10 @@ def observe(
     policy = think if think.constant is None else None
     fixed = model.graphdef, settings, samples, None if kinds is None else tuple(kinds), policy
     found = []
-    for start in range(0, len(windows), ROWS):
-        part = windows[start : start + ROWS]
-        tokens, mask = np.full((ROWS, length), settings.pad_id, np.int32), np.zeros((ROWS, length), bool)
+    rows = min(ROWS, len(windows))
+    for start in range(0, len(windows), rows):
+        part = windows[start : start + rows]
+        tokens, mask = np.full((rows, length), settings.pad_id, np.int32), np.zeros((rows, length), bool)
         for row, window in enumerate(part):
             tokens[row, : len(window.tokens)], mask[row, : len(window.tokens)] = window.tokens, True
         key = jax.random.fold_in(jax.random.key(seed), start)
