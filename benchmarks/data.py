@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quietstar_jax.config import PACKINGS, DataConfig
 from quietstar_jax.data import documents
 from quietstar_jax.data.pipeline import training_sequences
 from quietstar_jax.data.pretokenized.write import prepare
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
+from quietstar_jax.data_config import PACKINGS, DataConfig
 
 
 def rate(config: DataConfig, tokenizer: Tokenizer, batch: int, seconds: float) -> dict[str, float]:

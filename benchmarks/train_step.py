@@ -18,7 +18,8 @@ import numpy as np
 
 from benchmarks.command import matmul_rate, run
 from quietstar_jax.architecture import Architecture
-from quietstar_jax.config import Config, DataConfig, ModelConfig
+from quietstar_jax.config import Config, ModelConfig
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.models.parameters import GraphDef, merge, split
 from quietstar_jax.thought_config import Phase, RateScales, ThoughtConfig
 from quietstar_jax.thoughts.chunks import max_positions_per_chunk, max_sampled_positions_per_chunk

@@ -15,7 +15,8 @@ INTRODUCTION = """\
 # Configuration
 
 `make docs` generates this page from [config.py](../quietstar_jax/config.py),
-[thought_config.py](../quietstar_jax/thought_config.py) and [architecture.py](../quietstar_jax/architecture.py).
+[thought_config.py](../quietstar_jax/thought_config.py), [data_config.py](../quietstar_jax/data_config.py) and
+[architecture.py](../quietstar_jax/architecture.py).
 
 Any setting can be changed on the command line: `--config.NAME=VALUE`, also inside lists:
 `"--config.phases[0].steps=500"`. `--help-settings` lists the same. `--config FILE:ARGUMENT` passes `ARGUMENT` to a

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quietstar_jax.commands import COMMANDS, written
-from quietstar_jax.config import TEXT_DOCUMENTS, Config
+from quietstar_jax.config import Config
 from quietstar_jax.config_file import read_config
+from quietstar_jax.data_config import TEXT_DOCUMENTS
 from quietstar_jax.errors import ConfigError, UserError
 from quietstar_jax.io import is_url, place
 from quietstar_jax.methods.thinking import THINKING, usage

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quietstar_jax import config as settings_module
-from quietstar_jax import thought_config
+from quietstar_jax import data_config, thought_config
 from quietstar_jax.config import Config, default_config, from_config_dict, phase, to_config_dict
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.setting_help import meanings
@@ -118,7 +118,7 @@ def test_differences_name_their_path():
 
 @pytest.mark.parametrize(
     "cls",
-    [cls for module in (settings_module, thought_config) for cls in vars(module).values()
+    [cls for module in (settings_module, data_config, thought_config) for cls in vars(module).values()
      if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__],
     ids=lambda cls: cls.__name__,
 )  # fmt: skip

@@ -12,7 +12,6 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.cache import cached_array
 from quietstar_jax.data.fingerprint import fingerprint
 from quietstar_jax.data.pretokenized.read import PreparedDocuments, is_prepared, prepared_folder
@@ -21,6 +20,7 @@ from quietstar_jax.data.sources.common import Concatenated, Numbered, Piece, Ran
 from quietstar_jax.data.tokenization import Tokenizer, without_begin
 from quietstar_jax.data.unknown import Unknown, unknown_in_text
 from quietstar_jax.data.workers import ahead
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError
 
 UNKNOWN = "\U000f0000"  # a private-use character; if it has no token, whole documents may have no tokens

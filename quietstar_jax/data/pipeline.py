@@ -16,7 +16,6 @@ from typing import Any
 import grain
 import numpy as np
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.documents import Documents, Framed, joined, open_documents, require_some
 from quietstar_jax.data.fingerprint import changes, fingerprint
 from quietstar_jax.data.packing import (
@@ -39,6 +38,7 @@ from quietstar_jax.data.pretokenized.read import PreparedDocuments
 from quietstar_jax.data.sources import Split
 from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.data.unknown import Unknown, sampled, total
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import CheckpointError, DataError
 
 # tokens: int32 [B, L]; mask: bool [B, L], False for padding; with packed documents and `data.document_mask` also

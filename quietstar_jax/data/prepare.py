@@ -6,7 +6,7 @@ import os
 import sys
 
 from quietstar_jax.command_line import CommandParser, add_flags, integer_from, path
-from quietstar_jax.config import DataConfig
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import ConfigError, run_command
 
 

@@ -46,8 +46,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from quietstar_jax.config import SyntheticConfig
 from quietstar_jax.data.sources.common import Label, Piece
+from quietstar_jax.data_config import SyntheticConfig
 from quietstar_jax.errors import DataError
 
 STEPS = 6  # states of a chain, and words between marks

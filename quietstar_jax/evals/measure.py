@@ -16,8 +16,8 @@ from typing import Any, cast
 import jax
 from tqdm import tqdm
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources import content_hash, open_source
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.evals.answers import AnswerWriter
 from quietstar_jax.evals.direct import measure_answers

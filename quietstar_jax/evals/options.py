@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from quietstar_jax.config import ComputeDtype, PrefixAttention, TextDocuments
+from quietstar_jax.config import ComputeDtype, PrefixAttention
+from quietstar_jax.data_config import TextDocuments
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.evals.tasks import DIRECT, SPANS, TASKS, TEXT, VOTING, find_task
 from quietstar_jax.methods.thinking import NEVER, ThinkPolicy, choose_policy

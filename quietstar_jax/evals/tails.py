@@ -26,7 +26,9 @@ from quietstar_jax.parallel.mesh import make_mesh
 from quietstar_jax.parallel.sharding import row_ways, shard_batch
 from quietstar_jax.thoughts.controls import Uniforms, draw_uniforms
 from quietstar_jax.thoughts.perturbations import PerturbationDraws, draw_perturbations
-from quietstar_jax.thoughts.score_tokens import Thinking, UseWanted, score_tokens
+from quietstar_jax.thoughts.score_predictions import Thinking
+from quietstar_jax.thoughts.score_tokens import score_tokens
+from quietstar_jax.thoughts.score_use import UseWanted
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.token_scores import TokenScores
 

@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources import content_hash, read_all
 from quietstar_jax.data.sources.common import Record
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError, UserError
 from quietstar_jax.inference.batch import Generation, GenerationConfig, thinking_rate
 from quietstar_jax.inference.engine import Request

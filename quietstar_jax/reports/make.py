@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quietstar_jax.config import ComputeDtype, DataConfig
+from quietstar_jax.config import ComputeDtype
 from quietstar_jax.data.documents import Documents, joined, open_documents
 from quietstar_jax.data.pipeline import VALIDATION_SEED
 from quietstar_jax.data.sources import SYNTHETIC
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from quietstar_jax.evals.calibration import calibrate
 from quietstar_jax.evals.thought_use import ensembles, summarize_use

@@ -19,7 +19,9 @@ from quietstar_jax.methods.thinking import ALWAYS, ThinkPolicy
 from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.thoughts.controls import draw_uniforms
 from quietstar_jax.thoughts.perturbations import draw_perturbations
-from quietstar_jax.thoughts.score_tokens import Thinking, UseWanted, score_tokens
+from quietstar_jax.thoughts.score_predictions import Thinking
+from quietstar_jax.thoughts.score_tokens import score_tokens
+from quietstar_jax.thoughts.score_use import UseWanted
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.token_scores import TokenScores
 
@@ -104,8 +106,7 @@ def observe(
       the `LIKELIEST` tokens; the first of the R thoughts is the greedy one. Position j is that before token j + 1.
     """
     length = -(-max(len(window.tokens) for window in windows) // 8) * 8
-    policy = think if think.constant is None else None
-    fixed = model.graphdef, settings, samples, None if kinds is None else tuple(kinds), policy
+    fixed = model.graphdef, settings, samples, None if kinds is None else tuple(kinds), think
     found = []
     rows = min(ROWS, len(windows))
     for start in range(0, len(windows), rows):
@@ -122,9 +123,9 @@ def observe(
 @functools.partial(jax.jit, static_argnums=range(5))
 def _score(
     graphdef: GraphDef, settings: ThoughtSettings, samples: int, kinds: tuple[str, ...] | None,
-    policy: ThinkPolicy | None, params: Any, tokens: jax.Array, mask: jax.Array, key: jax.Array,
+    think: ThinkPolicy, params: Any, tokens: jax.Array, mask: jax.Array, key: jax.Array,
 ) -> TokenScores:  # fmt: skip
-    """Scores a batch of windows, tokens [B, L]; arguments as in `observe`, policy None = all positions think.
+    """Scores a batch of windows, tokens [B, L]; arguments as in `observe`.
 
     Not a closure, so that a later call with equal settings and shapes uses the compiled program.
     """
@@ -133,8 +134,7 @@ def _score(
     uniforms, use = draw_uniforms(key, shape), None
     if kinds is not None:
         use = UseWanted(kinds, draw_perturbations(jax.random.fold_in(key, 2), shape))
-    index = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    thinking = Thinking(policy, index, jax.random.uniform(jax.random.fold_in(key, 3), tokens.shape))
+    thinking = Thinking.of_rows(think, tokens.shape, jax.random.fold_in(key, 3))
     return score_tokens(
         merge(graphdef, params), tokens, mask, None, jnp.arange(length), uniforms, settings, use=use,
         likeliest=LIKELIEST, thinking=thinking,

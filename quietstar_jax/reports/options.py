@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quietstar_jax.config import TextDocuments
+from quietstar_jax.data_config import TextDocuments
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.methods.thinking import NEVER, parse_policy
 

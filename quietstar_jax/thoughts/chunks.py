@@ -123,8 +123,9 @@ def map_chunks(
       `Packed.put_back` replaces them.
     """
     packed = isinstance(positions, Packed)
-    places = positions.positions if isinstance(positions, Packed) else positions
-    count = places.shape[-1]
+    if isinstance(positions, Packed):
+        positions = positions.positions
+    count = positions.shape[-1]
 
     def local_chunks(_: Any, operands: Any, constants: Any, starts: jax.Array, offset: jax.Array) -> Tree:
         positions, inputs = constants
@@ -150,7 +151,7 @@ def map_chunks(
         return jax.lax.slice_in_dim(x, 0, count, axis=axis)
 
     mapped = _on_local_positions(local_chunks, (None,) * (axis + 1) + ("positions",))
-    return jax.tree.map(join, mapped(operands, (places, inputs), *chunk_starts(count, chunk)))
+    return jax.tree.map(join, mapped(operands, (positions, inputs), *chunk_starts(count, chunk)))
 
 
 def sum_chunks(

@@ -26,7 +26,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.thoughts.chunks import PAST_THE_TEXT
+from quietstar_jax.thoughts.chunks import PAST_THE_TEXT, take_places
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, real_ahead
 
@@ -124,5 +124,4 @@ def at_positions(values: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns values [B, R, L, ...] at positions [B, J], as [B, R, J, ...]; unchanged for all positions [L]."""
     if positions.ndim == 1:
         return values
-    index = jnp.minimum(positions, values.shape[2] - 1)[:, None, :]
-    return jnp.take_along_axis(values, index.reshape(*index.shape, *(1,) * (values.ndim - 3)), axis=2)
+    return take_places(values, jnp.minimum(positions, values.shape[2] - 1))

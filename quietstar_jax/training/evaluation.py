@@ -16,7 +16,8 @@ from quietstar_jax.methods.thinking import ALWAYS, ThinkPolicy
 from quietstar_jax.models.parameters import GraphDef, merge
 from quietstar_jax.parallel.sharding import row_ways
 from quietstar_jax.thoughts.controls import draw_uniforms
-from quietstar_jax.thoughts.score_tokens import Thinking, score_tokens
+from quietstar_jax.thoughts.score_predictions import Thinking
+from quietstar_jax.thoughts.score_tokens import score_tokens
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, thought_settings
 from quietstar_jax.thoughts.token_scores import TokenScores
 from quietstar_jax.training.batch import Batch, to_device
@@ -57,10 +58,7 @@ def make_token_scorer(graphdef: GraphDef, settings: ThoughtSettings, think: Thin
         uniforms = draw_uniforms(draws, (rows, 1, length, settings.thought_length))
         thinking = None
         if rank_key is not None or think.constant is None:
-            policy = None if think.constant else think
-            places = jnp.broadcast_to(jnp.arange(length), batch.tokens.shape)
-            draws = jax.random.uniform(jax.random.key(1) if rank_key is None else rank_key, batch.tokens.shape)
-            thinking = Thinking(policy, places, draws)
+            thinking = Thinking.of_rows(think, (rows, length), jax.random.key(1) if rank_key is None else rank_key)
         return score_tokens(
             merge(graphdef, params), *batch, jnp.arange(length), uniforms, settings, greedy=int(key is None),
             thinking=thinking,

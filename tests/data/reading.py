@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources import open_source
 from quietstar_jax.data.sources.common import RandomAccessSource
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError
 
 DOCUMENTS = ["first", "zweite Zeile\nmit Umbruch", " 3 ", "四", "last \u2028 one"]

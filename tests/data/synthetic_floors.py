@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from quietstar_jax.config import SyntheticConfig
 from quietstar_jax.data.synthetic import (
     ADDENDS,
     CHATTER,
@@ -17,6 +16,7 @@ from quietstar_jax.data.synthetic import (
     UNITS,
     _useful_share,
 )
+from quietstar_jax.data_config import SyntheticConfig
 
 
 def floors(config: SyntheticConfig) -> dict[str, float]:

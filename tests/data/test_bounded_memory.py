@@ -18,7 +18,7 @@ LINE = b'{"text": "' + b"a" * 1000 + b'"}\n'
 READ = """
 import resource, sys
 from pathlib import Path
-from quietstar_jax.config import DataConfig
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.data.sources import open_source, read_records
 from quietstar_jax.errors import DataError
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

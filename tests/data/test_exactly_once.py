@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.pretokenized import write as preparation
+from quietstar_jax.data_config import DataConfig
 from tests.data.reading import lines, put
 from tests.data.words import EOS, TOKENIZER, sequences
 

@@ -18,13 +18,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.documents import open_documents
 from quietstar_jax.data.pretokenized.write import prepare
 from quietstar_jax.data.sources import open_source, read_all
 from quietstar_jax.data.sources.common import Record
 from quietstar_jax.data.sources.texts import TextOf
 from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError
 from quietstar_jax.evals.questions import Layout, read_questions
 from tests.data.reading import put

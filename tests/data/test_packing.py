@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quietstar_jax.config import PACKINGS
 from quietstar_jax.data import documents as documents_module
 from quietstar_jax.data import packing
 from quietstar_jax.data.documents import Framed, TextDocuments
 from quietstar_jax.data.packing import ConsecutiveSpans, Mixture, PackedSequences, Position, span_bounds
 from quietstar_jax.data.pipeline import training_sequences, validation_batches
+from quietstar_jax.data_config import PACKINGS
 from quietstar_jax.errors import CheckpointError, DataError
 from tests.data.words import (
     EOS,

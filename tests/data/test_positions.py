@@ -106,7 +106,7 @@ def test_a_broken_document_is_named_and_the_position_kept(
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from quietstar_jax.config import DataConfig
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.data.pipeline import training_sequences
 from quietstar_jax.data.tokenization import load_tokenizer
 from quietstar_jax.errors import DataError

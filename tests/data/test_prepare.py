@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from quietstar_jax.config import PACKINGS, DataConfig
 from quietstar_jax.data.documents import open_documents
 from quietstar_jax.data.packing import Position
 from quietstar_jax.data.pipeline import training_sequences, validation_batches
@@ -27,6 +26,7 @@ from quietstar_jax.data.prepare import main
 from quietstar_jax.data.pretokenized import write as preparation
 from quietstar_jax.data.pretokenized.read import PreparedDocuments
 from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.data_config import PACKINGS, DataConfig
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from tests.data.reading import lines, put
 from tests.data.words import (
@@ -97,8 +97,8 @@ def test_all_kinds_of_sources(tmp_path: Path) -> None:
 
 
 def test_embedded_corpus(tmp_path: Path) -> None:
-    from quietstar_jax.config import SyntheticConfig
     from quietstar_jax.data.tokenization import load_tokenizer
+    from quietstar_jax.data_config import SyntheticConfig
 
     tokenizer = load_tokenizer("synthetic")
     small = DataConfig(synthetic=SyntheticConfig(documents=7))

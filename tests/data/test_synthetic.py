@@ -11,7 +11,6 @@ import sys
 
 import pytest
 
-from quietstar_jax.config import SyntheticConfig
 from quietstar_jax.data import synthetic
 from quietstar_jax.data.synthetic import (
     ADDENDS,
@@ -34,6 +33,7 @@ from quietstar_jax.data.synthetic import (
     is_useful,
     split_of,
 )
+from quietstar_jax.data_config import SyntheticConfig
 from quietstar_jax.errors import DataError
 from tests.data.synthetic_floors import floors
 

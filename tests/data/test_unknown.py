@@ -11,11 +11,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data import prepare
 from quietstar_jax.data.pipeline import training_sequences
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.data.unknown import check_known, unknown_in_text
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import ConfigError, DataError
 from tests.data.layouts import byte_fallback, byte_level
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.pipeline import Batch, training_sequences, validation_batches
 from quietstar_jax.data.tokenization import load_tokenizer
+from quietstar_jax.data_config import DataConfig
 from tests.data.words import EOS, LENGTH, PACKINGS, PAD, TOKENIZER, config, documents, joined, same, write
 
 

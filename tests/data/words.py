@@ -15,9 +15,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.pipeline import Batch, SequenceIterator, training_sequences
 from quietstar_jax.data.tokenization import Tokenizer
+from quietstar_jax.data_config import DataConfig
 
 LENGTH = 5
 EOS, PAD = 0, 1

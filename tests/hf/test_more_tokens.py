@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.documents import open_documents
 from quietstar_jax.data.tokenization import load_tokenizer
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError
 from quietstar_jax.export_hf.export_run import export
 from quietstar_jax.export_hf.save import ExportOptions

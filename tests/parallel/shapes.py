@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from quietstar_jax.architecture import Adapters, Architecture
-from quietstar_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+from quietstar_jax.config import Config, MeshConfig, ModelConfig
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.methods.thinking import parse_policy
 from quietstar_jax.models.parameters import GraphDef, merge, split
 from quietstar_jax.parallel.mesh import make_mesh
@@ -28,7 +29,8 @@ from quietstar_jax.thoughts import score, text
 from quietstar_jax.thoughts.attention import prefix_xla
 from quietstar_jax.thoughts.controls import draw_uniforms
 from quietstar_jax.thoughts.model import abstract_params
-from quietstar_jax.thoughts.score_tokens import Thinking, score_tokens
+from quietstar_jax.thoughts.score_predictions import Thinking
+from quietstar_jax.thoughts.score_tokens import score_tokens
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.thoughts.token_scores import TokenScores
 from quietstar_jax.training.batch import Batch, to_device

@@ -22,15 +22,9 @@ from quietstar_jax.thoughts.perturbations import (
     perturb,
 )
 from quietstar_jax.thoughts.score import score_thoughts
-from quietstar_jax.thoughts.score_tokens import (
-    Thinking,
-    UseWanted,
-    Wanted,
-    score_given_thoughts,
-    score_tokens,
-    score_use,
-    score_without_thoughts,
-)
+from quietstar_jax.thoughts.score_predictions import Thinking, Wanted, score_without_thoughts
+from quietstar_jax.thoughts.score_tokens import score_given_thoughts, score_tokens
+from quietstar_jax.thoughts.score_use import UseWanted, score_use
 from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.thoughts.token_scores import Prediction, ThoughtUse, TokenScores, ensemble_nll
 from tests.thoughts import oracle

@@ -13,7 +13,9 @@ from quietstar_jax.methods.thinking import parse_policy
 from quietstar_jax.thoughts.controls import draw_uniforms
 from quietstar_jax.thoughts.ending import ENDED
 from quietstar_jax.thoughts.score import chain_hidden_states
-from quietstar_jax.thoughts.score_tokens import Thinking, UseWanted, score_tokens, think
+from quietstar_jax.thoughts.score_predictions import Thinking
+from quietstar_jax.thoughts.score_tokens import score_tokens, think
+from quietstar_jax.thoughts.score_use import UseWanted
 from quietstar_jax.thoughts.text import read_text
 from tests.thoughts.cases import Case, random_model
 

@@ -16,7 +16,8 @@ from quietstar_jax.thought_config import CONTROLS
 from quietstar_jax.thoughts.ending import ENDED
 from quietstar_jax.thoughts.score import score_thoughts
 from quietstar_jax.thoughts.score_figures import summarize
-from quietstar_jax.thoughts.score_tokens import Thinking, score_given_thoughts
+from quietstar_jax.thoughts.score_predictions import Thinking
+from quietstar_jax.thoughts.score_tokens import score_given_thoughts
 from quietstar_jax.thoughts.text import read_text
 from quietstar_jax.thoughts.token_scores import Prediction, TokenScores
 from quietstar_jax.training.batch import Batch

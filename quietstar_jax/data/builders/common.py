@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources import read_records
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.pretokenized.read import is_prepared
 from quietstar_jax.data.sources import SYNTHETIC, is_hub, open_source
 from quietstar_jax.data.sources.common import Label, Piece, RandomAccessSource, Record
@@ -21,6 +20,7 @@ from quietstar_jax.data.sources.hub import stream, stream_parts
 from quietstar_jax.data.sources.texts import TextOf
 from quietstar_jax.data.sources.tfds import TFDS, TfdsExamples
 from quietstar_jax.data.sources.unpack import is_lines
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError
 
 INFLATION = 3  # approximate bytes of text per compressed byte

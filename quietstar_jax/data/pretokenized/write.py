@@ -25,7 +25,6 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.cache import write_array
 from quietstar_jax.data.fingerprint import fingerprint
 from quietstar_jax.data.pretokenized.partition import Input, Part, read_input
@@ -41,6 +40,7 @@ from quietstar_jax.data.pretokenized.read import (
 from quietstar_jax.data.sources.texts import TextOf
 from quietstar_jax.data.tokenization import Tokenizer, begins_with, load_tokenizer
 from quietstar_jax.data.unknown import SAMPLED_DOCUMENTS, check_known, sampled, total, unknown_in_text
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError
 from quietstar_jax.io import TEMPORARY, locked, replacing, write_json
 from quietstar_jax.settings import differences

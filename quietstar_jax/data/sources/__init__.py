@@ -14,13 +14,13 @@ from typing import Literal
 
 from absl import logging
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources import hub
 from quietstar_jax.data.sources.common import Numbered, Piece, RandomAccessSource, Record, concatenated
 from quietstar_jax.data.sources.files import File, find_files, kind_of
 from quietstar_jax.data.sources.formats import JsonLines, ParquetRows, TextFiles, is_text_file, records_of
 from quietstar_jax.data.sources.texts import Render, TextOf, Texts
 from quietstar_jax.data.sources.tfds import TFDS, TfdsExamples
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError
 
 SYNTHETIC = "synthetic"

@@ -17,12 +17,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.cache import cached_array
 from quietstar_jax.data.sources.common import MEMORY, RECODE, SET_KEY, Piece, Record, decoded, names, optional_module
 from quietstar_jax.data.sources.files import COMPRESSIONS, File, kind_of
 from quietstar_jax.data.sources.texts import DOCUMENT_BYTES, TOO_LONG, TextOf
 from quietstar_jax.data.sources.unpack import bounded_lines, is_lines, lines_of, open_unpacked, place_word, unpacked
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError
 
 BLOCK_BYTES = 1 << 16  # bytes of JSON lines read together

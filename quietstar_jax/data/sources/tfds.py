@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources.array_record import ArrayRecords
 from quietstar_jax.data.sources.common import Numbered, Piece, Record, names, optional_module
 from quietstar_jax.data.sources.files import file_system, is_url, one_file
 from quietstar_jax.data.sources.tfrecord import Stretch, TfRecords
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError
 
 TFDS = "tfds:"

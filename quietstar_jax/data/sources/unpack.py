@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.cache import cache_folder
 from quietstar_jax.data.sources.common import RECODE, optional_module
 from quietstar_jax.data.sources.files import COMPRESSIONS, File, bare_name, kind_of
 from quietstar_jax.data.sources.texts import DOCUMENT_BYTES, TOO_LONG
+from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError
 from quietstar_jax.io import replacing
 

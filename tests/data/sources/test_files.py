@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources import open_source
 from quietstar_jax.data.sources.files import File, find_files
+from quietstar_jax.data_config import DataConfig
 from tests.data.reading import DOCUMENTS, fails, lines, opened, put, read
 
 

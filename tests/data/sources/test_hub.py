@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from quietstar_jax.config import DataConfig
 from quietstar_jax.data.sources.hub import HubRows, Name, parse, stream, stream_parts
+from quietstar_jax.data_config import DataConfig
 from tests.data.reading import fails, opened, put, read
 
 
