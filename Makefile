@@ -28,7 +28,7 @@ quickstart: $(VENV)/.installed
 REAL_TEXT = tfds:$(REAL_RUN)/data/gsm8k_text/3.0.0:test
 REAL_TEST = --task spans --data $(REAL_TEXT) --limit 48 --batch-size 4
 REAL_THOUGHTS = --think start:0.01 --reach 4
-real: $(VENV)/.installed
+real: $(VENV)/.installed$(if $(REAL_DATA),,-hub)
 	$(BIN)/python -m quietstar_jax.data.build gsm8k_text --data-dir $(REAL_RUN)/data \
 	    $(if $(REAL_DATA),$(foreach split,train test,--split $(split)=$(REAL_DATA)/$(split).jsonl))
 	$(BIN)/python -m quietstar_jax.evaluate --checkpoint $(REAL_MODEL) --thoughts off $(REAL_TEST) \
@@ -66,6 +66,10 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/api.py > docs/api.md
 
 install: $(VENV)/.installed
+
+$(VENV)/.installed-hub: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[hub]
+	touch $@
 
 # A changed dependency makes a new environment: nothing works by accident of what was installed before.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt

@@ -61,7 +61,7 @@ def make_parser() -> CommandParser:
     add("--task", required=True, metavar="TASK", help="one of the tasks at the end of this page")
     add_flags(parser, "--data", required=True)
     add_flags(parser, "--thoughts", "--think", "--thought-length", "--max-length")
-    add("--think-front", action="store_true", help="also list loss and right answers at every threshold of --think")
+    add("--think-front", action="store_true", help="list loss and right answers at every threshold of all policies")
     add_flags(parser, "--figures")
     add_flags(parser, "--limit", default=Options.limit)
     add_flags(parser, "--batch-size", default=BATCH_SIZE)

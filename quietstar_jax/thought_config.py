@@ -230,7 +230,7 @@ class Phase:
     batch_size: Positive[int] = 8  # sequences per optimizer step, over all devices
     microbatches: Unrelated[Positive[int]] = 1  # the batch is split into this many parts, whose
     # gradients are accumulated
-    thought_length: NonNegative[int] = 9  # T, sampled tokens of a thought, the maximum if `thought.end` is `sampled`;
+    thought_length: NonNegative[int] = 9  # T, sampled tokens of a thought, the maximum unless `thought.end` is `fixed`;
     # 0 = plain language modelling
     num_thoughts: Positive[int] = 2  # R, thoughts per position
     tokens_ahead: Positive[int] = 4  # K, true tokens scored after a thought

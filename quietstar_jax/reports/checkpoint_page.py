@@ -39,13 +39,14 @@ def checkpoint_page(models: Sequence[Observed], metrics: Sequence[Mapping[str, A
     base_nll, talk_nll = losses[0]
     gains = [base - talk[0] for base, talk in losses]
     gain, change = gains[0], gains[0] - gains[1] if len(models) > 1 else gains[0]
+    made = float(np.concatenate([scores.made_thoughts[0] for scores in seen]).mean())
     names = [model_name(one) for one in models]
     data = page_data(models, start=int(change.argmax()))
     body = [
         "<h1>What the thoughts changed</h1>",
         f'<p class="where">{escape(" against ".join(names))}</p>',
-        _introduction(observed.settings, len(talk_nll)),
-        _key_figures(names, losses),
+        _introduction(observed.settings, len(talk_nll), made),
+        _key_figures(names, losses, made),
         reading(models, len(talk_nll) > 1),
         _examples(observed, change, len(models) > 1),
         f"<h2>The same in figures{escape(f': {names[0]}') if len(models) > 1 else ''}</h2>",
@@ -74,33 +75,37 @@ def _losses(observed: Observed) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _introduction(settings: ThoughtSettings, thoughts: int) -> str:
+def _introduction(settings: ThoughtSettings, thoughts: int, made: float) -> str:
+    """`thoughts`: R; `made`: share of the tokens that have thoughts."""
     several = "once by always taking the likeliest word (<em>greedy</em>)"
     most = "up to " if settings.samples_end else ""
+    where = "at every place" if made == 1 else f"before {made:.1%} of the tokens, chosen by a rule,"
     several += f", and {thoughts - 1} times at random" if thoughts > 1 else ""
     return (
         "<p>A language model reads text and predicts it token by token (a token is a word, or a piece of one). This "
         f"model may think before every single token: it writes {most}{settings.thought_length} hidden tokens, then "
-        f"predicts. Here it did so at every place of the text below: {several}. The colours say whether that "
+        f"predicts. Here it did so {where} of the text below: {several}. The colours say whether that "
         "helped.</p><p>The "
         "measure is the <em>nat</em>: a gain of 0.7 nats means that the true next token became twice as likely, 2.3 "
         "nats ten times; a negative number, that it became less likely.</p>"
     )
 
 
-def _key_figures(names: Sequence[str], losses: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+def _key_figures(names: Sequence[str], losses: Sequence[tuple[np.ndarray, np.ndarray]], made: float) -> str:
     heads = [f"<h3>{escape(title)}</h3>" for title in labelled(names)] if len(names) > 1 else [""]
-    return "".join(head + _key_tiles(*one) for head, one in zip(heads, losses, strict=True))
+    return "".join(head + _key_tiles(*one, made) for head, one in zip(heads, losses, strict=True))
 
 
-def _key_tiles(base_nll: np.ndarray, talk_nll: np.ndarray) -> str:
+def _key_tiles(base_nll: np.ndarray, talk_nll: np.ndarray, made: float) -> str:
+    several = f"{len(talk_nll)} thought{'s' if len(talk_nll) > 1 else ''}"
+    which = f"with {several} before each" if made == 1 else f"{made:.1%} of them with {several} of their own"
     gain, without, with_thoughts = base_nll - talk_nll[0], float(base_nll.mean()), float(talk_nll[0].mean())
     return tiles(
         [
             (f"{without:.3f} → {with_thoughts:.3f}", "mean loss without → with greedy thoughts, nats; less is better"),
             (f"{(gain >= CLEAR).mean():.1%}", f"of the tokens became clearly likelier (by {CLEAR} nats or more)"),
             (f"{(gain <= -CLEAR).mean():.1%}", "became clearly less likely"),
-            (f"{gain.size:,}", f"tokens were predicted, with {len(talk_nll)} thoughts before each"),
+            (f"{gain.size:,}", f"tokens were predicted, {which}"),
         ]
     )  # fmt: skip
 

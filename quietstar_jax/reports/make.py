@@ -245,15 +245,14 @@ def _text_notes(options: TextOptions, length: int, shown: int, available: int) -
 
 def _thought_notes(model: LoadedModel, options: TextOptions, think: ThinkPolicy, share: float) -> list[str]:
     drawn = f"{options.samples} sampled (seed {options.seed})" if options.samples else "no sampled ones"
+    where = "every token" if think.constant else f"{share:.1%} of the tokens, chosen by the policy {think} (--think)"
     notes = [
-        f"Thoughts: one greedy and {drawn} before every token, with the weights of {model.path}"
+        f"Thoughts: one greedy and {drawn} before {where}, with the weights of {model.path}"
         + ("." if model.step is None else f" at step {model.step:,}.")
     ]
-    if think.constant is None:
-        notes.append(
-            f"Thoughts are used before only {share:.1%} of the tokens, chosen by the policy {think} (--think). "
-            "Elsewhere the prediction is the one without thoughts."
-        )
+    if not think.constant:
+        older = f" or an older thought is used, up to {options.reach} tokens after it" if options.reach > 1 else ""
+        notes.append(f"Elsewhere the prediction is the one without thoughts{older}.")
     if model.thought.control != "none":
         notes.append(f"This is a control run: thoughts are replaced as set by thought.control={model.thought.control}.")
     return notes
