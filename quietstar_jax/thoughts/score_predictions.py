@@ -33,14 +33,18 @@ from quietstar_jax.thoughts.token_scores import Prediction, TokenScores
 
 
 class Thinking(NamedTuple):
-    """A policy of thinking that chooses, and what it needs of texts [B, L], as in `methods.thinking.Position`.
+    """Where texts [B, L] have thoughts: a policy that chooses, and what it needs, as in `methods.thinking.Position`.
 
-    Without a policy, all positions think, and `TokenScores.rankings` are computed.
+    If `policy` and `among` are None, all positions think, and `TokenScores.rankings` are computed.
+
+    Attributes:
+      among: [B, L] bool, the policy chooses among these positions; None = among all.
     """
 
     policy: ThinkPolicy | None
     place: jax.Array
     uniform: jax.Array
+    among: jax.Array | None = None
 
     @classmethod
     def of_rows(cls, think: ThinkPolicy, shape: tuple[int, ...], key: jax.Array) -> Thinking:
@@ -87,13 +91,14 @@ def score_without_thoughts(
         base = _predict(text, positions, logits, wanted.of_chunk(candidates), normalized=False)
         spread, made, ranked = entropy(logits), None, None
         if thinking is not None:
-            place, uniform = (here_and_ahead(x, positions, 1)[:, None, :, 0] for x in of_policy)
+            place, uniform, made = jax.tree.map(lambda x: here_and_ahead(x, positions, 1)[:, None, :, 0], of_policy)
             gain = None if model.gate is None else predicted_gain(model.gate, hidden)
             seen = Position(logits, spread, place, uniform, gain, log_prob_of(logits, settings.start_token))
-            if (policy := thinking.policy) is None:
+            if (policy := thinking.policy) is not None:
+                chosen = thinks(policy.name, jnp.array(policy.numbers, jnp.float32), seen)
+                made = chosen if made is None else made & chosen
+            elif made is None:
                 ranked = rankings(seen)
-            else:
-                made = thinks(policy.name, jnp.array(policy.numbers, jnp.float32), seen)
         return TokenScores(real, base, spread, made=made, rankings=ranked)
 
     largest = max_positions_per_chunk(model.decoder.architecture, settings, *text.mask.shape)

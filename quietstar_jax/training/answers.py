@@ -12,7 +12,7 @@ from quietstar_jax.data.synthetic import Document, answer_questions, is_useful
 from quietstar_jax.thoughts.ending import thought_ids, thought_lengths
 from quietstar_jax.thoughts.front import Positions, summarize_front
 from quietstar_jax.thoughts.token_scores import TokenScores
-from quietstar_jax.training.evaluation import Scorer, score_batches
+from quietstar_jax.training.evaluation import AMONG, Scorer, score_batches
 from quietstar_jax.training.setup import Run
 
 QUESTIONS = 400
@@ -33,6 +33,16 @@ def answer_batches(run: Run, documents: Sequence[Document]) -> tuple[list[dict[s
     return batches, np.array([len(ids) - 2 for ids in rows])
 
 
+def think_before_answers(
+    batches: list[dict[str, np.ndarray]], positions: np.ndarray, reach: int
+) -> list[dict[str, np.ndarray]]:
+    """Returns the batches of `answer_batches` with only those thoughts that are used for the answers."""
+    size, length = batches[0]["tokens"].shape
+    among = np.zeros((len(batches) * size, length), bool)
+    among[np.arange(len(positions))[:, None], np.maximum(positions[:, None] - np.arange(reach), 0)] = True
+    return [batch | {AMONG: among[i * size : (i + 1) * size]} for i, batch in enumerate(batches)]
+
+
 def measure_answers(
     run: Run, scorer: Scorer, params: Any, between: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
@@ -49,6 +59,8 @@ def measure_answers(
     documents = answer_questions(seed=run.config.seed, count=QUESTIONS)
     batches, positions = answer_batches(run, documents)
     rank_key = jax.random.fold_in(run.key, QUESTIONS + 1) if run.config.thought.gate else None
+    if rank_key is None:  # rankings need thoughts at all positions
+        batches = think_before_answers(batches, positions, run.config.evaluation.reach)
     scores = score_batches(scorer, params, batches, between=between, rank_key=rank_key)
     at = (np.arange(len(documents)), positions)
     without, with_thoughts = scores.base.correct[at], scores.talk.correct[at]

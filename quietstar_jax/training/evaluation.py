@@ -14,7 +14,7 @@ from quietstar_jax.config import Config
 from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.methods.thinking import ALWAYS, ThinkPolicy
 from quietstar_jax.models.parameters import GraphDef, merge
-from quietstar_jax.parallel.sharding import row_ways
+from quietstar_jax.parallel.sharding import row_ways, shard_batch
 from quietstar_jax.thoughts.controls import draw_uniforms
 from quietstar_jax.thoughts.score_predictions import Thinking
 from quietstar_jax.thoughts.score_tokens import score_tokens
@@ -22,7 +22,8 @@ from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary, thought
 from quietstar_jax.thoughts.token_scores import TokenScores
 from quietstar_jax.training.batch import Batch, to_device
 
-Scorer = Callable[..., TokenScores]  # (params, batch, key = None, rank_key = None); see `make_token_scorer`
+Scorer = Callable[..., TokenScores]  # see `make_token_scorer`
+AMONG = "among"  # name of the positions that may think, in the batches of `score_batches`
 
 
 def evaluation_settings(config: Config, vocabulary: Vocabulary) -> ThoughtSettings:
@@ -44,21 +45,23 @@ def without_thoughts(settings: ThoughtSettings) -> ThoughtSettings | None:
 
 
 def make_token_scorer(graphdef: GraphDef, settings: ThoughtSettings, think: ThinkPolicy = ALWAYS) -> Scorer:
-    """Returns a compiled `(params, batch, key = None, rank_key = None) -> TokenScores` of all positions.
+    """Returns a compiled `(params, batch, key = None, rank_key = None, among = None) -> TokenScores` of all positions.
 
-    There is one thought at each position that the policy chooses: greedy, or sampled with `key`. With `rank_key`, which
-    draws the random ranking, the scores have `rankings`; all positions must think.
+    There is one thought at each position that the policy chooses among `among` [B, L] (None = all): greedy, or sampled
+    with `key`. With `rank_key`, which draws the random ranking, the scores have `rankings`; all positions must think.
     """
 
     def score(
-        params: Mapping[str, jax.Array], batch: Batch, key: jax.Array | None = None, rank_key: jax.Array | None = None
-    ) -> TokenScores:
+        params: Mapping[str, jax.Array], batch: Batch, key: jax.Array | None = None,
+        rank_key: jax.Array | None = None, among: jax.Array | None = None,
+    ) -> TokenScores:  # fmt: skip
         rows, length = batch.tokens.shape
         draws = jax.random.key(0) if key is None else key
         uniforms = draw_uniforms(draws, (rows, 1, length, settings.thought_length))
         thinking = None
-        if rank_key is not None or think.constant is None:
+        if rank_key is not None or think.constant is None or among is not None:
             thinking = Thinking.of_rows(think, (rows, length), jax.random.key(1) if rank_key is None else rank_key)
+            thinking = thinking._replace(among=among)
         return score_tokens(
             merge(graphdef, params), *batch, jnp.arange(length), uniforms, settings, greedy=int(key is None),
             thinking=thinking,
@@ -74,6 +77,7 @@ def score_batches(
     """Returns the scores of all batches with the first thought, as numpy arrays [B, L] on every process.
 
     Args:
+      batches: the fields of `Batch`, and under `AMONG`, optionally, the positions that may think.
       key, rank_key: as of `make_token_scorer`; every batch folds its number into them.
       between: called before each batch.
     """
@@ -84,6 +88,7 @@ def score_batches(
         rows = len(batch["tokens"])
         missing = -rows % ways  # pad with empty rows, so that the batch divides evenly over the devices
         full = {name: np.pad(value, ((0, missing), (0, 0))) for name, value in batch.items()}
-        scores = jax.device_get(scorer(params, to_device(full), *keys)).first_thought()
+        among = shard_batch(full.pop(AMONG)) if AMONG in full else None
+        scores = jax.device_get(scorer(params, to_device(full), *keys, among)).first_thought()
         parts.append(jax.tree.map(lambda x, rows=rows: x[:rows], scores))
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)

@@ -6,13 +6,21 @@ import numpy as np
 import pytest
 
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.methods.thinking import ALWAYS
+from quietstar_jax.methods.thinking import ALWAYS, parse_policy
 from quietstar_jax.models.parameters import merge
 from quietstar_jax.thought_config import Phase, ThoughtConfig
 from quietstar_jax.thoughts.score_figures import summarize
 from quietstar_jax.thoughts.text import read_text
+from quietstar_jax.training import answers
+from quietstar_jax.training.answers import measure_answers
 from quietstar_jax.training.batch import Batch, to_device
-from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches, without_thoughts
+from quietstar_jax.training.evaluation import (
+    AMONG,
+    evaluation_settings,
+    make_token_scorer,
+    score_batches,
+    without_thoughts,
+)
 from quietstar_jax.training.setup import first_state, prepare
 from quietstar_jax.training.summary import most_helpful_thoughts
 from tests.thoughts.test_token_scores import scores_of
@@ -103,6 +111,41 @@ def test_thoughts_that_change_nothing_can_be_left_out(run):
     chex.assert_trees_all_close(*({**one, **dict.fromkeys(of_thoughts)} for one in (without, with_thoughts)), rtol=1e-5)
     for mixing in ("log_probabilities", "none"):  # with an untrained head too, these predict something else
         assert without_thoughts(dataclasses.replace(settings, config=ThoughtConfig(mixing=mixing))) is None
+
+
+def test_thoughts_among_given_positions_only(run):
+    params = first_state(run).weights
+    params = params | {"mixing_head.out": np.ones_like(params["mixing_head.out"])}
+    one = batch(run)._asdict()
+    batches = [{name: one[name] for name in ("tokens", "mask")}] * 2
+    among = np.arange(24) % 5 == np.array([[1], [3]])
+    given = [each | {AMONG: among} for each in batches]
+    among = np.tile(among, (2, 1)) & np.concatenate([each["mask"] for each in batches])
+    settings = evaluation_settings(run.config, run.vocabulary)
+    for think, made in (("always", among), ("every:2", among & (np.arange(24) % 2 == 1))):
+        scorer = make_token_scorer(run.graphdef, settings, parse_policy(think))
+        every = score_batches(make_token_scorer(run.graphdef, settings), params, batches, jax.random.key(1))
+        some = score_batches(scorer, params, given, jax.random.key(1))
+        np.testing.assert_array_equal(some.made & some.real, made & some.real)
+        np.testing.assert_array_equal(some.thoughts[made], every.thoughts[made])
+        np.testing.assert_allclose(some.talk.nll[made], every.talk.nll[made], rtol=1e-5)
+        np.testing.assert_array_equal(some.talk.nll[~made], some.base.nll[~made])
+        assert (every.talk.nll[made & every.real] != every.base.nll[made & every.real]).all()
+
+
+@pytest.mark.parametrize("reach", [1, 3])
+def test_answers_need_only_thoughts_that_are_used_for_them(run, reach, monkeypatch):
+    evaluation, mixing = dataclasses.replace(run.config.evaluation, reach=reach), "probabilities"
+    thought = dataclasses.replace(run.config.thought, mixing=mixing)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, evaluation=evaluation, thought=thought))
+    scorer = make_token_scorer(run.graphdef, evaluation_settings(run.config, run.vocabulary))
+    params = first_state(run).weights
+    params = params | {"mixing_head.out": np.ones_like(params["mixing_head.out"])}
+    found = measure_answers(run, scorer, params)
+    assert found["answer_loss_with_thoughts"] != found["answer_loss_without_thoughts"]
+    monkeypatch.setattr(answers, "think_before_answers", lambda batches, *_: batches)
+    everywhere = measure_answers(run, scorer, params)
+    chex.assert_trees_all_close({name: everywhere[name] for name in found}, found, rtol=1e-5)
 
 
 def test_random_rankings_differ_by_batch_and_run_and_change_nothing_else(run):
