@@ -39,7 +39,7 @@ def checkpoint_page(models: Sequence[Observed], metrics: Sequence[Mapping[str, A
     base_nll, talk_nll = losses[0]
     gains = [base - talk[0] for base, talk in losses]
     gain, change = gains[0], gains[0] - gains[1] if len(models) > 1 else gains[0]
-    made = float(np.concatenate([scores.made_thoughts[0] for scores in seen]).mean())
+    made = [float(np.concatenate([s.made_thoughts[0] for s in one.observations]).mean()) for one in models]
     names = [model_name(one) for one in models]
     data = page_data(models, start=int(change.argmax()))
     body = [
@@ -75,11 +75,12 @@ def _losses(observed: Observed) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _introduction(settings: ThoughtSettings, thoughts: int, made: float) -> str:
-    """`thoughts`: R; `made`: share of the tokens that have thoughts."""
+def _introduction(settings: ThoughtSettings, thoughts: int, made: Sequence[float]) -> str:
+    """`thoughts`: R; `made`: for each model, the share of the tokens that have thoughts."""
     several = "once by always taking the likeliest word (<em>greedy</em>)"
     most = "up to " if settings.samples_end else ""
-    where = "at every place" if made == 1 else f"before {made:.1%} of the tokens, chosen by a rule,"
+    shares = " or ".join(f"{share:.1%}" for share in dict.fromkeys(made))
+    where = "at every place" if min(made) == 1 else f"before {shares} of the tokens (chosen by a rule)"
     several += f", and {thoughts - 1} times at random" if thoughts > 1 else ""
     return (
         "<p>A language model reads text and predicts it token by token (a token is a word, or a piece of one). This "
@@ -91,9 +92,9 @@ def _introduction(settings: ThoughtSettings, thoughts: int, made: float) -> str:
     )
 
 
-def _key_figures(names: Sequence[str], losses: Sequence[tuple[np.ndarray, np.ndarray]], made: float) -> str:
+def _key_figures(names: Sequence[str], losses: Sequence[tuple[np.ndarray, np.ndarray]], made: Sequence[float]) -> str:
     heads = [f"<h3>{escape(title)}</h3>" for title in labelled(names)] if len(names) > 1 else [""]
-    return "".join(head + _key_tiles(*one, made) for head, one in zip(heads, losses, strict=True))
+    return "".join(head + _key_tiles(*one, share) for head, one, share in zip(heads, losses, made, strict=True))
 
 
 def _key_tiles(base_nll: np.ndarray, talk_nll: np.ndarray, made: float) -> str:

@@ -251,8 +251,8 @@ def _thought_notes(model: LoadedModel, options: TextOptions, think: ThinkPolicy,
         + ("." if model.step is None else f" at step {model.step:,}.")
     ]
     if not think.constant:
-        older = f" or an older thought is used, up to {options.reach} tokens after it" if options.reach > 1 else ""
-        notes.append(f"Elsewhere the prediction is the one without thoughts{older}.")
+        reach = f"Each thought is used for the next {options.reach} tokens. " if options.reach > 1 else ""
+        notes.append(f"{reach}Other predictions are those without thoughts.")
     if model.thought.control != "none":
         notes.append(f"This is a control run: thoughts are replaced as set by thought.control={model.thought.control}.")
     return notes

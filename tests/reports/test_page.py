@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -105,6 +106,19 @@ def test_examples_of_help_and_harm() -> None:
     assert '<button data-jump="0"><b>+0.50</b><span>… a<b>-</b></span></button>' in html
     assert '<button data-jump="1"><b>−0.25</b><span>… a-<b>&lt;</b></span></button>' in html
     assert 'data-jump="2"' not in html
+
+
+def test_each_model_of_a_page_says_how_often_it_thinks() -> None:
+    always, often = (observed(byte_level(), ["12345"], GAINS, "xyz") for _ in range(2))
+    scores = often.observations[0]
+    made = np.broadcast_to(np.arange(scores.weight.shape[1]) % 2 == 0, scores.weight.shape)
+    half = dataclasses.replace(often, observations=[scores._replace(made=made)])
+    share = f"{made[0].mean():.1%}"
+    assert "Here it did so at every place of the text" in checkpoint_page([always], [])
+    page = checkpoint_page([always, half], [])
+    assert f"before 100.0% or {share} of the tokens (chosen by a rule) of the text" in page
+    assert "predicted, with 2 thoughts before each" in page
+    assert f"predicted, {share} of them with 2 thoughts of their own" in page
 
 
 def test_words_are_separated_by_spaces_that_belong_to_nobody() -> None:
