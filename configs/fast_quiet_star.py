@@ -8,12 +8,12 @@ phase of distillation replaces it (docs/objectives.md). Afterwards the model nee
 import ml_collections
 
 from quietstar_jax.config import phase
-from quietstar_jax.configs import quickstart
+from quietstar_jax.configs import embedded_corpus
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The quickstart with three phases of thoughts and one of distillation."""
-    config = quickstart.get_config()
+    """The embedded corpus with three phases of thoughts and one of distillation."""
+    config = embedded_corpus.get_config()
     config.workdir = "runs/fast_quiet_star"
     pretrain, opening, thoughts = config.phases
     opening.update(thought_length=13, tokens_ahead=8, batch_size=8)

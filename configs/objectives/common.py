@@ -3,7 +3,7 @@
 import ml_collections
 
 from quietstar_jax.config import default_config
-from quietstar_jax.configs import quickstart
+from quietstar_jax.configs import embedded_corpus
 
 OBJECTIVE = (
     "reward", "discount", "advantage", "advantage_scale", "advantage_clip", "positive_only", "policy_reduction",
@@ -19,13 +19,13 @@ def set_objective(config: ml_collections.ConfigDict, **constants: object) -> ml_
     return config
 
 
-def quickstart_without_mixing_head(name: str, **thoughts: object) -> ml_collections.ConfigDict:
-    """The quickstart without the phase that trains the mixing head.
+def without_mixing_head(name: str, **thoughts: object) -> ml_collections.ConfigDict:
+    """`configs/embedded_corpus.py` without the phase that trains the mixing head.
 
     Args:
       name: of the folder of the run; thoughts: settings of the phase with REINFORCE.
     """
-    config = quickstart.get_config()
+    config = embedded_corpus.get_config()
     config.workdir = f"runs/objectives/{name}"
     pretrain, _, reinforce = config.phases
     reinforce.update(thoughts)

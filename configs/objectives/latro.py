@@ -7,7 +7,7 @@ Published: one thought before a whole answer (K = all of it).
 
 import ml_collections
 
-from quietstar_jax.configs.objectives.common import quickstart_without_mixing_head, set_objective
+from quietstar_jax.configs.objectives.common import set_objective, without_mixing_head
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -23,5 +23,5 @@ def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The quickstart, without the phase that trains the mixing head."""
-    return objective(quickstart_without_mixing_head("latro", policy_weight=1.0))
+    """The embedded corpus, without the phase that trains the mixing head."""
+    return objective(without_mixing_head("latro", policy_weight=1.0))

@@ -1,4 +1,4 @@
-"""Quiet-STaR as published (arXiv 2403.09629), on the corpus of the quickstart.
+"""Quiet-STaR as published (arXiv 2403.09629), on the embedded corpus.
 
 The reward is the gain over the prediction without a thought, only gains above the mean of the position's thoughts are
 reinforced, and the mixing head decides how much a thought changes the prediction.
@@ -6,7 +6,7 @@ reinforced, and the mixing head decides how much a thought changes the predictio
 
 import ml_collections
 
-from quietstar_jax.configs import quickstart
+from quietstar_jax.configs import embedded_corpus
 from quietstar_jax.configs.objectives.common import set_objective
 
 
@@ -21,7 +21,7 @@ def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The quickstart, whose phases set K = 2 and T = 6 (published: 4 and 9) and their own policy weight."""
-    config = objective(quickstart.get_config())
+    """The embedded corpus, whose phases set K = 2 and T = 6 (published: 4 and 9) and their own policy weight."""
+    config = objective(embedded_corpus.get_config())
     config.workdir = "runs/objectives/quiet_star"
     return config

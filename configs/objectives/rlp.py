@@ -7,7 +7,7 @@ sample, clipping has no effect. See docs/objectives.md.
 
 import ml_collections
 
-from quietstar_jax.configs.objectives.common import quickstart_without_mixing_head, set_objective
+from quietstar_jax.configs.objectives.common import set_objective, without_mixing_head
 
 
 def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -22,5 +22,5 @@ def objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The quickstart with K = 1, and without the phase that trains the mixing head."""
-    return objective(quickstart_without_mixing_head("rlp", tokens_ahead=1, policy_weight=1.0))
+    """The embedded corpus with K = 1, and without the phase that trains the mixing head."""
+    return objective(without_mixing_head("rlp", tokens_ahead=1, policy_weight=1.0))

@@ -27,7 +27,7 @@ def get_study() -> Study:
     variants["sum_over_thought_tokens"] = {"thought.policy_reduction": "sum"}
     variants["score_temperature_1"] = {"thought.score_temperature": 1.0}
     return Study(
-        base="configs/small_quickstart.py",
+        base="configs/embedded_corpus_small.py",
         baseline="baseline",
         variants=variants,
         metrics=(

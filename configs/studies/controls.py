@@ -5,7 +5,7 @@
 
 from quietstar_jax.studies.study import Study, controls
 
-BASE = "configs/small_quickstart.py"
+BASE = "configs/embedded_corpus_small.py"
 PLAIN = {  # the phases with thoughts become plain language modelling; evaluation still thinks
     "phases[1].thought_length": 0, "phases[1].rates.decoder": 1.0, "phases[1].learning_rate": 3e-4,
     "phases[2].thought_length": 0, "evaluation.thought_length": 6,

@@ -9,7 +9,7 @@ from quietstar_jax.config import default_config
 from quietstar_jax.configs.objectives import jepo, latro, rlp
 from quietstar_jax.studies.study import Study, steps_of_equal_flops
 
-BASE = "configs/small_quickstart.py"
+BASE = "configs/embedded_corpus_small.py"
 
 
 def preset(module: Any, **phase: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Thoughts whose end is sampled, on the quickstart: when do they collapse to length 0?
+"""Thoughts whose end is sampled, on the embedded corpus: when do they collapse to length 0?
 
 `python -m quietstar_jax.study --study configs/studies/sampled_end.py --workdir runs/sampled_end`
 """
@@ -15,7 +15,7 @@ def get_study() -> Study:
     common = {"thought.policy_reduction": "sum_over_max"}
     sampled = common | {"thought.end": "sampled", f"phases[{THOUGHTS}].rates.end_head": 10.0}
     return Study(
-        base="configs/quickstart.py",
+        base="configs/embedded_corpus.py",
         baseline="fixed",
         variants={
             "fixed": common,

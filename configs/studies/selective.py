@@ -1,4 +1,4 @@
-"""Where to think: the quickstart with a thinking gate, compared with bands of entropy, margin and random positions.
+"""Where to think: a thinking gate on the embedded corpus, compared with bands of entropy, margin and random positions.
 
 `python -m quietstar_jax.study --study configs/studies/selective.py --workdir runs/selective`
 """
@@ -16,7 +16,7 @@ def get_study() -> Study:
     gate = {"thought.gate": True, "thought.gate_prices": (0.5, 1.0)}
     gate |= {f"phases[{phase}].rates.gate": 30.0 for phase in THINKING}
     return Study(
-        base="configs/quickstart.py",
+        base="configs/embedded_corpus.py",
         baseline="gate",
         variants={
             "gate": gate,
