@@ -10,10 +10,12 @@ TEST_EXTRAS ?= test
 # How a test process shares the machine; tests are many small compilations.
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 FAULTS ?= 100
-# A pretrained model (folder or hub id), and a folder with GSM8K's train.jsonl and test.jsonl (empty = the hub).
+# A pretrained model (folder or hub id), a folder with GSM8K's train.jsonl and test.jsonl (empty = the hub), and the number
+# of test problems that are measured.
 REAL_MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 REAL_DATA ?=
 REAL_RUN ?= runs/real
+REAL_PROBLEMS ?= 48
 
 export JAX_PLATFORMS ?= cpu
 
@@ -23,10 +25,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python -m quietstar_jax.train --config configs/quickstart.py --config.workdir=$(RUN) --config.seed=$(SEED)
 
 # A pretrained model learns to think on GSM8K, without the phase of REINFORCE. The last table compares the model that
-# thinks with itself without thoughts and with the untouched model, on the first 48 test problems; the page shows
-# thoughts.
+# thinks with itself without thoughts and with the untouched model, on the first $(REAL_PROBLEMS) test problems; the
+# page shows thoughts.
 REAL_TEXT = tfds:$(REAL_RUN)/data/gsm8k_text/3.0.0:test
-REAL_TEST = --task spans --data $(REAL_TEXT) --limit 48 --batch-size 4
+REAL_TEST = --task spans --data $(REAL_TEXT) --limit $(REAL_PROBLEMS) --batch-size 4
 REAL_THOUGHTS = --think start:0.01 --reach 4
 real: $(VENV)/.installed$(if $(REAL_DATA),,-hub)
 	$(BIN)/python -m quietstar_jax.data.build gsm8k_text --data-dir $(REAL_RUN)/data \
