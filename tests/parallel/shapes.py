@@ -34,7 +34,7 @@ from quietstar_jax.thoughts.score_tokens import score_tokens
 from quietstar_jax.thoughts.settings import ThoughtSettings, Vocabulary
 from quietstar_jax.thoughts.token_scores import TokenScores
 from quietstar_jax.training.batch import Batch, to_device
-from quietstar_jax.training.evaluation import evaluation_settings, make_token_scorer, score_batches
+from quietstar_jax.training.evaluation import AMONG, evaluation_settings, make_token_scorer, score_batches
 from quietstar_jax.training.step import compile_train_step, initial_state, state_specs
 from tests.thoughts.cases import random_model, worst_errors
 
@@ -107,11 +107,11 @@ def step_on(config: Config, devices: list[Any]) -> tuple[dict[str, Any], dict[st
         return jax.device_get((metrics, state.opt_state[1].mu))
 
 
-def score_policy(settings: ThoughtSettings, params: Any, batch: Batch, *_: Any) -> TokenScores:
+def score_policy(settings: ThoughtSettings, params: Any, batch: Batch, _: Any, __: Any, among: Any) -> TokenScores:
     """Scores with sampled thoughts at so few positions that the last chunks of all rows are empty."""
     size, key = batch.tokens.shape, jax.random.key(4)  # padding to the mesh changes the number of rows, not the draws
     places = jnp.broadcast_to(jnp.arange(size[1]), size)
-    thinking = Thinking(parse_policy("random:0.2"), places, jax.random.uniform(key, (ROWS, LENGTH))[: size[0]])
+    thinking = Thinking(parse_policy("random:0.25"), places, jax.random.uniform(key, (ROWS, LENGTH))[: size[0]], among)
     uniforms = draw_uniforms(key, (ROWS, 2, LENGTH, settings.thought_length))
     uniforms = jax.tree.map(lambda x: x[: size[0]], uniforms)
     where = jnp.arange(size[1] - 1)
@@ -124,9 +124,11 @@ def scores_on(config: Config, devices: list[Any], kind: str = "scores") -> Any:
         params = jax.device_put(PARAMS, on_mesh(mesh, state_specs(PARAMS, STRUCTURE)))
         settings = evaluation_settings(config, VOCABULARY)
         scorer = make_token_scorer(STRUCTURE, settings)
+        given = {name: value[:7] for name, value in rows().items()}
         if kind == "policy":
+            given[AMONG] = np.tile(np.arange(LENGTH) % 5 != 1, (7, 1))
             scorer = jax.jit(functools.partial(score_policy, dataclasses.replace(settings, reach=2, tokens_ahead=2)))
-        return score_batches(scorer, params, [{name: value[:7] for name, value in rows().items()}], jax.random.key(2))
+        return score_batches(scorer, params, [given], jax.random.key(2))
 
 
 def function(kind: str) -> Any:
