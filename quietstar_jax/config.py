@@ -196,7 +196,7 @@ class LoggingConfig:
     """Metrics are always written to `metrics.jsonl` in the work directory and to the terminal."""
 
     every_steps: Positive[int] = 1  # steps between two records of training metrics
-    progress_bar: bool = True  # show a status line on a terminal
+    progress_bar: bool = True  # show a status line, on standard error
     tensorboard: bool = False  # also write metrics for TensorBoard, in the work directory
     wandb_project: str = ""  # also send metrics to this project of Weights & Biases; empty = no
     profile_steps: tuple[Positive[int], ...] = ()  # (first, last) step to record with the profiler of JAX, into the

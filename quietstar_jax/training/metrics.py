@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -78,6 +79,7 @@ class MetricsWriter:
         """Prints a line above the status line."""
         if not self._silent:
             tqdm.write(line)
+            sys.stdout.flush()  # at once, also into a pipe or a file
 
 
 def status_line(step: int, total: int, phase: str, values: Mapping[str, float], pace: Pace) -> str:
