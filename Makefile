@@ -69,10 +69,6 @@ docs: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed-hub: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[hub]
-	touch $@
-
 # A changed dependency makes a new environment: nothing works by accident of what was installed before.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	rm -rf $(VENV)
@@ -81,8 +77,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[$(TEST_EXTRAS)]
+$(VENV)/.installed-test: EXTRAS = $(TEST_EXTRAS)
+$(VENV)/.installed-hub: EXTRAS = hub
+$(VENV)/.installed-test $(VENV)/.installed-hub: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[$(EXTRAS)]
 	touch $@
 
 clean:

@@ -16,7 +16,7 @@ from quietstar_jax.reports.figures import (
 )
 from quietstar_jax.reports.front_figures import front_charts
 from quietstar_jax.reports.gate_figures import gate_figures
-from quietstar_jax.reports.observe import Observed
+from quietstar_jax.reports.observe import Observed, thinking_rate
 from quietstar_jax.reports.page import render, tiles, visible
 from quietstar_jax.reports.pieces import Pieces
 from quietstar_jax.reports.reading import LEVELS, labelled, model_name, page_data, reading
@@ -39,7 +39,7 @@ def checkpoint_page(models: Sequence[Observed], metrics: Sequence[Mapping[str, A
     base_nll, talk_nll = losses[0]
     gains = [base - talk[0] for base, talk in losses]
     gain, change = gains[0], gains[0] - gains[1] if len(models) > 1 else gains[0]
-    made = [float(np.concatenate([s.made_thoughts[0] for s in one.observations]).mean()) for one in models]
+    made = [thinking_rate(one.observations) for one in models]
     names = [model_name(one) for one in models]
     data = page_data(models, start=int(change.argmax()))
     body = [

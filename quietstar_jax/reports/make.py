@@ -23,7 +23,7 @@ from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.io import place
 from quietstar_jax.methods.thinking import ALWAYS, ThinkPolicy, choose_policy
 from quietstar_jax.reports.checkpoint_page import checkpoint_page
-from quietstar_jax.reports.observe import Observed, Window, cut_windows, longest_window, observe
+from quietstar_jax.reports.observe import Observed, Window, cut_windows, longest_window, observe, thinking_rate
 from quietstar_jax.reports.options import TextOptions
 from quietstar_jax.reports.study_page import study_page
 from quietstar_jax.studies.results import read_results
@@ -131,7 +131,7 @@ def _think(model: LoadedModel, settings: ThoughtSettings, windows: Sequence[Wind
     """Returns the thoughts in the windows, with notes about them."""
     think = model.check_policy(choose_policy(True, options.think, model.think))
     scores = observe(model, settings, windows, samples=options.samples, seed=options.seed, think=think)
-    share = float(np.concatenate([part.made_thoughts[0] for part in scores]).mean())
+    share = thinking_rate(scores)
     if not share:
         raise DataError(f"The policy {think} thinks nowhere in this text, so there is nothing to show. Change `think`.")
     return Observed(model, settings, windows, scores, notes=_thought_notes(model, options, think, share))

@@ -51,6 +51,11 @@ class Observed:
     selective: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as from `measure_selective`, or empty
 
 
+def thinking_rate(observations: Sequence[TokenScores]) -> float:
+    """Returns the share of the tokens that have thoughts, within 0 .. 1."""
+    return float(np.concatenate([scores.made_thoughts[0] for scores in observations]).mean())
+
+
 def cut_windows(
     model: LoadedModel, source: Documents | Sequence[np.ndarray], *, documents: int, max_tokens: int, length: int
 ) -> list[Window]:

@@ -47,10 +47,12 @@ class Thinking(NamedTuple):
     among: jax.Array | None = None
 
     @classmethod
-    def of_rows(cls, think: ThinkPolicy, shape: tuple[int, ...], key: jax.Array) -> Thinking:
+    def of_rows(
+        cls, think: ThinkPolicy, shape: tuple[int, ...], key: jax.Array, among: jax.Array | None = None
+    ) -> Thinking:
         """Returns a policy for texts [B, L] that each begin at their first token; one that does not choose is None."""
         places = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-        return cls(think if think.constant is None else None, places, jax.random.uniform(key, shape))
+        return cls(think if think.constant is None else None, places, jax.random.uniform(key, shape), among)
 
 
 class Wanted(NamedTuple):

@@ -60,8 +60,8 @@ def make_token_scorer(graphdef: GraphDef, settings: ThoughtSettings, think: Thin
         uniforms = draw_uniforms(draws, (rows, 1, length, settings.thought_length))
         thinking = None
         if rank_key is not None or think.constant is None or among is not None:
-            thinking = Thinking.of_rows(think, (rows, length), jax.random.key(1) if rank_key is None else rank_key)
-            thinking = thinking._replace(among=among)
+            ranks = jax.random.key(1) if rank_key is None else rank_key
+            thinking = Thinking.of_rows(think, (rows, length), ranks, among)
         return score_tokens(
             merge(graphdef, params), *batch, jnp.arange(length), uniforms, settings, greedy=int(key is None),
             thinking=thinking,
