@@ -81,7 +81,7 @@ class CommandParser(argparse.ArgumentParser):
         """Returns the required arguments; `format_help` lists the others, one to a line."""
         needed = [self._written(action) for action in self._actions if action.required or action.dest == "config"]
         choices = [group for group in self._mutually_exclusive_groups if group.required]
-        needed += [f"({' | '.join(map(self._written, group._group_actions))})" for group in choices]
+        needed += [f"({' | '.join(one.option_strings[-1] for one in group._group_actions)})" for group in choices]
         return f"usage: {' '.join([self.prog, *needed])} [flags]\n"
 
     def format_help(self) -> str:

@@ -37,6 +37,11 @@ def main(arguments: list[str]) -> None:
             from quietstar_jax.reports.make import report_study
 
             html = report_study(args.workdir)
+        elif args.results:
+            from quietstar_jax.reports.measurements import read_measurements
+            from quietstar_jax.reports.measurements_page import measurements_page
+
+            html = measurements_page(read_measurements(args.results))
         else:
             observed, html = _of_checkpoint(args)
     write_page(args.output, html)
@@ -100,6 +105,10 @@ def make_parser() -> CommandParser:
     subject.add_argument(
         "--follow", type=path_or_url, nargs="+", metavar="FOLDER",
         help="work directories of runs: a page of their curves and newest thoughts, written again while they train",
+    )  # fmt: skip
+    subject.add_argument(
+        "--results", type=path, nargs="+", metavar="FILE",
+        help="results of evaluate --output at several steps of runs: a page of their curves and a table",
     )  # fmt: skip
     add_flags(parser, "--output", required=True)
     add_flags(parser, "--figures")

@@ -30,7 +30,7 @@ def follow(folders: Sequence[Path], write: Callable[[str], None], every: int) ->
     Raises:
       ConfigError: a folder is not that of a run, or there are too many.
     """
-    runs = [_Run(folder, name) for folder, name in _names(folders).items()]
+    runs = [_Run(folder, name) for folder, name in short_names(folders).items()]
     if len(runs) > MOST_RUNS:
         raise ConfigError(f"`follow` has {len(runs)} runs; more than {MOST_RUNS} colours cannot be told apart.")
     for run in runs:
@@ -96,7 +96,7 @@ class _Run:
         return mark is not None and not is_gone(holder) and time.monotonic() - self.changed < STALE_SECONDS
 
 
-def _names(folders: Sequence[Path]) -> dict[Path, str]:
+def short_names(folders: Sequence[Path]) -> dict[Path, str]:
     """Returns the shortest different names of the folders, without repeated ones."""
     texts = {folder: os.fspath(folder).rstrip("/") for folder in folders}
     shared = os.path.dirname(os.path.commonprefix(list(texts.values())))  # noqa: RUF071 (URLs are no paths)

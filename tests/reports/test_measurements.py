@@ -1,0 +1,127 @@
+"""The page of measurements at several steps, from the files that `evaluate --output` writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quietstar_jax.errors import ConfigError, DataError
+from quietstar_jax.report import main
+from quietstar_jax.reports.measurements import read_measurements
+
+CONFIG = {"control": "", "reach": 1, "thought_length": 0}
+BASE = "models/base"
+RECORDS = '{"task": "x", "data": "", "data_hash": "", "config": 3, "model": {"checkpoint": "a", "step": "1"}}'
+
+
+def a_result(folder: Path, run: str, step: int | None, without: float, after: float | None = None, **more: Any) -> Path:
+    """Writes a result of 10 questions; without `after`, one of a model that does not think."""
+
+    def values(mean: float) -> dict[str, Any]:
+        return {"official_probability": mean, "official_probability_interval": [mean - 0.01, mean + 0.01]}
+
+    result = {
+        "task": "gsm8k", "data": "test.jsonl", "data_hash": "a" * 64, "questions": 10, "config": CONFIG,
+        "model": {"checkpoint": run, "step": step}, "without_thoughts": values(without),
+    }  # fmt: skip
+    if after is not None:
+        difference = {"difference": after - without, "p_value": 0.04, "interval": [0, 1], "test": "sign flips"}
+        result |= {"with_thoughts": values(after), "comparison": {"official_probability": difference}}
+    path = folder / f"{run.replace('/', '_')}_{step}_{more.get('task', '')}.json"
+    path.write_text(json.dumps(result | more))
+    return path
+
+
+def rows(html: str) -> list[list[str]]:
+    found = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", html)]
+    return [row for row in found if row]
+
+
+def test_a_run_with_thoughts_beside_plain_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [
+        a_result(tmp_path, "runs/thoughts", 40, 0.12, 0.18), a_result(tmp_path, "runs/thoughts", 20, 0.11, 0.14),
+        a_result(tmp_path, "runs/plain", 40, 0.13), a_result(tmp_path, "runs/plain", 20, 0.105),
+        a_result(tmp_path, BASE, None, 0.1),
+    ]  # fmt: skip
+    page = tmp_path / "page.html"
+    main(["--results", *map(str, files), "--output", str(page), "--figures", str(tmp_path / "figures")])
+    html = page.read_text()
+    assert rows(html) == [
+        ["before training", "0", "10.00 (9.00 .. 11.00)", "", "", ""],
+        ["plain", "20", "10.50 (9.50 .. 11.50)", "", "", ""],
+        ["plain", "40", "13.00 (12.00 .. 14.00)", "", "", ""],
+        ["thoughts", "20", "11.00 (10.00 .. 12.00)", "14.00 (13.00 .. 15.00)", "3.00", "0.04"],
+        ["thoughts", "40", "12.00 (11.00 .. 13.00)", "18.00 (17.00 .. 19.00)", "6.00", "0.04"],
+    ]
+    curves = re.findall(r'<polyline class="([^"]*)" points="([^"]*)"><title>([^<]*)', html)
+    assert [(kind, name) for kind, _, name in curves] == [
+        ("smooth dashed run0", "plain, without thoughts"), ("smooth dashed run1", "thoughts, without thoughts"),
+        ("smooth run1", "thoughts, with thoughts"),
+    ]  # fmt: skip
+    points = [[tuple(map(float, point.split(","))) for point in of.split()] for _, of, _ in curves]
+    assert {len(of) for of in points} == {3}
+    assert len({of[0] for of in points}) == 1  # all begin at the model before training
+    assert points[2][2][1] < points[1][2][1]  # and 18 % is above 12 %
+    (drawn,) = (tmp_path / "figures").iterdir()
+    assert drawn.name == "gsm8k_official_metric_probability_by_step.svg"
+    assert "test.jsonl, 10 questions" in html
+    assert str(page) in capsys.readouterr().out
+
+
+def test_tasks_and_groups_of_tokens(tmp_path: Path) -> None:
+    def groups(first: float) -> dict[str, Any]:
+        return {name: {"nats_per_token": first, "nats_per_token_interval": [0.5, 3]} for name in ("spans", "others")}
+
+    spans = a_result(
+        tmp_path, "a", 5, 0, task="spans", texts=3, tokens={"spans": 4, "others": 9}, without_thoughts=groups(2.0),
+        with_thoughts=groups(1.5),
+        comparison={name: {"nats_per_token": {"difference": -0.5, "p_value": None}} for name in ("spans", "others")},
+    )  # fmt: skip
+    found = read_measurements([spans, a_result(tmp_path, "a", 5, 0.1)])
+    assert [one.task for one in found] == ["spans", "gsm8k"]
+    (one,) = found[0].measurements
+    interval = (0.5, 3)
+    assert one.values["other tokens, nats per token"] == {
+        "without_thoughts": (2.0, interval), "with_thoughts": (1.5, interval)
+    }  # fmt: skip
+    assert one.differences == {f"{name}, nats per token": (-0.5, None) for name in ("tokens in spans", "other tokens")}
+    main(["--results", str(spans), "--output", str(tmp_path / "page.html")])  # one step is enough
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data_hash": "b" * 64}, "different texts"),
+        ({"questions": 9}, "different numbers of texts"),
+        ({"config": CONFIG | {"reach": 4}}, "different settings"),
+        ({}, "both measured gsm8k of step 5 of a"),
+    ],
+)
+def test_results_that_cannot_be_compared(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    (tmp_path / "2").mkdir()
+    files = [a_result(tmp_path, "a", 5, 0.1), a_result(tmp_path / "2", "a", 5, 0.1, **change)]
+    with pytest.raises(ConfigError, match=said) as error:
+        main(["--results", *map(str, files), "--output", str(tmp_path / "page.html")])
+    assert "--results" in str(error.value)
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"model": 3}', '{"model": {"checkpoint": "a", "step": 1}}', RECORDS, "\xff"]
+)
+def test_files_that_are_no_results(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match="not a result of `evaluate --output`"):
+        read_measurements([path])
+    with pytest.raises(DataError, match="cannot be read"):
+        read_measurements([tmp_path / "missing.json"])
+
+
+def test_too_many_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="9 runs"):
+        read_measurements([a_result(tmp_path, f"run{i}", 5, 0.1) for i in range(9)])
