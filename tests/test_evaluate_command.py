@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
+from quietstar_jax.evals.table import MODES, PERCENT, PLAIN
 from quietstar_jax.evaluate import main
+from quietstar_jax.reports.measurements import read_measurements
+from quietstar_jax.reports.measurements_page import measurements_page
 from tests.evals.models import write_plain, write_run
 from tests.evals.test_questions import write_lines
 from tests.material import material
@@ -57,6 +60,29 @@ def test_numbers_with_and_without_thoughts(folder, capsys, tmp_path):
     assert found["model"]["step"] == 0
     assert found["config"]["thought_length"] == 2
     assert found["versions"]["jax"]
+
+
+def test_results_become_a_page(folder, capsys, tmp_path):
+    asked = [(model, *what) for model in ("run", "plain")
+             for what in (("gsm8k", "numbers.jsonl"), ("language_modeling", "text.jsonl"))]  # fmt: skip
+    files = [tmp_path / f"{i}.json" for i in range(len(asked))]
+    found = [
+        evaluate(capsys, folder, "--output", str(file), "--window", "90", checkpoint=model, task=task, data=data)
+        for file, (model, task, data) in zip(files, asked, strict=True)
+    ]
+    series = read_measurements(files)
+    assert [one.task for one in series] == ["gsm8k", "language_modeling"]
+    for one, results in zip(series, (found[::2], found[1::2]), strict=True):
+        assert [item.name for item in one.measurements] == ["plain (no steps)", "run"]
+        for item, result in zip(one.measurements, results[::-1], strict=True):
+            by_mode = {mode: result[mode] for mode in MODES if mode in result}
+            for name, label in (PERCENT | PLAIN).items():
+                if name in result:
+                    assert {mode: value.value for mode, value in item.values[label].items()} == {
+                        mode: values[name] for mode, values in by_mode.items()
+                    }
+    assert series[0].measurements[1].differences[PERCENT["exact_match"]].p_value == 1
+    assert measurements_page(series).count("<svg") == 6  # three metrics each
 
 
 def test_one_mode_gives_the_same_figures(folder, capsys):

@@ -223,5 +223,8 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def padded(low: float, high: float) -> Range:
+    """Returns a span with some room around these values; 0 stays at an edge."""
+    if low == high == 0:
+        return 0.0, 1.0
     room = 0.06 * (high - low) or 0.5
     return (low if low == 0 else low - room, high if high == 0 else high + room)

@@ -100,7 +100,7 @@ def short_names(folders: Sequence[Path]) -> dict[Path, str]:
     """Returns the shortest different names of the folders, without repeated ones."""
     texts = {folder: os.fspath(folder).rstrip("/") for folder in folders}
     shared = os.path.dirname(os.path.commonprefix(list(texts.values())))  # noqa: RUF071 (URLs are no paths)
-    return {folder: text[len(shared) :].lstrip("/") or text for folder, text in texts.items()}
+    return {folder: (text[len(shared) :].lstrip("/") if shared else text) or text for folder, text in texts.items()}
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from quietstar_jax.errors import ConfigError, DataError
+from quietstar_jax.evals.options import Options
 from quietstar_jax.evals.table import GROUPS, MODES, PERCENT, PLAIN
+from quietstar_jax.methods.thinking import ALWAYS
 from quietstar_jax.reports.follow import short_names
 from quietstar_jax.reports.runs_page import MOST_RUNS
 
 Nested = Mapping[str, Any]
 COUNTED = ("questions", "texts")
+# Options that may differ between results that are compared: they select the model, or do not change the figures.
+FREE = {"checkpoint", "step", "revision", "data", "limit", "max_length", "batch_size", "prefix_attention", "thoughts",
+        "top", "perturb", "think_front", "records", "against", "quiet"}  # fmt: skip
+OF_THOUGHTS = ("think", "control", "reach", "thought_length")  # compared only between results with thoughts
+DEFAULTS = {
+    field.name: json.loads(json.dumps(field.default))  # as in a file
+    for field in dataclasses.fields(Options)
+    if field.name not in FREE and field.default is not dataclasses.MISSING
+}
+
+
+class Value(NamedTuple):
+    """A figure with its 95 % interval, if it has one; `p_value` is that of a difference."""
+
+    value: float
+    interval: Sequence[float] | None
+    p_value: float | None = None
 
 
 class Measurement(NamedTuple):
     """One result of `evaluate --output`.
 
     Attributes:
-      run: short name of the model; empty for a model without steps, from which the runs are taken to have started.
-      step: 0 for a model without steps.
-      values: by metric and mode of `table.MODES`, with the 95 % interval: (mean, (low, high)).
-      differences: by metric, with minus without thoughts: (difference, p-value or None).
+      run: short name of the run; empty for a model without steps, from which the runs are taken to have started.
+      step: 0 for a model without steps; name: of the model, for readers.
+      values: by metric and mode of `table.MODES`; differences: by metric, with minus without thoughts.
     """
 
     run: str
     step: int
-    values: dict[str, dict[str, tuple[float, tuple[float, float]]]]
-    differences: dict[str, tuple[float, float | None]]
+    name: str
+    values: dict[str, dict[str, Value]]
+    differences: dict[str, Value]
 
 
 class Series(NamedTuple):
-    """All measurements of one task: `about` says what was measured; they are sorted by run and step."""
+    """All measurements of one task, sorted by run and step; `about` says what was measured."""
 
     task: str
     about: str
     measurements: list[Measurement]
-
-    @property
-    def runs(self) -> list[str]:
-        """The names of the runs, without the model from which they started."""
-        return list(dict.fromkeys(one.run for one in self.measurements if one.run))
 
 
 def read_measurements(paths: Sequence[Path]) -> list[Series]:
@@ -53,7 +68,7 @@ def read_measurements(paths: Sequence[Path]) -> list[Series]:
       ConfigError: results of a task measured different things, or the same thing twice; there are too many runs.
     """
     found = {path: _read(path) for path in dict.fromkeys(paths)}
-    folders = [Path(result["model"]["checkpoint"]) for result in found.values() if result["model"]["step"] is not None]
+    folders = [_folder(result) for result in found.values() if result["model"]["step"] is not None]
     names = short_names(folders)
     if len(names) > MOST_RUNS:
         raise ConfigError(f"`results` are of {len(names)} runs; more than {MOST_RUNS} colours cannot be told apart.")
@@ -64,26 +79,48 @@ def read_measurements(paths: Sequence[Path]) -> list[Series]:
 
 
 def _series(task: str, results: Mapping[Path, Nested], names: Mapping[Path, str]) -> Series:
-    first, about = next(iter(results.items()))
-    measured: dict[tuple[str, int], Measurement] = {}
-    files: dict[tuple[str, int], Path] = {}
+    measured: dict[Any, Path] = {}  # (run, step) or the hash of the weights -> file
+    first: dict[str, tuple[Path, Any]] = {}
+    measurements = []
     for path, result in results.items():
-        ours, theirs = _scope(about), _scope(result)
-        for what in ours:
-            if ours[what] != theirs[what]:
+        for what, value in _scope(result).items():
+            other, theirs = first.setdefault(what, (path, value))
+            if theirs != value:
                 raise ConfigError(
-                    f"{first} and {path} in `results` measured {task} with different {what} ({ours[what]} and "
-                    f"{theirs[what]}), so they cannot be compared. Give results of the same measurement."
+                    f"{other} and {path} in `results` measured {task} with different {what} ({theirs} and {value}), so "
+                    f"they cannot be compared. {_advice(what)}"
                 )
-        step = result["model"]["step"]
-        run, step = ("", 0) if step is None else (names[Path(result["model"]["checkpoint"])], step)
-        at = run, step
-        if at in files:
-            where = f"step {step} of {run}" if run else "models without steps, of which there can be one"
-            raise ConfigError(f"{files[at]} and {path} in `results` both measured {task} of {where}. Omit one of them.")
-        files[at] = path
-        measured[at] = Measurement(run, step, _values(result), _differences(result.get("comparison", {})))
-    return Series(task, f"{about['data']}, {_count(about)}", [measured[at] for at in sorted(measured)])
+        model = result["model"]
+        run = "" if model["step"] is None else names[_folder(result)]
+        where = f"step {model['step']} of {run}" if run else "models without steps, of which there can be one"
+        for mark in ((run, model["step"]), result.get("checkpoint_hash") or path):
+            if (other := measured.setdefault(mark, path)) != path:
+                raise ConfigError(f"{other} and {path} in `results` both measured {task} of {where}. Omit one of them.")
+        name = run or f"{_folder(result).name} (no steps)"
+        of_modes = {mode: _figures(result.get(mode, {})) for mode in MODES}
+        values = {
+            metric: {mode: own[metric] for mode, own in of_modes.items() if metric in own}
+            for metric in dict.fromkeys(metric for own in of_modes.values() for metric in own)
+        }
+        differences = _figures(result.get("comparison", {}))
+        measurements.append(Measurement(run, model["step"] or 0, name, values, differences))
+    measurements.sort(key=lambda one: (one.run, one.step))
+    _, counted = first["numbers of texts"]
+    used = {name: first[name][1] for name in OF_THOUGHTS if name in first}
+    settings = [f"{name} {value}" for name, value in used.items() if value not in (DEFAULTS[name], str(ALWAYS))]
+    data = next(iter(results.values()))["data"]
+    return Series(task, ", ".join([data, counted, *settings]), measurements)
+
+
+def _advice(what: str) -> str:
+    if what == "numbers of texts":
+        return "If some of them omitted texts that are too long, measure all with the same --max-length."
+    return "Give results of the same measurement."
+
+
+def _folder(result: Nested) -> Path:
+    path = Path(result["model"]["checkpoint"])
+    return path.parent if path.name == "checkpoints" else path
 
 
 def _read(path: Path) -> Nested:
@@ -102,35 +139,29 @@ def _read(path: Path) -> Nested:
     return dict(result)
 
 
-def _count(result: Nested) -> str:
-    unit = next(unit for unit in COUNTED if unit in result)
-    return f"{result[unit]:,} {unit}"
-
-
 def _scope(result: Nested) -> dict[str, Any]:
-    """Returns what must be equal for results to be compared, by its name in a message."""
-    names = ("control", "reach", "thought_length", "samples", "temperature", "window", "context", "max_length")
-    settings = {name: result["config"].get(name) for name in names}
-    return {"texts": str(result["data_hash"])[:12], "numbers of texts": _count(result), "settings": settings}
+    """Returns what must be equal for results to be compared: what was measured, and all options that change figures.
+
+    Options are those that were used, where the result has them, else those that were requested.
+    """
+    unit = next(unit for unit in COUNTED if unit in result)
+    used = {name: result.get(name, result["config"].get(name, default)) for name, default in DEFAULTS.items()}
+    if "with_thoughts" not in result:
+        used = {name: value for name, value in used.items() if name not in (*OF_THOUGHTS, "samples")}
+    numbers = f"{result[unit]:,} {unit}"
+    return {"texts": str(result["data_hash"])[:12], "numbers of texts": numbers, "tokens": result.get("tokens"), **used}
 
 
-def _values(result: Nested) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for mode in MODES:
-        for label, name, value in _by_metric(result.get(mode, {})):
-            if isinstance(value.get(f"{name}_interval"), list):
-                found.setdefault(label, {})[mode] = value[name], tuple(value[f"{name}_interval"])
-    return found
-
-
-def _differences(comparison: Nested) -> dict[str, tuple[float, float | None]]:
-    return {label: (value[name]["difference"], value[name]["p_value"]) for label, name, value in _by_metric(comparison)}
-
-
-def _by_metric(values: Nested) -> list[tuple[str, str, Nested]]:
-    """Returns (label, name, mapping that contains the name) of every metric, also of those in groups of tokens."""
-    found = [(label, name, values) for name, label in (PERCENT | PLAIN).items() if name in values]
+def _figures(values: Nested) -> dict[str, Value]:
+    """Returns every metric, also those in groups of tokens, of a mode or of the comparison of modes."""
+    found = {}
+    for name, label in (PERCENT | PLAIN).items():
+        value = values.get(name)
+        if isinstance(value, Mapping):
+            found[label] = Value(value["difference"], value["interval"], value["p_value"])
+        elif value is not None:
+            found[label] = Value(value, values.get(f"{name}_interval"))
     for group, title in GROUPS.items():
         if group in values:
-            found += [(f"{title}, {label}", name, value) for label, name, value in _by_metric(values[group])]
+            found |= {f"{title}, {label}": value for label, value in _figures(values[group]).items()}
     return found

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
 from quietstar_jax.evals.table import MODES
 from quietstar_jax.reports.figures import padded
-from quietstar_jax.reports.measurements import Measurement, Series
+from quietstar_jax.reports.measurements import Measurement, Series, Value
 from quietstar_jax.reports.page import figure, render, table
 from quietstar_jax.reports.svg import Chart, number
 
-LEGEND = 18  # pixels of a row
-SIZE = {"width": 520, "height": 340}
+PLOT, FRAME, LEGEND = 282, 58, 18  # pixels: height of the curves, of the axis, of a row of the legend
+MOST_TICKS = 12
 
 
 def measurements_page(found: Sequence[Series]) -> str:
     """Returns the page as HTML."""
+    runs = sorted({one.run for series in found for one in series.measurements})
+    colours = {run: f"run{number}" for number, run in enumerate(run for run in runs if run or len(runs) == 1)}
     body = [
         "<h1>Measured during training</h1>",
-        '<p class="where">Intervals are 95 % intervals over questions or texts, for one training run; they are no '
-        "measure of the differences between training runs. Differences with and without thoughts are paired.</p>",
+        '<p class="where">Intervals are 95 % intervals over questions, texts or windows, for the model of one training '
+        "run; they say nothing about the differences between training runs. p belongs to the difference of the same "
+        "items with and without thoughts.</p>",
     ]
     for series in found:
         metrics = list(dict.fromkeys(name for one in series.measurements for name in one.values))
         body += [
             f"<h2>{escape(series.task)}</h2>",
             f'<p class="where">{escape(series.about)}</p>',
-            f'<div class="charts">{"".join(_chart(series, metric) for metric in metrics)}</div>',
+            f'<div class="charts">{"".join(_chart(series, metric, colours) for metric in metrics)}</div>',
             *(_table(series, metric) for metric in metrics),
         ]
     return render("Measured during training", "\n".join(body))
+
+
+def _shown(value: Value | None, metric: str, sign: str = "") -> str:
+    """Returns a value with its interval, as texts of a table."""
+    if value is None:
+        return ""
+    scale, digits = _scale(metric)
+    mean, *ends = (number(scale * x, digits) for x in (value.value, *(value.interval or ())))
+    plus = sign if value.value > 0 else ""
+    return f"{plus}{mean}" + (f" ({' .. '.join(ends)})" if ends else "")
 
 
 def _scale(metric: str) -> tuple[int, int]:
@@ -38,60 +52,67 @@ def _scale(metric: str) -> tuple[int, int]:
     return (100, 2) if metric.endswith("%") else (1, 4)
 
 
-def _lines(series: Series, metric: str) -> dict[tuple[str, str], list[tuple[int, Measurement, str]]]:
-    """Returns the points (step, measurement, its mode) of each run and mode.
+def _lines(series: Series, metric: str, runs: Sequence[str]) -> dict[tuple[str, str], list[tuple[Measurement, str]]]:
+    """Returns the points (measurement, its mode) of each run and mode, those with a finite value.
 
     The model from which the runs started is their first point; its values are those without thoughts if it has none.
     """
-    found: dict[tuple[str, str], list[tuple[int, Measurement, str]]] = {}
-    start = [one for one in series.measurements if not one.run and metric in one.values]
-    for run in series.runs or [""]:
-        own = [one for one in series.measurements if one.run == run and metric in one.values]
+    finite = [
+        (one, modes)
+        for one in series.measurements
+        if (modes := [mode for mode, value in one.values.get(metric, {}).items() if math.isfinite(value.value)])
+    ]
+    found = {}
+    for run in runs:
         for mode in MODES:
-            points = [(one.step, one, mode) for one in own if mode in one.values[metric]]
-            first = [(0, one, mode if mode in one.values[metric] else "without_thoughts") for one in start if run]
+            points = [(one, mode) for one, modes in finite if one.run == run and mode in modes]
+            start = [(one, mode if mode in modes else modes[0]) for one, modes in finite if not one.run and run]
             if points:
-                found[run, mode] = first * (points[0][0] > 0) + points
+                found[run, mode] = [*(start if points[0][0].step > 0 else ()), *points]
     return found
 
 
-def _chart(series: Series, metric: str) -> str:
-    scale, digits = _scale(metric)
-    lines = _lines(series, metric)
-    steps = [step for points in lines.values() for step, _, _ in points]
-    values = [scale * one.values[metric][mode][0] for points in lines.values() for _, one, mode in points]
+def _chart(series: Series, metric: str, colours: dict[str, str]) -> str:
+    scale, _ = _scale(metric)
+    lines = {
+        line: [(one.step, scale * one.values[metric][mode].value, one, mode) for one, mode in points]
+        for line, points in _lines(series, metric, list(colours)).items()
+    }
+    if not lines:
+        return ""
+    steps = sorted({step for points in lines.values() for step, *_ in points})
+    values = [y for points in lines.values() for _, y, *_ in points]
     low, high = padded(min(values), max(values))
-    legend = LEGEND * len(lines) / (SIZE["height"] - 58)
-    top = high + (high - low) * legend / (1 - legend)
+    legend = LEGEND * len(lines)
+    top = high + (high - low) * legend / PLOT
     label = f"{series.task}, {metric.removesuffix(', %')}, by step"
-    chart = Chart(label, (min(steps), max(steps)), (low, top), **SIZE).y_axis(metric)
-    left, right = min(steps), max(*steps, min(steps) + 1)
+    chart = Chart(label, (steps[0], steps[-1]), (low, top), width=520, height=PLOT + FRAME + legend).y_axis(metric)
+    left, right = chart.x
     for row, ((run, mode), points) in enumerate(lines.items()):
-        kind = f"smooth {'dashed ' if mode == 'without_thoughts' else ''}run{series.runs.index(run) if run else 0}"
+        kind = f"smooth {'dashed ' if mode == 'without_thoughts' else ''}{colours[run]}"
         name = ", ".join(filter(None, [run, MODES[mode]]))
-        chart.line([(step, scale * one.values[metric][shown][0]) for step, one, shown in points], kind, name)
-        for step, one, shown in points:
-            mean, interval = one.values[metric][shown]
-            ends = " .. ".join(number(scale * end, digits) for end in interval)
-            chart.dot(step, scale * mean, "hidden", f"{name}, step {step}: {number(scale * mean, digits)} ({ends})")
+        chart.line([(step, y) for step, y, *_ in points], kind, name)
+        for step, y, one, shown in points:  # a line through one point is invisible
+            tip = f"{name}, step {step:,}: {_shown(one.values[metric][shown], metric)}"
+            chart.dot(step, y, kind if len(points) == 1 else "hidden", tip)
         height = top - (row + 0.5) * (top - high) / len(lines)
         chart.line([(left, height), (left + 0.06 * (right - left), height)], kind)
         chart.text(left + 0.07 * (right - left), height, name, "name", "start", dy=4)
-    return figure(metric, chart.x_axis("step", [(step, str(step)) for step in sorted({*steps})]).svg(), "")
+    ticks: list[tuple[float, str]] = []
+    for step in steps:
+        if not ticks or step - ticks[-1][0] >= (right - left) / MOST_TICKS:
+            ticks.append((step, f"{step:,}"))
+    return figure(metric, chart.x_axis("step", ticks).svg(), "")
 
 
 def _table(series: Series, metric: str) -> str:
-    scale, digits = _scale(metric)
     rows = []
     for one in series.measurements:
-        cells = []
-        for mode in MODES:
-            mean, interval = one.values.get(metric, {}).get(mode, (None, (0.0, 0.0)))
-            ends = " .. ".join(number(scale * end, digits) for end in interval)
-            cells.append("" if mean is None else f"{number(scale * mean, digits)} ({ends})")
-        difference, p_value = one.differences.get(metric, (None, None))
-        cells.append("" if difference is None else number(scale * difference, digits))
-        cells.append("" if p_value is None else f"{p_value:.2g}")
-        rows.append([one.run or "before training", str(one.step), *cells])
-    head = ["run", "step", *MODES.values(), "difference", "p"]
-    return f"<h3>{escape(metric)}</h3>{table(head, rows)}"
+        difference = one.differences.get(metric)
+        p_value = None if difference is None else difference.p_value
+        rows.append([
+            one.name, f"{one.step:,}",
+            *(_shown(one.values.get(metric, {}).get(mode), metric) for mode in MODES),
+            _shown(difference, metric, "+"), "" if p_value is None else f"{p_value:.2g}",
+        ])  # fmt: skip
+    return f"<h3>{escape(metric)}</h3>{table(['model', 'step', *MODES.values(), 'difference', 'p'], rows)}"

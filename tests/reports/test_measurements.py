@@ -29,7 +29,8 @@ def a_result(folder: Path, run: str, step: int | None, without: float, after: fl
         "model": {"checkpoint": run, "step": step}, "without_thoughts": values(without),
     }  # fmt: skip
     if after is not None:
-        difference = {"difference": after - without, "p_value": 0.04, "interval": [0, 1], "test": "sign flips"}
+        gain = after - without
+        difference = {"difference": gain, "p_value": 0.04, "interval": [gain - 0.02, gain + 0.02]}
         result |= {"with_thoughts": values(after), "comparison": {"official_probability": difference}}
     path = folder / f"{run.replace('/', '_')}_{step}_{more.get('task', '')}.json"
     path.write_text(json.dumps(result | more))
@@ -51,11 +52,11 @@ def test_a_run_with_thoughts_beside_plain_training(tmp_path: Path, capsys: pytes
     main(["--results", *map(str, files), "--output", str(page), "--figures", str(tmp_path / "figures")])
     html = page.read_text()
     assert rows(html) == [
-        ["before training", "0", "10.00 (9.00 .. 11.00)", "", "", ""],
+        ["base (no steps)", "0", "10.00 (9.00 .. 11.00)", "", "", ""],
         ["plain", "20", "10.50 (9.50 .. 11.50)", "", "", ""],
         ["plain", "40", "13.00 (12.00 .. 14.00)", "", "", ""],
-        ["thoughts", "20", "11.00 (10.00 .. 12.00)", "14.00 (13.00 .. 15.00)", "3.00", "0.04"],
-        ["thoughts", "40", "12.00 (11.00 .. 13.00)", "18.00 (17.00 .. 19.00)", "6.00", "0.04"],
+        ["thoughts", "20", "11.00 (10.00 .. 12.00)", "14.00 (13.00 .. 15.00)", "+3.00 (1.00 .. 5.00)", "0.04"],
+        ["thoughts", "40", "12.00 (11.00 .. 13.00)", "18.00 (17.00 .. 19.00)", "+6.00 (4.00 .. 8.00)", "0.04"],
     ]
     curves = re.findall(r'<polyline class="([^"]*)" points="([^"]*)"><title>([^<]*)', html)
     assert [(kind, name) for kind, _, name in curves] == [
@@ -73,41 +74,85 @@ def test_a_run_with_thoughts_beside_plain_training(tmp_path: Path, capsys: pytes
 
 
 def test_tasks_and_groups_of_tokens(tmp_path: Path) -> None:
-    def groups(first: float) -> dict[str, Any]:
-        return {name: {"nats_per_token": first, "nats_per_token_interval": [0.5, 3]} for name in ("spans", "others")}
+    def groups(mean: float) -> dict[str, Any]:
+        return {name: {"nats_per_token": mean, "nats_per_token_interval": [0.5, 3]} for name in ("spans", "others")}
 
+    change = {"nats_per_token": {"difference": -0.5, "interval": None, "p_value": None}}
     spans = a_result(
         tmp_path, "a", 5, 0, task="spans", texts=3, tokens={"spans": 4, "others": 9}, without_thoughts=groups(2.0),
-        with_thoughts=groups(1.5),
-        comparison={name: {"nats_per_token": {"difference": -0.5, "p_value": None}} for name in ("spans", "others")},
+        with_thoughts=groups(1.5), comparison=dict.fromkeys(("spans", "others"), change),
     )  # fmt: skip
     found = read_measurements([spans, a_result(tmp_path, "a", 5, 0.1)])
     assert [one.task for one in found] == ["spans", "gsm8k"]
     (one,) = found[0].measurements
-    interval = (0.5, 3)
     assert one.values["other tokens, nats per token"] == {
-        "without_thoughts": (2.0, interval), "with_thoughts": (1.5, interval)
+        "without_thoughts": (2.0, [0.5, 3], None), "with_thoughts": (1.5, [0.5, 3], None)
     }  # fmt: skip
-    assert one.differences == {f"{name}, nats per token": (-0.5, None) for name in ("tokens in spans", "other tokens")}
-    main(["--results", str(spans), "--output", str(tmp_path / "page.html")])  # one step is enough
+    assert one.differences == {
+        f"{name}, nats per token": (-0.5, None, None) for name in ("tokens in spans", "other tokens")
+    }
+
+
+def test_legal_results_that_are_unusual(tmp_path: Path) -> None:
+    """Values that are equal, infinite, or measured in one mode or of one model only, and many lines."""
+    text = {"accuracy": 0.0, "nats_per_token": 2.0, "bits_per_byte": float("inf")}
+    more = {"task": "language_modeling", "questions": 3, "with_thoughts": text}
+    files = [a_result(tmp_path, f"runs/run{i}", 5, 0, **more, without_thoughts=text) for i in range(8)]
+    base = a_result(tmp_path, BASE, None, 0, **more)
+    result = json.loads(base.read_text())
+    result["with_thoughts"]["official_probability"] = 0.5  # no other result has it
+    del result["without_thoughts"]
+    base.write_text(json.dumps(result))
+    page = tmp_path / "page.html"
+    main(["--results", *map(str, files), str(base), "--output", str(page)])
+    html = page.read_text()
+    lines = re.findall('<polyline[^>]*points="([^"]*)"', html)
+    assert len(lines) == 2 * 2 * 16  # two metrics are drawn, each line with its legend
+    legend = [line.split(",")[-1] for line in lines if len({point.split(",")[1] for point in line.split()}) == 1]
+    assert len({*legend}) == 18  # 16 rows of a legend, and the equal values of each chart
+    assert ["base (no steps)", "0", "", "0.00", "", ""] in rows(html)
+    assert ["run0", "5", "inf", "inf", "", ""] in rows(html)
+    main(["--results", str(files[0]), "--output", str(page)])
+    assert re.findall('<circle class="([^"]*)"', page.read_text()) == 2 * ["smooth dashed run0", "smooth run0"]
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"data_hash": "b" * 64}, "different texts"),
-        ({"questions": 9}, "different numbers of texts"),
-        ({"config": CONFIG | {"reach": 4}}, "different settings"),
+        ({"questions": 9}, "different numbers of texts .10 questions and 9 questions.*--max-length"),
+        ({"tokens": 9}, "different tokens"),
+        ({"config": CONFIG | {"seed": 4}}, r"different seed \(0 and 4\)"),
+        ({"config": CONFIG | {"reach": 4}}, r"different reach \(1 and 4\)"),
+        ({"think": "every:2"}, r"different think"),
         ({}, "both measured gsm8k of step 5 of a"),
+        ({"model": {"checkpoint": "/x/a", "step": 6}, "checkpoint_hash": "h"}, "both measured gsm8k"),
+        ({"model": {"checkpoint": "a/checkpoints", "step": 5}}, "both measured gsm8k of step 5 of a"),
+        ({"model": {"checkpoint": "b", "step": None}}, None),
     ],
 )
-def test_results_that_cannot_be_compared(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_results_that_cannot_be_compared(tmp_path: Path, change: dict[str, Any], said: str | None) -> None:
     (tmp_path / "2").mkdir()
-    files = [a_result(tmp_path, "a", 5, 0.1), a_result(tmp_path / "2", "a", 5, 0.1, **change)]
+    files = [a_result(tmp_path, "a", 5, 0.1, 0.2, checkpoint_hash="h")]
+    files += [a_result(tmp_path / "2", "a", 5, 0.1, 0.2, **change)]
+    command = ["--results", *map(str, files), "--output", str(tmp_path / "page.html")]
+    if said is None:
+        return main(command)
     with pytest.raises(ConfigError, match=said) as error:
-        main(["--results", *map(str, files), "--output", str(tmp_path / "page.html")])
+        main(command)
     assert "--results" in str(error.value)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_settings_of_thoughts_do_not_separate_a_model_without_them(tmp_path: Path) -> None:
+    think = {"think": "every:2", "config": CONFIG | {"reach": 4}}
+    (one,) = read_measurements([a_result(tmp_path, "a", 5, 0.1, 0.2, **think), a_result(tmp_path, BASE, None, 0.1)])
+    assert one.about == "test.jsonl, 10 questions, think every:2, reach 4"
+
+
+def test_names_of_runs_in_different_places(tmp_path: Path) -> None:
+    (found,) = read_measurements([a_result(tmp_path, name, 5, 0.1) for name in ("/data/run", "data/run")])
+    assert {one.run for one in found.measurements} == {"/data/run", "data/run"}
 
 
 @pytest.mark.parametrize(
