@@ -51,7 +51,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, command: str, example: str, more: str = ""):
         prog = written(command)
-        end = "\n".join(filter(None, [f"example:\n  {prog} {example}", more]))
+        end = "\n".join(filter(None, [f"example: {prog} {example}", more]))
         does = COMMANDS[command].does
         fixed: dict[str, Any] = dict(formatter_class=_Help, allow_abbrev=False, add_help=False)
         super().__init__(prog=prog, description=does, epilog=end, **fixed)

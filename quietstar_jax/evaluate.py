@@ -86,6 +86,10 @@ def make_parser() -> CommandParser:
         help=f"put something else in the place of each thought: {', '.join(REPLACEMENTS)}",
     )  # fmt: skip
     add_flags(parser, "--reach")
+    add(
+        "--exclude", default="", metavar="PATTERN",
+        help="spans: pattern of tokens that do not count as possible next ones, such as '<<'",
+    )  # fmt: skip
     text = parser.add_argument_group("language_modeling")
     add_flags(text, "--text-key", "--text-documents")
     number: dict[str, Any] = {"type": integer_from(0), "metavar": "N", "default": 0}

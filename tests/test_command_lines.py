@@ -59,7 +59,7 @@ def test_help_fits_a_screen_and_its_example_works(command, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 50
     assert max(map(len, lines)) <= 120
-    example = shlex.split(lines[lines.index("example:") + 1])
+    (example,) = (shlex.split(line)[1:] for line in lines if line.startswith("example: "))
     assert example[:3] == ["python", "-m", command.__name__]
     read = parse_with_config if command in (train, aot) else CommandParser.parse_args
     read(command.make_parser(), example[3:])

@@ -1,7 +1,8 @@
-"""Determines which ids of a model are tokens."""
+"""Determines which ids of a model are tokens, and which tokens match a pattern."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,3 +26,9 @@ def unused_ids(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any]) -> tu
         raise CheckpointError(f"config.json: {UNUSED} is {named!r}; it must be a list of token ids.")
     known = set(tokenizer.fast.get_vocab().values()).difference(named)
     return tuple(i for i in range(rows) if i not in known)
+
+
+def matching_ids(tokenizer: Tokenizer, pattern: str) -> tuple[int, ...]:
+    """Returns the ids of the tokens whose text contains a match of a regular expression."""
+    texts = tokenizer.fast.batch_decode([[i] for i in range(tokenizer.vocab_size)])
+    return tuple(i for i, text in enumerate(texts) if re.search(pattern, text))

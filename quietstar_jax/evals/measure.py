@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ import jax
 from tqdm import tqdm
 
 from quietstar_jax.data.sources import content_hash, open_source
+from quietstar_jax.data.vocabulary import matching_ids
 from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.evals.answers import AnswerWriter
@@ -115,14 +116,19 @@ def thought_modes(thoughts: str, policy: ThinkPolicy) -> tuple[str, ...]:
 
 
 def make_scorer(
-    options: Options, model: LoadedModel, policy: ThinkPolicy, modes: tuple[str, ...], use: UseOptions | None = None
-) -> ContinuationScorer:
-    """Returns the scorer for the texts of a measurement; `use`: what else it measures if there are thoughts."""
+    options: Options, model: LoadedModel, policy: ThinkPolicy, modes: tuple[str, ...], use: UseOptions | None = None,
+    excluded: Sequence[int] = (),
+) -> ContinuationScorer:  # fmt: skip
+    """Returns the scorer for the texts of a measurement.
+
+    Args:
+      use: what else it measures if there are thoughts; excluded: ids that are never the most likely token.
+    """
     length = 0 if "with_thoughts" not in modes else options.thought_length or model.thought_length
     settings = model.settings(length, reach=options.reach)
     return ContinuationScorer(
         model, settings, options.batch_size, use if length else None, think=policy, seed=options.seed,
-        ranked=options.think_front,
+        ranked=options.think_front, excluded=excluded,
     )  # fmt: skip
 
 
@@ -174,9 +180,12 @@ def _votes(
 def _spans(
     options: Options, model: LoadedModel, policy: ThinkPolicy, modes: tuple[str, ...], questions: list[Question]
 ) -> dict[str, Any]:
-    scorer = make_scorer(options, model, policy, modes)
+    excluded = matching_ids(model.tokenizer, options.exclude) if options.exclude else ()
+    if options.exclude and not excluded:
+        raise ConfigError(f"exclude is {options.exclude!r}, which matches no token of this model. Change or omit it.")
+    scorer = make_scorer(options, model, policy, modes, excluded=excluded)
     longest = longest_allowed(options, scorer.longest)
-    texts = read_marked_texts(options.data, options.limit, model.tokenizer, model.bos)
+    texts = read_marked_texts(options.data, options.limit, model.tokenizer, model.bos, excluded)
     length = options.thought_length or model.thought_length
     measurement = {
         "tokenizer": model.tokenizer.vocabulary_fingerprint,
@@ -186,6 +195,7 @@ def _spans(
         "think": str(policy),
         "seed": options.seed,
         **({"control": options.control} if options.control else {}),
+        **({"exclude": options.exclude} if options.exclude else {}),
         **({"reach": options.reach} if options.reach > 1 else {}),
         **({"figures": 2} if policy.constant is None else {}),  # before, records lacked `thought_used_rate`
     }

@@ -10,7 +10,7 @@ from quietstar_jax.data_config import TextDocuments
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.evals.tasks import DIRECT, SPANS, TASKS, TEXT, VOTING, find_task
 from quietstar_jax.methods.thinking import NEVER, ThinkPolicy, choose_policy
-from quietstar_jax.settings import Choices, one_of
+from quietstar_jax.settings import Choices, is_pattern, one_of
 from quietstar_jax.thought_config import CONTROLS, Perturbation
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Options:
     top: int = 10
     perturb: str = ""
     control: str = ""
+    exclude: str = ""
     reach: int = 1
     think_front: bool = False
     samples: int = 0
@@ -87,6 +88,11 @@ class Options:
                 raise ConfigError(f"{problems[0]}.")
             if find_task(self.task).kind == VOTING:
                 raise ConfigError(f"control is {self.control!r}, but `task` is {self.task}, which generates text.")
+        if self.exclude:
+            if not is_pattern(self.exclude):
+                raise ConfigError(f"exclude is {self.exclude!r}; it must be a regular expression.")
+            if find_task(self.task).kind != SPANS:
+                raise ConfigError(f"exclude is {self.exclude!r}, but `task` is {self.task}; it must be spans.")
         if self.against and find_task(self.task).kind != SPANS:
             raise ConfigError(f"against is {self.against!r}, but `task` is {self.task}; it must be spans.")
         if self.think_front:

@@ -19,7 +19,7 @@ from quietstar_jax.errors import DataError
 from quietstar_jax.evals.records import Records, read_records_file
 from quietstar_jax.evals.statistics import compare_paired, interval_of_ratio
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer
-from quietstar_jax.thoughts.token_scores import TokenScores
+from quietstar_jax.thoughts.token_scores import Prediction, TokenScores
 
 GROUPS = ("spans", "others")
 METRICS = ("nats_per_token", "accuracy")
@@ -41,20 +41,22 @@ class MarkedText(NamedTuple):
     marked: np.ndarray
 
 
-def read_marked_texts(spec: str, limit: int, tokenizer: Tokenizer, begin: Sequence[int]) -> list[MarkedText]:
+def read_marked_texts(
+    spec: str, limit: int, tokenizer: Tokenizer, begin: Sequence[int], excluded: Sequence[int] = ()
+) -> list[MarkedText]:
     """Returns the first `limit` texts of a source (0 = all), as token ids.
 
     A record has `text`, `spans`, a list of [start, end) in characters, and may have `scored_from`, the character from
     which tokens are scored. A token is in a span if it shares a character with it.
 
     Args:
-      begin: ids before every text.
+      begin: ids before every text; excluded: ids that do not count as possible next tokens.
 
     Raises:
-      DataError: a record is malformed, or no text has a span.
+      DataError: a record is malformed, no text has a span, or a scored token is excluded.
     """
     texts = [
-        _marked(record, number, tokenizer, begin)
+        _marked(record, number, tokenizer, begin, excluded)
         for number, record in enumerate(read_all(spec, "texts")[: limit or None])
     ]
     if not any(text.marked.any() for text in texts):
@@ -62,7 +64,9 @@ def read_marked_texts(spec: str, limit: int, tokenizer: Tokenizer, begin: Sequen
     return texts
 
 
-def _marked(record: Record, number: int, tokenizer: Tokenizer, begin: Sequence[int]) -> MarkedText:
+def _marked(
+    record: Record, number: int, tokenizer: Tokenizer, begin: Sequence[int], excluded: Sequence[int]
+) -> MarkedText:
     fields = record.fields
     text, spans, scored_from = fields.get("text"), fields.get("spans"), fields.get("scored_from", 0)
     if not isinstance(text, str) or not isinstance(spans, list):
@@ -87,8 +91,11 @@ def _marked(record: Record, number: int, tokenizer: Tokenizer, begin: Sequence[i
     marked = before[stops] > before[starts]
     first = int((stops <= scored_from).sum()) if scored_from else 0
     first = max(first, 0 if begin else 1)  # nothing predicts the first token of all
-    tokens = [*begin, *found.ids]
-    return MarkedText(number, Continuation(tokens, max(0, len(found.ids) - first), number=number), marked[first:])
+    if there := {*excluded}.intersection(found.ids[first:]):
+        token = tokenizer.decode([min(there)])
+        raise DataError(f"{record.where} contains {token!r}, which `exclude` matches. Change it, or use other texts.")
+    tail = Continuation([*begin, *found.ids], max(0, len(found.ids) - first), excluded, number)
+    return MarkedText(number, tail, marked[first:])
 
 
 def measure_spans(
@@ -136,6 +143,9 @@ def sums_of(text: MarkedText, scores: TokenScores) -> dict[str, Any]:
     Args:
       scores: [scored tokens].
     """
+    if text.tail.candidates:
+        base, talk = (_without_candidates(prediction) for prediction in (scores.base, scores.talk))
+        scores = scores._replace(base=base, talk=talk)
     record: dict[str, Any] = {"text": text.number}
     for group, chosen in zip(GROUPS, (text.marked, ~text.marked), strict=True):
         columns = {"without_thoughts": {"nats_per_token": scores.base.nll, "accuracy": scores.base.correct}}
@@ -151,6 +161,12 @@ def sums_of(text: MarkedText, scores: TokenScores) -> dict[str, Any]:
             for mode, by_name in columns.items()
         }
     return record
+
+
+def _without_candidates(prediction: Prediction) -> Prediction:
+    """Returns the prediction given that the next token is none of the candidates."""
+    share = np.exp(np.logaddexp.reduce(prediction.candidates.astype(np.float64), axis=-1))
+    return prediction._replace(nll=prediction.nll + np.log1p(-np.minimum(share, 1 - 1e-6)))
 
 
 def summarize_spans(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
@@ -225,15 +241,15 @@ def read_other(path: Path, records: Records) -> dict[int, dict[str, Any]]:
     """Returns the records of another model by number of the text.
 
     Raises:
-      DataError: the file cannot be read, or is of other texts, another tokenizer or other first ids (`begin`).
+      DataError: the file cannot be read, or is of other texts, tokens, first ids (`begin`) or excluded tokens.
     """
     measurement, found = read_records_file(path)
-    for name in ("task", "data_hash", "tokenizer", "begin"):
+    for name in ("task", "data_hash", "tokenizer", "begin", "exclude"):
         mine, theirs = (json.dumps(one.get(name)) for one in (records.measurement, measurement))
         if mine != theirs:
             raise DataError(
-                f"{path} is of other texts or another tokenizer: its {name} is {theirs}, here it is {mine}. Set "
-                "`against` to records of the same task, data and tokenizer, with the same ids before every text."
+                f"{path} is of other texts, tokens or settings: its {name} is {theirs}, here it is {mine}. Set "
+                "`against` to records of the same task, data, tokenizer, ids before every text, and excluded tokens."
             )
     return {record["text"]: record for record in found}
 

@@ -93,7 +93,7 @@ class ContinuationScorer:
 
     def __init__(
         self, model: LoadedModel, settings: ThoughtSettings, batch_size: int, use: UseOptions | None = None, *,
-        think: ThinkPolicy = ALWAYS, seed: int = 0, ranked: bool = False,
+        think: ThinkPolicy = ALWAYS, seed: int = 0, ranked: bool = False, excluded: Sequence[int] = (),
     ):  # fmt: skip
         """Initializes the scorer; nothing is compiled yet.
 
@@ -104,6 +104,7 @@ class ContinuationScorer:
           think: any policy but `NEVER`; where it does not think, the prediction is the one without thoughts; seed: of
             its draws.
           ranked: all positions think, and the scores have `rankings`.
+          excluded: ids that are never `Prediction.best`, beside those that the model never generates.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more.")
@@ -112,7 +113,8 @@ class ContinuationScorer:
         self.batch_size = -(-batch_size // ways) * ways
         self._params = jax.device_put(model.params, NamedSharding(self._mesh, PartitionSpec()))
         chosen = (None if ranked else think, seed) if ranked or think.constant is None else None
-        score = functools.partial(_score_tails, model.graphdef, settings, model.forbidden_ids, use, chosen)
+        forbidden = (*model.forbidden_ids, *excluded)
+        score = functools.partial(_score_tails, model.graphdef, settings, forbidden, use, chosen)
         self._score = jax.jit(score, static_argnames="count")
         self._use = use
         self._pad_id = model.vocabulary.pad_id

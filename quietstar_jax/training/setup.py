@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
 from quietstar_jax.data.pipeline import check_vocabulary
 from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
-from quietstar_jax.data.vocabulary import UNUSED, unused_ids
+from quietstar_jax.data.vocabulary import UNUSED, matching_ids, unused_ids
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.hf.adapter import AdapterFiles, open_adapter
 from quietstar_jax.models.adapters import is_adapter
@@ -286,8 +285,7 @@ def _only_token(tokens: tuple[int, ...], setting: str, config: Config) -> int:
 def _preferred_tokens(tokenizer: Tokenizer, pattern: str) -> tuple[int, ...]:
     if not pattern:
         return ()
-    texts = tokenizer.fast.batch_decode([[i] for i in range(tokenizer.vocab_size)])
-    found = tuple(i for i, text in enumerate(texts) if re.search(pattern, text))
+    found = matching_ids(tokenizer, pattern)
     if not found:
         raise ConfigError(
             f"config.thought.position_pattern is {pattern!r}, but no token of the tokenizer {tokenizer.name} matches "

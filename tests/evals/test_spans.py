@@ -1,6 +1,7 @@
 """Marked spans of texts: which tokens are in them, figures by hand, comparisons, and resuming."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ ROWS = [
     {"text": "no result", "spans": [], "scored_from": 3},
     {"text": "Q: one and one?\nA: 2", "spans": [[19, 20]], "scored_from": 16},
 ]
+REST = [{"text": "made 24 of a 3", "spans": [[5, 7], [13, 14]]}, {"text": "A: 130", "spans": [[3, 6]]}]
 
 
 def marked(tmp_path, rows, tokenizer=None, begin=(0,)):
@@ -137,6 +139,7 @@ def folder(tmp_path_factory):
     write_run(folder / "run", write_plain(folder / "plain"))
     write_plain(folder / "other", scale=0.5)
     write_lines(folder / "texts.jsonl", ROWS)
+    write_lines(folder / "rest.jsonl", REST)
     return folder
 
 
@@ -168,6 +171,41 @@ def test_the_command_gives_the_scores_of_each_token(folder, capsys, monkeypatch,
     assert found["with_thoughts"]["spans"]["nats_per_token"] != found["without_thoughts"]["spans"]["nats_per_token"]
     some = evaluate(folder, capsys, monkeypatch, "--think", "every:2", "--records", str(tmp_path / "some"))
     assert 0 < some["with_thoughts"]["others"]["thinking_rate"] < 1
+
+
+def test_excluded_tokens_do_not_count(folder, capsys, monkeypatch, tmp_path):
+    """Against whole distributions: those that match have no probability, and are never the most likely token."""
+    found = evaluate(folder, capsys, monkeypatch, "--records", str(tmp_path / "mine"), "--exclude", "[S-Zs-z]",
+                     data="rest.jsonl")  # fmt: skip
+    model = load_model(folder / "run")
+    texts = marked(tmp_path, REST)
+    everything = range(model.architecture.vocab_size)
+    scorer = ContinuationScorer(model, model.settings(2), batch_size=1)
+    scores = scorer([text.tail._replace(candidates=everything) for text in texts])
+    excluded = [i for i in range(model.tokenizer.vocab_size) if re.search("[S-Zs-z]", model.tokenizer.decode([i]))]
+    assert len(excluded) >= 16
+    for mode in ("without_thoughts", "with_thoughts"):
+        nll, right = [], []
+        for text, score in zip(texts, scores, strict=True):
+            kept = np.array((score.base if mode == "without_thoughts" else score.talk).candidates, np.float64)
+            kept[:, excluded] = -np.inf
+            kept -= np.logaddexp.reduce(kept, axis=-1, keepdims=True)
+            kept[:, [i for i in model.forbidden_ids if i not in excluded]] -= 1e6  # never the most likely
+            target = np.array(text.tail.tokens[-text.tail.last :])
+            rows = np.arange(len(target))
+            nll += list(-kept[rows, target][text.marked])
+            right += list((kept.argmax(-1) == target)[text.marked])
+        assert found[mode]["spans"]["nats_per_token"] == pytest.approx(np.mean(nll), rel=1e-4)
+        assert found[mode]["spans"]["accuracy"] == pytest.approx(np.mean(right))
+    plain = evaluate(folder, capsys, monkeypatch, "--records", str(tmp_path / "all"), data="rest.jsonl")
+    assert plain["without_thoughts"]["spans"]["nats_per_token"] > found["without_thoughts"]["spans"]["nats_per_token"]
+    for more, said in (
+        (["--exclude", "3"], "contains '3', which --exclude matches"), (["--exclude", "("], "--exclude is '\\('"),
+        (["--exclude", "zzz"], "matches no token"), (["--exclude", "z", "--task", "gsm8k"], "must be spans"),
+        (["--exclude", "z", "--against", str(tmp_path / "all")], "other"),
+    ):  # fmt: skip
+        with pytest.raises((ConfigError, DataError), match=said):
+            evaluate(folder, capsys, monkeypatch, "--records", str(tmp_path / "no"), *more, data="rest.jsonl")
 
 
 def test_a_killed_measurement_resumes_from_its_records(folder, capsys, monkeypatch, tmp_path):
@@ -216,7 +254,7 @@ def test_refusals_of_other_records(folder, capsys, monkeypatch, tmp_path):
     (tmp_path / "unbegun").write_text(first.replace('"begin": [0]', '"begin": []') + "".join(others))
     with pytest.raises(DataError, match=r"unbegun is .*: its begin is \[\], here it is \[0\]"):
         evaluate(folder, capsys, monkeypatch, *mine, "--against", str(tmp_path / "unbegun"))
-    with pytest.raises(DataError, match="theirs is of other texts or another tokenizer: its data_hash is"):
+    with pytest.raises(DataError, match="theirs is of other texts, tokens or settings: its data_hash is"):
         evaluate(folder, capsys, monkeypatch, *mine, "--against", str(tmp_path / "theirs"))
     with pytest.raises(DataError, match=r"texts\.jsonl is not a file of records"):
         evaluate(folder, capsys, monkeypatch, *mine, "--against", str(folder / "texts.jsonl"))
