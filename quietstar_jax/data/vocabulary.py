@@ -28,7 +28,13 @@ def unused_ids(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any]) -> tu
     return tuple(i for i in range(rows) if i not in known)
 
 
-def matching_ids(tokenizer: Tokenizer, pattern: str) -> tuple[int, ...]:
-    """Returns the ids of the tokens whose text contains a match of a regular expression."""
-    texts = tokenizer.fast.batch_decode([[i] for i in range(tokenizer.vocab_size)])
-    return tuple(i for i, text in enumerate(texts) if re.search(pattern, text))
+def matching_ids(tokenizer: Tokenizer, pattern: str, rows: int) -> tuple[int, ...]:
+    """Returns the ids below `rows` of the tokens whose text, leading space included, matches a regular expression."""
+    backend = tokenizer.fast.backend_tokenizer
+    # Some decoders strip the space of the first token, so each is decoded after a letter; those that only join words
+    # with spaces do not.
+    anchor = [] if backend.decoder is None else tokenizer.encode("a")[:1]
+    before = backend.decode(anchor, skip_special_tokens=False)
+    ids = range(min(tokenizer.vocab_size, rows))
+    texts = backend.decode_batch([[*anchor, i] for i in ids], skip_special_tokens=False)
+    return tuple(i for i, text in zip(ids, texts, strict=True) if re.search(pattern, text.removeprefix(before)))

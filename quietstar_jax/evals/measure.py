@@ -122,7 +122,7 @@ def make_scorer(
     """Returns the scorer for the texts of a measurement.
 
     Args:
-      use: what else it measures if there are thoughts; excluded: ids that are never the most likely token.
+      use: what else it measures if there are thoughts; excluded: see `ContinuationScorer`.
     """
     length = 0 if "with_thoughts" not in modes else options.thought_length or model.thought_length
     settings = model.settings(length, reach=options.reach)
@@ -180,9 +180,12 @@ def _votes(
 def _spans(
     options: Options, model: LoadedModel, policy: ThinkPolicy, modes: tuple[str, ...], questions: list[Question]
 ) -> dict[str, Any]:
-    excluded = matching_ids(model.tokenizer, options.exclude) if options.exclude else ()
+    rows = model.architecture.vocab_size
+    excluded = matching_ids(model.tokenizer, options.exclude, rows) if options.exclude else ()
     if options.exclude and not excluded:
-        raise ConfigError(f"exclude is {options.exclude!r}, which matches no token of this model. Change or omit it.")
+        raise ConfigError(
+            f"exclude is {options.exclude!r}, which matches no single token of this model. Change or omit it."
+        )
     scorer = make_scorer(options, model, policy, modes, excluded=excluded)
     longest = longest_allowed(options, scorer.longest)
     texts = read_marked_texts(options.data, options.limit, model.tokenizer, model.bos, excluded)

@@ -19,7 +19,7 @@ from quietstar_jax.errors import DataError
 from quietstar_jax.evals.records import Records, read_records_file
 from quietstar_jax.evals.statistics import compare_paired, interval_of_ratio
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer
-from quietstar_jax.thoughts.token_scores import Prediction, TokenScores
+from quietstar_jax.thoughts.token_scores import TokenScores
 
 GROUPS = ("spans", "others")
 METRICS = ("nats_per_token", "accuracy")
@@ -94,8 +94,8 @@ def _marked(
     if there := {*excluded}.intersection(found.ids[first:]):
         token = tokenizer.decode([min(there)])
         raise DataError(f"{record.where} contains {token!r}, which `exclude` matches. Change it, or use other texts.")
-    tail = Continuation([*begin, *found.ids], max(0, len(found.ids) - first), excluded, number)
-    return MarkedText(number, tail, marked[first:])
+    tokens = [*begin, *found.ids]
+    return MarkedText(number, Continuation(tokens, max(0, len(found.ids) - first), number=number), marked[first:])
 
 
 def measure_spans(
@@ -143,9 +143,6 @@ def sums_of(text: MarkedText, scores: TokenScores) -> dict[str, Any]:
     Args:
       scores: [scored tokens].
     """
-    if text.tail.candidates:
-        base, talk = (_without_candidates(prediction) for prediction in (scores.base, scores.talk))
-        scores = scores._replace(base=base, talk=talk)
     record: dict[str, Any] = {"text": text.number}
     for group, chosen in zip(GROUPS, (text.marked, ~text.marked), strict=True):
         columns = {"without_thoughts": {"nats_per_token": scores.base.nll, "accuracy": scores.base.correct}}
@@ -161,12 +158,6 @@ def sums_of(text: MarkedText, scores: TokenScores) -> dict[str, Any]:
             for mode, by_name in columns.items()
         }
     return record
-
-
-def _without_candidates(prediction: Prediction) -> Prediction:
-    """Returns the prediction given that the next token is none of the candidates."""
-    share = np.exp(np.logaddexp.reduce(prediction.candidates.astype(np.float64), axis=-1))
-    return prediction._replace(nll=prediction.nll + np.log1p(-np.minimum(share, 1 - 1e-6)))
 
 
 def summarize_spans(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:

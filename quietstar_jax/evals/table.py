@@ -23,7 +23,9 @@ def format_result(result: Mapping[str, Any]) -> str:
     what = result["model"]["checkpoint"]
     step = "" if result["model"]["step"] is None else f", step {result['model']['step']}"
     control, reach = (result["config"].get(name) for name in ("control", "reach"))
-    replaced = f", instead of each thought: {control}" if control else ""
+    without = result["config"].get("exclude")
+    replaced = f", given that no token matches {without!r} follows" if without else ""
+    replaced += f", instead of each thought: {control}" if control else ""
     replaced += f", a thought reaches {reach} tokens" if reach and reach > 1 else ""
     lines = ["", f"{result['task']} of {what}{step}{replaced}", _counted(result), ""]
     lines.append(f"{'':<36}" + "".join(f"{MODES[mode]:>26}" for mode in modes))

@@ -104,7 +104,7 @@ class ContinuationScorer:
           think: any policy but `NEVER`; where it does not think, the prediction is the one without thoughts; seed: of
             its draws.
           ranked: all positions think, and the scores have `rankings`.
-          excluded: ids that are never `Prediction.best`, beside those that the model never generates.
+          excluded: ids without which all predictions are normalized.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more.")
@@ -113,8 +113,8 @@ class ContinuationScorer:
         self.batch_size = -(-batch_size // ways) * ways
         self._params = jax.device_put(model.params, NamedSharding(self._mesh, PartitionSpec()))
         chosen = (None if ranked else think, seed) if ranked or think.constant is None else None
-        forbidden = (*model.forbidden_ids, *excluded)
-        score = functools.partial(_score_tails, model.graphdef, settings, forbidden, use, chosen)
+        ids = model.forbidden_ids, tuple(excluded)
+        score = functools.partial(_score_tails, model.graphdef, settings, ids, use, chosen)
         self._score = jax.jit(score, static_argnames="count")
         self._use = use
         self._pad_id = model.vocabulary.pad_id
@@ -194,13 +194,14 @@ def longest_text(architecture: Architecture, settings: ThoughtSettings) -> int:
 
 
 def _score_tails(
-    graphdef: GraphDef, settings: ThoughtSettings, forbidden: tuple[int, ...], use: UseOptions | None,
+    graphdef: GraphDef, settings: ThoughtSettings, ids: tuple[tuple[int, ...], ...], use: UseOptions | None,
     think: tuple[ThinkPolicy | None, int] | None, params: Mapping[str, jax.Array], tokens: jax.Array, mask: jax.Array,
     candidates: jax.Array, numbers: jax.Array, *, count: int,
 ) -> TokenScores:  # fmt: skip
     """Scores the last P = `count` tokens of texts [B, L], with candidates [B, A]; numbers [B] as in `Continuation`.
 
     Args:
+      ids: forbidden ones and excluded ones, see `Wanted`.
       think: a policy of thinking that chooses, and the seed of its draws, see `Thinking`; None = all positions think.
     """
     length = tokens.shape[1]
@@ -225,7 +226,7 @@ def _score_tails(
         thinking = Thinking(policy, index, uniform[:, 0, :, 0])
     return score_tokens(
         merge(graphdef, params), tokens, mask, None, positions, uniforms, settings, greedy=0 if samples else 1,
-        use=wanted, forbidden=forbidden, candidates=candidates, thinking=thinking,
+        use=wanted, forbidden=ids[0], excluded=ids[1], candidates=candidates, thinking=thinking,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.evals.options import Options
 from quietstar_jax.evals.table import GROUPS, MODES, PERCENT, PLAIN
+from quietstar_jax.evals.tasks import TASKS, TEXT
 from quietstar_jax.methods.thinking import ALWAYS
 from quietstar_jax.reports.follow import short_names
 from quietstar_jax.reports.runs_page import MOST_RUNS
@@ -79,7 +80,7 @@ def read_measurements(paths: Sequence[Path]) -> list[Series]:
 
 
 def _series(task: str, results: Mapping[Path, Nested], names: Mapping[Path, str]) -> Series:
-    measured: dict[Any, Path] = {}  # (run, step) or the hash of the weights -> file
+    measured: dict[tuple[str, int | None], Path] = {}
     first: dict[str, tuple[Path, Any]] = {}
     measurements = []
     for path, result in results.items():
@@ -93,9 +94,8 @@ def _series(task: str, results: Mapping[Path, Nested], names: Mapping[Path, str]
         model = result["model"]
         run = "" if model["step"] is None else names[_folder(result)]
         where = f"step {model['step']} of {run}" if run else "models without steps, of which there can be one"
-        for mark in ((run, model["step"]), result.get("checkpoint_hash") or path):
-            if (other := measured.setdefault(mark, path)) != path:
-                raise ConfigError(f"{other} and {path} in `results` both measured {task} of {where}. Omit one of them.")
+        if (other := measured.setdefault((run, model["step"]), path)) != path:
+            raise ConfigError(f"{other} and {path} in `results` both measured {task} of {where}. Omit one of them.")
         name = run or f"{_folder(result).name} (no steps)"
         of_modes = {mode: _figures(result.get(mode, {})) for mode in MODES}
         values = {
@@ -106,7 +106,7 @@ def _series(task: str, results: Mapping[Path, Nested], names: Mapping[Path, str]
         measurements.append(Measurement(run, model["step"] or 0, name, values, differences))
     measurements.sort(key=lambda one: (one.run, one.step))
     _, counted = first["numbers of texts"]
-    used = {name: first[name][1] for name in OF_THOUGHTS if name in first}
+    used = {name: first[name][1] for name in (*OF_THOUGHTS, "exclude") if name in first}
     settings = [f"{name} {value}" for name, value in used.items() if value not in (DEFAULTS[name], str(ALWAYS))]
     data = next(iter(results.values()))["data"]
     return Series(task, ", ".join([data, counted, *settings]), measurements)
@@ -128,7 +128,7 @@ def _read(path: Path) -> Nested:
         result = json.loads(path.read_text("utf-8"))
         model = result["model"]
         known = isinstance(model["checkpoint"], str) and isinstance(model["step"], int | None)
-        known &= {"task", "data", "data_hash"} <= {*result} and isinstance(result["config"], dict)
+        known &= result["task"] in TASKS and isinstance(result["config"], dict) and {"data", "data_hash"} <= {*result}
         known &= all(any(name in result for name in names) for names in (MODES, COUNTED))
     except OSError as error:
         raise DataError(f"The result {path} cannot be read: {error}. Check the path.") from error
@@ -147,7 +147,8 @@ def _scope(result: Nested) -> dict[str, Any]:
     unit = next(unit for unit in COUNTED if unit in result)
     used = {name: result.get(name, result["config"].get(name, default)) for name, default in DEFAULTS.items()}
     if "with_thoughts" not in result:
-        used = {name: value for name, value in used.items() if name not in (*OF_THOUGHTS, "samples")}
+        of_thoughts = (*OF_THOUGHTS, "samples") if TASKS[result["task"]].kind == TEXT else OF_THOUGHTS
+        used = {name: value for name, value in used.items() if name not in of_thoughts}
     numbers = f"{result[unit]:,} {unit}"
     return {"texts": str(result["data_hash"])[:12], "numbers of texts": numbers, "tokens": result.get("tokens"), **used}
 

@@ -66,7 +66,11 @@ def _lines(series: Series, metric: str, runs: Sequence[str]) -> dict[tuple[str, 
     for run in runs:
         for mode in MODES:
             points = [(one, mode) for one, modes in finite if one.run == run and mode in modes]
-            start = [(one, mode if mode in modes else modes[0]) for one, modes in finite if not one.run and run]
+            start = [
+                (one, known)
+                for one, modes in finite
+                if run and not one.run and (known := mode if mode in modes else "without_thoughts") in modes
+            ]
             if points:
                 found[run, mode] = [*(start if points[0][0].step > 0 else ()), *points]
     return found

@@ -59,13 +59,14 @@ class Wanted(NamedTuple):
     """What is computed in addition to losses.
 
     Attributes:
-      forbidden: ids that are never `Prediction.best`.
+      forbidden: ids that are never `Prediction.best`; excluded: ids without which all predictions are normalized.
       candidates: [B, A] ids whose log-probabilities are returned at every position.
       likeliest: N, how many of the likeliest tokens are returned; 0 = none.
       thinking: where its policy does not think, the prediction is the one without thoughts; None = all think.
     """
 
     forbidden: tuple[int, ...] = ()
+    excluded: tuple[int, ...] = ()
     candidates: jax.Array | None = None
     likeliest: int = 0
     thinking: Thinking | None = None
@@ -219,6 +220,8 @@ def _predict(
     Args:
       log_scores: [B, R, J, V] logits, or log-probabilities if `normalized`; nll: [B, R, J], None = from these.
     """
+    if wanted.excluded:
+        log_scores, nll, normalized = mask_meta_tokens(log_scores, wanted.excluded), None, False
     real, target = _next(text, positions)
     best = mask_meta_tokens(log_scores, wanted.forbidden).argmax(axis=-1)
     if nll is None:

@@ -285,7 +285,7 @@ def _only_token(tokens: tuple[int, ...], setting: str, config: Config) -> int:
 def _preferred_tokens(tokenizer: Tokenizer, pattern: str) -> tuple[int, ...]:
     if not pattern:
         return ()
-    found = matching_ids(tokenizer, pattern)
+    found = matching_ids(tokenizer, pattern, tokenizer.vocab_size)
     if not found:
         raise ConfigError(
             f"config.thought.position_pattern is {pattern!r}, but no token of the tokenizer {tokenizer.name} matches "

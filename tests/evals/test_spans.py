@@ -201,7 +201,7 @@ def test_excluded_tokens_do_not_count(folder, capsys, monkeypatch, tmp_path):
     assert plain["without_thoughts"]["spans"]["nats_per_token"] > found["without_thoughts"]["spans"]["nats_per_token"]
     for more, said in (
         (["--exclude", "3"], "contains '3', which --exclude matches"), (["--exclude", "("], "--exclude is '\\('"),
-        (["--exclude", "zzz"], "matches no token"), (["--exclude", "z", "--task", "gsm8k"], "must be spans"),
+        (["--exclude", "zzz"], "matches no single token"), (["--exclude", "z", "--task", "gsm8k"], "must be spans"),
         (["--exclude", "z", "--against", str(tmp_path / "all")], "other"),
     ):  # fmt: skip
         with pytest.raises((ConfigError, DataError), match=said):

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer, UseOptions
+from quietstar_jax.methods.mixings import MIXINGS
 from quietstar_jax.methods.thinking import parse_policy
+from quietstar_jax.models.linear import pick
 from quietstar_jax.reports.observe import Window, observe
 from quietstar_jax.thought_config import CONTROLS
 from quietstar_jax.thoughts.ending import ENDED
@@ -128,6 +130,29 @@ def test_given_thoughts_at_chosen_positions(mixing):
     assert not alone.thinks
     assert (alone.base.candidates, alone.base.top_ids, alone.base.top_probabilities) == (None, None, None)
     np.testing.assert_allclose(alone.base.nll, found.base.nll, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_excluded_tokens_have_no_probability(mixing):
+    case, excluded = Case("excluded", config={"mixing": mixing}), [1, 2, 6]
+    model, positions = random_model(case.decoder, 30.0), jnp.arange(case.length)  # nearly certain of some tokens
+    text = read_text(model.decoder, *case.text(), dtype=case.thought.dtype)
+    thoughts, unknown = case.thoughts(), case.decoder.vocab_size + 3
+    whole = score_given_thoughts(model, text, positions, thoughts, case.thought)
+    found = score_given_thoughts(model, text, positions, thoughts, case.thought, excluded=(*excluded, unknown))
+    scores = score_thoughts(model, text, positions, thoughts.tokens, case.thought).log_scores[..., 0, :]
+    targets = jnp.pad(text.tokens[:, 1:], ((0, 0), (0, 1)))[:, None]
+    counts = found.real[:, None] & ~jnp.isin(targets, jnp.array(excluded))
+    assert 5 < counts.sum() < found.real.sum()
+    for prediction, log_scores in ((found.base, model.decoder.logits(text.hidden)), (found.talk, scores)):
+        of_thoughts = log_scores.reshape(len(text.tokens), -1, *log_scores.shape[-2:])
+        kept = jax.nn.log_softmax(of_thoughts.at[..., jnp.array(excluded)].set(-jnp.inf))
+        best, nll = (x.reshape(kept.shape[:-1]) for x in (prediction.best, prediction.nll))
+        np.testing.assert_array_equal(best, kept.argmax(axis=-1))
+        expected = -pick(kept, jnp.broadcast_to(targets, nll.shape))
+        np.testing.assert_allclose(nll, jnp.where(counts, expected, nll), rtol=1e-5, atol=1e-5)
+    for name in ("reward", "weight", "thoughts", "base_entropy"):  # what thoughts do is not measured differently
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
 
 
 def test_a_mixing_weight_of_0_changes_no_prediction():
