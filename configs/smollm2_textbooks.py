@@ -23,8 +23,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.thought.positions = "random"
     config.thought.position_fraction = 0.0625
     config.thought.chunk_megabytes = 1_024
-    # The published rate: with the published policy weight, a ten times larger one ruins the text model (docs/results.md).
-    # The mixing head must open within 100 steps, so it learns faster.
+    # The published rate. With the published policy weight, a ten times larger rate ruins the text model
+    # (docs/results.md). The mixing head must open within 100 steps, so it learns faster.
     config.phases[0].update(batch_size=4, learning_rate=1e-6)
     config.phases[0].rates.mixing_head = 1_000.0
     config.evaluation.every_steps = 0

@@ -36,7 +36,8 @@ COMMANDS = {
         "export", "Writes a checkpoint of a run as a Hugging Face folder, which transformers loads by itself."
     ),
     "report": Command(
-        "report", "Writes one HTML page about the thoughts of a checkpoint, a study, runs in training, or measurements."
+        "report",
+        "Writes an HTML page about a checkpoint and its thoughts, a study, runs in training, or measurements.",
     ),
     "study": Command(
         "study", "Trains every variant of a study with every seed, and compares them. The same command resumes."

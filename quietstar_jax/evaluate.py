@@ -88,7 +88,7 @@ def make_parser() -> CommandParser:
     add_flags(parser, "--reach")
     add(
         "--exclude", default="", metavar="PATTERN",
-        help="spans: pattern of tokens that do not count as possible next ones, such as '<<'",
+        help="spans: regular expression, such as '<<'; tokens that match are excluded from predictions",
     )  # fmt: skip
     text = parser.add_argument_group("language_modeling")
     add_flags(text, "--text-key", "--text-documents")

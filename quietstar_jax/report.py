@@ -108,7 +108,7 @@ def make_parser() -> CommandParser:
     )  # fmt: skip
     subject.add_argument(
         "--results", type=path, nargs="+", metavar="FILE",
-        help="results of evaluate --output at several steps of runs: a page of their curves and a table",
+        help="files that evaluate --output wrote at several steps of runs: a page of curves and tables",
     )  # fmt: skip
     add_flags(parser, "--output", required=True)
     add_flags(parser, "--figures")

@@ -31,8 +31,8 @@ def unused_ids(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any]) -> tu
 def matching_ids(tokenizer: Tokenizer, pattern: str, rows: int) -> tuple[int, ...]:
     """Returns the ids below `rows` of the tokens whose text, leading space included, matches a regular expression."""
     backend = tokenizer.fast.backend_tokenizer
-    # Some decoders strip the space of the first token, so each is decoded after a letter; those that only join words
-    # with spaces do not.
+    # Some decoders strip the leading space of the first token, so each token is decoded after a letter. Without a
+    # decoder, tokens are only joined with spaces, and no letter is needed.
     anchor = [] if backend.decoder is None else tokenizer.encode("a")[:1]
     before = backend.decode(anchor, skip_special_tokens=False)
     ids = range(min(tokenizer.vocab_size, rows))

@@ -183,9 +183,7 @@ def _spans(
     rows = model.architecture.vocab_size
     excluded = matching_ids(model.tokenizer, options.exclude, rows) if options.exclude else ()
     if options.exclude and not excluded:
-        raise ConfigError(
-            f"exclude is {options.exclude!r}, which matches no single token of this model. Change or omit it."
-        )
+        raise ConfigError(f"exclude is {options.exclude!r}, but no token of this model matches it. Change or omit it.")
     scorer = make_scorer(options, model, policy, modes, excluded=excluded)
     longest = longest_allowed(options, scorer.longest)
     texts = read_marked_texts(options.data, options.limit, model.tokenizer, model.bos, excluded)

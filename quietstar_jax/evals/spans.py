@@ -50,7 +50,7 @@ def read_marked_texts(
     which tokens are scored. A token is in a span if it shares a character with it.
 
     Args:
-      begin: ids before every text; excluded: ids that do not count as possible next tokens.
+      begin: ids before every text; excluded: ids that are excluded from predictions.
 
     Raises:
       DataError: a record is malformed, no text has a span, or a scored token is excluded.
@@ -93,7 +93,9 @@ def _marked(
     first = max(first, 0 if begin else 1)  # nothing predicts the first token of all
     if there := {*excluded}.intersection(found.ids[first:]):
         token = tokenizer.decode([min(there)])
-        raise DataError(f"{record.where} contains {token!r}, which `exclude` matches. Change it, or use other texts.")
+        raise DataError(
+            f"{record.where} contains {token!r}, which matches `exclude`. Change `exclude`, or use other texts."
+        )
     tokens = [*begin, *found.ids]
     return MarkedText(number, Continuation(tokens, max(0, len(found.ids) - first), number=number), marked[first:])
 
@@ -232,15 +234,16 @@ def read_other(path: Path, records: Records) -> dict[int, dict[str, Any]]:
     """Returns the records of another model by number of the text.
 
     Raises:
-      DataError: the file cannot be read, or is of other texts, tokens, first ids (`begin`) or excluded tokens.
+      DataError: the file cannot be read, or was measured with other texts, another tokenizer, other first ids (`begin`)
+        or another `exclude`.
     """
     measurement, found = read_records_file(path)
     for name in ("task", "data_hash", "tokenizer", "begin", "exclude"):
         mine, theirs = (json.dumps(one.get(name)) for one in (records.measurement, measurement))
         if mine != theirs:
             raise DataError(
-                f"{path} is of other texts, tokens or settings: its {name} is {theirs}, here it is {mine}. Set "
-                "`against` to records of the same task, data, tokenizer, ids before every text, and excluded tokens."
+                f"{path} was measured on other texts or with other settings: its {name} is {theirs}, here {mine}. "
+                "Set `against` to records with the same task, data, tokenizer, ids before every text and `exclude`."
             )
     return {record["text"]: record for record in found}
 

@@ -24,7 +24,7 @@ def format_result(result: Mapping[str, Any]) -> str:
     step = "" if result["model"]["step"] is None else f", step {result['model']['step']}"
     control, reach = (result["config"].get(name) for name in ("control", "reach"))
     without = result["config"].get("exclude")
-    replaced = f", given that no token matches {without!r} follows" if without else ""
+    replaced = f", with tokens that match {without!r} excluded" if without else ""
     replaced += f", instead of each thought: {control}" if control else ""
     replaced += f", a thought reaches {reach} tokens" if reach and reach > 1 else ""
     lines = ["", f"{result['task']} of {what}{step}{replaced}", _counted(result), ""]

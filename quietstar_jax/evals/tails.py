@@ -104,7 +104,7 @@ class ContinuationScorer:
           think: any policy but `NEVER`; where it does not think, the prediction is the one without thoughts; seed: of
             its draws.
           ranked: all positions think, and the scores have `rankings`.
-          excluded: ids without which all predictions are normalized.
+          excluded: ids left out of all predictions, which are then renormalized.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more.")

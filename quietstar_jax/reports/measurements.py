@@ -88,14 +88,14 @@ def _series(task: str, results: Mapping[Path, Nested], names: Mapping[Path, str]
             other, theirs = first.setdefault(what, (path, value))
             if theirs != value:
                 raise ConfigError(
-                    f"{other} and {path} in `results` measured {task} with different {what} ({theirs} and {value}), so "
+                    f"{other} and {path} in `results` measured {task}, but differ in {what} ({theirs} and {value}), so "
                     f"they cannot be compared. {_advice(what)}"
                 )
         model = result["model"]
         run = "" if model["step"] is None else names[_folder(result)]
-        where = f"step {model['step']} of {run}" if run else "models without steps, of which there can be one"
+        where = f"step {model['step']} of {run}" if run else "a model without steps; only one is allowed"
         if (other := measured.setdefault((run, model["step"]), path)) != path:
-            raise ConfigError(f"{other} and {path} in `results` both measured {task} of {where}. Omit one of them.")
+            raise ConfigError(f"{other} and {path} in `results` both measured {task} for {where}. Omit one of them.")
         name = run or f"{_folder(result).name} (no steps)"
         of_modes = {mode: _figures(result.get(mode, {})) for mode in MODES}
         values = {

@@ -12,6 +12,7 @@ from quietstar_jax.reports.measurements import Measurement, Series, Value
 from quietstar_jax.reports.page import figure, render, table
 from quietstar_jax.reports.svg import Chart, number
 
+TITLE = "Measurements at several steps"
 PLOT, FRAME, LEGEND = 282, 58, 18  # pixels: height of the curves, of the axis, of a row of the legend
 MOST_TICKS = 12
 
@@ -21,10 +22,10 @@ def measurements_page(found: Sequence[Series]) -> str:
     runs = sorted({one.run for series in found for one in series.measurements})
     colours = {run: f"run{number}" for number, run in enumerate(run for run in runs if run or len(runs) == 1)}
     body = [
-        "<h1>Measured during training</h1>",
-        '<p class="where">Intervals are 95 % intervals over questions, texts or windows, for the model of one training '
-        "run; they say nothing about the differences between training runs. p belongs to the difference of the same "
-        "items with and without thoughts.</p>",
+        f"<h1>{TITLE}</h1>",
+        '<p class="where">Intervals are 95 % intervals over questions, texts or windows, for one trained model; they '
+        "do not include the variation between training runs. p is for the difference between with and without thoughts "
+        "on the same items.</p>",
     ]
     for series in found:
         metrics = list(dict.fromkeys(name for one in series.measurements for name in one.values))
@@ -34,7 +35,7 @@ def measurements_page(found: Sequence[Series]) -> str:
             f'<div class="charts">{"".join(_chart(series, metric, colours) for metric in metrics)}</div>',
             *(_table(series, metric) for metric in metrics),
         ]
-    return render("Measured during training", "\n".join(body))
+    return render(TITLE, "\n".join(body))
 
 
 def _shown(value: Value | None, metric: str, sign: str = "") -> str:

@@ -59,7 +59,7 @@ class Wanted(NamedTuple):
     """What is computed in addition to losses.
 
     Attributes:
-      forbidden: ids that are never `Prediction.best`; excluded: ids without which all predictions are normalized.
+      forbidden: ids that are never `Prediction.best`; excluded: ids left out of all predictions.
       candidates: [B, A] ids whose log-probabilities are returned at every position.
       likeliest: N, how many of the likeliest tokens are returned; 0 = none.
       thinking: where its policy does not think, the prediction is the one without thoughts; None = all think.

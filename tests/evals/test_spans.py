@@ -200,8 +200,8 @@ def test_excluded_tokens_do_not_count(folder, capsys, monkeypatch, tmp_path):
     plain = evaluate(folder, capsys, monkeypatch, "--records", str(tmp_path / "all"), data="rest.jsonl")
     assert plain["without_thoughts"]["spans"]["nats_per_token"] > found["without_thoughts"]["spans"]["nats_per_token"]
     for more, said in (
-        (["--exclude", "3"], "contains '3', which --exclude matches"), (["--exclude", "("], "--exclude is '\\('"),
-        (["--exclude", "zzz"], "matches no single token"), (["--exclude", "z", "--task", "gsm8k"], "must be spans"),
+        (["--exclude", "3"], "contains '3', which matches --exclude"), (["--exclude", "("], "--exclude is '\\('"),
+        (["--exclude", "zzz"], "but no token of this model"), (["--exclude", "z", "--task", "gsm8k"], "must be spans"),
         (["--exclude", "z", "--against", str(tmp_path / "all")], "other"),
     ):  # fmt: skip
         with pytest.raises((ConfigError, DataError), match=said):
@@ -252,9 +252,9 @@ def test_refusals_of_other_records(folder, capsys, monkeypatch, tmp_path):
     evaluate(folder, capsys, monkeypatch, "--records", str(tmp_path / "unbegun"), checkpoint="plain")
     first, *others = (tmp_path / "unbegun").read_text().splitlines(keepends=True)
     (tmp_path / "unbegun").write_text(first.replace('"begin": [0]', '"begin": []') + "".join(others))
-    with pytest.raises(DataError, match=r"unbegun is .*: its begin is \[\], here it is \[0\]"):
+    with pytest.raises(DataError, match=r"unbegun was .*: its begin is \[\], here \[0\]"):
         evaluate(folder, capsys, monkeypatch, *mine, "--against", str(tmp_path / "unbegun"))
-    with pytest.raises(DataError, match="theirs is of other texts, tokens or settings: its data_hash is"):
+    with pytest.raises(DataError, match="theirs was measured on other texts or with other settings: its data_hash is"):
         evaluate(folder, capsys, monkeypatch, *mine, "--against", str(tmp_path / "theirs"))
     with pytest.raises(DataError, match=r"texts\.jsonl is not a file of records"):
         evaluate(folder, capsys, monkeypatch, *mine, "--against", str(folder / "texts.jsonl"))

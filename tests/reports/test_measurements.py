@@ -119,15 +119,15 @@ def test_legal_results_that_are_unusual(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"data_hash": "b" * 64}, "different texts"),
-        ({"questions": 9}, "different numbers of texts .10 questions and 9 questions.*--max-length"),
-        ({"tokens": 9}, "different tokens"),
-        ({"config": CONFIG | {"seed": 4}}, r"different seed \(0 and 4\)"),
-        ({"config": CONFIG | {"reach": 4}}, r"different reach \(1 and 4\)"),
-        ({"think": "every:2"}, r"different think"),
-        ({}, "both measured gsm8k of step 5 of a"),
+        ({"data_hash": "b" * 64}, "differ in texts"),
+        ({"questions": 9}, "differ in numbers of texts .10 questions and 9 questions.*--max-length"),
+        ({"tokens": 9}, "differ in tokens"),
+        ({"config": CONFIG | {"seed": 4}}, r"differ in seed \(0 and 4\)"),
+        ({"config": CONFIG | {"reach": 4}}, r"differ in reach \(1 and 4\)"),
+        ({"think": "every:2"}, "differ in think"),
+        ({}, "both measured gsm8k for step 5 of a"),
         ({"model": {"checkpoint": "/x/a", "step": 5}, "checkpoint_hash": "h"}, None),  # variants that share a phase
-        ({"model": {"checkpoint": "a/checkpoints", "step": 5}}, "both measured gsm8k of step 5 of a"),
+        ({"model": {"checkpoint": "a/checkpoints", "step": 5}}, "both measured gsm8k for step 5 of a"),
         ({"model": {"checkpoint": "b", "step": None}}, None),
     ],
 )
