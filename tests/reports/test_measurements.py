@@ -12,6 +12,7 @@ import pytest
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.report import main
 from quietstar_jax.reports.measurements import read_measurements
+from tests.reports.test_follow import rows
 
 CONFIG = {"control": "", "reach": 1, "thought_length": 0}
 BASE = "models/base"
@@ -35,11 +36,6 @@ def a_result(folder: Path, run: str, step: int | None, without: float, after: fl
     path = folder / f"{run.replace('/', '_')}_{step}_{more.get('task', '')}.json"
     path.write_text(json.dumps(result | more))
     return path
-
-
-def rows(html: str) -> list[list[str]]:
-    found = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", html)]
-    return [row for row in found if row]
 
 
 def test_a_run_with_thoughts_beside_plain_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
