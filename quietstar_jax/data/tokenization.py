@@ -155,6 +155,25 @@ class Tokenizer:
             decoded.append(self.fast.backend_tokenizer.decode([*anchor, *part], skip_special_tokens=False)[1:])
         return BROKEN.join(decoded)
 
+    def decode_within(self, ids: Sequence[int]) -> str:
+        """Returns the text of token ids as it is after other tokens of a text.
+
+        Decoders treat the first token of a text differently: they strip its space, or add one before all others.
+        """
+        anchor, before = self._anchor
+        return self.decode([*anchor, *ids]).removeprefix(before)
+
+    @functools.cached_property
+    def _anchor(self) -> tuple[list[int], str]:
+        """A token that can begin a text, and its text."""
+        anchor = self.encode("a")[:1] or [self.eos_id]
+        return anchor, self.decode(anchor)
+
+    @property
+    def splits_words(self) -> bool:
+        """Whether tokens are words: the spaces between them are then not part of any token."""
+        return self.fast.backend_tokenizer.decoder is None
+
     @functools.cached_property
     def _bytes(self) -> dict[int, int]:
         """Id -> byte of the tokens that spell unknown characters; empty if the decoder does not use such tokens."""

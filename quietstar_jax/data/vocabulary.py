@@ -30,11 +30,9 @@ def unused_ids(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any]) -> tu
 
 def matching_ids(tokenizer: Tokenizer, pattern: str, rows: int) -> tuple[int, ...]:
     """Returns the ids below `rows` of the tokens whose text, leading space included, matches a regular expression."""
-    backend = tokenizer.fast.backend_tokenizer
-    # Some decoders strip the leading space of the first token, so each token is decoded after a letter. Without a
-    # decoder, tokens are only joined with spaces, and no letter is needed.
-    anchor = [] if backend.decoder is None else tokenizer.encode("a")[:1]
-    before = backend.decode(anchor, skip_special_tokens=False)
-    ids = range(min(tokenizer.vocab_size, rows))
-    texts = backend.decode_batch([[*anchor, i] for i in ids], skip_special_tokens=False)
-    return tuple(i for i, text in zip(ids, texts, strict=True) if re.search(pattern, text.removeprefix(before)))
+    found = []
+    for token in range(min(tokenizer.vocab_size, rows)):
+        text = tokenizer.decode_within([token])
+        if re.search(pattern, text.removeprefix(" ") if tokenizer.splits_words else text):
+            found.append(token)
+    return tuple(found)

@@ -19,12 +19,7 @@ class Pieces:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        # Decoders treat the first token differently: they strip its space, or add one before all others. Every token
-        # is therefore decoded after an anchor token, whose text is then removed.
-        self._anchor = tokenizer.encode("a")[:1] or [tokenizer.eos_id]
-        self._anchor_text = tokenizer.decode(self._anchor)
-        # Without a decoder, tokens are words, and the spaces between them are not part of any token.
-        self.words = tokenizer.fast.backend_tokenizer.decoder is None
+        self.words = tokenizer.splits_words
         self._single = functools.lru_cache(maxsize=None)(self._decode_one)
 
     def __call__(self, ids: Sequence[int]) -> list[str]:
@@ -40,7 +35,7 @@ class Pieces:
                 run, shown = [], ""
                 continue
             run.append(token)
-            whole = (text := self._text(run)).rstrip(BROKEN)
+            whole = (text := self._tokenizer.decode_within(run)).rstrip(BROKEN)
             new = whole.removeprefix(shown).replace(BROKEN, "")
             texts.append(new if text == whole else new + self._bytes(token))
             run, shown = ([], "") if text == whole else (run, whole)
@@ -52,10 +47,7 @@ class Pieces:
         return self._bytes(int(token)) if BROKEN in text else text
 
     def _decode_one(self, token: int) -> str:
-        return self._text([token])
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([*self._anchor, *ids]).removeprefix(self._anchor_text)
+        return self._tokenizer.decode_within([token])
 
     def _bytes(self, token: int) -> str:
         """The bytes of a character that a token begins or continues but does not complete."""
