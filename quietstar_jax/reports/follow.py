@@ -30,9 +30,7 @@ def follow(folders: Sequence[Path], write: Callable[[str], None], every: int) ->
     Raises:
       ConfigError: a folder is not that of a run, or there are too many.
     """
-    runs = [_Run(folder, name) for folder, name in short_names(folders).items()]
-    if len(runs) > MOST_RUNS:
-        raise ConfigError(f"`follow` has {len(runs)} runs; more than {MOST_RUNS} colours cannot be told apart.")
+    runs = [_Run(folder, name) for folder, name in run_names(folders, "follow").items()]
     for run in runs:
         run.check()
     try:
@@ -96,10 +94,16 @@ class _Run:
         return mark is not None and not is_gone(holder) and time.monotonic() - self.changed < STALE_SECONDS
 
 
-def short_names(folders: Sequence[Path]) -> dict[Path, str]:
-    """Returns the shortest different names of the folders, without repeated ones."""
+def run_names(folders: Sequence[Path], option: str) -> dict[Path, str]:
+    """Returns the shortest different names of the folders, without repeated ones.
+
+    Raises:
+      ConfigError: the option has more runs than there are colours.
+    """
     texts = {folder: os.fspath(folder).rstrip("/") for folder in folders}
     shared = os.path.dirname(os.path.commonprefix(list(texts.values())))  # noqa: RUF071 (URLs are no paths)
+    if len(texts) > MOST_RUNS:
+        raise ConfigError(f"`{option}` has {len(texts)} runs; more than {MOST_RUNS} colours cannot be told apart.")
     return {folder: (text[len(shared) :].lstrip("/") if shared else text) or text for folder, text in texts.items()}
 
 

@@ -50,6 +50,5 @@ def _chart(front: Mapping[str, Any], name: str, title: str, scale: float, *, leg
             chart.dot(x, y, "hidden", f"{point['think']}: {x:.1f} % think, {y:.4g}")
         place = (row + 1) / 14
         height = high - place * (high - low) if legend_at_top else low + place * (high - low)
-        chart.line([(72, height), (80, height)], kind)
-        chart.text(82, height, label, "name", "start", dy=4)
+        chart.legend(height, kind, label, start=0.74)
     return chart.x_axis("positions that think, %").svg()

@@ -13,8 +13,7 @@ from quietstar_jax.evals.options import Options
 from quietstar_jax.evals.table import GROUPS, MODES, PERCENT, PLAIN
 from quietstar_jax.evals.tasks import TASKS, TEXT
 from quietstar_jax.methods.thinking import ALWAYS
-from quietstar_jax.reports.follow import short_names
-from quietstar_jax.reports.runs_page import MOST_RUNS
+from quietstar_jax.reports.follow import run_names
 
 Nested = Mapping[str, Any]
 COUNTED = ("questions", "texts")
@@ -70,9 +69,7 @@ def read_measurements(paths: Sequence[Path]) -> list[Series]:
     """
     found = {path: _read(path) for path in dict.fromkeys(paths)}
     folders = [_folder(result) for result in found.values() if result["model"]["step"] is not None]
-    names = short_names(folders)
-    if len(names) > MOST_RUNS:
-        raise ConfigError(f"`results` are of {len(names)} runs; more than {MOST_RUNS} colours cannot be told apart.")
+    names = run_names(folders, "results")
     by_task: dict[str, dict[Path, Nested]] = {}
     for path, result in found.items():
         by_task.setdefault(result["task"], {})[path] = result

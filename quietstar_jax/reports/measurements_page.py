@@ -92,7 +92,6 @@ def _chart(series: Series, metric: str, colours: dict[str, str]) -> str:
     top = high + (high - low) * legend / PLOT
     label = f"{series.task}, {metric.removesuffix(', %')}, by step"
     chart = Chart(label, (steps[0], steps[-1]), (low, top), width=520, height=PLOT + FRAME + legend).y_axis(metric)
-    left, right = chart.x
     for row, ((run, mode), points) in enumerate(lines.items()):
         kind = f"smooth {'dashed ' if mode == 'without_thoughts' else ''}{colours[run]}"
         name = ", ".join(filter(None, [run, MODES[mode]]))
@@ -101,11 +100,10 @@ def _chart(series: Series, metric: str, colours: dict[str, str]) -> str:
             tip = f"{name}, step {step:,}: {_shown(one.values[metric][shown], metric)}"
             chart.dot(step, y, kind if len(points) == 1 else "hidden", tip)
         height = top - (row + 0.5) * (top - high) / len(lines)
-        chart.line([(left, height), (left + 0.06 * (right - left), height)], kind)
-        chart.text(left + 0.07 * (right - left), height, name, "name", "start", dy=4)
+        chart.legend(height, kind, name)
     ticks: list[tuple[float, str]] = []
     for step in steps:
-        if not ticks or step - ticks[-1][0] >= (right - left) / MOST_TICKS:
+        if not ticks or step - ticks[-1][0] >= (steps[-1] - steps[0]) / MOST_TICKS:
             ticks.append((step, f"{step:,}"))
     return figure(metric, chart.x_axis("step", ticks).svg(), "")
 

@@ -98,6 +98,13 @@ class Chart:
         self._marks.append(text_mark(px, py + dy, text, kind, anchor))
         return self
 
+    def legend(self, y: float, kind: str, text: str, start: float = 0.0) -> Chart:
+        """Adds a short line and its name at a height of the plot, from the fraction `start` of its width on."""
+        left, right = self.x
+        ends = [left + (start + offset) * (right - left) for offset in (0, 0.06, 0.07)]
+        self.line([(ends[0], y), (ends[1], y)], kind)
+        return self.text(ends[2], y, text, "name", "start", dy=4)
+
     def svg(self) -> str:
         """Returns the drawing as SVG."""
         head = f'<svg viewBox="0 0 {self._width} {self._height}" role="img" aria-label="{escape(self._label)}">'
