@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
+
+Ids = TypeVar("Ids", list[int], np.ndarray)
 
 
 class Rebuilt(NamedTuple):
@@ -109,3 +112,13 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def begins_with(ids: list[int] | np.ndarray, begin: Sequence[int]) -> bool:
+    """Whether ids [tokens] begin with all of `begin`."""
+    return list(ids[: len(begin)]) == list(begin)
+
+
+def without_begin(ids: Ids, begin: Sequence[int]) -> Ids:
+    """Returns the ids [tokens] after `begin` if they begin with it, otherwise all ids."""
+    return ids[len(begin) :] if begins_with(ids, begin) else ids

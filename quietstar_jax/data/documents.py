@@ -12,12 +12,13 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
+from quietstar_jax.data.begin_of_text import without_begin
 from quietstar_jax.data.cache import cached_array
 from quietstar_jax.data.fingerprint import fingerprint
 from quietstar_jax.data.pretokenized.read import PreparedDocuments, is_prepared, prepared_folder
 from quietstar_jax.data.sources import Split, open_source
 from quietstar_jax.data.sources.common import Concatenated, Numbered, Piece, RandomAccessSource
-from quietstar_jax.data.tokenization import Tokenizer, without_begin
+from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.data.unknown import Unknown, unknown_in_text
 from quietstar_jax.data.workers import ahead
 from quietstar_jax.data_config import DataConfig

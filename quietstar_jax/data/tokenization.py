@@ -11,17 +11,15 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from quietstar_jax.data.begin_of_text import as_published, inserted, set_template
+from quietstar_jax.data.begin_of_text import as_published, inserted, set_template, without_begin
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.hf.files import check_regular
-
-Ids = TypeVar("Ids", list[int], np.ndarray)
 
 SYNTHETIC = "synthetic"
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # decoded from the bytes of an incomplete character
@@ -328,16 +326,6 @@ def _is_character(spelled: bytes) -> bool:
         return len(spelled.decode("utf-8")) == 1
     except UnicodeDecodeError:
         return False
-
-
-def begins_with(ids: list[int] | np.ndarray, begin: Sequence[int]) -> bool:
-    """Whether ids [tokens] begin with all of `begin`."""
-    return list(ids[: len(begin)]) == list(begin)
-
-
-def without_begin(ids: Ids, begin: Sequence[int]) -> Ids:
-    """Returns the ids [tokens] after `begin` if they begin with it, otherwise all ids."""
-    return ids[len(begin) :] if begins_with(ids, begin) else ids
 
 
 def load_tokenizer(name: str, revision: str = "") -> Tokenizer:

@@ -30,9 +30,6 @@ def unused_ids(tokenizer: Tokenizer, rows: int, config: Mapping[str, Any]) -> tu
 
 def matching_ids(tokenizer: Tokenizer, pattern: str, rows: int) -> tuple[int, ...]:
     """Returns the ids below `rows` of the tokens whose text, leading space included, matches a regular expression."""
-    found = []
-    for token in range(min(tokenizer.vocab_size, rows)):
-        text = tokenizer.decode_within([token])
-        if re.search(pattern, text.removeprefix(" ") if tokenizer.splits_words else text):
-            found.append(token)
-    return tuple(found)
+    space = " " if tokenizer.splits_words else ""  # between words; not part of any
+    ids = range(min(tokenizer.vocab_size, rows))
+    return tuple(i for i in ids if re.search(pattern, tokenizer.decode_within([i]).removeprefix(space)))

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from quietstar_jax.data.begin_of_text import without_begin
 from quietstar_jax.data.documents import Documents
-from quietstar_jax.data.tokenization import without_begin
 from quietstar_jax.errors import ConfigError, DataError
 from quietstar_jax.inference.load_model import LoadedModel
 from quietstar_jax.methods.thinking import ALWAYS, ThinkPolicy

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from quietstar_jax.data.begin_of_text import begins_with
 from quietstar_jax.data.cache import cached_array
 from quietstar_jax.data.sources.array_record import ArrayRecords
 from quietstar_jax.data.sources.common import Label, Piece
 from quietstar_jax.data.sources.files import is_url, one_file
 from quietstar_jax.data.sources.tfrecord import Stretch
-from quietstar_jax.data.tokenization import Tokenizer, begins_with
+from quietstar_jax.data.tokenization import Tokenizer
 from quietstar_jax.data.unknown import Unknown, unknown_in_ids
 from quietstar_jax.errors import DataError
 

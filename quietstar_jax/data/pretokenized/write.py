@@ -25,6 +25,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
+from quietstar_jax.data.begin_of_text import begins_with
 from quietstar_jax.data.cache import write_array
 from quietstar_jax.data.fingerprint import fingerprint
 from quietstar_jax.data.pretokenized.partition import Input, Part, read_input
@@ -38,7 +39,7 @@ from quietstar_jax.data.pretokenized.read import (
     read_manifest,
 )
 from quietstar_jax.data.sources.texts import TextOf
-from quietstar_jax.data.tokenization import Tokenizer, begins_with, load_tokenizer
+from quietstar_jax.data.tokenization import Tokenizer, load_tokenizer
 from quietstar_jax.data.unknown import SAMPLED_DOCUMENTS, check_known, sampled, total, unknown_in_text
 from quietstar_jax.data_config import DataConfig
 from quietstar_jax.errors import DataError
