@@ -143,14 +143,9 @@ class Tokenizer:
         broken = self._broken_bytes(ids)
         if not broken:
             return text
-        anchor = [
-            self._letter
-        ]  # tokenizers drop a leading space, so each part after a broken byte is decoded after this letter
         bounds = [-1, *broken, len(ids)]
         parts = [ids[start + 1 : stop] for start, stop in itertools.pairwise(bounds)]
-        decoded = [self.fast.backend_tokenizer.decode(part, skip_special_tokens=False) for part in parts[:1]]
-        for part in parts[1:]:
-            decoded.append(self.fast.backend_tokenizer.decode([*anchor, *part], skip_special_tokens=False)[1:])
+        decoded = [self.decode(parts[0]), *map(self.decode_within, parts[1:])]
         return BROKEN.join(decoded)
 
     def decode_within(self, ids: Sequence[int]) -> str:
@@ -180,11 +175,6 @@ class Tokenizer:
             return {}
         pairs = ((self.token_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
         return {token: byte for token, byte in pairs if token is not None}
-
-    @functools.cached_property
-    def _letter(self) -> int:
-        """Id of the byte token of the letter `a`."""
-        return next(token for token, byte in self._bytes.items() if byte == ord("a"))
 
     def _broken_bytes(self, ids: Sequence[int]) -> list[int]:
         """Returns the indices of byte tokens that are not part of a character."""
