@@ -198,7 +198,7 @@ def _spans(
         **({"control": options.control} if options.control else {}),
         **({"exclude": options.exclude} if options.exclude else {}),
         **({"reach": options.reach} if options.reach > 1 else {}),
-        **({"figures": 2} if policy.constant is None else {}),  # before, records lacked `thought_used_rate`
+        "figures": 3,  # before, records lacked `whole_span_accuracy`
     }
     against = Path(options.against).expanduser() if options.against else None
     with (

@@ -22,7 +22,8 @@ from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from quietstar_jax.thoughts.token_scores import TokenScores
 
 GROUPS = ("spans", "others")
-METRICS = ("nats_per_token", "accuracy")
+# Each metric, and the count that its sums are divided by. Only the group `spans` has whole spans.
+METRICS = {"nats_per_token": "tokens", "accuracy": "tokens", "whole_span_accuracy": "whole_spans"}
 MODES = ("without_thoughts", "with_thoughts")
 BATCHES_AT_ONCE = 4  # of texts, scored before their records are written
 
@@ -34,11 +35,13 @@ class MarkedText(NamedTuple):
       number: of the text in its source, from 0.
       tail: the tokens, and how many of them are scored.
       marked: [scored tokens] bool, whether a token is in a span.
+      whole: the spans whose tokens are all scored, each as [first, stop) among the scored tokens.
     """
 
     number: int
     tail: Continuation
     marked: np.ndarray
+    whole: list[tuple[int, int]]
 
 
 def read_marked_texts(
@@ -97,7 +100,10 @@ def _marked(
             f"{record.where} contains {token!r}, which matches `exclude`. Change `exclude`, or use other texts."
         )
     tokens = [*begin, *found.ids]
-    return MarkedText(number, Continuation(tokens, max(0, len(found.ids) - first), number=number), marked[first:])
+    tail = Continuation(tokens, max(0, len(found.ids) - first), number=number)
+    places = [np.flatnonzero((starts < stop) & (stops > start)) - first for start, stop in spans]
+    whole = [(int(place[0]), int(place[-1]) + 1) for place in places if place.size and place[0] >= 0]
+    return MarkedText(number, tail, marked[first:], whole)
 
 
 def measure_spans(
@@ -140,7 +146,7 @@ def measure_spans(
 
 
 def sums_of(text: MarkedText, scores: TokenScores) -> dict[str, Any]:
-    """Returns the record of a text: its number and, for each of `GROUPS`, `tokens` and sums over these by mode.
+    """Returns the record of a text: its number and, for each of `GROUPS`, its counts and the sums of metrics by mode.
 
     Args:
       scores: [scored tokens].
@@ -159,36 +165,45 @@ def sums_of(text: MarkedText, scores: TokenScores) -> dict[str, Any]:
             mode: {name: float(values[chosen].sum(dtype=np.float64)) for name, values in by_name.items()}
             for mode, by_name in columns.items()
         }
+    record["spans"]["whole_spans"] = len(text.whole)
+    for mode, by_name in columns.items():
+        right = by_name["accuracy"]
+        record["spans"][mode]["whole_span_accuracy"] = float(sum(right[first:stop].all() for first, stop in text.whole))
     return record
 
 
 def summarize_spans(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    """Computes means over tokens from the records of texts, with 95 % intervals over texts.
+    """Computes means over tokens, or spans, from the records of texts, with 95 % intervals over texts.
 
     Returns:
-      `texts`; `tokens` of each of `GROUPS`; by mode and group `nats_per_token` and `accuracy` with their intervals, and
-      with thoughts `mixing_weight`, a mean over the tokens for which a thought is used (0 if there are none), and, with
-      a policy of thinking, `thinking_rate` and `thought_used_rate`, the share of these tokens, which is larger if
-      thoughts are used for several; if there are thoughts, `comparison` by group and metric, with minus without
-      thoughts. A group without tokens is left out.
+      `texts`; `tokens` of each of `GROUPS`; `whole_spans`, the number of spans whose tokens are all scored; by mode and
+      group `nats_per_token` and `accuracy` with their intervals; for spans also `whole_span_accuracy`, the share of
+      whole spans whose tokens are all right, each after the true tokens before it; with thoughts also `mixing_weight`,
+      a mean over the tokens for which a thought is used (0 if there are none), and, with a policy of thinking,
+      `thinking_rate` and `thought_used_rate`, the share of these tokens, which is larger if thoughts are used for
+      several; if there are thoughts, `comparison` by group and metric, with minus without thoughts. A group without
+      tokens, or a metric with nothing to count, is left out.
     """
-    tokens = {group: np.array([row[group]["tokens"] for row in rows]) for group in GROUPS}
-    groups = [group for group in GROUPS if tokens[group].sum()]
+    tokens = {group: int(_counts(rows, group, "tokens").sum()) for group in GROUPS}
+    groups = [group for group in GROUPS if tokens[group]]
     modes = [mode for mode in MODES if mode in rows[0][GROUPS[0]]]
-    found: dict[str, Any] = {"texts": len(rows), "tokens": {group: int(tokens[group].sum()) for group in groups}}
+    found: dict[str, Any] = {"texts": len(rows), "tokens": {group: tokens[group] for group in groups}}
+    found["whole_spans"] = int(_counts(rows, "spans", "whole_spans").sum())
     for mode in modes:
         found[mode] = {group: {} for group in groups}
         for group in groups:
-            for name in rows[0][group][mode]:
-                totals = _totals(rows, group, mode, name)
+            for name in _metrics(rows, mode, group):
+                totals, counts = _totals(rows, group, mode, name), _counts(rows, group, METRICS[name])
+                found[mode][group][name] = float(totals.sum() / counts.sum())
+                interval = interval_of_ratio(totals, counts, seed, rate=name != "nats_per_token")
+                found[mode][group][f"{name}_interval"] = interval
+            names = rows[0][group][mode]
+            for name in (name for name in names if name not in METRICS):
                 # Where no thought is used, there is no mixing weight.
                 used = "thought_used_rate"
-                among = used if name == "mixing_weight" and used in rows[0][group][mode] else ""
-                count = (_totals(rows, group, mode, among) if among else tokens[group]).sum()
-                found[mode][group][name] = float(totals.sum() / count) if count else 0.0
-                if name in METRICS:
-                    interval = interval_of_ratio(totals, tokens[group], seed, rate=name == "accuracy")
-                    found[mode][group][f"{name}_interval"] = interval
+                among = used if name == "mixing_weight" and used in names else ""
+                count = _totals(rows, group, mode, among).sum() if among else tokens[group]
+                found[mode][group][name] = float(_totals(rows, group, mode, name).sum() / count) if count else 0.0
     if len(modes) == 2:
         pairs = (rows, "with_thoughts"), (rows, "without_thoughts")
         found["comparison"] = {group: _paired(*pairs, group, seed) for group in groups}
@@ -252,11 +267,24 @@ def _paired(
     after: tuple[Sequence[Mapping[str, Any]], str], before: tuple[Sequence[Mapping[str, Any]], str], group: str,
     seed: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Returns `compare_paired` of each of `METRICS` for two lists of records of the same texts, each with its mode."""
-    # Divided by the mean count, not each text's own, so that the difference is that of the two means over tokens.
-    mean = np.mean([row[group]["tokens"] for row in after[0]])
-    sums = {name: [_totals(rows, group, mode, name) / mean for rows, mode in (after, before)] for name in METRICS}
-    return {name: compare_paired(one, other, seed) for name, (one, other) in sums.items()}
+    """Returns `compare_paired` of the metrics that two lists of records of the same texts, each with a mode, have."""
+    found, there = {}, _metrics(*before, group)
+    for name in (name for name in _metrics(*after, group) if name in there):
+        # Divided by the mean count, not each text's own, so that the difference is that of the two means.
+        mean = _counts(after[0], group, METRICS[name]).mean()
+        one, other = (_totals(rows, group, mode, name) / mean for rows, mode in (after, before))
+        found[name] = compare_paired(one, other, seed)
+    return found
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]], mode: str, group: str) -> list[str]:
+    """Returns those of `METRICS` that records have, and for which there is something to count."""
+    there = rows[0][group][mode]
+    return [name for name, count in METRICS.items() if name in there and _counts(rows, group, count).any()]
+
+
+def _counts(rows: Sequence[Mapping[str, Any]], group: str, name: str) -> np.ndarray:
+    return np.array([row[group].get(name, 0) for row in rows])
 
 
 def _totals(rows: Sequence[Mapping[str, Any]], group: str, mode: str, name: str) -> np.ndarray:

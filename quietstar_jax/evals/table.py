@@ -8,6 +8,7 @@ from typing import Any
 MODES = {"without_thoughts": "without thoughts", "with_thoughts": "with thoughts"}
 PERCENT = {
     "accuracy": "accuracy, %",
+    "whole_span_accuracy": "whole spans right, %",
     "exact_match": "exact match (greedy decoding), %",
     "official_probability": "official metric (probability), %",
 }
@@ -35,7 +36,8 @@ def format_result(result: Mapping[str, Any]) -> str:
     for group, title in GROUPS.items():
         if group in result[modes[0]]:
             values = [result[mode][group] for mode in modes]
-            lines += ["", f"{result['tokens'][group]} {title}:"]
+            whole = f", {result['whole_spans']} whole spans" if group == "spans" else ""
+            lines += ["", f"{result['tokens'][group]} {title}{whole}:"]
             lines += [_row(name, values) for name in (*PERCENT, *PLAIN) if name in values[0]]
     lines += _votes(result, modes)
     lines += _comparison(result)

@@ -48,6 +48,39 @@ def test_a_token_that_shares_a_character_is_in_the_span(tmp_path):
     assert text.marked.tolist() == [False, False, True]
 
 
+def test_a_span_is_whole_if_all_its_tokens_are_scored(tmp_path):
+    rows = [
+        {"text": "a 130 b 24", "spans": [[2, 5], [8, 10]]},
+        {"text": "a 130 b 24", "spans": [[2, 5], [8, 10]], "scored_from": 3},
+        {"text": "2430", "spans": [[0, 2], [2, 3], [3, 4]]},  # the first token of all is not scored without a begin
+    ]
+    texts = marked(tmp_path, rows, bytes_tokenizer("30", "24"), begin=())
+    pieces = [[text.tail.tokens[-text.tail.last :][first:stop] for first, stop in text.whole] for text in texts]
+    decode = bytes_tokenizer("30", "24").decode
+    assert [[decode(tokens) for tokens in spans] for spans in pieces] == [["130", "24"], ["24"], ["30", "30"]]
+
+
+def test_a_whole_span_is_right_if_all_its_tokens_are(tmp_path):
+    texts = marked(tmp_path, [{"text": "a 130 24 7", "spans": [[2, 5], [6, 8], [9, 10]]}] * 2)
+    rows = []
+    for text, wrong in zip(texts, ("", "0 2"), strict=True):
+        right = np.array([token not in wrong.split() for token in "a 130 24 7"])
+        scores = column(np.ones(right.size), np.ones(right.size))
+        scores = scores._replace(base=scores.base._replace(correct=right), talk=scores.talk._replace(correct=~right))
+        rows.append(sums_of(text, scores))
+    found = summarize_spans(rows, seed=0)
+    assert found["whole_spans"] == 6
+    assert found["without_thoughts"]["spans"]["whole_span_accuracy"] == pytest.approx(4 / 6)  # not 130, not 24
+    assert found["with_thoughts"]["spans"]["whole_span_accuracy"] == 0
+    assert found["comparison"]["spans"]["whole_span_accuracy"]["difference"] == pytest.approx(-4 / 6)
+    assert "whole_span_accuracy" not in found["without_thoughts"]["others"]
+    for row in rows:  # as records of an earlier version
+        del row["spans"]["without_thoughts"]["whole_span_accuracy"]
+    shared = compare_runs(rows, {row["text"]: row for row in rows}, seed=0)
+    assert "whole_span_accuracy" not in shared["without_thoughts"]["spans"]
+    assert "whole_span_accuracy" in shared["with_thoughts"]["spans"]
+
+
 @pytest.mark.parametrize(
     ("row", "match"),
     [
@@ -68,7 +101,9 @@ def test_malformed_records_are_refused(tmp_path, row, match):
 def record(number, spans, base, talk):
     """The record of a text whose tokens, in `spans` or not, have these losses."""
     tail = Continuation([0] * (len(spans) + 1), len(spans))
-    return sums_of(MarkedText(number, tail, np.array(spans, bool)), column(base, talk))
+    ends = np.flatnonzero(np.diff([0, *np.array(spans, bool), 0])).reshape(-1, 2)
+    whole = [(int(first), int(stop)) for first, stop in ends]
+    return sums_of(MarkedText(number, tail, np.array(spans, bool), whole), column(base, talk))
 
 
 def test_figures_by_hand():
@@ -108,7 +143,7 @@ def test_the_mixing_weight_is_a_mean_over_the_tokens_for_which_a_thought_is_used
     tokens = column([1, 1, 1], [1, 1, 1])
     made = np.array([True, True, False])
     scores = tokens._replace(weight=np.array([0.2, 0.4, 0.0], np.float32), made=made)
-    text = MarkedText(0, Continuation([0] * 4, 3), np.array([True, False, False]))
+    text = MarkedText(0, Continuation([0] * 4, 3), np.array([True, False, False]), [(0, 1)])
     found = summarize_spans([sums_of(text, scores), sums_of(text, scores)], seed=0)["with_thoughts"]
     assert (found["others"]["mixing_weight"], found["others"]["thinking_rate"]) == (pytest.approx(0.4), 0.5)
     assert (found["spans"]["mixing_weight"], found["spans"]["thinking_rate"]) == (pytest.approx(0.2), 1.0)
@@ -237,7 +272,8 @@ def test_against_another_model(folder, capsys, monkeypatch, tmp_path):
         assert compared["difference"] == pytest.approx(change)
         assert 0 < compared["p_value"] <= 1
     printed = evaluate(folder, capsys, monkeypatch, *against, as_json=False)
-    for part in ("4 texts", "11 tokens in spans:", "tokens in spans, nats per token: ",
+    for part in ("4 texts", "11 tokens in spans, 4 whole spans:", "tokens in spans, nats per token: ",
+                 "tokens in spans, whole spans right, %: ",
                  "this model with thoughts, minus the other without thoughts, 4 texts"):  # fmt: skip
         assert part in printed
     assert max(map(len, printed.splitlines())) <= 200
