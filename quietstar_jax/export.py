@@ -14,7 +14,7 @@ from quietstar_jax.io import place
 def main(arguments: list[str]) -> None:
     """Exports a run, sends it to the hub if requested, and prints where it is."""
     with make_parser().parsed(arguments) as args:
-        options = ExportOptions(args.format, args.dtype, args.max_shard_size, args.think, args.picture)
+        options = ExportOptions(args.format, args.dtype, args.max_shard_size, args.think, args.picture, args.reach)
         if args.public and not args.push:
             raise ConfigError("--public needs --push OWNER/NAME, the repository that becomes public.")
         token = hub_token() if args.push else ""  # before the work that would be in vain
@@ -43,6 +43,10 @@ def make_parser() -> CommandParser:
         help="quietstar (with thoughts), base (the decoder alone), or adapter (for peft, if adapters were trained)",
     )  # fmt: skip
     add_flags(parser, "--think", default="")
+    add_flags(
+        parser, "--reach", default=0,
+        help="tokens for which its model uses a thought by default; above 1 with mixing probabilities",
+    )  # fmt: skip
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="size of one file of weights (default: %(default)s)"
     )

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
         job = generator.job(
             1 if args.prompt else TOKENS_PER_CALL, args.max_tokens, THOUGHTS[args.thoughts], args.thought_length,
             args.temperature, args.top_p, args.thought_temperature,
-            [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in args.stop], args.think,
+            [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in args.stop], args.think, args.reach,
         )  # fmt: skip
         if args.data is None:
             _to_terminal(generator, prompts_of(args), job, args.seed, args.show_thoughts)
@@ -89,6 +89,10 @@ def make_parser() -> CommandParser:
         help="print or write the thought before each token, with its mixing weight",
     )
     add_flags(parser, "--thought-length")
+    add_flags(
+        parser, "--reach", default=None,
+        help="tokens after a thought for which it is used; above 1 with mixing probabilities (default: as the model says)",
+    )  # fmt: skip
     add_flags(parser, "--max-tokens", default=128)
     add_flags(parser, "--max-length")
     add_flags(parser, "--temperature", default=0.0)

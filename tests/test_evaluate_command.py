@@ -229,7 +229,6 @@ def test_refusals(folder, capsys):
             "task": "gsm8k_cot", "args": ["--control", "pause"]}),
         (ConfigError, "--control is 'pause', but .*plain cannot think", {
             "checkpoint": "plain", "args": ["--control", "pause"]}),
-        (ConfigError, "--reach is 2, but --task is gsm8k_cot", {"task": "gsm8k_cot", "args": ["--reach", "2"]}),
         (ConfigError, "--reach is 2, but .*plain cannot think", {"checkpoint": "plain", "args": ["--reach", "2"]}),
         (ConfigError, "--reach is 2, but .* with the mixing 'hidden_states'", {"args": ["--reach", "2"]}),
         (ConfigError, "--reach is 17; it must be within 1 .. 16", {"args": ["--reach", "17"]}),

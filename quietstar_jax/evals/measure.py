@@ -158,16 +158,19 @@ def _votes(
     options: Options, model: LoadedModel, policy: ThinkPolicy, modes: tuple[str, ...], questions: list[Question]
 ) -> dict[str, Any]:
     length = options.thought_length or model.thought_length
-    settings = model.settings(length if "with_thoughts" in modes else 0)
+    settings = model.settings(length if "with_thoughts" in modes else 0, reach=options.reach)
     longest = longest_allowed(options, longest_text(model.architecture, settings))
     samples = options.samples or VOTES
-    sampling = Sampling(samples, options.temperature, options.max_tokens, length, options.seed, str(policy))
+    given = options.temperature, options.max_tokens, length, options.seed, str(policy), options.reach
+    sampling = Sampling(samples, *given)
     measurement = {
         "fields": options.fields,
         "texts": [STEPS, CONCLUSION, ANSWER_TOKENS],
         "longest_tokens": longest,
         **dataclasses.asdict(sampling),
     }
+    if options.reach == 1:
+        del measurement["reach"]  # earlier records have none
     generator = Generator(model, batch_size=options.batch_size)
     with (
         _open_records(options, model, measurement) as records,

@@ -79,10 +79,6 @@ class Options:
                 raise ConfigError(
                     f"perturb is {self.perturb!r}, but `task` is {self.task}; it must be language_modeling."
                 )
-        if self.reach > 1 and find_task(self.task).kind == VOTING:
-            raise ConfigError(
-                f"reach is {self.reach}, but `task` is {self.task}: generated text has a reach of 1. Omit `reach`."
-            )
         if self.control:
             if problems := one_of("control", self.control, REPLACEMENT):
                 raise ConfigError(f"{problems[0]}.")

@@ -31,7 +31,7 @@ class Sampling:
 
     Attributes:
       samples: per question; temperature: of tokens, 0 = greedy; max_tokens: of the steps.
-      thought_length: T where thoughts are on; think: at which positions.
+      thought_length: T where thoughts are on; think: at which positions; reach: for how many tokens each is used.
     """
 
     samples: int
@@ -40,6 +40,7 @@ class Sampling:
     thought_length: int
     seed: int
     think: str = "always"
+    reach: int = 1
 
 
 class Vote(NamedTuple):
@@ -114,6 +115,7 @@ def ask(
         "thoughts": thoughts,
         "think": sampling.think if thoughts else None,
         "thought_length": sampling.thought_length if thoughts else None,
+        "reach": sampling.reach if thoughts else None,
         "seed": [_seed(sampling.seed, question.line, i) for question in group for i in range(sampling.samples)],
     }
     begin = generator.model.tokenizer.fast.bos_token  # some models begin another text where they should end one

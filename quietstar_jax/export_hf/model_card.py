@@ -107,7 +107,8 @@ def _text(run: RunCheckpoint, options: ExportOptions, picture: str) -> str:
         "from plain text to think before every token.",
         f"![A text, coloured by how much each thought helped, and one thought]({picture})" if picture else "",
         f"## Use\n\n{USE[options.format]}\n\n`FOLDER` is this folder, or the id of this repository on the hub."
-        + (f"\n\n`generate` thinks by the policy `{options.think}` by default." if options.think else ""),
+        + (f"\n\n`generate` thinks by the policy `{options.think}` by default." if options.think else "")
+        + (f"\n\nBy default, `generate` uses each thought for {options.reach} tokens." if options.reach > 1 else ""),
         f"## Training\n\n{_shape(run)}",
         f"From {origin}; {run.step} of {config.total_steps} steps done. Weights: {options.dtype}, "
         f"from checkpoint `{run.checksum[:16]}`.",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.methods.thinking import parse_policy
+from quietstar_jax.thought_config import MOST_REACH
 
 FORMATS = ("quietstar", "base", "adapter")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -21,6 +23,7 @@ class ExportOptions:
     max_shard_size: str = "5GB"
     think: str = ""  # policy of thinking that generation_config.json recommends; empty = that of the base model, if any
     picture: Path | None = None  # SVG or PNG that the model card shows
+    reach: int = 0  # tokens for which generation_config.json recommends to use a thought; 0 = as for `think`
 
     def __post_init__(self) -> None:
         for name, value, choices in (("format", self.format, FORMATS), ("dtype", self.dtype, tuple(DTYPES))):
@@ -32,7 +35,11 @@ class ExportOptions:
             )
         if self.think:
             parse_policy(self.think)
-            if self.format != "quietstar":
+        if not 0 <= self.reach <= MOST_REACH:
+            raise ConfigError(f"reach is {self.reach}; it must be within 1 .. {MOST_REACH}.")
+        given: dict[str, Any] = {"think": self.think, "reach": self.reach}
+        for name, value in given.items():
+            if value and self.format != "quietstar":
                 raise ConfigError(
-                    f"think is {self.think!r}, but `format` is {self.format}, which has no thoughts. Omit it."
+                    f"{name} is {value!r}, but `format` is {self.format}, which has no thoughts. Omit it."
                 )

@@ -47,6 +47,7 @@ from quietstar_jax.hf.names import (
 )
 from quietstar_jax.hf.safetensors_file import FLOAT_DTYPES, ITEM_BYTES, write_file
 from quietstar_jax.io import new_folder
+from quietstar_jax.methods.mixings import REACHING
 from quietstar_jax.methods.thinking import parse_policy
 from quietstar_jax.models.families import FAMILIES
 
@@ -112,6 +113,11 @@ def save(
                     f"think is {options.think!r}, but config.thought.initial_start_token of the run is not one token. "
                     "Give another policy."
                 )
+        if options.reach > 1 and thoughts.mixing not in REACHING:
+            raise ConfigError(
+                f"reach is {options.reach}, but the run was trained with the mixing {thoughts.mixing!r}. Omit it, or "
+                f"train with `thought.mixing` = {' or '.join(map(repr, REACHING))}."
+            )
     if _is_there(output, card):
         return
     _check_parameters(parameters, architecture, thoughts.heads)
@@ -134,7 +140,7 @@ def save(
             folder / "generation_config.json",
             generation_config(
                 generation or {}, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id,
-                suppressed=(*(ids or known), *thoughts.unused_ids), think=options.think,
+                suppressed=(*(ids or known), *thoughts.unused_ids), think=options.think, reach=options.reach,
                 thinks=options.format == "quietstar",
             ),
         )  # fmt: skip

@@ -7,8 +7,10 @@ from typing import Any
 
 from quietstar_jax.errors import CheckpointError, ConfigError, short
 from quietstar_jax.methods.thinking import parse_policy
+from quietstar_jax.thought_config import MOST_REACH
 
-THINKING = "thinking"  # field with a policy of thinking, see `methods/thinking.py`
+# Fields with a policy of thinking, see `methods/thinking.py`, and for how many tokens a thought is used.
+THINKING, REACH = "thinking", "thinking_reach"
 
 # Fields that transformers reads from config.json if there is no generation_config.json.
 LEGACY_GENERATION = {
@@ -51,6 +53,19 @@ def thinking(generation: Mapping[str, Any], where: object) -> str:
         raise CheckpointError(f"{where}: {THINKING} of generation_config.json: {error}") from error
 
 
+def thinking_reach(generation: Mapping[str, Any], where: object) -> int:
+    """Returns for how many tokens a model recommends to use a thought, 1 if it recommends nothing.
+
+    Raises:
+      CheckpointError: it is not such a number.
+    """
+    value = generation.get(REACH, 1)
+    if type(value) is not int or not 1 <= value <= MOST_REACH:
+        found = f"{where}: {REACH} of generation_config.json is {short(value)}"
+        raise CheckpointError(f"{found}; it must be an integer within 1 .. {MOST_REACH}.")
+    return value
+
+
 def generation_config(
     before: Mapping[str, Any],
     *,
@@ -59,6 +74,7 @@ def generation_config(
     pad_id: int,
     suppressed: Sequence[int],
     think: str = "",
+    reach: int = 0,
     thinks: bool = True,
 ) -> dict[str, Any]:
     """Returns the generation_config.json of a trained model, based on that of the model that training began from.
@@ -70,14 +86,15 @@ def generation_config(
       before: generation_config.json of the model that training began from.
       eos_id: the id that ended texts in training.
       suppressed: ids that must not be generated, in addition to those in `before`.
-      think: policy of thinking that the model recommends; empty = as in `before`; thinks: whether the model can think.
+      think: policy of thinking that the model recommends; empty = as in `before`; reach: for how many tokens it
+        recommends to use a thought; 0 = as in `before`; thinks: whether the model can think.
     """
     kept = {
         key: value
         for key, value in before.items()
         if value is not None
         and key not in NOT_KEPT
-        and (thinks or key != THINKING)
+        and (thinks or key not in (THINKING, REACH))
         and (before.get("do_sample") is True or key not in SAMPLING)
     }
     stops, forbidden = stops_and_suppressed(before, eos_id, "The run's generation settings")
@@ -89,6 +106,7 @@ def generation_config(
         "pad_token_id": pad_id,
         **({"suppress_tokens": list(forbidden)} if forbidden else {}),
         **({THINKING: think} if think else {}),
+        **({REACH: reach} if reach else {}),
     }
 
 

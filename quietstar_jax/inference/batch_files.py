@@ -64,6 +64,7 @@ def generate_file(
         "stop": job.stop,
         **dataclasses.asdict(job.sampling),
         "think": str(job.sampling.think),
+        **({"reach": job.plan.thought.reach} if job.plan.thought.reach > 1 else {}),
         "seed": seed,
         "show_thoughts": show_thoughts,
         "batch_size": generator.batch_size,

@@ -15,7 +15,9 @@ c is the number of the token in its chain `x_j, start, t_1 .. t_T, end`; it rema
 Where the model samples the end of thoughts, sequences also advance independently: the chain of a thought of n < T
 tokens has its `end` at c = n + 2.
 
-A token without a thought then needs one pass and a token with a thought T + 3, and no sequence waits for another.
+A token without a thought then needs one pass and a token with a thought T + 3, and no sequence waits for another. With
+a reach of N above 1, sequences advance independently too, and a token needs one more pass for each of the N - 1 tokens
+before it that has a thought (`older_thoughts`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import jax.numpy as jnp
 
 from quietstar_jax.inference.decode_state import DecodeConfig, DecodeOutput, OpenThought, SamplingParams, State, at
 from quietstar_jax.inference.kv_cache import append, cached_pass
+from quietstar_jax.inference.older_thoughts import NONE, continue_chains, mix_older, remember
 from quietstar_jax.inference.sampling import choose
 from quietstar_jax.methods.thinking import THINKING, Position, thinks
 from quietstar_jax.models.attention import MASKED
@@ -112,30 +115,38 @@ def next_pass(model: QuietStar, state: State, knobs: SamplingParams, plan: Decod
     neighbours.
     """
     thought = state.thought
-    assert thought is not None  # made by `open_thought`
+    assert thought is not None  # made by `with_thoughts`
     length, count, alive = plan.thought.thought_length, thought.computed, state.left > 0
     at_text, at_end = alive & (count == 0), alive & thought.at_end
     drawn = plan.sampled or plan.thoughts_sampled or THINKING[plan.think].traits["draws"]
     uniforms = _uniforms(knobs.keys if drawn else None, state.position, length + 2)
 
-    def plain() -> tuple[jax.Array, jax.Array, OpenThought]:
+    def plain() -> tuple[jax.Array, jax.Array, jax.Array, OpenThought]:
         own = jax.tree.map(lambda x: x[:, :, :, :, :, :1], thought.chain_kv)
         hidden, own = _pass(model, _embed(model, state.token, plan), 0, state, own)
         write = lambda chain, x: jax.lax.dynamic_update_slice_in_dim(chain, x, 0, axis=5)  # noqa: E731
         chain_kv = jax.tree.map(write, thought.chain_kv, own)
         after = thought._replace(chain_kv=chain_kv, base=hidden[:, 0])
-        return model.decoder.logits(hidden[:, 0]), jnp.zeros(count.shape, jnp.float32), after
+        return model.decoder.logits(hidden[:, 0]), jnp.zeros(count.shape, jnp.float32), hidden[:, 0], after
 
-    def chain() -> tuple[jax.Array, jax.Array, OpenThought]:
+    def chain() -> tuple[jax.Array, jax.Array, jax.Array, OpenThought]:
         return _chain_token(model, state, thought, at_end, uniforms, knobs, plan)
 
-    scores, weight, after = jax.lax.cond((count > 0).any(), chain, plain) if count.size == 1 else chain()
+    scores, weight, hidden, after = jax.lax.cond((count > 0).any(), chain, plain) if count.size == 1 else chain()
+    mixed, older = scores, state.older
+    if older is not None:
+        older = kept = continue_chains(model, older, _embed(model, state.token, plan), at_text, state.cache)
+        mixed, weight = jax.lax.cond(
+            (at_text | at_end).any(),
+            lambda: mix_older(model, kept, after.base, hidden, at_end, state.position),
+            lambda: (scores, weight),
+        )
 
     def decide() -> tuple[jax.Array, jax.Array]:
         gain = None if model.gate is None else predicted_gain(model.gate, after.base)
         begins = log_prob_of(scores, plan.thought.start_token)
         here = Position(scores, entropy(scores), state.position, uniforms[:, length + 1], gain, begins)
-        return at_text & thinks(plan.think, knobs.think, here), _next(scores, uniforms[:, length], knobs, plan)
+        return at_text & thinks(plan.think, knobs.think, here), _next(mixed, uniforms[:, length], knobs, plan)
 
     def neither() -> tuple[jax.Array, jax.Array]:
         return jnp.zeros(count.shape, bool), jnp.zeros(count.shape, jnp.int32)
@@ -143,7 +154,9 @@ def next_pass(model: QuietStar, state: State, knobs: SamplingParams, plan: Decod
     # In the middle of thoughts nothing is decided, and the logits of texts are not read.
     begins, token = jax.lax.cond((at_text | at_end).any(), decide, neither)
     talks = at_end | (at_text & ~begins)
-    state, new = _talk(state, after.chain_kv, token, talks, plan)
+    if older is not None:
+        older = remember(older, after.chain_kv, count + 1, state.position, talks, at_end)
+    state, new = _talk(state._replace(older=older), after.chain_kv, token, talks, plan)
     made = DecodeOutput(new, jnp.where(at_end[:, None], after.tokens, -1), weight)
     return state._replace(thought=after._replace(computed=jnp.where(talks | ~alive, 0, count + 1))), made
 
@@ -151,12 +164,13 @@ def next_pass(model: QuietStar, state: State, knobs: SamplingParams, plan: Decod
 def _chain_token(
     model: QuietStar, state: State, thought: OpenThought, at_end: jax.Array, uniforms: jax.Array,
     knobs: SamplingParams, plan: DecodeConfig,
-) -> tuple[jax.Array, jax.Array, OpenThought]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, jax.Array, OpenThought]:  # fmt: skip
     """Computes the token with number c of the chain x_j, start, t_1 .. t_T, end of every sequence.
 
     Returns:
-      (scores [B, V] of the next token: mixed `at_end` of a thought, elsewhere without a thought, and used only at
-       c = 0; mixing weights [B], 0 except `at_end`; the thoughts with this token, `computed` unchanged).
+      (scores [B, V] of the next token: mixed `at_end` of a thought if the reach is 1, elsewhere without a thought, and
+       used only at c = 0; mixing weights [B], 0 except `at_end`; hidden states [B, D]; the thoughts with this token,
+       `computed` unchanged).
     """
     settings, count = plan.thought, thought.computed
     embedding = _embed(model, jnp.where(count == 0, state.token, jnp.maximum(at(thought.tokens, count - 2), 0)), plan)
@@ -177,7 +191,7 @@ def _chain_token(
     def unmixed() -> tuple[jax.Array, jax.Array]:
         return model.decoder.logits(hidden), jnp.zeros(count.shape, jnp.float32)
 
-    scores, weight = jax.lax.cond(at_end.any(), mixed, unmixed)
+    scores, weight = jax.lax.cond(at_end.any(), mixed, unmixed) if settings.reach == 1 else unmixed()
     following = jax.lax.cond(
         ((count > 0) & ~at_end).any(),
         lambda: _think(model, hidden, scores, at(uniforms, count - 1), knobs, plan),
@@ -189,7 +203,7 @@ def _chain_token(
         is_next |= (following == ENDED)[:, None] & (steps >= count[:, None] - 1)
         is_next &= (count > 0)[:, None] & ~at_end[:, None]
     tokens = jnp.where(is_next, following[:, None], thought.tokens)
-    return scores, weight, OpenThought(count, chain_kv, base, tokens)
+    return scores, weight, hidden, OpenThought(count, chain_kv, base, tokens)
 
 
 def think_and_talk(
@@ -262,8 +276,14 @@ def _talk(
       talks: [B] bool, which sequences get a token.
 
     Returns:
-      (the state after these tokens, the tokens [B], -1 where a sequence gets none).
+      (the state after these tokens, the tokens [B], -1 where a sequence gets none, or one of its prompt).
     """
+    is_new, unread = talks, state.unread
+    if unread is not None:  # the text gets the next token of its prompt
+        is_new = talks & (unread[:, 0] == NONE)
+        token = jnp.where(is_new, token, jnp.maximum(unread[:, 0], 0))
+        rest = jnp.pad(unread[:, 1:], ((0, 0), (0, 1)), constant_values=NONE)
+        unread = jnp.where(talks[:, None], rest, unread)
     ended = jnp.isin(token, jnp.array(plan.eos_ids, jnp.int32))
     # Always 0. It makes the write depend on the token, and hence on all attention that reads the cache. Otherwise the
     # compiler may write before the last layer's attention, and keep a copy of the cache for it.
@@ -272,9 +292,10 @@ def _talk(
         cache=append(state.cache, chain_kv, state.position - 1 + after_reading),
         token=jnp.where(talks, token, state.token),
         position=jnp.where(talks, state.position + 1, state.position),
-        left=jnp.where(talks, jnp.where(ended, 0, state.left - 1), state.left),
+        left=jnp.where(is_new, jnp.where(ended, 0, state.left - 1), state.left),
+        unread=unread,
     )
-    return after, jnp.where(talks, token, -1)
+    return after, jnp.where(is_new, token, -1)
 
 
 def _embed(model: QuietStar, tokens: jax.Array, plan: DecodeConfig) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from quietstar_jax.architecture import Architecture
+from quietstar_jax.inference.older_thoughts import OlderThoughts, no_older_thoughts
 from quietstar_jax.methods.thinking import THINKING
 from quietstar_jax.models.decoder import KeyValues
 from quietstar_jax.thoughts.chains import empty_chains
@@ -40,9 +41,11 @@ class DecodeConfig:
 
     @property
     def chooses(self) -> bool:
-        """Whether sequences advance independently: only some tokens have a thought, or thoughts differ in length."""
+        """Whether sequences advance independently: only some tokens have a thought, thoughts differ in length, or a
+        thought serves several tokens.
+        """
         some = THINKING[self.think].traits["constant"] is None
-        return self.thought.thought_length > 0 and (some or self.thought.samples_end)
+        return self.thought.thought_length > 0 and (some or self.thought.samples_end or self.thought.reach > 1)
 
 
 class SamplingParams(NamedTuple):
@@ -86,14 +89,17 @@ class State(NamedTuple):
       cache: keys and values of all tokens but the newest.
       token, position: [B] int32, the newest token and its position in the text; left: [B] int32, how many tokens may
         still be generated, 0 = the text has ended.
-      thought: None unless the policy chooses.
+      unread: [B, N - 1] int32, the tokens of the prompt after the newest token, then `NONE`; None for a reach N of 1.
+      thought: None unless sequences advance independently; older: None for a reach of 1.
     """
 
     cache: KeyValues
     token: jax.Array
     position: jax.Array
     left: jax.Array
+    unread: jax.Array | None = None
     thought: OpenThought | None = None
+    older: OlderThoughts | None = None
 
 
 class DecodeOutput(NamedTuple):
@@ -102,7 +108,7 @@ class DecodeOutput(NamedTuple):
     Attributes:
       tokens: [N, B] int32; -1 = none: the text has ended, or other sequences have more tokens in this call.
       thoughts: [N, B, T] int32, the thought before each token, -1 where the policy made none, `ENDED` after its end;
-        weight: [N, B] float32, its mixing weight, 0 where there is none.
+        weight: [N, B] float32, its mixing weight, 0 where there is none; with a reach above 1, of all its thoughts.
     """
 
     tokens: jax.Array
@@ -110,15 +116,20 @@ class DecodeOutput(NamedTuple):
     weight: jax.Array
 
 
-def open_thought(a: Architecture, batch: int, plan: DecodeConfig, place: jax.sharding.Sharding) -> OpenThought:
-    """Returns the state of B sequences before the first token."""
-    length, dtype = plan.thought.thought_length, plan.thought.dtype
-    return OpenThought(
+def with_thoughts(state: State, a: Architecture, plan: DecodeConfig, place: jax.sharding.Sharding) -> State:
+    """Returns the state before the first token with the thoughts that a plan needs, all empty."""
+    if not plan.chooses:
+        return state
+    batch, length, dtype = state.token.size, plan.thought.thought_length, plan.thought.dtype
+    thought = OpenThought(
         jnp.zeros(batch, jnp.int32, device=place),
         empty_chains(a, batch, 1, 1, length + 3, dtype, place),
         jnp.zeros((batch, a.hidden_size), dtype, device=place),
         jnp.zeros((batch, length), jnp.int32, device=place),
     )
+    if plan.thought.reach == 1:
+        return state._replace(thought=thought)
+    return state._replace(thought=thought, older=no_older_thoughts(a, batch, plan.thought, place))
 
 
 def at(values: jax.Array, index: jax.Array) -> jax.Array:

@@ -12,8 +12,9 @@ import numpy as np
 
 from quietstar_jax.architecture import Architecture
 from quietstar_jax.inference.decode import generate_tokens, read_prompt
-from quietstar_jax.inference.decode_state import DecodeConfig, DecodeOutput, SamplingParams, State, open_thought
+from quietstar_jax.inference.decode_state import DecodeConfig, DecodeOutput, SamplingParams, State, with_thoughts
 from quietstar_jax.inference.kv_cache import empty_cache
+from quietstar_jax.inference.older_thoughts import NONE
 from quietstar_jax.inference.sampling import Sampling
 from quietstar_jax.models.decoder import STACKED, KeyValues, separate_layers
 from quietstar_jax.models.parameters import GraphDef, merge
@@ -85,7 +86,8 @@ class Engine:
           alive: [batch_size] bool, which the caller may change: a row set to False gets no more tokens.
           cache_length: from `cache_length()`, for the longest of the requests.
         """
-        yield from self.decode(self.start(requests, cache_length), self.knobs(requests, sampling), plan, alive)
+        state = self.start(requests, cache_length, plan.thought.reach)
+        yield from self.decode(state, self.knobs(requests, sampling), plan, alive)
 
     def decode(
         self, state: State, knobs: SamplingParams, plan: DecodeConfig, alive: np.ndarray
@@ -102,26 +104,30 @@ class Engine:
                 yield tokens
             pending = emitted
 
-    def start(self, requests: Sequence[Request], cache_length: int) -> State:
-        """Reads all prompts except their last tokens into a cache; returns the state."""
-        longest = max(len(request.tokens) for request in requests)
-        chunks = -(-(longest - 1) // PROMPT_CHUNK)
+    def start(self, requests: Sequence[Request], cache_length: int, reach: int = 1) -> State:
+        """Reads all prompts except their last tokens into a cache; returns the state.
+
+        With a reach of N above 1, the last N tokens are not read: thoughts between them serve the tokens after them.
+        """
+        newest = [max(0, len(request.tokens) - reach) for request in requests]
+        chunks = -(-max(newest) // PROMPT_CHUNK)
         prompts = np.zeros((self.batch_size, chunks * PROMPT_CHUNK), np.int32)
-        for row, request in enumerate(requests):
-            prompts[row, : len(request.tokens) - 1] = request.tokens[:-1]
+        unread = np.full((self.batch_size, reach - 1), NONE, np.int32)
+        for row, (request, at) in enumerate(zip(requests, newest, strict=True)):
+            prompts[row, :at] = request.tokens[:at]
+            unread[row, : len(request.tokens) - 1 - at] = request.tokens[at + 1 :]
         cache = empty_cache(self._architecture, self.batch_size, cache_length, self._dtype, self._place)
         for start in range(0, chunks * PROMPT_CHUNK, PROMPT_CHUNK):
             cache = self._read(self.params, cache, prompts[:, start : start + PROMPT_CHUNK], np.int32(start))
-        token = self._rows([request.tokens[-1] for request in requests], np.int32)
-        position = self._rows([len(request.tokens) - 1 for request in requests], np.int32)
+        token = self._rows([request.tokens[at] for request, at in zip(requests, newest, strict=True)], np.int32)
+        position = self._rows(newest, np.int32)
         left = self._rows([request.limit for request in requests], np.int32)
-        return State(cache, *jax.device_put((token, position, left), self._place))
+        token, position, left, unread = jax.device_put((token, position, left, unread), self._place)
+        return State(cache, token, position, left, unread if reach > 1 else None)
 
     def with_thought(self, state: State, plan: DecodeConfig) -> State:
         """Returns the state that the compiled function of a plan accepts, from the one that `start` returns."""
-        if not plan.chooses:
-            return state
-        return state._replace(thought=open_thought(self._architecture, self.batch_size, plan, self._place))
+        return with_thoughts(state, self._architecture, plan, self._place)
 
     def knobs(self, requests: Sequence[Request], sampling: Sampling) -> SamplingParams:
         """Returns the sampling parameters of a call, with the keys of the requests."""

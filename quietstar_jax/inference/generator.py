@@ -63,7 +63,7 @@ class Generator:
         self, prompts: Sequence[Prompt], *, max_tokens: int = 128, thoughts: bool | None = None,
         thought_length: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
         thought_temperature: float = 0.0, seed: int | Sequence[int] = 0, stop: Sequence[str] = (),
-        think: str | None = None,
+        think: str | None = None, reach: int | None = None,
     ) -> list[Generation]:  # fmt: skip
         """Generates text for each prompt.
 
@@ -77,14 +77,17 @@ class Generator:
           seed: of sampling, one for all prompts or one for each. Repetitions of a prompt get different draws.
           stop: strings that end a text where they appear.
           think: policy that chooses the tokens that get a thought, see `methods/thinking.py`; None = that of the model.
+          reach: for how many next tokens a thought is used, see `thoughts/reach.py`; above 1 only with the mixing
+            `probabilities`; None = that of the model. The last N tokens of the prompt get thoughts too.
 
         Raises:
           UserError: a prompt is empty, too long or has unknown tokens, a setting is impossible, or thoughts are
             requested from a model that cannot think.
         """
         job = self.job(
-            TOKENS_PER_CALL, max_tokens, thoughts, thought_length, temperature, top_p, thought_temperature, stop, think
-        )
+            TOKENS_PER_CALL, max_tokens, thoughts, thought_length, temperature, top_p, thought_temperature, stop, think,
+            reach,
+        )  # fmt: skip
         requests = self.requests(prompts, job, seed)
         results: list[Generation] = []
         for first in range(0, len(requests), self.batch_size):
@@ -95,9 +98,12 @@ class Generator:
         self, prompt: Prompt, *, max_tokens: int = 128, thoughts: bool | None = None,
         thought_length: int | None = None, temperature: float = 0.0, top_p: float = 1.0,
         thought_temperature: float = 0.0, seed: int = 0, stop: Sequence[str] = (), think: str | None = None,
+        reach: int | None = None,
     ) -> Iterator[Token]:  # fmt: skip
         """Iterates over the tokens of one text as they are generated; arguments and errors as in `generate`."""
-        job = self.job(1, max_tokens, thoughts, thought_length, temperature, top_p, thought_temperature, stop, think)
+        job = self.job(
+            1, max_tokens, thoughts, thought_length, temperature, top_p, thought_temperature, stop, think, reach
+        )
         batch = self.run(self.requests([prompt], job, seed), job)
         return (token for _, token in batch)
 
@@ -182,6 +188,7 @@ class Generator:
     def job(
         self, tokens_per_call: int, max_tokens: int, thoughts: bool | None, thought_length: int | None,
         temperature: float, top_p: float, thought_temperature: float, stop: Sequence[str], think: str | None = None,
+        reach: int | None = None,
     ) -> GenerationConfig:  # fmt: skip
         """Checks the settings of a call, see `generate`, and returns them."""
         if max_tokens < 1:
@@ -197,7 +204,7 @@ class Generator:
         policy = self.model.check_policy(choose_policy(thoughts, think, self.model.think))
         sampling = Sampling(temperature, top_p, thought_temperature, policy)
         return GenerationConfig(
-            self._plan(sampling, thought_length, tokens_per_call), sampling, max_tokens, tuple(stop)
+            self._plan(sampling, thought_length, reach, tokens_per_call), sampling, max_tokens, tuple(stop)
         )
 
     def run(self, requests: Sequence[Request], job: GenerationConfig) -> Batch:
@@ -205,10 +212,14 @@ class Generator:
         needed = max(request.length for request in requests) if self.max_length is None else self.max_length
         return Batch(self._engine, self.model.tokenizer, requests, job, self._engine.cache_length(needed))
 
-    def _plan(self, sampling: Sampling, thought_length: int | None, tokens_per_call: int) -> DecodeConfig:
+    def _plan(
+        self, sampling: Sampling, thought_length: int | None, reach: int | None, tokens_per_call: int
+    ) -> DecodeConfig:
         model, thinks = self.model, sampling.think != NEVER
         length = (thought_length or model.thought_length or 1) if thinks else 0  # 1: rejected, the model cannot think
-        settings = model.settings(length)
+        if reach not in (None, 1) and not thinks:
+            raise ConfigError(f"reach is {reach}, but there are no thoughts. Set `thoughts` to on, or omit `reach`.")
+        settings = model.settings(length, reach=(model.reach if reach is None else reach) if thinks else 1)
         if length and model.thought.control != "none":
             raise ConfigError(
                 f"{model.path} was trained with the control {model.thought.control!r} instead of thoughts, so it has "

@@ -23,7 +23,7 @@ from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.hf.canonical import EMBEDDING, LM_HEAD
 from quietstar_jax.hf.config_json import architecture_from_hf
 from quietstar_jax.hf.files import CheckpointFiles, open_checkpoint
-from quietstar_jax.hf.generation import stops_and_suppressed, thinking
+from quietstar_jax.hf.generation import stops_and_suppressed, thinking, thinking_reach
 from quietstar_jax.hf.load import Info, load_parameters
 from quietstar_jax.hf.names import decoder_entries, quietstar_entries
 from quietstar_jax.io import is_url, place
@@ -61,6 +61,7 @@ class LoadedModel:
       prefix_attention: as in `ModelConfig`.
       think: the policy of thinking that its generation_config.json recommends, see `methods/thinking.py`; `never` if
         the model cannot think.
+      reach: for how many tokens it recommends to use a thought in generation, see `thoughts/reach.py`.
     """
 
     params: dict[str, jax.Array]
@@ -80,6 +81,7 @@ class LoadedModel:
     commit: str
     prefix_attention: PrefixAttention = "auto"
     think: str = "always"
+    reach: int = 1
 
     @property
     def forbidden_ids(self) -> tuple[int, ...]:
@@ -118,7 +120,7 @@ class LoadedModel:
         Args:
           thought_length: T; None = as trained, 0 = no thoughts.
           tokens_ahead: K; raised to `reach` if it is smaller.
-          reach: for how many next tokens a thought is used in scoring, see `thoughts.reach`.
+          reach: for how many next tokens a thought is used, see `thoughts.reach`.
 
         Raises:
           CheckpointError: thoughts are requested from a model that cannot think.
@@ -230,6 +232,7 @@ def _of_run(path: str, run: RunCheckpoint, dtype: ComputeDtype, layout: Layout |
         step=run.step,
         commit=run.model_commit,
         think=thinking(run.generation, run.workdir) if thinking_phases else "never",
+        reach=thinking_reach(run.generation, run.workdir) if run.config.thought.mixing in REACHING else 1,
     )
 
 
@@ -282,6 +285,7 @@ def _of_files(
         step=None,
         commit=files.commit,
         think=thinking(files.generation, files.folder) if thinks else "never",
+        reach=thinking_reach(files.generation, files.folder) if thinks else 1,
     )
 
 

@@ -15,7 +15,7 @@ from quietstar_jax.architecture import Architecture
 from quietstar_jax.checkpoint.train_state import TrainState
 from quietstar_jax.config import Config
 from quietstar_jax.errors import ConfigError
-from quietstar_jax.inference.decode_state import DecodeConfig, SamplingParams, State, open_thought
+from quietstar_jax.inference.decode_state import DecodeConfig, SamplingParams, State, with_thoughts
 from quietstar_jax.inference.engine import Engine
 from quietstar_jax.inference.kv_cache import empty_cache
 from quietstar_jax.parallel.mesh import check_batches, check_kernels, make_mesh
@@ -78,21 +78,21 @@ def generate_program(config: Config, target: Target, phase_name: str = "") -> Pr
             rows, scalar = jnp.zeros(batch, jnp.int32), jnp.float32(0)
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             cache = empty_cache(architecture, batch, length, settings.dtype, here)
-            thought = open_thought(architecture, batch, plan, here) if plan.chooses else None
+            unread = jnp.zeros((batch, settings.reach - 1), jnp.int32) if settings.reach > 1 else None
             keys = jax.random.wrap_key_data(jnp.zeros((batch, 2), jnp.uint32), impl="threefry2x32")
             return (
-                State(cache, rows, rows, rows, thought),
+                with_thoughts(State(cache, rows, rows, rows, unread), architecture, plan, here),
                 rows > 0,
                 SamplingParams(scalar, scalar, scalar, keys, jnp.zeros(0)),
             )
 
         state, alive, knobs = jax.tree.map(lambda x: _abstract(x, everywhere), jax.eval_shape(inputs))
         lowered = engine.step(plan).lower(params, state, alive, knobs)
-    tokens = 1 + (settings.thought_length + 1 if settings.thought_length else 0)
-    passes = settings.thought_length + (3 if plan.chooses else 1)  # at most
+    tokens = settings.reach + (settings.thought_length + 1 if settings.thought_length else 0)
+    passes = settings.thought_length + (3 if plan.chooses else 1) + settings.reach - 1  # at most
     state_bytes = {"cache": bytes_per_device(state.cache)}
     if state.thought is not None:
-        state_bytes["thoughts"] = bytes_per_device(state.thought)
+        state_bytes["thoughts"] = bytes_per_device((state.thought, state.older))
     head = 2.0 * architecture.hidden_size * architecture.vocab_size
     gathered = sum(math.prod(x.shape) for x in params.values()) * settings.dtype.itemsize
     return Program(
@@ -103,7 +103,7 @@ def generate_program(config: Config, target: Target, phase_name: str = "") -> Pr
         flops=batch
         * (
             tokens * decoder_flops(architecture, length / 2, config.model.adapters)
-            + (settings.thought_length + 1) * head
+            + (settings.thought_length + settings.reach) * head
         ),
         recomputed=0.0,
         tokens=batch,

@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from quietstar_jax.errors import CheckpointError, ConfigError, DataError
 from quietstar_jax.evals.harness import QuietStarLM
 from quietstar_jax.evals.harness_arguments import read_arguments
-from quietstar_jax.evals.tails import Continuation
+from quietstar_jax.evals.tails import Continuation, ContinuationScorer
 from tests.evals.models import GEMMA3, write_plain, write_run
 from tests.material import material
 
@@ -142,6 +142,25 @@ def test_policies_of_thinking(folder):
             few, few_scores = answers(contexts[:2], think=think, thought_length=2)
             assert few == texts[:2]
             np.testing.assert_allclose([one[0] for one in few_scores], [one[0] for one in scores[:2]], atol=1e-4)
+
+
+def test_a_thought_for_several_tokens(folder, tmp_path):
+    write_run(tmp_path / "run", folder / "plain", mixing="probabilities")
+    requests = [Instance("loglikelihood", {}, ("four five", " is near"), 0)]
+    texts = [Instance("generate_until", {}, ("four five", {"until": ["\n"], "max_gen_toks": 6}), 0)]
+    found = {}
+    for reach in (1, 3):
+        model = QuietStarLM(str(tmp_path / "run"), thought_length=2, batch_size=2, reach=reach)
+        tokens = model.tok_encode("four five is near")
+        scorer = ContinuationScorer(model.model, model.model.settings(2, reach=reach), 2)
+        (score,) = scorer([Continuation(tokens, len(model.tok_encode(" is near")))])
+        ((log_prob, _),) = model.loglikelihood(requests)
+        assert log_prob == pytest.approx(-score.talk.nll.sum(), abs=1e-4)
+        alone = model._generator.generate(["four five"], max_tokens=6, thought_length=2, reach=reach, stop=["\n"])
+        assert model.generate_until(texts) == [alone[0].text]
+        assert model.get_model_info()["reach"] == reach
+        found[reach] = log_prob
+    assert abs(found[1] - found[3]) > 1e-3
 
 
 def test_refusals(folder):

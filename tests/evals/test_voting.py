@@ -1,5 +1,6 @@
 """Chains of thought: what is asked, what is counted, and that a killed run goes on where it stopped."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -87,12 +88,13 @@ def test_both_modes_and_what_is_on_record(tmp_path):
     path = tmp_path / "records.jsonl"
     generator = Scripted({"a": [" 18"] * 3, "b": [" 4"] * 3})
     modes = ("without_thoughts", "with_thoughts")
-    found = measured(generator, asked, path, modes)
+    found = measured(generator, asked, path, modes, sampling=dataclasses.replace(SAMPLING, reach=3))
     assert found["comparison"]["accuracy"] == {
         "difference": 0.0, "interval": interval_of_difference(0, 0, 2), "p_value": 1.0, "test": "McNemar, exact",
     }  # fmt: skip
     assert [settings["thoughts"] for _, settings in generator.calls] == [False, False, True, True]
     assert [settings["think"] for _, settings in generator.calls] == [None, None, "always", "always"]
+    assert [settings["reach"] for _, settings in generator.calls] == [None, None, 3, 3]
     assert "thinking_rate" not in found["with_thoughts"]
     again = Scripted({})
     assert measured(again, asked, path, modes) == found
