@@ -67,7 +67,7 @@ class Model(Generator):
 
     def think(
         self, text: Prompt, positions: Sequence[int] | None = None, *, samples: int = 0,
-        thought_length: int | None = None, tokens_ahead: int | None = None, reach: int = 1, seed: int = 0,
+        thought_length: int | None = None, tokens_ahead: int | None = None, reach: int | None = None, seed: int = 0,
     ) -> list[Thoughts]:  # fmt: skip
         """Thinks inside a text, and scores the thoughts on the tokens that follow.
 
@@ -79,14 +79,17 @@ class Model(Generator):
             None = all but the last.
           samples: number of random thoughts at each position, after the greedy one.
           thought_length, tokens_ahead: T and K; None = as trained.
-          reach: number of tokens after a thought for which it is used; above 1 only with the mixing `probabilities`.
+          reach: number of tokens after a thought for which it is used; above 1 only with the mixing `probabilities`;
+            None = that of the model.
           seed: of the random thoughts.
 
         Raises:
           UserError: the model cannot think, the text is too long, or there is no such position.
         """
         model, ids = self.model, self.encode(text)
-        settings = model.settings(thought_length, tokens_ahead or model.tokens_ahead, reach)
+        settings = model.settings(
+            thought_length, tokens_ahead or model.tokens_ahead, model.reach if reach is None else reach
+        )  # fmt: skip
         if not settings.thought_length:
             raise DataError(f"{model.path} has no thoughts of its own. Give a run or an export trained with thoughts.")
         longest = longest_window(model, settings, len(ids))

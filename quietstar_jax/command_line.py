@@ -252,8 +252,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--reach": dict(
         type=integer_from(1),
         metavar="N",
-        default=1,
-        help="tokens after a thought for which it is used; above 1 with mixing probabilities (default: %(default)s)",
+        default=0,
+        help="tokens for which a thought is used, above 1 with mixing probabilities (default: the model's)",
     ),
     "--max-tokens": dict(type=integer_from(1), metavar="N", help="most tokens to generate (default: %(default)s)"),
     "--max-length": dict(

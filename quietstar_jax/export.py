@@ -43,10 +43,7 @@ def make_parser() -> CommandParser:
         help="quietstar (with thoughts), base (the decoder alone), or adapter (for peft, if adapters were trained)",
     )  # fmt: skip
     add_flags(parser, "--think", default="")
-    add_flags(
-        parser, "--reach", default=0,
-        help="tokens for which its model uses a thought by default; above 1 with mixing probabilities",
-    )  # fmt: skip
+    add_flags(parser, "--reach")
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="size of one file of weights (default: %(default)s)"
     )

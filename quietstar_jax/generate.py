@@ -49,7 +49,8 @@ def main(arguments: list[str]) -> None:
         job = generator.job(
             1 if args.prompt else TOKENS_PER_CALL, args.max_tokens, THOUGHTS[args.thoughts], args.thought_length,
             args.temperature, args.top_p, args.thought_temperature,
-            [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in args.stop], args.think, args.reach,
+            [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in args.stop], args.think,
+            args.reach or None,
         )  # fmt: skip
         if args.data is None:
             _to_terminal(generator, prompts_of(args), job, args.seed, args.show_thoughts)
@@ -88,11 +89,7 @@ def make_parser() -> CommandParser:
         action="store_true",
         help="print or write the thought before each token, with its mixing weight",
     )
-    add_flags(parser, "--thought-length")
-    add_flags(
-        parser, "--reach", default=None,
-        help="tokens after a thought for which it is used; above 1 with mixing probabilities (default: as the model says)",
-    )  # fmt: skip
+    add_flags(parser, "--thought-length", "--reach")
     add_flags(parser, "--max-tokens", default=128)
     add_flags(parser, "--max-length")
     add_flags(parser, "--temperature", default=0.0)

@@ -56,7 +56,8 @@ class QuietStarLM(TemplateLM):
         self.policy = thinking_policy(given.thoughts, given.think, self.model)
         self.thinks = self.policy != NEVER
         self.thought_length = (given.thought_length or self.model.thought_length) if self.thinks else 0
-        settings = self.model.settings(self.thought_length, reach=given.reach)
+        self.reach = (given.reach or self.model.reach) if self.thinks else 1
+        settings = self.model.settings(self.thought_length, reach=self.reach)
         self._scorer = ContinuationScorer(
             self.model, settings, given.batch_size, think=self.policy, seed=given.seed
         )  # fmt: skip
@@ -97,7 +98,7 @@ class QuietStarLM(TemplateLM):
             "thoughts": self.thinks,
             "think": str(self.policy),
             "evaluated_thought_length": self.thought_length,
-            "reach": self._given.reach,
+            "reach": self.reach,
         }
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -249,7 +250,7 @@ class QuietStarLM(TemplateLM):
             max_tokens=max_tokens,
             think=str(self.policy),
             thought_length=self.thought_length or None,
-            reach=self._given.reach if self.thinks else None,
+            reach=self.reach,
             temperature=float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0,
             top_p=float(given.get("top_p") or 1.0),
             seed=[self._given.seed + number for number in numbers],

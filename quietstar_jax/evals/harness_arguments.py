@@ -41,7 +41,7 @@ class Arguments:
       checkpoint, step, revision, dtype: see `load_model`; `auto` is float32.
       thoughts: `on`, `off`, or `auto` (on where the model can think); think: at which positions, see
         `methods/thinking.py`, None = as the model says; thought_length: T, None = as trained; reach: for how many
-        tokens a thought is used.
+        tokens a thought is used, None = as the model says.
       batch_size: texts per batch, over all local devices; `auto` means 16, or max_batch_size if that is less.
       max_length: tokens of a text without its last; None = the model's maximum.
       max_gen_toks: tokens to generate where a task sets no number.
@@ -57,7 +57,7 @@ class Arguments:
     thoughts: str = "auto"
     think: str | None = None
     thought_length: int | None = None
-    reach: int = 1
+    reach: int | None = None
     step: int | None = None
     revision: str = ""
     dtype: ComputeDtype = "float32"

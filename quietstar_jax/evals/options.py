@@ -49,7 +49,7 @@ class Options:
     perturb: str = ""
     control: str = ""
     exclude: str = ""
-    reach: int = 1
+    reach: int = 0  # tokens for which a thought is used; 0 = as the model says
     think_front: bool = False
     samples: int = 0
     temperature: float = 0.7
@@ -66,8 +66,9 @@ class Options:
         if self.thoughts not in MODES:
             raise ConfigError(f"thoughts is {self.thoughts!r}; it must be one of {', '.join(MODES)}.")
         policy = policy_of(self.thoughts, self.think)
-        positive = ("batch_size", "max_tokens", "reach")
-        for name in (*positive, "samples", "thought_length", "limit", "max_length", "seed", "window", "context", "top"):
+        positive = ("batch_size", "max_tokens")
+        from_zero = "reach", "samples", "thought_length", "limit", "max_length", "seed", "window", "context", "top"
+        for name in (*positive, *from_zero):
             if getattr(self, name) < (name in positive):
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be {int(name in positive)} or more.")
         if not is_temperature(self.temperature):

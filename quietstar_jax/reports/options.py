@@ -23,7 +23,7 @@ class TextOptions:
     think: str | None = None  # policy of thinking; None = that of the model
     thought_length: int | None = None  # None = as trained
     tokens_ahead: int | None = None
-    reach: int = 1
+    reach: int = 0  # 0 = as the first model says
     samples: int = 3
     seed: int = 0
     text_key: str = "text"
@@ -39,7 +39,7 @@ class TextOptions:
         if self.think is not None and parse_policy(self.think) == NEVER:
             raise ConfigError("think is 'never', so there is nothing to show. Give another policy.")
         at_least = dict(
-            limit=0, page_tokens=2, sequence_length=3, thought_length=1, tokens_ahead=1, reach=1, samples=0, seed=0
+            limit=0, page_tokens=2, sequence_length=3, thought_length=1, tokens_ahead=1, reach=0, samples=0, seed=0
         )  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)

@@ -153,7 +153,7 @@ def test_a_thought_for_several_tokens(folder, tmp_path):
         model = QuietStarLM(str(tmp_path / "run"), thought_length=2, batch_size=2, reach=reach)
         tokens = model.tok_encode("four five is near")
         scorer = ContinuationScorer(model.model, model.model.settings(2, reach=reach), 2)
-        (score,) = scorer([Continuation(tokens, len(model.tok_encode(" is near")))])
+        (score,) = scorer([Continuation(tokens, len(" is near"))])
         ((log_prob, _),) = model.loglikelihood(requests)
         assert log_prob == pytest.approx(-score.talk.nll.sum(), abs=1e-4)
         alone = model._generator.generate(["four five"], max_tokens=6, thought_length=2, reach=reach, stop=["\n"])
