@@ -192,7 +192,7 @@ class Thinking:
             _policy(think)
             kwargs["think"] = think
         own = any(kwargs.get(key) is not None for key in ("past_key_values", "cache_implementation"))
-        if kwargs.get("use_cache") is not False and not own:
+        if kwargs.get("use_cache", generation.use_cache) is not False and not own:
             kwargs["past_key_values"] = DynamicCache()
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
