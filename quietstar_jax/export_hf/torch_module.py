@@ -4,6 +4,7 @@
     model.generate(**tokenizer("2 + 2 =", return_tensors="pt"))                     # thinks
     model.generate(**tokenizer("2 + 2 =", return_tensors="pt"), thought_length=0)   # does not
     model.generate(**tokenizer("2 + 2 =", return_tensors="pt"), think="entropy:1.5")  # thinks where it is uncertain
+    model.generate(**tokenizer("2 + 2 =", return_tensors="pt"), reach=3)            # a thought serves three tokens
 
 This file depends only on torch and transformers, and is shipped with every exported checkpoint. Thoughts are greedy.
 After position j, the chain `start, t_1 .. t_T, end` runs at rotary positions j+1, j+2, ...; its tokens attend to the
@@ -11,8 +12,13 @@ text up to j and to their own chain. The hidden states h[j] of the text and h' a
 scores of the next token, by default logits(h) + w * logits(h' - h); see `MIXINGS`. The start and end tokens are never
 predicted, neither in thoughts nor in text.
 
+With a reach of N, a thought serves the N tokens after it: its chain continues after `end` with the tokens of the text.
+The prediction of x_{j+1} begins as p, that without thoughts, and then, for k = N-1 .. 0, becomes (1 - w_k) p + w_k p'_k
+if position j-k made a thought. p'_k and w_k are the prediction and the mixing weight of that chain at the token x_j, at
+`end` for k = 0. Only the mixing `probabilities` can do this.
+
 Letters: B sequences, Q tokens in this call, L tokens of text so far, P positions that think, T thought tokens,
-D hidden size, V vocabulary size with start and end.
+N reach, D hidden size, V vocabulary size with start and end.
 """
 
 from __future__ import annotations
@@ -37,19 +43,55 @@ except ImportError:  # before 4.53
     masking_utils = None  # type: ignore[assignment]
 
 POSITIONS_AT_ONCE = 64  # chains in memory at the same time
-ENDED = -2
+NONE, ENDED = -1, -2
+MOST_REACH = 16
 
 
 @dataclass
 class QuietStarOutput(CausalLMOutputWithPast):
     """The output of `forward`, with thoughts [B, P, T] and mixing weights [B, P]; both are None without thoughts.
 
-    Where a policy of thinking makes no thought, the thought is -1 and the weight is 0. After the end of a thought of
-    fewer than T tokens, it is `ENDED`.
+    Where a policy of thinking makes no thought, the thought is `NONE` and the weight is 0. After the end of a thought
+    of fewer than T tokens, it is `ENDED`. With a reach above 1, there is no thought after padding, the logits are
+    log-probabilities, and the weight is the share of the predictions after thoughts, 1 - (1 - w_0) .. (1 - w_{N-1}).
     """
 
     thoughts: torch.Tensor | None = None
     mixing_weight: torch.Tensor | None = None
+
+
+class ThoughtCache(DynamicCache):
+    """A cache that also keeps the thoughts of its tokens, so that calls with a reach above 1 use those of earlier ones.
+
+    A call without thoughts or with a reach of 1 adds nothing to them, and the next call forgets all before it.
+    """
+
+    kept: tuple[torch.Tensor, ...] = ()  # thoughts [B, L, T], rotary positions [B, L], input embeddings [B, L, D]
+
+    def add(self, past: int, *new: torch.Tensor) -> None:
+        """Adds what is kept, of Q tokens that follow `past` tokens."""
+        old = self.kept
+        if not old or old[1].shape[1] != past:
+            old = tuple(x.new_full((len(x), past, *x.shape[2:]), NONE) for x in new)
+        most = max(old[0].shape[-1], new[0].shape[-1])
+        both = [nn.functional.pad(x, (0, most - x.shape[-1]), value=ENDED) for x in (old[0], new[0])]
+        self.kept = (torch.cat(both, 1), *(torch.cat(pair, 1) for pair in zip(old[1:], new[1:], strict=True)))
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        self.kept = tuple(x[:, : self.get_seq_length()] for x in self.kept)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.kept = tuple(x[beam_idx.to(x.device)] for x in self.kept)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.kept = tuple(x.repeat_interleave(repeats, 0) for x in self.kept)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.kept = tuple(x[indices] for x in self.kept)
 
 
 class Thinking:
@@ -65,6 +107,11 @@ class Thinking:
     thought_end: whether a head decides before each token of a thought whether it ends; T is then the most; optional.
     thought_start_token: id of the token that starts thoughts where a text has them, for the policy `start`; optional.
     thought_end_token: id of the token that ends a thought instead, which no thought contains; T is the most; optional.
+
+    Fields of the generation configuration, the defaults of `generate`:
+
+    thinking: policy that chooses the positions that think, see `THINKING`; optional.
+    thinking_reach: N, for how many tokens a thought is used, 1 .. `MOST_REACH`; optional.
     """
 
     _supports_flash_attn = _supports_flash_attn_2 = False  # chains need custom masks
@@ -115,6 +162,7 @@ class Thinking:
         num_logits_to_keep: int = 0,  # name of logits_to_keep in transformers before 4.49
         thought_length: int | None = None,
         think: str | None = None,
+        reach: int | None = None,
         **kwargs: Any,
     ) -> QuietStarOutput:
         """Thinks after each position whose logits are kept (by default, all positions).
@@ -125,6 +173,8 @@ class Thinking:
           past_key_values: cache of the tokens before these Q; it must keep all of them (`DynamicCache()`).
           thought_length: T; None = the value in the configuration, 0 = no thoughts.
           think: policy that chooses the positions that think, see `THINKING`; None = all.
+          reach: N, for how many tokens a thought is used; None = 1. Above 1, `past_key_values` is a `ThoughtCache`, and
+            thoughts of earlier calls with it are used too. Positions whose logits are not kept have no thought.
 
         Returns:
           A `QuietStarOutput` with float32 logits [B, P, V]; those of start and end are the lowest float32 number.
@@ -133,11 +183,13 @@ class Thinking:
         chooses = _policy(think)
         if chooses is think_never:
             length = 0
-        cache = past_key_values
+        reach = _reach(reach)
+        cache: Any = past_key_values
         if cache is None and (length or use_cache):
-            cache = DynamicCache()  # not DynamicCache(config): sliding layers would drop keys that thoughts attend to
+            # Without a configuration: sliding layers would drop keys that thoughts attend to.
+            cache = ThoughtCache() if reach > 1 else DynamicCache()
         if length:
-            self._check_cache(cache)
+            self._check_cache(cache, reach)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise ValueError("Give input_ids or inputs_embeds.")
@@ -161,12 +213,18 @@ class Thinking:
         text = hidden.last_hidden_state[:, kept]
         thoughts = weight = None
         if length and real is not None and position_ids is not None:
-            at, positions = past + kept, position_ids[:, kept].expand(len(text), -1)
-            if chooses is think_always:
-                thoughts, after = self._think(at, positions, real, cache, length)
-                logits, weight = self._mix(text, after)
+            position_ids = position_ids.expand(len(text), -1)
+            at, positions = past + kept, position_ids[:, kept]
+            none = positions.new_full((*position_ids.shape, length), NONE)
+            if reach > 1:
+                embeddings = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+                cache.add(past, none, position_ids, embeddings)
+            none = none[:, kept]
+            if reach == 1 and chooses is think_always:
+                thoughts, after = self._think(at, positions, real, cache, none)
+                logits, weight = self._mix(text, after[:, :, 0])
             else:
-                logits, thoughts, weight = self._think_where(chooses, text, at, positions, real, cache, length)
+                logits, thoughts, weight = self._think_where(chooses, text, at, positions, real, cache, none, reach)
         else:
             logits = self._text_logits(text)
         logits = self._with_thought_tokens(logits)
@@ -183,41 +241,59 @@ class Thinking:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates as in transformers, with thoughts of `thought_length` tokens before tokens that `think` chooses.
 
-        The defaults are `thought_length` of the configuration, 0 = no thoughts, and `thinking` of the generation
-        configuration, a policy of `THINKING`; without it, a thought precedes every token.
+        The defaults are `thought_length` of the configuration, 0 = no thoughts, and `thinking` and `thinking_reach` of
+        the generation configuration; without them, a thought precedes every token and is used for it alone. With a
+        `reach` above 1, the last token of the prompt is the first that can have a thought.
         """
         generation = kwargs.get("generation_config") or self.generation_config
         think = kwargs.pop("think", None) or getattr(generation, "thinking", None)
         if think is not None:
             _policy(think)
             kwargs["think"] = think
+        reach = kwargs.pop("reach", None)
+        reach = _reach(getattr(generation, "thinking_reach", None) if reach is None else reach)
+        if reach > 1:
+            kwargs["reach"] = reach
         own = any(kwargs.get(key) is not None for key in ("past_key_values", "cache_implementation"))
-        if kwargs.get("use_cache") is not False and not own:
-            kwargs["past_key_values"] = DynamicCache()
+        if kwargs.get("use_cache", generation.use_cache) is False:
+            if reach > 1 and kwargs.get("thought_length") != 0:
+                raise ValueError(f"With a reach of {reach}, use_cache must not be False: the cache keeps thoughts.")
+        elif not own:
+            kwargs["past_key_values"] = ThoughtCache() if reach > 1 else DynamicCache()
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """Adds `thought_length` and `think` to the inputs: transformers before 4.49 drops arguments it does not know.
+        """Adds arguments of thinking to the inputs: transformers before 4.49 drops arguments it does not know.
 
         `inputs_embeds` is named because transformers looks for it in this signature.
         """
         inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
-        return {"thought_length": kwargs.get("thought_length"), "think": kwargs.get("think"), **inputs}
+        return {**{name: kwargs.get(name) for name in ("thought_length", "think", "reach")}, **inputs}
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if hasattr(self, "loss_function"):
             return self.loss_function(logits, labels, self.config.vocab_size)
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # before 4.46
 
-    def _check_cache(self, cache: Any) -> None:
+    def _check_cache(self, cache: Any, reach: int) -> None:
         if self.training and self.model.gradient_checkpointing:
             raise ValueError("Gradient checkpointing drops the cache that thoughts need: pass thought_length=0.")
         if not isinstance(cache, DynamicCache) or any(getattr(cache, "is_sliding", ())):
             raise ValueError(
                 "To think, past_key_values must keep every token: pass DynamicCache() without a configuration, or "
                 "nothing; leave cache_implementation unset. Pass thought_length=0 for a model that does not think."
+            )
+        if reach > 1 and self.config.thought_mixing != "probabilities":
+            raise ValueError(
+                f"reach is {reach}, but the mixing of this model is {self.config.thought_mixing!r}; only the mixing "
+                "'probabilities' can use a thought for several tokens. Leave reach at 1."
+            )
+        if reach > 1 and not isinstance(cache, ThoughtCache):
+            raise ValueError(
+                f"With a reach of {reach}, past_key_values must keep thoughts: pass nothing, or a ThoughtCache of this "
+                "module, such as the one that a call with a reach above 1 returns."
             )
 
     def _real(self, mask: Any, batch: int, total: int, device: torch.device, length: int) -> torch.Tensor | None:
@@ -236,26 +312,60 @@ class Thinking:
 
     def _think_where(
         self, chooses: Callable[..., torch.Tensor], text: torch.Tensor, at: torch.Tensor, positions: torch.Tensor,
-        real: torch.Tensor, cache: Any, length: int,
+        real: torch.Tensor, cache: Any, thoughts: torch.Tensor, reach: int,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         """Thinks where a policy chooses to, after hidden states `text` [B, P, D]; see `_think`.
+
+        Args:
+          thoughts: [B, P, T], all `NONE`.
 
         Returns:
           (logits [B, P, V], thoughts [B, P, T], mixing weights [B, P]); no chain runs where no sequence thinks.
         """
         logits = self._text_logits(text)
         chosen = chooses(Position(logits.detach(), positions, self._gain(text.detach()), self._start(logits.detach())))
-        thoughts = positions.new_full((*chosen.shape, length), -1)
+        if reach > 1:
+            logits, made, weight = self._think_ahead(chosen & real[:, at], text, logits, at, real, cache, reach)
+            return logits, made[..., : thoughts.shape[-1]], weight
         weight = logits.new_zeros(chosen.shape)
         some = chosen.any(0).nonzero()[:, 0]
         if len(some):
-            made, after = self._think(at[some], positions[:, some], real, cache, length)
-            mixed, mixed_weight = self._mix(text[:, some], after)
+            made, after = self._think(at[some], positions[:, some], real, cache, thoughts[:, some])
+            mixed, mixed_weight = self._mix(text[:, some], after[:, :, 0])
             own = chosen[:, some]
             logits = logits.index_copy(1, some, torch.where(own[..., None], mixed, logits[:, some]))
-            thoughts = thoughts.index_copy(1, some, torch.where(own[..., None], made, -1))
+            thoughts = thoughts.index_copy(1, some, torch.where(own[..., None], made, NONE))
             weight = weight.index_copy(1, some, torch.where(own, mixed_weight, 0.0))
         return logits, thoughts, weight
+
+    def _think_ahead(
+        self, chosen: torch.Tensor, text: torch.Tensor, logits: torch.Tensor, at: torch.Tensor, real: torch.Tensor,
+        cache: ThoughtCache, reach: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Thinks where `chosen` [B, P], and mixes the predictions after the thoughts of the last N positions.
+
+        The chains of thoughts that the cache keeps run again; it also keeps the new ones. Returns what `_think_where`
+        does.
+        """
+        thoughts, positions, embeddings = cache.kept
+        made = thoughts[..., 0] != NONE  # [B, L]
+        made[:, at] = chosen
+        mixed, rest = logits.log_softmax(-1), torch.ones_like(logits[..., 0])
+        ages = torch.arange(reach, device=at.device)
+        chains = (at[:, None] - ages).clamp(min=0).unique()
+        chains = chains[made[:, chains].any(0)]
+        if len(chains):
+            ahead = embeddings[:, (chains[:, None] + ages[1:]).clamp(max=made.shape[1] - 1)]
+            found, after = self._think(chains, positions[:, chains], real, cache, thoughts[:, chains], ahead)
+            thoughts[:, chains] = torch.where(made[:, chains, None], found, NONE)
+            for k in reversed(range(reach)):
+                back = (at - k).clamp(min=0)
+                used = made[:, back] & (at >= k)
+                place = torch.searchsorted(chains, back).clamp(max=len(chains) - 1)
+                both, weight = mix_probabilities(self, text, after[:, place, k], mixed)
+                mixed = torch.where(used[..., None], both, mixed)
+                rest = rest * torch.where(used, 1 - weight[..., 0], 1.0)
+        return mixed, thoughts[:, at], 1 - rest
 
     def _gain(self, text: torch.Tensor) -> torch.Tensor | None:
         """The gain of a thought that the gate predicts after hidden states [B, P, D], nats [B, P]; None without it."""
@@ -271,30 +381,34 @@ class Thinking:
         return None if token is None else logits.log_softmax(-1)[..., token]
 
     def _think(
-        self, at: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, cache: Any, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, at: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, cache: Any, known: torch.Tensor,
+        ahead: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Thoughts after the tokens with numbers `at` [P] and rotary positions `positions` [B, P].
 
+        Args:
+          known: [B, P, T], thoughts, or the beginnings of thoughts; tokens that are `NONE` are yet to be found.
+          ahead: [B, P, N-1, D], embeddings of the tokens of the text that follow each thought; None = N is 1.
+
         Returns:
-          (thoughts [B, P, T], hidden states at `end` [B, P, D]); the cache is the same as before the call.
+          (thoughts [B, P, T], hidden states at `end` and at the tokens ahead [B, P, N, D]); the cache is the same as
+          before the call.
         """
-        parts = [
-            self._think_at_once(
-                at[i : i + POSITIONS_AT_ONCE], positions[:, i : i + POSITIONS_AT_ONCE], real, cache, length
-            )
-            for i in range(0, len(at), POSITIONS_AT_ONCE)
-        ]
+        end = self._meta(self.end_embedding, *positions.shape)[:, :, None]
+        tail = end if ahead is None else torch.cat([end, ahead], 2)
+        split = (x.split(POSITIONS_AT_ONCE, -1 if x is at else 1) for x in (at, positions, known, tail))
+        parts = [self._think_at_once(real, cache, *piece) for piece in zip(*split, strict=True)]
         return torch.cat([thoughts for thoughts, _ in parts], 1), torch.cat([after for _, after in parts], 1)
 
     def _think_at_once(
-        self, at: torch.Tensor, positions: torch.Tensor, real: torch.Tensor, cache: Any, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, count = positions.shape
-        thoughts = positions.new_full((batch, count, length), ENDED)
-        inputs, end = self._meta(self.start_embedding, batch, count), self._meta(self.end_embedding, batch, count)
-        ended = torch.zeros_like(positions, dtype=torch.bool)  # the input is `end`, or was
-        after, done = torch.zeros_like(inputs), torch.zeros_like(ended)
-        for c in range(length + 2):
+        self, real: torch.Tensor, cache: Any, at: torch.Tensor, positions: torch.Tensor, known: torch.Tensor,
+        tail: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        (batch, count, length), reach = known.shape, tail.shape[2]
+        thoughts, after = torch.full_like(known, ENDED), torch.zeros_like(tail)
+        inputs = self._meta(self.start_embedding, batch, count)
+        place = torch.full_like(positions, -1)  # of the input in `tail`; -1 = before it
+        for c in range(length + 1 + reach):
             hidden = self.model(
                 inputs_embeds=inputs,
                 attention_mask=self._masks(at, c, real, inputs.dtype),
@@ -302,17 +416,22 @@ class Thinking:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-            after, done = torch.where((ended & ~done)[..., None], hidden, after), ended
-            if done.all():
+            here = place[..., None] == torch.arange(reach, device=at.device)
+            after = torch.where(here[..., None], hidden[:, :, None], after)
+            if (place >= reach - 1).all():
                 break
-            if c >= length:
-                ended, inputs = torch.ones_like(ended), end
-            else:
+            ended = torch.ones_like(place, dtype=torch.bool)
+            if c < length:
                 logits = self._text_logits(hidden)
-                allowed = self._of_thoughts(logits)
-                ended, tokens = ended | self._ends(hidden, logits, allowed), allowed.argmax(-1)
+                allowed, given = self._of_thoughts(logits), known[..., c]
+                tokens = torch.where(given == NONE, allowed.argmax(-1), given)
+                ends = torch.where(given == NONE, self._ends(hidden, logits, allowed), given == ENDED)
+                ended = ends | (place >= 0)
                 thoughts[..., c] = torch.where(ended, ENDED, tokens)
-                inputs = torch.where(ended[..., None], end, self.get_input_embeddings()(tokens))
+                inputs = self.get_input_embeddings()(tokens.clamp(min=0))
+            place = place + ended
+            following = tail.take_along_dim(place.clamp(0, reach - 1)[..., None, None], 2)[:, :, 0]
+            inputs = torch.where(ended[..., None], following, inputs)
         cache.crop(-count * (c + 1))
         return thoughts, after
 
@@ -414,10 +533,16 @@ def mix_log_probabilities(
     return (1 - weight) * base + weight * thought, weight
 
 
-def mix_probabilities(model: Thinking, text: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixed probabilities, as log-probabilities; the weight is the sigmoid of (the head's output minus 1)."""
+def mix_probabilities(
+    model: Thinking, text: torch.Tensor, after: torch.Tensor, base: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixed probabilities, as log-probabilities; the weight is the sigmoid of (the head's output minus 1).
+
+    `base` are log-probabilities [B, P, V] that take the place of those without a thought.
+    """
     odds = model._weight(text, after) - 1.0
-    base, thought = (model._text_logits(h).log_softmax(-1) for h in (text, after))
+    base = model._text_logits(text).log_softmax(-1) if base is None else base
+    thought = model._text_logits(after).log_softmax(-1)
     mixed = torch.logaddexp(nn.functional.logsigmoid(-odds) + base, nn.functional.logsigmoid(odds) + thought)
     return mixed, odds.sigmoid()
 
@@ -540,6 +665,14 @@ def _policy(think: str | None) -> Callable[..., torch.Tensor]:
             "every:4, random:0.1, entropy:1.5, entropy:1.5,4, margin:0.2, gate:0.1 or start:0.05."
         ) from error
     return policy if not numbers else lambda at: policy(at, *numbers)
+
+
+def _reach(reach: int | None) -> int:
+    """Checks a reach; None = 1."""
+    reach = 1 if reach is None else reach
+    if not isinstance(reach, int) or isinstance(reach, bool) or not 1 <= reach <= MOST_REACH:
+        raise ValueError(f"reach is {reach!r}; it must be a whole number of tokens, 1 .. {MOST_REACH}.")
+    return reach
 
 
 # Families: name of their decoder in transformers -> whether it expects one mask for each kind of layer.

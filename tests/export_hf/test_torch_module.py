@@ -141,6 +141,17 @@ def test_a_left_padded_batch_generates_what_each_text_alone_does(case):
         assert (cached[row, 12 - n :] == case["model"].generate(tokens[row : row + 1, -n:], **options)[0]).all()
 
 
+def test_a_generation_configuration_without_a_cache_is_followed(case):
+    tokens, options = torch.tensor(text(12)), dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+    expected = case["model"].generate(tokens, **options)
+    generation = case["model"].generation_config
+    generation.use_cache, before = False, generation.use_cache
+    try:
+        assert case["model"].generate(tokens, **options).equal(expected)
+    finally:
+        generation.use_cache = before
+
+
 def test_the_cache_is_left_as_it_was(case):
     tokens = torch.tensor(text())
     with torch.no_grad():
