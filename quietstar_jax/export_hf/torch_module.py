@@ -174,7 +174,8 @@ class Thinking:
           thought_length: T; None = the value in the configuration, 0 = no thoughts.
           think: policy that chooses the positions that think, see `THINKING`; None = all.
           reach: N, for how many tokens a thought is used; None = 1. Above 1, `past_key_values` is a `ThoughtCache`, and
-            thoughts of earlier calls with it are used too. Positions whose logits are not kept have no thought.
+            thoughts of earlier calls with it are used too; the N - 1 positions before those whose logits are kept think
+            too.
 
         Returns:
           A `QuietStarOutput` with float32 logits [B, P, V]; those of start and end are the lowest float32 number.
@@ -210,21 +211,26 @@ class Thinking:
         kept = torch.arange(given.shape[1], device=given.device)
         logits_to_keep = num_logits_to_keep or logits_to_keep
         kept = kept[-logits_to_keep:] if isinstance(logits_to_keep, int) else kept[logits_to_keep]
-        text = hidden.last_hidden_state[:, kept]
+        near = kept  # the positions whose thoughts are used
+        if length and reach > 1:
+            near = (kept[:, None] - torch.arange(reach, device=given.device)).clamp(min=0).unique()
+        text = hidden.last_hidden_state[:, near]
         thoughts = weight = None
         if length and real is not None and position_ids is not None:
             position_ids = position_ids.expand(len(text), -1)
-            at, positions = past + kept, position_ids[:, kept]
+            at, positions = past + near, position_ids[:, near]
             none = positions.new_full((*position_ids.shape, length), NONE)
             if reach > 1:
                 embeddings = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
                 cache.add(past, none, position_ids, embeddings)
-            none = none[:, kept]
+            none = none[:, near]
             if reach == 1 and chooses is think_always:
                 thoughts, after = self._think(at, positions, real, cache, none)
                 logits, weight = self._mix(text, after[:, :, 0])
             else:
-                logits, thoughts, weight = self._think_where(chooses, text, at, positions, real, cache, none, reach)
+                found = self._think_where(chooses, text, at, positions, real, cache, none, reach)
+                own = slice(None) if near is kept else torch.searchsorted(near, kept)
+                logits, thoughts, weight = (x[:, own] for x in found)
         else:
             logits = self._text_logits(text)
         logits = self._with_thought_tokens(logits)
@@ -243,7 +249,7 @@ class Thinking:
 
         The defaults are `thought_length` of the configuration, 0 = no thoughts, and `thinking` and `thinking_reach` of
         the generation configuration; without them, a thought precedes every token and is used for it alone. With a
-        `reach` above 1, the last token of the prompt is the first that can have a thought.
+        `reach` of N, the last N tokens of the prompt can have a thought.
         """
         generation = kwargs.get("generation_config") or self.generation_config
         think = kwargs.pop("think", None) or getattr(generation, "thinking", None)

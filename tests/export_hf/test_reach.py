@@ -75,6 +75,11 @@ def thinks(model: Any, policy: str, text: list[int]) -> bool:
     return bool(model(torch.tensor([text]), think=policy, logits_to_keep=1).thoughts[0, 0, 0] != -1)
 
 
+def first(prompt: list[int]) -> int:
+    """The first position that thinks when a prompt is continued."""
+    return max(0, len(prompt) - REACH)
+
+
 @torch.no_grad()
 def defined(
     model: Any, text: list[int], first: int, policy: str = "always", reach: int = REACH,
@@ -139,10 +144,10 @@ def test_generated_tokens_use_the_thoughts_from_the_end_of_the_prompt_on(model, 
     for row, prompt in enumerate(PROMPTS):
         text = list(prompt)
         for step in range(NEW):
-            expected, _ = defined(model, text, len(prompt) - 1, policy)
+            expected, _ = defined(model, text, first(prompt), policy)
             found = made.logits[step][row, :VOCAB].log_softmax(-1)
             np.testing.assert_allclose(found, expected, atol=2e-4)
-            changes.append((expected - defined(model, text, len(prompt) - 1, policy, 1)[0]).abs().max())
+            changes.append((expected - defined(model, text, first(prompt), policy, 1)[0]).abs().max())
             text.append(int(expected.index_fill(0, unused, -torch.inf).argmax()))
         assert text[len(prompt) :] == made.sequences[row, -NEW:].tolist()
     assert sum(change > 1e-2 for change in changes) > 3
@@ -160,8 +165,8 @@ def test_beams_keep_their_own_thoughts(model):
         prompt = PROMPTS[row // 2]
         text, score, near = [*prompt, *sequence[-NEW:].tolist()], 0.0, 0.0
         for place in range(len(prompt), len(text)):
-            score += float(defined(model, text[:place], len(prompt) - 1)[0][text[place]])
-            near += float(defined(model, text[:place], len(prompt) - 1, reach=1)[0][text[place]])
+            score += float(defined(model, text[:place], first(prompt))[0][text[place]])
+            near += float(defined(model, text[:place], first(prompt), reach=1)[0][text[place]])
         assert float(made.sequences_scores[row]) == pytest.approx(score, abs=1e-3)
         changes.append(abs(score - near))
     assert max(changes) > 1e-2

@@ -156,11 +156,21 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
     for kind in ("base", "adapter"):
         with pytest.raises(ConfigError, match=f"`format` is {kind}, which has no thoughts"):
             ExportOptions(format=kind, think="entropy:1.5")
+        with pytest.raises(ConfigError, match=f"reach is 2, but `format` is {kind}"):
+            ExportOptions(format=kind, reach=2)
     with pytest.raises(ConfigError, match="two different texts"):
         tiny_save(tmp_path / "out", tokens=(START, START))
     with pytest.raises(CheckpointError, match=r"do not fit.*\n  - decoder.embedding: \(20, 8\), \(120, 8\)"):
         tiny_save(tmp_path / "out", Constant(TINY))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reach_that_the_mixing_does_not_allow_is_refused(run, tmp_path):
+    with pytest.raises(ConfigError, match="within 1 .. 16"):
+        ExportOptions(reach=17)
+    with pytest.raises(ConfigError, match="trained with the mixing 'hidden_states'"):
+        export(run, tmp_path / "out", ExportOptions(reach=2))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(run, tmp_path):

@@ -10,9 +10,11 @@ import pytest
 
 from quietstar_jax.errors import CheckpointError, ConfigError
 from quietstar_jax.evals.tails import Continuation, ContinuationScorer
+from quietstar_jax.export_hf.export_run import export
+from quietstar_jax.export_hf.save import ExportOptions
 from quietstar_jax.hf.generation import generation_config, thinking_reach
 from quietstar_jax.inference.generator import Generator
-from quietstar_jax.inference.load_model import LoadedModel
+from quietstar_jax.inference.load_model import LoadedModel, load_model
 from quietstar_jax.methods.thinking import parse_policy
 from quietstar_jax.thoughts.ending import thought_ids
 from tests.inference.models import PROMPT_LENGTHS, prompts, thinker
@@ -97,6 +99,25 @@ def test_one_sequence_alone_and_texts_that_end_early(model):
     for before, after in zip(expected, found, strict=True):
         stop = next((i + 1 for i, token in enumerate(before.token_ids) if token in ends.eos_ids), NEW)
         assert after.token_ids == before.token_ids[:stop]
+
+
+def test_an_export_writes_in_torch_what_it_writes_here(tmp_path):
+    """With the reach and the policy that it recommends, prompts padded left there."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    thinker(tmp_path, "qwen2 mixed windows", mixing="probabilities")
+    export(tmp_path / "run", tmp_path / "out", ExportOptions(think="every:2", reach=3))
+    opened = dataclasses.replace(load_model(tmp_path / "out"), eos_ids=())
+    assert (opened.think, opened.reach) == ("every:2", 3)
+    generator = Generator(opened, batch_size=len(PROMPT_LENGTHS))
+    found, usual = (generator.generate(prompts(), max_tokens=NEW, **one) for one in ({}, {"reach": 1}))
+    longest = max(PROMPT_LENGTHS)
+    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts()])
+    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in PROMPT_LENGTHS])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    options = dict(attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+    for ours, one in ((found, {}), (usual, {"reach": 1})):
+        assert theirs.generate(padded, **options, **one)[:, longest:].tolist() == [list(x.token_ids) for x in ours]
+    assert [one.token_ids for one in found] != [one.token_ids for one in usual]
 
 
 def test_what_is_refused_and_what_a_model_recommends(model):
