@@ -166,7 +166,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
 
 
 def test_a_reach_that_the_mixing_does_not_allow_is_refused(run, tmp_path):
-    with pytest.raises(ConfigError, match="within 1 .. 16"):
+    with pytest.raises(ConfigError, match=r"within 1 \.\. 16"):
         ExportOptions(reach=17)
     with pytest.raises(ConfigError, match="trained with the mixing 'hidden_states'"):
         export(run, tmp_path / "out", ExportOptions(reach=2))
