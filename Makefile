@@ -16,6 +16,7 @@ REAL_MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 REAL_DATA ?=
 REAL_RUN ?= runs/real
 REAL_PROBLEMS ?= 48
+REAL_STEPS ?= 100
 
 export JAX_PLATFORMS ?= cpu
 
@@ -24,8 +25,8 @@ export JAX_PLATFORMS ?= cpu
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m quietstar_jax.train --config configs/quickstart.py --config.workdir=$(RUN) --config.seed=$(SEED)
 
-# A pretrained model learns to think on GSM8K, with a third of the configuration's plain steps and without REINFORCE. The
-# last table compares the model that thinks with itself without thoughts and with the untouched model, on the first
+# A pretrained model learns to think on GSM8K, in REAL_STEPS plain steps (the configuration has 300), without REINFORCE.
+# The last table compares the model that thinks with itself without thoughts and with the untouched model, on the first
 # $(REAL_PROBLEMS) test problems; the page shows thoughts.
 REAL_TEXT = tfds:$(REAL_RUN)/data/gsm8k_text/3.0.0:test
 REAL_TEST = --task spans --data $(REAL_TEXT) --limit $(REAL_PROBLEMS) --batch-size 4
@@ -37,7 +38,7 @@ real: $(VENV)/.installed$(if $(REAL_DATA),,-hub)
 	    --records $(REAL_RUN)/untouched.jsonl
 	$(BIN)/python -m quietstar_jax.train --config configs/smollm2_gsm8k.py --config.workdir=$(REAL_RUN)/run \
 	    --config.seed=$(SEED) --config.model.checkpoint=$(REAL_MODEL) --config.data.data_dir=$(REAL_RUN)/data \
-	    '--config.phases[0].steps=100' '--config.phases[2].steps=0'
+	    '--config.phases[0].steps=$(REAL_STEPS)' '--config.phases[2].steps=0'
 	$(BIN)/python -m quietstar_jax.report --checkpoint $(REAL_RUN)/run --data $(REAL_TEXT) --limit 4 \
 	    --page-tokens 300 --samples 1 $(REAL_THOUGHTS) --output $(REAL_RUN)/thoughts.html \
 	    --picture $(REAL_RUN)/picture.svg

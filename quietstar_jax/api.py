@@ -80,16 +80,16 @@ class Model(Generator):
           samples: number of random thoughts at each position, after the greedy one.
           thought_length, tokens_ahead: T and K; None = as trained.
           reach: number of tokens after a thought for which it is used; above 1 only with the mixing `probabilities`;
-            None = that of the model.
+            None = that of the model, at most `tokens_ahead`.
           seed: of the random thoughts.
 
         Raises:
           UserError: the model cannot think, the text is too long, or there is no such position.
         """
         model, ids = self.model, self.encode(text)
-        settings = model.settings(
-            thought_length, tokens_ahead or model.tokens_ahead, model.reach if reach is None else reach
-        )  # fmt: skip
+        if reach is None:  # a given K is not raised to a reach that is not given
+            reach = min(model.reach, tokens_ahead or model.reach)
+        settings = model.settings(thought_length, tokens_ahead or model.tokens_ahead, reach)
         if not settings.thought_length:
             raise DataError(f"{model.path} has no thoughts of its own. Give a run or an export trained with thoughts.")
         longest = longest_window(model, settings, len(ids))
@@ -148,7 +148,8 @@ class Model(Generator):
 
     def _scorer(self, policy: ThinkPolicy, seed: int) -> ContinuationScorer:
         if (policy, seed) not in self._scorers:
-            settings = self.model.settings(0 if policy == NEVER else self.model.thought_length or 1)  # 1: is refused
+            length, reach = self.model.thought_length or 1, self.model.reach  # 1: is refused
+            settings = self.model.settings(0) if policy == NEVER else self.model.settings(length, reach=reach)
             think = ALWAYS if policy == NEVER else policy  # of no thoughts, which are nowhere
             self._scorers[policy, seed] = ContinuationScorer(
                 self.model, settings, self.batch_size, think=think, seed=seed

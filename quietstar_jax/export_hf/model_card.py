@@ -15,6 +15,7 @@ from quietstar_jax.config import Config
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.evals.statistics import confidence_interval
 from quietstar_jax.export_hf.save import ExportOptions
+from quietstar_jax.hf.generation import thinking_reach
 from quietstar_jax.hf.names import parameter_shapes, quietstar_entries
 from quietstar_jax.io import read_json_lines
 from quietstar_jax.settings import to_mapping
@@ -108,7 +109,7 @@ def _text(run: RunCheckpoint, options: ExportOptions, picture: str) -> str:
         f"![A text, coloured by how much each thought helped, and one thought]({picture})" if picture else "",
         f"## Use\n\n{USE[options.format]}\n\n`FOLDER` is this folder, or the id of this repository on the hub."
         + (f"\n\n`generate` thinks by the policy `{options.think}` by default." if options.think else "")
-        + (f"\n\nBy default, `generate` uses each thought for {options.reach} tokens." if options.reach > 1 else ""),
+        + (f"\n\n{_reach(run, options)}" if options.format == "quietstar" else ""),
         f"## Training\n\n{_shape(run)}",
         f"From {origin}; {run.step} of {config.total_steps} steps done. Weights: {options.dtype}, "
         f"from checkpoint `{run.checksum[:16]}`.",
@@ -136,6 +137,12 @@ def _front_matter(run: RunCheckpoint, options: ExportOptions) -> str:
 def _from_hub(run: RunCheckpoint) -> bool:
     """Whether training began from a hub id: a folder or another run has a recorded place."""
     return bool(run.model_commit) and not run.base_folder
+
+
+def _reach(run: RunCheckpoint, options: ExportOptions) -> str:
+    """What `generate` of an export does by default; exports with another reach have another card."""
+    reach = options.reach or thinking_reach(run.generation, run.workdir)
+    return f"By default, `generate` uses each thought for {f'{reach} tokens' if reach > 1 else 'one token'}."
 
 
 def _shape(run: RunCheckpoint) -> str:
@@ -186,7 +193,7 @@ def _measurements(run: RunCheckpoint) -> str:
     size = f", {record['tokens']:,} tokens" if "tokens" in record else ""
     title = f"## Measured\n\nOn {_sources(run.config.data.validation)}{size}, with greedy thoughts"
     if run.config.evaluation.reach > 1:
-        title += f", each used for {run.config.evaluation.reach} tokens (this export uses it for one)"
+        title += f", each used for {run.config.evaluation.reach} tokens"
     exact = "; 95 % intervals of answers are exact" if any("answer right" in row for row in rows) else ""
     return "\n".join([f"{title}{exact}.\n", "| figure | without thoughts | with thoughts |", "|---|---|---|", *rows])
 

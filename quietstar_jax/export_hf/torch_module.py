@@ -252,17 +252,22 @@ class Thinking:
         `reach` of N, the last N tokens of the prompt can have a thought.
         """
         generation = kwargs.get("generation_config") or self.generation_config
-        think = kwargs.pop("think", None) or getattr(generation, "thinking", None)
+
+        def default(name: str) -> Any:  # of this model if the given configuration has none
+            own = getattr(generation, name, None)
+            return getattr(self.generation_config, name, None) if own is None else own
+
+        think = kwargs.pop("think", None) or default("thinking")
         if think is not None:
             _policy(think)
             kwargs["think"] = think
         reach = kwargs.pop("reach", None)
-        reach = _reach(getattr(generation, "thinking_reach", None) if reach is None else reach)
+        reach = _reach(default("thinking_reach") if reach is None else reach)
         if reach > 1:
             kwargs["reach"] = reach
         own = any(kwargs.get(key) is not None for key in ("past_key_values", "cache_implementation"))
         if kwargs.get("use_cache", generation.use_cache) is False:
-            if reach > 1 and kwargs.get("thought_length") != 0:
+            if reach > 1 and kwargs.get("thought_length") != 0 and think != "never":
                 raise ValueError(f"With a reach of {reach}, use_cache must not be False: the cache keeps thoughts.")
         elif not own:
             kwargs["past_key_values"] = ThoughtCache() if reach > 1 else DynamicCache()

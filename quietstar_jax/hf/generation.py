@@ -59,7 +59,9 @@ def thinking_reach(generation: Mapping[str, Any], where: object) -> int:
     Raises:
       CheckpointError: it is not such a number.
     """
-    value = generation.get(REACH, 1)
+    value = generation.get(REACH)
+    if value is None:
+        return 1
     if type(value) is not int or not 1 <= value <= MOST_REACH:
         found = f"{where}: {REACH} of generation_config.json is {short(value)}"
         raise CheckpointError(f"{found}; it must be an integer within 1 .. {MOST_REACH}.")

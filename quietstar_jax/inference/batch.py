@@ -24,7 +24,8 @@ class Token:
       text: the text that is certain once the token is known, whole characters only. Usually the token's own text; empty
         while a character is incomplete or a stop string may have begun. A token that ends the text adds none.
       thought, thought_ids: the thought before the token; empty where none was made, or where its end was sampled first.
-      mixing_weight: how much the thought contributed; 0 where none was made.
+      mixing_weight: how much the thought contributed; 0 where none was made. With a reach above 1, of all thoughts that
+        were used for the token.
       has_thought: whether a thought was made, which may be empty.
     """
 

@@ -61,7 +61,7 @@ class LoadedModel:
       prefix_attention: as in `ModelConfig`.
       think: the policy of thinking that its generation_config.json recommends, see `methods/thinking.py`; `never` if
         the model cannot think.
-      reach: for how many tokens it recommends to use a thought in generation, see `thoughts/reach.py`.
+      reach: for how many tokens it recommends to use a thought, see `thoughts/reach.py`.
     """
 
     params: dict[str, jax.Array]
@@ -88,6 +88,10 @@ class LoadedModel:
         """Ids that are never generated: meta tokens of thoughts, suppressed ids, and ids that are not a token."""
         ids = {*self.vocabulary.meta_tokens, *self.vocabulary.unused, *self.suppressed_ids}
         return tuple(sorted(i for i in ids if i < self.architecture.vocab_size))
+
+    def __post_init__(self) -> None:
+        if self.thought.mixing not in REACHING:  # of a base model with another mixing
+            object.__setattr__(self, "reach", 1)
 
     @property
     def can_think(self) -> bool:
@@ -232,7 +236,7 @@ def _of_run(path: str, run: RunCheckpoint, dtype: ComputeDtype, layout: Layout |
         step=run.step,
         commit=run.model_commit,
         think=thinking(run.generation, run.workdir) if thinking_phases else "never",
-        reach=thinking_reach(run.generation, run.workdir) if run.config.thought.mixing in REACHING else 1,
+        reach=thinking_reach(run.generation, run.workdir) if thinking_phases else 1,
     )
 
 

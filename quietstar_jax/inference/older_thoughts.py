@@ -48,7 +48,7 @@ def no_older_thoughts(
 ) -> OlderThoughts:
     """Returns the older thoughts of B sequences before their first token."""
     slots, dtype = settings.reach - 1, settings.dtype
-    one = empty_chains(a, batch, 1, 1, settings.thought_length + 3 + slots, dtype)
+    one = jax.eval_shape(lambda: empty_chains(a, batch, 1, 1, settings.thought_length + 3 + slots, dtype))
     return OlderThoughts(
         jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype, device=place), one),
         jnp.full((slots, batch), NONE, jnp.int32, device=place),
@@ -60,7 +60,9 @@ def no_older_thoughts(
 def continue_chains(
     model: QuietStar, older: OlderThoughts, newest: jax.Array, at_text: jax.Array, cache: KeyValues
 ) -> OlderThoughts:
-    """Computes the newest token of each text in the chains of its older thoughts; chains of no sequence cost nothing.
+    """Computes the newest token of each text in the chains of its older thoughts.
+
+    A slot in which any sequence continues costs a pass over all sequences; other slots cost nothing.
 
     Args:
       newest: embeddings [B, 1, D]; at_text: [B] bool, the sequences whose newest token was not computed before.

@@ -25,7 +25,7 @@ DEFAULTS = {
     field.name: json.loads(json.dumps(field.default))  # as in a file
     for field in dataclasses.fields(Options)
     if field.name not in FREE and field.default is not dataclasses.MISSING
-}
+} | {"reach": 1}  # results have the reach that was used
 
 
 class Value(NamedTuple):

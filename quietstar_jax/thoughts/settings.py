@@ -21,7 +21,7 @@ class ThoughtSettings:
       thought_length: T, sampled tokens per thought, without start and end; the maximum if `samples_end`.
       num_thoughts: R, thoughts per position.
       tokens_ahead: K, true tokens scored after a thought.
-      reach: for how many next tokens a thought is used in scoring without a gradient, see `thoughts.reach`.
+      reach: for how many next tokens a thought is used, except in training, see `thoughts.reach`.
       policy_weight: weight of the REINFORCE term in the loss; 0 where it trains nothing.
       distill_weight: weight of the KL divergence from the prediction with thoughts to the one without.
       longest_thought: largest thought length until now, for `policy_reduction="sum_over_max"`; 0 = `thought_length`.

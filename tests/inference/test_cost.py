@@ -16,6 +16,7 @@ from quietstar_jax.inference.engine import Request
 from quietstar_jax.inference.kv_cache import key_block
 from quietstar_jax.inference.sampling import Sampling
 from quietstar_jax.methods.thinking import parse_policy
+from quietstar_jax.thought_config import ThoughtConfig
 from quietstar_jax.thoughts.settings import ThoughtSettings
 
 SIZES = Sizes(layers=2, hidden=16, heads=2, kv_heads=1, head_dim=8, mlp=24, vocab=50, batch=2, prompt=70, tokens=4,
@@ -51,13 +52,16 @@ def test_blocks_out_of_the_window_are_not_touched():
     jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
 
 
-@pytest.mark.parametrize(("thought_length", "think"), [(0, "always"), (3, "always"), (3, "every")])
-def test_the_cache_is_changed_in_place(thought_length, think):
+@pytest.mark.parametrize(
+    ("thought_length", "think", "reach"), [(0, "always", 1), (3, "always", 1), (3, "every", 1), (3, "every", 3)]
+)
+def test_the_cache_is_changed_in_place(thought_length, think, reach):
     """A copy of the cache among the temporaries would show: it is far larger than all else."""
     engine, asked = make_engine(SIZES), requests(3, 3)
-    state = engine.start(asked, 1 << 16)
+    state = engine.start(asked, 1 << 16, reach)
     cache_bytes = sum(x.nbytes for x in state.cache)
-    plan = DecodeConfig(ThoughtSettings(thought_length), think, tokens_per_call=4)
+    settings = ThoughtSettings(thought_length, config=ThoughtConfig(mixing="probabilities"), reach=reach)
+    plan = DecodeConfig(settings, think, tokens_per_call=4)
     state, knobs = engine.with_thought(state, plan), engine.knobs(asked, Sampling(think=parse_policy("every:2")))
     compiled = engine.step(plan).lower(engine.params, state, np.ones(2, bool), knobs).compile()
     memory = compiled.memory_analysis()
