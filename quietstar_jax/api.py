@@ -87,8 +87,7 @@ class Model(Generator):
           UserError: the model cannot think, the text is too long, or there is no such position.
         """
         model, ids = self.model, self.encode(text)
-        if reach is None:  # a given K is not raised to a reach that is not given
-            reach = min(model.reach, tokens_ahead or model.reach)
+        reach = model.own_reach(tokens_ahead) if reach is None else reach
         settings = model.settings(thought_length, tokens_ahead or model.tokens_ahead, reach)
         if not settings.thought_length:
             raise DataError(f"{model.path} has no thoughts of its own. Give a run or an export trained with thoughts.")
@@ -148,7 +147,7 @@ class Model(Generator):
 
     def _scorer(self, policy: ThinkPolicy, seed: int) -> ContinuationScorer:
         if (policy, seed) not in self._scorers:
-            length, reach = self.model.thought_length or 1, self.model.reach  # 1: is refused
+            length, reach = self.model.thought_length or 1, self.model.own_reach()  # 1: is refused
             settings = self.model.settings(0) if policy == NEVER else self.model.settings(length, reach=reach)
             think = ALWAYS if policy == NEVER else policy  # of no thoughts, which are nowhere
             self._scorers[policy, seed] = ContinuationScorer(

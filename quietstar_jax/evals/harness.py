@@ -56,7 +56,7 @@ class QuietStarLM(TemplateLM):
         self.policy = thinking_policy(given.thoughts, given.think, self.model)
         self.thinks = self.policy != NEVER
         self.thought_length = (given.thought_length or self.model.thought_length) if self.thinks else 0
-        self.reach = (given.reach or self.model.reach) if self.thinks else 1
+        self.reach = (given.reach or self.model.own_reach()) if self.thinks else 1
         settings = self.model.settings(self.thought_length, reach=self.reach)
         self._scorer = ContinuationScorer(
             self.model, settings, given.batch_size, think=self.policy, seed=given.seed

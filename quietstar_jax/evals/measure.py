@@ -67,7 +67,7 @@ def measure(options: Options) -> dict[str, Any]:
     options.check_thoughts(model, modes)
     if not options.reach:
         one = options.think_front or "with_thoughts" not in modes
-        options = dataclasses.replace(options, reach=1 if one else model.reach)
+        options = dataclasses.replace(options, reach=1 if one else model.own_reach())
     kinds = {DIRECT: _answers, VOTING: _votes, TEXT: _text, SPANS: _spans}
     found = kinds[task.kind](options, model, policy, modes, questions)
     primary = found[modes[-1]]

@@ -219,7 +219,7 @@ class Generator:
         length = (thought_length or model.thought_length or 1) if thinks else 0  # 1: rejected, the model cannot think
         if reach not in (None, 1) and not thinks:
             raise ConfigError(f"reach is {reach}, but there are no thoughts. Omit `reach`, or let the model think.")
-        settings = model.settings(length, reach=(model.reach if reach is None else reach) if thinks else 1)
+        settings = model.settings(length, reach=(model.own_reach() if reach is None else reach) if thinks else 1)
         if length and model.thought.control != "none":
             raise ConfigError(
                 f"{model.path} was trained with the control {model.thought.control!r} instead of thoughts, so it has "

@@ -89,10 +89,6 @@ class LoadedModel:
         ids = {*self.vocabulary.meta_tokens, *self.vocabulary.unused, *self.suppressed_ids}
         return tuple(sorted(i for i in ids if i < self.architecture.vocab_size))
 
-    def __post_init__(self) -> None:
-        if self.thought.mixing not in REACHING:  # of a base model with another mixing
-            object.__setattr__(self, "reach", 1)
-
     @property
     def can_think(self) -> bool:
         """Whether the model has a trained mixing head."""
@@ -115,6 +111,11 @@ class LoadedModel:
                 "or a model that was trained with one token as `thought.initial_start_token`."
             )
         return policy
+
+    def own_reach(self, tokens_ahead: int | None = None) -> int:
+        """Returns the reach where none is given: as recommended, at most a given K; 1 if the mixing cannot reach."""
+        reach = self.reach if self.thought.mixing in REACHING else 1
+        return min(reach, tokens_ahead or reach)
 
     def settings(
         self, thought_length: int | None = None, tokens_ahead: int = 1, reach: int = 1

@@ -68,9 +68,7 @@ def report_checkpoint(
     if against or against_step is not None:
         models.append(_load(against or path, against_step, "" if against else revision, dtype, "against_step"))
     model = models[0]
-    # A given K is not raised to a reach that is not given.
-    reach = options.reach or min(model.reach, options.tokens_ahead or model.reach)
-    options = dataclasses.replace(options, reach=reach)
+    options = dataclasses.replace(options, reach=options.reach or model.own_reach(options.tokens_ahead))
     ahead = options.tokens_ahead or model.tokens_ahead
     settings = [one.settings(options.thought_length, ahead, options.reach) for one in models]
     gate_ahead = dataclasses.replace(

@@ -130,6 +130,8 @@ def test_what_is_refused_and_what_a_model_recommends(model):
     other = dataclasses.replace(model, thought=dataclasses.replace(model.thought, mixing="log_probabilities"))
     with pytest.raises(ConfigError, match="trained with the mixing 'log_probabilities'"):
         Generator(other, batch_size=1).generate(prompts()[:1], reach=2)
+    assert [dataclasses.replace(model, reach=3).own_reach(ahead) for ahead in (None, 2, 4)] == [3, 2, 3]
+    assert dataclasses.replace(other, reach=3).own_reach() == 1
     recommends = Generator(dataclasses.replace(model, reach=3), batch_size=1)
     for ours, theirs in (({}, dict(reach=3)), (dict(reach=1), {}), (dict(thoughts=False), dict(thoughts=False))):
         found = recommends.generate(prompts()[:1], max_tokens=4, **ours)
