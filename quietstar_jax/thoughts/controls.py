@@ -16,14 +16,16 @@ thought of a later position would have seen the tokens that are predicted.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from quietstar_jax.thoughts.chunks import Packed
+from quietstar_jax.thoughts.chunks import PAST_THE_TEXT, Packed
 from quietstar_jax.thoughts.model import QuietStar
+from quietstar_jax.thoughts.positions import at_positions
 from quietstar_jax.thoughts.sample import Thoughts, sample_thoughts
 from quietstar_jax.thoughts.settings import ThoughtSettings
 from quietstar_jax.thoughts.text import Text, here_and_ahead
@@ -53,7 +55,8 @@ def sample_or_control(
     """Returns the thoughts at J positions of the text, or their replacement under the control.
 
     Args:
-      positions: [J], or [B, J], see `positions.choose`; packed ones are refused by `shuffled`.
+      positions: [J], or [B, J], see `positions.choose`. `shuffled` uses thoughts of these positions only, and refuses
+        packed ones, for which `sample_earlier` is.
       greedy: use the most likely tokens instead of drawn ones.
     """
     control, replacement = settings.config.control, None
@@ -75,6 +78,45 @@ def sample_or_control(
         source = earlier_places(uniforms.places, mask, starts)
         thoughts = jax.tree.map(lambda x: jnp.take_along_axis(x, source[..., None], axis=2), thoughts)
     return thoughts
+
+
+def sample_earlier(
+    model: QuietStar, text: Text, positions: jax.Array | Packed, uniforms: Uniforms, settings: ThoughtSettings,
+    positions_per_chunk: int, *, greedy: bool = False,
+) -> Thoughts:  # fmt: skip
+    """Returns the thoughts of `shuffled` at J positions, from all earlier positions; arguments as `sample_or_control`.
+
+    Only the thoughts that are used are sampled, each at the position that it comes from. These positions differ between
+    the R thoughts, so R thoughts at J positions are sampled as one thought at each of R J positions.
+
+    Args:
+      uniforms: at all L positions of the text.
+    """
+    source = earlier_places(uniforms.places, text.mask, text.starts)
+    places = at_places(source, positions)
+    draws = jnp.take_along_axis(uniforms.tokens, places[..., None], axis=2)
+    if isinstance(positions, Packed):
+        places = jnp.where(positions.positions[:, None] == PAST_THE_TEXT, PAST_THE_TEXT, places)
+    batch, count, number = places.shape
+
+    def flat(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 1, 2).reshape(batch, 1, number * count, *x.shape[3:])
+
+    def unflat(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(batch, number, count, *x.shape[3:]), 2, 1)
+
+    where: Any = flat(places)[:, 0]
+    if isinstance(positions, Packed):  # those that are not chosen stay last, and nothing is put back in this order
+        where = Packed(where, jnp.broadcast_to(jnp.arange(number * count), where.shape))
+    tokens, one = None if greedy else flat(draws), dataclasses.replace(settings, num_thoughts=1)
+    return jax.tree.map(unflat, sample_thoughts(model, text, where, tokens, one, count * positions_per_chunk))
+
+
+def at_places(values: jax.Array, positions: jax.Array | Packed) -> jax.Array:
+    """Returns values [B, R, L, ...] at positions [J], or at packed ones [B, J]."""
+    if isinstance(positions, Packed):
+        return at_positions(values, positions.positions)
+    return jnp.take(values, positions, axis=2, mode="clip")
 
 
 def random_tokens(uniforms: jax.Array, vocab_size: int, meta_tokens: tuple[int, ...]) -> jax.Array:

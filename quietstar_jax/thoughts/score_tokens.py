@@ -17,9 +17,8 @@ import jax.numpy as jnp
 
 from quietstar_jax.parallel.axes import constrain
 from quietstar_jax.thoughts.chunks import Packed, chunk_size, max_sampled_positions_per_chunk
-from quietstar_jax.thoughts.controls import Uniforms, sample_or_control
+from quietstar_jax.thoughts.controls import Uniforms, at_places, sample_earlier, sample_or_control
 from quietstar_jax.thoughts.model import QuietStar
-from quietstar_jax.thoughts.positions import at_positions
 from quietstar_jax.thoughts.reach import widened
 from quietstar_jax.thoughts.sample import Thoughts
 from quietstar_jax.thoughts.score_predictions import (
@@ -99,20 +98,19 @@ def think(
 
     Those of packed positions are in packed order; after the chosen ones they are not defined.
     """
-    shuffled = settings.config.control == "shuffled"  # needs the thoughts of all earlier positions
-    sampled = jnp.arange(text.tokens.shape[1]) if shuffled else positions
-    uniforms = _at(uniforms, sampled)
     largest = max_sampled_positions_per_chunk(model.decoder.architecture, settings, *text.mask.shape)
 
     def some(first: int, last: int, greedy: bool) -> Thoughts:
-        own, chunk = jax.tree.map(lambda x: x[:, first:last], uniforms), chunk_size(sampled, largest, last - first)
+        own, chunk = jax.tree.map(lambda x: x[:, first:last], uniforms), chunk_size(positions, largest, last - first)
         several = dataclasses.replace(settings, num_thoughts=last - first)
-        return sample_or_control(model, text, sampled, own, several, chunk, greedy=greedy)
+        if settings.config.control == "shuffled":
+            return sample_earlier(model, text, positions, own, several, chunk, greedy=greedy)
+        own = jax.tree.map(lambda x: at_places(x, positions), own)
+        return sample_or_control(model, text, positions, own, several, chunk, greedy=greedy)
 
     parts = ((0, greedy, True), (greedy, settings.num_thoughts, False))
     thoughts = [some(*part) for part in parts if part[0] < part[1]]
-    joined: Thoughts = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *thoughts)
-    return _at(joined, positions) if shuffled else joined
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *thoughts)
 
 
 def _finished(scores: TokenScores) -> TokenScores:
@@ -120,10 +118,3 @@ def _finished(scores: TokenScores) -> TokenScores:
     scores = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), scores)
     real, base, spread = jax.tree.map(lambda x: x[:, 0], scores[:3])
     return scores._replace(real=real, base=base, base_entropy=spread)
-
-
-def _at(tree: Any, where: jax.Array | Packed) -> Any:
-    """Returns values [B, R, L, ...] at positions [J], or at packed ones [B, J]."""
-    if isinstance(where, Packed):
-        return jax.tree.map(lambda x: at_positions(x, where.positions), tree)
-    return jax.tree.map(lambda x: jnp.take(x, where, axis=2), tree)

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from quietstar_jax.thoughts.chunks import pack
 from quietstar_jax.thoughts.controls import draw_uniforms, earlier_places, random_tokens, sample_or_control
 from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.score import score_thoughts
+from quietstar_jax.thoughts.score_tokens import think
 from quietstar_jax.thoughts.text import read_text
 from tests.thoughts.cases import Case, random_model
 
@@ -46,6 +48,36 @@ def test_shuffled_thoughts_are_those_of_earlier_positions(greedy: bool) -> None:
         earlier = set(map(tuple, own[b, r, : max(j, 1)]))  # the first position has none and keeps its own
         assert tuple(shuffled[b, r, j]) in earlier, (b, r, j)
     assert np.any(own != shuffled)
+
+
+@pytest.mark.parametrize("end", ["fixed", "token"])
+@pytest.mark.parametrize("chosen", [False, True])
+def test_evaluation_samples_only_the_earlier_thoughts_that_it_uses(chosen: bool, end: str) -> None:
+    """They are the thoughts that these earlier positions would have: the first greedy, the others with their draws."""
+    case = Case("earlier", mask=("1111111", "0111110"))
+    base = dataclasses.replace(case.thought, end_token=9, config=dataclasses.replace(case.thought.config, end=end))
+    model = random_model(case.decoder, 7.0)
+    text = read_text(model.decoder, *case.text(), dtype=base.dtype)
+    shape, everywhere = (case.batch, 3, case.length, case.thought.thought_length), jnp.arange(case.length)
+    uniforms = draw_uniforms(jax.random.key(5), shape)
+    settings = dataclasses.replace(base, num_thoughts=3)
+    own = think(model, text, everywhere, uniforms, settings, 1)
+    source = np.asarray(earlier_places(uniforms.places, text.mask))
+    thinks = jnp.array([[0, 0, 1, 0, 1, 1, 1], [0, 1, 0, 1, 0, 0, 0]], bool)
+    packed = pack(everywhere, thinks)
+    settings = dataclasses.replace(settings, config=dataclasses.replace(settings.config, control="shuffled"))
+    found = think(model, text, packed if chosen else everywhere[2:], uniforms, settings, 1)
+    if chosen:
+        found = packed.put_back(found)
+    else:
+        found = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (2, 0), (0, 0))), found)
+    here = np.asarray(thinks) if chosen else np.arange(case.length) >= 2
+    for name in ("tokens", "entropy", "log_probs"):
+        at_its_place = np.asarray(getattr(own, name))
+        expected, after = np.take_along_axis(at_its_place, source[..., None], axis=2), np.asarray(getattr(found, name))
+        there = np.broadcast_to(here, (case.batch, case.length))[:, None, :, None]
+        np.testing.assert_allclose(np.where(there, after, 0), np.where(there, expected, 0), atol=1e-5, err_msg=name)
+        assert (np.where(there, expected != at_its_place, False)).any()
 
 
 def test_every_earlier_place_is_equally_likely() -> None:
