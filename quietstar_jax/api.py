@@ -71,7 +71,8 @@ class Model(Generator):
     ) -> list[Thoughts]:  # fmt: skip
         """Thinks inside a text, and scores the thoughts on the tokens that follow.
 
-        A program is compiled once per text length, rounded up to a multiple of 8, and reused by later calls.
+        Only thoughts that are needed are computed. A program is compiled once per text length, rounded up to a multiple
+        of 8, and reused by later calls.
 
         Args:
           text: a text, which begins as the training texts did, or token ids; n tokens.
@@ -98,7 +99,10 @@ class Model(Generator):
         chosen = range(count - 1) if positions is None else [p + count if p < 0 else p for p in positions]
         if wrong := [p for p in chosen if not 0 <= p < count - 1]:
             raise DataError(f"positions has {wrong[0]}; it must be within 0 .. {count - 2}: a token must follow.")
-        (seen,) = observe(model, settings, [Window(0, np.asarray(ids, np.int32))], samples=samples, seed=seed)
+        used = np.zeros((1, count), bool)  # with a reach, also the older thoughts that predictions use
+        used[0, [max(p - age, 0) for p in chosen for age in range(reach)]] = True
+        window = Window(0, np.asarray(ids, np.int32))
+        (seen,) = observe(model, settings, [window], samples=samples, seed=seed, among=used)
         decode = model.tokenizer.decode
         return [
             Thoughts(

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 import quietstar_jax as qs
+from quietstar_jax import api
 from quietstar_jax.configs import quickstart
 from quietstar_jax.errors import ConfigError
 from quietstar_jax.methods.advantages import leave_one_out
+from quietstar_jax.reports.observe import observe
 from tests.reports.cases import random_model
 from tests.training.tiny import tiny_config_dict
 
@@ -53,7 +55,7 @@ def test_importing_the_package_imports_nothing_that_is_slow() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_thoughts_at_positions(model: qs.Model) -> None:
+def test_thoughts_at_positions(model: qs.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = model.encode(TEXT)
     every = model.think(TEXT, samples=2)
     assert [at.position for at in every] == list(range(len(ids) - 1))
@@ -71,6 +73,10 @@ def test_thoughts_at_positions(model: qs.Model) -> None:
         assert (at.texts, at.nll) == (same.texts, same.nll)
         assert (at.ids.shape, at.rewards.shape, at.mixing_weights.shape) == ((3, 3), (3,), (3,))
         assert at.texts[0] == model.model.tokenizer.decode(at.ids[0])
+    asked: list[np.ndarray] = []
+    monkeypatch.setattr(api, "observe", lambda *args, among, **rest: asked.append(among) or observe(*args, **rest))
+    model.think(TEXT, positions=[2, -3], samples=2)
+    assert asked[0].nonzero()[1].tolist() == [2, len(ids) - 3], "no other thought is computed"
 
 
 def test_a_score_is_that_of_the_thoughts_shown(model: qs.Model) -> None:

@@ -97,14 +97,15 @@ def longest_window(model: LoadedModel, settings: ThoughtSettings, wanted: int) -
 
 def observe(
     model: LoadedModel, settings: ThoughtSettings, windows: Sequence[Window], *, samples: int, seed: int,
-    kinds: Sequence[str] | None = None, think: ThinkPolicy = ALWAYS,
+    kinds: Sequence[str] | None = None, think: ThinkPolicy = ALWAYS, among: np.ndarray | None = None,
 ) -> list[TokenScores]:  # fmt: skip
     """Thinks at the positions of every window that the policy chooses: once greedily, and `samples` times at random.
 
     Args:
       kinds: of perturbations; given, the scores have `use`.
-      think: policy; where it does not think, the predictions after thoughts are those without. With `ALWAYS`, the
-        scores have `rankings`.
+      think: policy; where it does not think, the predictions after thoughts are those without.
+      among: [windows, tokens of the longest] bool, the policy chooses among these positions; None = among all. With
+        `ALWAYS` among all, the scores have `rankings`.
 
     Returns:
       For each window of n tokens the scores of its n - 1 predictions, [n-1] without and [R, n-1] with thoughts, with
@@ -117,10 +118,14 @@ def observe(
     for start in range(0, len(windows), rows):
         part = windows[start : start + rows]
         tokens, mask = np.full((rows, length), settings.pad_id, np.int32), np.zeros((rows, length), bool)
+        chosen = None
+        if among is not None:
+            chosen = np.zeros(mask.shape, bool)
+            chosen[: len(part), : among.shape[1]] = among[start : start + rows]
         for row, window in enumerate(part):
             tokens[row, : len(window.tokens)], mask[row, : len(window.tokens)] = window.tokens, True
         key = jax.random.fold_in(jax.random.key(seed), start)
-        scores = jax.device_get(_score(*fixed, model.params, tokens, mask, key))
+        scores = jax.device_get(_score(*fixed, model.params, tokens, mask, key, chosen))
         found += [scores.of_text(row, slice(len(window.tokens) - 1)) for row, window in enumerate(part)]
     return found
 
@@ -128,9 +133,9 @@ def observe(
 @functools.partial(jax.jit, static_argnums=range(5))
 def _score(
     graphdef: GraphDef, settings: ThoughtSettings, samples: int, kinds: tuple[str, ...] | None,
-    think: ThinkPolicy, params: Any, tokens: jax.Array, mask: jax.Array, key: jax.Array,
+    think: ThinkPolicy, params: Any, tokens: jax.Array, mask: jax.Array, key: jax.Array, among: jax.Array | None,
 ) -> TokenScores:  # fmt: skip
-    """Scores a batch of windows, tokens [B, L]; arguments as in `observe`.
+    """Scores a batch of windows, tokens [B, L], with `among` [B, L] or None; arguments as in `observe`.
 
     Not a closure, so that a later call with equal settings and shapes uses the compiled program.
     """
@@ -139,7 +144,7 @@ def _score(
     uniforms, use = draw_uniforms(key, shape), None
     if kinds is not None:
         use = UseWanted(kinds, draw_perturbations(jax.random.fold_in(key, 2), shape))
-    thinking = Thinking.of_rows(think, tokens.shape, jax.random.fold_in(key, 3))
+    thinking = Thinking.of_rows(think, tokens.shape, jax.random.fold_in(key, 3), among)
     return score_tokens(
         merge(graphdef, params), tokens, mask, None, jnp.arange(length), uniforms, settings, use=use,
         likeliest=LIKELIEST, thinking=thinking,

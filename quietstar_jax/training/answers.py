@@ -58,15 +58,15 @@ def measure_answers(
     """
     documents = answer_questions(seed=run.config.seed, count=QUESTIONS)
     batches, positions = answer_batches(run, documents)
+    needed = think_before_answers(batches, positions, run.config.evaluation.reach)
     rank_key = jax.random.fold_in(run.key, QUESTIONS + 1) if run.config.thought.gate else None
-    if rank_key is None:  # rankings need thoughts at all positions
-        batches = think_before_answers(batches, positions, run.config.evaluation.reach)
-    scores = score_batches(scorer, params, batches, between=between, rank_key=rank_key)
+    # Rankings need thoughts at all positions.
+    scores = score_batches(scorer, params, needed if rank_key is None else batches, between=between, rank_key=rank_key)
     at = (np.arange(len(documents)), positions)
     without, with_thoughts = scores.base.correct[at], scores.talk.correct[at]
     sampled = scores
     if scores.thinks:
-        sampled = score_batches(scorer, params, batches, jax.random.fold_in(run.key, QUESTIONS), between)
+        sampled = score_batches(scorer, params, needed, jax.random.fold_in(run.key, QUESTIONS), between)
 
     def useful_thoughts(thoughts: np.ndarray) -> np.ndarray:
         words = [run.tokenizer.decode(thought_ids(thought)).split() for thought in thoughts]

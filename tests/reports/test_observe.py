@@ -46,6 +46,26 @@ def test_sampled_thoughts_differ_and_follow_the_seed(windows: list[Window], seen
     np.testing.assert_array_equal(other[1].thoughts[0], seen[1].thoughts[0])
 
 
+def test_thoughts_among_given_positions(windows: list[Window]) -> None:
+    """A prediction whose older thoughts are all there is that with thoughts at all positions."""
+    model = dataclasses.replace(MODEL, thought=dataclasses.replace(MODEL.thought, mixing="probabilities"))
+    settings, longest = model.settings(3, 2, 2), max(len(window.tokens) for window in windows)
+    among = np.arange(longest) % 4 >= np.array([[1], [2]])
+    every, some = (observe(model, settings, windows, samples=1, seed=0, among=here) for here in (None, among))
+    for here, whole, few in zip(among, every, some, strict=True):
+        chosen = here[: len(few.base.nll)]
+        np.testing.assert_array_equal(few.made, np.broadcast_to(chosen, few.made.shape))
+        np.testing.assert_array_equal(few.thoughts[:, chosen], whole.thoughts[:, chosen])
+        both = chosen & np.append(False, chosen[:-1])
+        assert both.any()
+        for name in ("reward", "weight"):
+            expected = getattr(whole, name)[:, both]
+            np.testing.assert_allclose(getattr(few, name)[:, both], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(few.talk.nll[:, both], whole.talk.nll[:, both], rtol=1e-4)
+        unused = ~(chosen | np.append(False, chosen[:-1]))
+        np.testing.assert_array_equal(few.talk.nll[0, unused], few.base.nll[unused])
+
+
 def test_probabilities_of_the_papers_mixing(windows: list[Window]) -> None:
     model = dataclasses.replace(MODEL, thought=dataclasses.replace(MODEL.thought, mixing="log_probabilities"))
     settings = model.settings(3, 1)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quietstar_jax.thoughts.chunks import pack
+from quietstar_jax.thoughts import controls
+from quietstar_jax.thoughts.chunks import PAST_THE_TEXT, pack
 from quietstar_jax.thoughts.controls import draw_uniforms, earlier_places, random_tokens, sample_or_control
 from quietstar_jax.thoughts.sample import sample_thoughts
 from quietstar_jax.thoughts.score import score_thoughts
@@ -50,23 +51,38 @@ def test_shuffled_thoughts_are_those_of_earlier_positions(greedy: bool) -> None:
     assert np.any(own != shuffled)
 
 
-@pytest.mark.parametrize("end", ["fixed", "token"])
-@pytest.mark.parametrize("chosen", [False, True])
-def test_evaluation_samples_only_the_earlier_thoughts_that_it_uses(chosen: bool, end: str) -> None:
+@pytest.mark.parametrize(("chosen", "end", "two_documents"), [(0, "fixed", 1), (0, "token", 0), (1, "token", 1)])
+def test_evaluation_samples_only_the_earlier_thoughts_that_it_uses(
+    chosen: bool, end: str, two_documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are the thoughts that these earlier positions would have: the first greedy, the others with their draws."""
     case = Case("earlier", mask=("1111111", "0111110"))
     base = dataclasses.replace(case.thought, end_token=9, config=dataclasses.replace(case.thought.config, end=end))
     model = random_model(case.decoder, 7.0)
-    text = read_text(model.decoder, *case.text(), dtype=base.dtype)
+    starts = jnp.array([[0, 0, 0, 3, 3, 3, 3], [0] * 7]) if two_documents else None
+    text = read_text(model.decoder, *case.text(), starts, dtype=base.dtype)
     shape, everywhere = (case.batch, 3, case.length, case.thought.thought_length), jnp.arange(case.length)
     uniforms = draw_uniforms(jax.random.key(5), shape)
     settings = dataclasses.replace(base, num_thoughts=3)
     own = think(model, text, everywhere, uniforms, settings, 1)
-    source = np.asarray(earlier_places(uniforms.places, text.mask))
+    source = np.asarray(earlier_places(uniforms.places, text.mask, starts))
     thinks = jnp.array([[0, 0, 1, 0, 1, 1, 1], [0, 1, 0, 1, 0, 0, 0]], bool)
     packed = pack(everywhere, thinks)
     settings = dataclasses.replace(settings, config=dataclasses.replace(settings.config, control="shuffled"))
+    sampled: list[np.ndarray] = []  # the positions of each call, one thought at each
+
+    def spy(model, text, positions, uniforms, settings, chunk):
+        assert settings.num_thoughts == 1
+        sampled.append(np.asarray(positions.positions if chosen else positions))
+        return sample_thoughts(model, text, positions, uniforms, settings, chunk)
+
+    monkeypatch.setattr(controls, "sample_thoughts", spy)
     found = think(model, text, packed if chosen else everywhere[2:], uniforms, settings, 1)
+    for positions, number in zip(sampled, (1, 2), strict=True):
+        counts = number * np.asarray(thinks.sum(axis=1)) if chosen else [5 * number] * 2
+        for row, count in zip(positions, counts, strict=True):  # those that are not chosen are last, and not in a text
+            assert (row[:count] < case.length).all()
+            assert (row[count:] == PAST_THE_TEXT).all()
     if chosen:
         found = packed.put_back(found)
     else:
