@@ -44,7 +44,7 @@ class Packed(NamedTuple):
         positions     1  4  5  .  .  .     . = PAST_THE_TEXT
 
     Attributes:
-      positions: [B, J] int32, the chosen positions in ascending order, then `PAST_THE_TEXT`.
+      positions: [B, J] int32, the chosen positions, then `PAST_THE_TEXT`; from `pack`, in ascending order.
       order: [B, J] int32, places of the chosen ones among the J positions, then those of the others.
     """
 

@@ -84,13 +84,14 @@ def sample_earlier(
     model: QuietStar, text: Text, positions: jax.Array | Packed, uniforms: Uniforms, settings: ThoughtSettings,
     positions_per_chunk: int, *, greedy: bool = False,
 ) -> Thoughts:  # fmt: skip
-    """Returns the thoughts of `shuffled` at J positions, from all earlier positions; arguments as `sample_or_control`.
+    """Returns the thoughts of `shuffled` at J positions, drawn from all earlier positions of the text.
 
     Only the thoughts that are used are sampled, each at the position that it comes from. These positions differ between
     the R thoughts, so R thoughts at J positions are sampled as one thought at each of R J positions.
 
     Args:
-      uniforms: at all L positions of the text.
+      positions: [J], the same for every text, or packed ones; uniforms: at all L positions; others as in
+        `sample_or_control`.
     """
     source = earlier_places(uniforms.places, text.mask, text.starts)
     places = at_places(source, positions)
